@@ -1,0 +1,401 @@
+//! Plain configuration values: what an operator says, checked, without any I/O.
+//!
+//! The same types serve the command line (`--port vm1,socket=…`), the API's JSON and, in-process,
+//! tests and `pollux bench`.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// Longest port name, in bytes.
+pub const MAX_PORT_NAME: usize = 63;
+/// Longest socket path the kernel takes (`sun_path` less the terminating zero).
+pub const MAX_SOCKET_PATH: usize = 107;
+/// Most queue pairs of one port.
+pub const MAX_QUEUE_PAIRS: u16 = 256;
+/// Most ports of one daemon.
+pub const MAX_PORTS: usize = 4096;
+
+/// Who listens on a port's socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SocketMode {
+    /// Pollux listens, the frontend connects.
+    #[default]
+    Server,
+    /// The frontend listens, Pollux connects and tries again every 100 ms.
+    Client,
+}
+
+impl fmt::Display for SocketMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            SocketMode::Server => "server",
+            SocketMode::Client => "client",
+        })
+    }
+}
+
+/// A port as the operator describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PortSpec {
+    /// Unique name: letters, digits, `-`, `_`, `.`; 1 to 63 bytes.
+    pub name: String,
+    /// Absolute or relative path of the vhost-user socket.
+    #[schema(value_type = String)]
+    pub socket: PathBuf,
+    /// Who listens.
+    #[serde(default)]
+    pub mode: SocketMode,
+    /// Queue pairs offered to the frontend, 1 to 256.
+    #[serde(default = "one")]
+    pub queues: u16,
+    /// Permission bits of the socket file (server mode only).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket_mode: Option<u32>,
+    /// Group that owns the socket file (server mode only).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket_group: Option<String>,
+}
+
+fn one() -> u16 {
+    1
+}
+
+/// Why a configuration value is refused. The text names the value and the accepted form.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// The port's name is empty, too long or holds other characters.
+    #[error("port name {0:?}: use 1 to {MAX_PORT_NAME} letters, digits, '-', '_' or '.'")]
+    PortName(String),
+    /// No `socket=` given.
+    #[error("port {0}: a socket is needed: {0},socket=/run/pollux/{0}.sock")]
+    NoSocket(String),
+    /// The socket path does not fit into a socket address.
+    #[error(
+        "port {name}: socket path is {len} bytes long, a unix socket takes at most {MAX_SOCKET_PATH}"
+    )]
+    SocketPath {
+        /// The port.
+        name: String,
+        /// Length of the path in bytes.
+        len: usize,
+    },
+    /// A key that no option has.
+    #[error(
+        "port {name}: unknown option {key:?}; known are socket, mode, queues, socket-mode, socket-group"
+    )]
+    UnknownOption {
+        /// The port.
+        name: String,
+        /// The unknown key.
+        key: String,
+    },
+    /// A value that its option does not take.
+    #[error("port {name}: {key}={value} is not valid: {expected}")]
+    Value {
+        /// The port.
+        name: String,
+        /// The option.
+        key: &'static str,
+        /// What was given.
+        value: String,
+        /// What is accepted.
+        expected: &'static str,
+    },
+    /// An option given twice.
+    #[error("port {name}: {key} is given twice")]
+    Twice {
+        /// The port.
+        name: String,
+        /// The option.
+        key: String,
+    },
+    /// `--idle` takes another form.
+    #[error("idle policy {0:?}: use busy, adaptive or adaptive:MICROSECONDS (at most 1000000)")]
+    Idle(String),
+    /// `--poll-cpus` takes another form.
+    #[error("CPU list {0:?}: use numbers and ranges such as 0,2-3, each CPU once")]
+    Cpus(String),
+}
+
+impl PortSpec {
+    /// Checks what the types do not: name, path length, range of queues.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+        if self.name.is_empty()
+            || self.name.len() > MAX_PORT_NAME
+            || !self.name.bytes().all(allowed)
+        {
+            return Err(ConfigError::PortName(self.name.clone()));
+        }
+        let path = self.socket.as_os_str().as_encoded_bytes();
+        if path.is_empty() || path.contains(&0) {
+            return Err(ConfigError::NoSocket(self.name.clone()));
+        }
+        if path.len() > MAX_SOCKET_PATH {
+            return Err(ConfigError::SocketPath {
+                name: self.name.clone(),
+                len: path.len(),
+            });
+        }
+        if !(1..=MAX_QUEUE_PAIRS).contains(&self.queues) {
+            return Err(ConfigError::Value {
+                name: self.name.clone(),
+                key: "queues",
+                value: self.queues.to_string(),
+                expected: "1 to 256 queue pairs",
+            });
+        }
+        if self.socket_mode.is_some_and(|mode| mode > 0o777) {
+            return Err(ConfigError::Value {
+                name: self.name.clone(),
+                key: "socket-mode",
+                value: format!("{:o}", self.socket_mode.unwrap_or_default()),
+                expected: "octal permission bits such as 0660",
+            });
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, key: &str, value: &str) -> Result<(), ConfigError> {
+        let bad = |key, expected| ConfigError::Value {
+            name: self.name.clone(),
+            key,
+            value: value.to_string(),
+            expected,
+        };
+        match key {
+            "socket" => self.socket = PathBuf::from(value),
+            "mode" => {
+                self.mode = match value {
+                    "server" => SocketMode::Server,
+                    "client" => SocketMode::Client,
+                    _ => return Err(bad("mode", "server or client")),
+                }
+            }
+            "queues" => {
+                self.queues = value
+                    .parse()
+                    .map_err(|_| bad("queues", "1 to 256 queue pairs"))?
+            }
+            "socket-mode" => {
+                let bits = u32::from_str_radix(value, 8)
+                    .ok()
+                    .filter(|bits| *bits <= 0o777);
+                self.socket_mode = Some(
+                    bits.ok_or_else(|| bad("socket-mode", "octal permission bits such as 0660"))?,
+                );
+            }
+            "socket-group" => self.socket_group = Some(value.to_string()),
+            _ => {
+                return Err(ConfigError::UnknownOption {
+                    name: self.name.clone(),
+                    key: key.to_string(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for PortSpec {
+    type Err = ConfigError;
+
+    /// Parses `NAME,socket=PATH[,mode=server|client][,queues=N][,socket-mode=0660][,socket-group=NAME]`.
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let mut parts = text.split(',');
+        let mut spec = PortSpec {
+            name: parts.next().unwrap_or_default().to_string(),
+            socket: PathBuf::new(),
+            mode: SocketMode::Server,
+            queues: 1,
+            socket_mode: None,
+            socket_group: None,
+        };
+        let mut seen: Vec<&str> = Vec::new();
+        for part in parts {
+            let (key, value) = part.split_once('=').unwrap_or((part, ""));
+            if seen.contains(&key) {
+                return Err(ConfigError::Twice {
+                    name: spec.name,
+                    key: key.to_string(),
+                });
+            }
+            seen.push(key);
+            spec.set(key, value)?;
+        }
+        spec.validate()?;
+        Ok(spec)
+    }
+}
+
+/// What a poll thread does when it finds no work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IdlePolicy {
+    /// Never sleeps.
+    Busy,
+    /// Spins this long without work, then arms notifications and sleeps.
+    Adaptive(Duration),
+}
+
+impl Default for IdlePolicy {
+    /// 50 µs: longer than a guest needs between two bursts, far shorter than a scheduler tick.
+    fn default() -> Self {
+        IdlePolicy::Adaptive(Duration::from_micros(50))
+    }
+}
+
+impl FromStr for IdlePolicy {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text.split_once(':') {
+            None if text == "busy" => Ok(IdlePolicy::Busy),
+            None if text == "adaptive" => Ok(IdlePolicy::default()),
+            Some(("adaptive", micros)) => micros
+                .parse()
+                .ok()
+                .filter(|micros| *micros <= 1_000_000)
+                .map(|micros| IdlePolicy::Adaptive(Duration::from_micros(micros)))
+                .ok_or_else(|| ConfigError::Idle(text.to_string())),
+            _ => Err(ConfigError::Idle(text.to_string())),
+        }
+    }
+}
+
+impl fmt::Display for IdlePolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            IdlePolicy::Busy => f.write_str("busy"),
+            IdlePolicy::Adaptive(spin) => write!(f, "adaptive:{}", spin.as_micros()),
+        }
+    }
+}
+
+/// A list of CPUs, `0,2-3`, in the order given.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CpuList(pub Vec<usize>);
+
+impl FromStr for CpuList {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let bad = || ConfigError::Cpus(text.to_string());
+        let mut cpus = Vec::new();
+        for part in text.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let first: usize = first.parse().map_err(|_| bad())?;
+            let last: usize = last.parse().map_err(|_| bad())?;
+            if first > last || last > 4095 {
+                return Err(bad());
+            }
+            for cpu in first..=last {
+                if cpus.contains(&cpu) {
+                    return Err(bad());
+                }
+                cpus.push(cpu);
+            }
+        }
+        Ok(CpuList(cpus))
+    }
+}
+
+/// Everything `pollux run` needs to start.
+#[derive(Clone, Debug)]
+pub struct DaemonConfig {
+    /// Ports present from the start.
+    pub ports: Vec<PortSpec>,
+    /// One pinned poll thread for each; one unpinned thread where empty.
+    pub poll_cpus: Vec<usize>,
+    /// What poll threads do without work.
+    pub idle: IdlePolicy,
+    /// Where the API listens; no API where `None` (in-process use).
+    pub api_socket: Option<PathBuf>,
+    /// Group that may use the API socket besides root and the daemon's own user.
+    pub api_group: Option<String>,
+    /// Age at which a learned address is forgotten.
+    pub mac_ageing: Duration,
+    /// Most addresses in the FDB.
+    pub fdb_size: usize,
+}
+
+impl Default for DaemonConfig {
+    fn default() -> Self {
+        DaemonConfig {
+            ports: Vec::new(),
+            poll_cpus: Vec::new(),
+            idle: IdlePolicy::default(),
+            api_socket: None,
+            api_group: None,
+            mac_ageing: Duration::from_secs(300),
+            fdb_size: 8192,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_is_parsed_with_all_its_options() {
+        let spec: PortSpec =
+            "vm1,socket=/run/p/vm1.sock,mode=client,queues=4,socket-mode=0660,socket-group=kvm"
+                .parse()
+                .unwrap();
+        assert_eq!(spec.name, "vm1");
+        assert_eq!(spec.mode, SocketMode::Client);
+        assert_eq!(spec.queues, 4);
+        assert_eq!(spec.socket_mode, Some(0o660));
+        assert_eq!(spec.socket_group.as_deref(), Some("kvm"));
+    }
+
+    #[test]
+    fn each_wrong_port_is_refused_by_name() {
+        let long = format!("vm1,socket=/{}", "x".repeat(200));
+        for (text, part) in [
+            ("", "port name"),
+            ("a b,socket=/x", "port name"),
+            ("vm1", "a socket is needed"),
+            ("vm1,socket=/x,mode=both", "server or client"),
+            ("vm1,socket=/x,queues=0", "1 to 256"),
+            ("vm1,socket=/x,queues=257", "1 to 256"),
+            ("vm1,socket=/x,socket-mode=999", "octal"),
+            ("vm1,socket=/x,colour=red", "unknown option"),
+            ("vm1,socket=/x,socket=/y", "given twice"),
+            (long.as_str(), "at most 107"),
+        ] {
+            let error = text.parse::<PortSpec>().unwrap_err().to_string();
+            assert!(error.contains(part), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn idle_policies_round_trip() {
+        for text in ["busy", "adaptive:50", "adaptive:0"] {
+            assert_eq!(text.parse::<IdlePolicy>().unwrap().to_string(), text);
+        }
+        for text in [
+            "",
+            "lazy",
+            "adaptive:",
+            "adaptive:-1",
+            "adaptive:9999999999",
+        ] {
+            assert!(text.parse::<IdlePolicy>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn cpu_lists_take_ranges_and_refuse_repeats() {
+        assert_eq!("0,2-3".parse::<CpuList>().unwrap().0, [0, 2, 3]);
+        for text in ["", "a", "3-2", "0,0", "1-", "99999"] {
+            assert!(text.parse::<CpuList>().is_err(), "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! A checked place in memory that the guest shares.
+//!
+//! A [`Window`] is pointer and length in one value, so that an access is always checked against the
+//! length that was validated with the pointer. Guest memory never becomes a Rust reference: the guest
+//! writes to it at any time, so only copies and atomic accesses are allowed.
+
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+/// A piece of guest memory: where it is mapped here, and how many bytes were checked.
+///
+/// All offsets and lengths are in bytes. An access outside the window is refused by a panic in the
+/// fixed-size accessors (their offsets come from our own code, never from the guest) and by `None` in
+/// [`Window::sub`], which is where offsets from outside go through.
+#[derive(Clone, Copy)]
+pub struct Window<'m> {
+    ptr: NonNull<u8>,
+    len: usize,
+    memory: PhantomData<&'m ()>,
+}
+
+// SAFETY: a window is only an address range; every access through it is a volatile copy or atomic, which
+// any thread may do while the mapping lives ('m, established in `Window::from_raw`).
+unsafe impl Send for Window<'_> {}
+// SAFETY: as for Send: no access needs exclusive use.
+unsafe impl Sync for Window<'_> {}
+
+impl std::fmt::Debug for Window<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Window({} bytes)", self.len)
+    }
+}
+
+impl<'m> Window<'m> {
+    /// Makes a window of `len` bytes at `ptr`.
+    ///
+    /// # Safety
+    /// `[ptr, ptr + len)` must stay mapped readable and writable for `'m`, and nobody may hold a Rust
+    /// reference to any byte of it.
+    pub unsafe fn from_raw(ptr: NonNull<u8>, len: usize) -> Self {
+        Window {
+            ptr,
+            len,
+            memory: PhantomData,
+        }
+    }
+
+    /// Length in bytes.
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the window holds no byte.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where the window starts, for alignment tests, prefetching and look-ups; never dereferenced.
+    #[inline(always)]
+    pub fn address(&self) -> usize {
+        self.ptr.as_ptr() as usize
+    }
+
+    /// The part `[offset, offset + len)`, or `None` where it is not inside this window.
+    #[inline(always)]
+    pub fn sub(&self, offset: usize, len: usize) -> Option<Window<'m>> {
+        if offset > self.len || len > self.len - offset {
+            return None;
+        }
+        // SAFETY: offset ≤ self.len, so the result stays inside (or one past) the mapping of `from_raw`.
+        let ptr = unsafe { self.ptr.add(offset) };
+        Some(Window {
+            ptr,
+            len,
+            memory: PhantomData,
+        })
+    }
+
+    /// Copies `to.len()` bytes from `offset` on out of guest memory. Panics outside the window.
+    #[inline(always)]
+    pub fn read_bytes(&self, offset: usize, to: &mut [u8]) {
+        assert!(
+            offset <= self.len && to.len() <= self.len - offset,
+            "read outside the window"
+        );
+        // SAFETY: offset ≤ self.len, checked above.
+        let src = unsafe { self.ptr.as_ptr().add(offset) };
+        // SAFETY: source in the mapping (checked above), target a Rust slice: they cannot overlap, since
+        // no Rust reference to guest memory exists (`from_raw`). A guest that writes meanwhile makes the bytes
+        // arbitrary, which is what callers expect of them anyway.
+        unsafe { std::ptr::copy_nonoverlapping(src, to.as_mut_ptr(), to.len()) }
+    }
+
+    /// Copies `from` into guest memory at `offset`. Panics outside the window.
+    #[inline(always)]
+    pub fn write_bytes(&self, offset: usize, from: &[u8]) {
+        assert!(
+            offset <= self.len && from.len() <= self.len - offset,
+            "write outside the window"
+        );
+        // SAFETY: offset ≤ self.len, checked above.
+        let dst = unsafe { self.ptr.as_ptr().add(offset) };
+        // SAFETY: as in `read_bytes`, with the roles exchanged.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), dst, from.len()) }
+    }
+
+    /// Copies the first `len` bytes of `from` to the start of this window. Panics where either is shorter.
+    ///
+    /// The two may overlap (a guest may send a buffer to itself through a shared file), so this moves.
+    #[inline(always)]
+    pub fn copy_from(&self, from: &Window<'_>, len: usize) {
+        assert!(
+            len <= self.len && len <= from.len,
+            "copy outside the window"
+        );
+        // SAFETY: both ranges are inside live mappings, checked above; `copy` allows overlap.
+        unsafe { std::ptr::copy(from.ptr.as_ptr(), self.ptr.as_ptr(), len) }
+    }
+
+    #[inline(always)]
+    fn place<T>(&self, offset: usize) -> *mut T {
+        assert!(
+            offset <= self.len && size_of::<T>() <= self.len - offset,
+            "access outside the window"
+        );
+        // SAFETY: offset ≤ self.len, checked above.
+        let place = unsafe { self.ptr.as_ptr().add(offset) };
+        assert!(
+            place.addr().is_multiple_of(align_of::<T>()),
+            "unaligned access"
+        );
+        place.cast()
+    }
+
+    #[inline(always)]
+    fn atomic_u16(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: `place` checked bounds and alignment; the mapping lives for 'm; every access to these
+        // words from our side is atomic, and races with the guest are hardware accesses.
+        unsafe { AtomicU16::from_ptr(self.place(offset)) }
+    }
+
+    #[inline(always)]
+    fn atomic_u32(&self, offset: usize) -> &AtomicU32 {
+        // SAFETY: as in `atomic_u16`.
+        unsafe { AtomicU32::from_ptr(self.place(offset)) }
+    }
+
+    #[inline(always)]
+    fn atomic_u64(&self, offset: usize) -> &AtomicU64 {
+        // SAFETY: as in `atomic_u16`.
+        unsafe { AtomicU64::from_ptr(self.place(offset)) }
+    }
+
+    /// Atomic little-endian load of 16 bits; `offset` must be aligned and inside.
+    #[inline(always)]
+    pub fn load_u16(&self, offset: usize, order: Ordering) -> u16 {
+        u16::from_le(self.atomic_u16(offset).load(order))
+    }
+
+    /// Atomic little-endian store of 16 bits; `offset` must be aligned and inside.
+    #[inline(always)]
+    pub fn store_u16(&self, offset: usize, value: u16, order: Ordering) {
+        self.atomic_u16(offset).store(value.to_le(), order);
+    }
+
+    /// Atomic little-endian load of 32 bits; `offset` must be aligned and inside.
+    #[inline(always)]
+    pub fn load_u32(&self, offset: usize, order: Ordering) -> u32 {
+        u32::from_le(self.atomic_u32(offset).load(order))
+    }
+
+    /// Atomic little-endian store of 32 bits; `offset` must be aligned and inside.
+    #[inline(always)]
+    pub fn store_u32(&self, offset: usize, value: u32, order: Ordering) {
+        self.atomic_u32(offset).store(value.to_le(), order);
+    }
+
+    /// Atomic little-endian load of 64 bits; `offset` must be aligned and inside.
+    #[inline(always)]
+    pub fn load_u64(&self, offset: usize, order: Ordering) -> u64 {
+        u64::from_le(self.atomic_u64(offset).load(order))
+    }
+
+    /// Atomic little-endian store of 64 bits; `offset` must be aligned and inside.
+    #[inline(always)]
+    pub fn store_u64(&self, offset: usize, value: u64, order: Ordering) {
+        self.atomic_u64(offset).store(value.to_le(), order);
+    }
+
+    /// Asks the processor to bring the line at `offset` near, for reading. Nothing happens outside.
+    #[inline(always)]
+    pub fn prefetch(&self, offset: usize) {
+        if offset < self.len {
+            #[cfg(target_arch = "x86_64")]
+            {
+                use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+                let place = self.ptr.as_ptr().wrapping_add(offset).cast::<i8>();
+                // SAFETY: a prefetch has no architectural effect, whatever the address.
+                unsafe { _mm_prefetch(place, _MM_HINT_T0) }
+            }
+        }
+    }
+}

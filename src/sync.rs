@@ -1,0 +1,8 @@
+//! The atomics of the lock-free parts.
+//!
+//! The files that a model checker runs (`virtio/claim.rs`, `snapshot.rs`) take their atomics from
+//! here and nothing else. The models in `tests/models` include those files as they stand, beside a
+//! `sync` module of their own that hands out the checker's types.
+
+pub use std::sync::Arc;
+pub use std::sync::atomic;
