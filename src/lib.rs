@@ -4,4 +4,6 @@ pub mod config;
 #[allow(unsafe_code)]
 pub mod memory;
 pub mod sync;
+#[allow(unsafe_code)]
+pub mod sys;
 pub mod virtio;

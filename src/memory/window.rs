@@ -38,6 +38,7 @@ impl<'m> Window<'m> {
     /// # Safety
     /// `[ptr, ptr + len)` must stay mapped readable and writable for `'m`, and nobody may hold a Rust
     /// reference to any byte of it.
+    #[inline(always)]
     pub unsafe fn from_raw(ptr: NonNull<u8>, len: usize) -> Self {
         Window {
             ptr,

@@ -1,0 +1,382 @@
+//! The map of one guest's memory: immutable, looked up by poll threads, replaced by sessions.
+//!
+//! A change makes a new map that shares the regions which did not change. Look-ups need no shared
+//! mutable state (a "last hit" would bounce between poll threads): the four largest regions, which
+//! take nearly all traffic of nearly all guests, are compared one after the other, and a binary
+//! search follows for guests with more.
+
+use std::fs::File;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::fence::FaultMark;
+use super::region::{Examined, PinnedWindow, Region, RegionSpec};
+use super::{MAX_GUEST_BYTES, MAX_REGIONS, MemoryError, RangeKind, Window};
+
+/// Regions that are compared before the binary search.
+const NEAR: usize = 4;
+
+/// Where a range of guest addresses is mapped. The region of the same index keeps it so.
+#[derive(Clone, Copy)]
+struct Span {
+    start: u64,
+    len: u64,
+    host: NonNull<u8>,
+}
+
+impl Span {
+    /// Holds no address.
+    const NONE: Span = Span {
+        start: 0,
+        len: 0,
+        host: NonNull::dangling(),
+    };
+
+    /// Offset of `addr` in this span. One comparison: below the start, the subtraction wraps to more
+    /// than any length (e.g. 0x0fff − 0x1000 = 2^64 − 1).
+    #[inline(always)]
+    fn offset_of(&self, addr: u64) -> Option<u64> {
+        let offset = addr.wrapping_sub(self.start);
+        (offset < self.len).then_some(offset)
+    }
+
+    /// # Safety
+    /// `[offset, offset + len)` must be inside the span, and its region must live for `'m`.
+    #[inline(always)]
+    unsafe fn window<'m>(&self, offset: u64, len: usize) -> Window<'m> {
+        // SAFETY: offset is inside the mapping, as the caller promises.
+        let place = unsafe { self.host.add(offset as usize) };
+        // SAFETY: inside a live mapping for 'm, as the caller promises; no Rust reference to guest
+        // memory exists anywhere.
+        unsafe { Window::from_raw(place, len) }
+    }
+}
+
+/// One entry of the map: a mapping, and where guest and frontend see it.
+#[derive(Clone, Debug)]
+struct Slot {
+    guest_addr: u64,
+    user_addr: u64,
+    region: Arc<Region>,
+}
+
+impl Slot {
+    fn size(&self) -> u64 {
+        self.region.len() as u64
+    }
+}
+
+/// An immutable map of a guest's memory.
+pub struct GuestMemory {
+    near: [Span; NEAR],
+    // All of them, by guest address.
+    spans: Box<[Span]>,
+    slots: Box<[Slot]>,
+    mark: Arc<FaultMark>,
+}
+
+// SAFETY: the pointers in the spans lead into regions that `slots` owns, which are Send and Sync.
+unsafe impl Send for GuestMemory {}
+// SAFETY: as for Send; a map never changes.
+unsafe impl Sync for GuestMemory {}
+
+impl Default for GuestMemory {
+    fn default() -> Self {
+        GuestMemory::new(FaultMark::new())
+    }
+}
+
+impl std::fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.regions()).finish()
+    }
+}
+
+impl GuestMemory {
+    /// A map without regions. All maps made from it report faults to the same mark.
+    pub fn new(fault: Arc<FaultMark>) -> Self {
+        GuestMemory::of(Vec::new(), fault)
+    }
+
+    fn of(mut slots: Vec<Slot>, mark: Arc<FaultMark>) -> Self {
+        slots.sort_by_key(|slot| slot.guest_addr);
+        let spans: Box<[Span]> = slots
+            .iter()
+            .map(|slot| Span {
+                start: slot.guest_addr,
+                len: slot.size(),
+                host: slot.region.host(),
+            })
+            .collect();
+        let mut by_size = spans.to_vec();
+        by_size.sort_by_key(|span| std::cmp::Reverse(span.len));
+        let mut near = [Span::NONE; NEAR];
+        for (place, span) in near.iter_mut().zip(by_size) {
+            *place = span;
+        }
+        GuestMemory {
+            near,
+            spans,
+            slots: slots.into_boxed_slice(),
+            mark,
+        }
+    }
+
+    /// The map after SET_MEM_TABLE: `specs` and nothing else. Memory that both maps have stays mapped
+    /// where it is.
+    pub fn with_table(&self, specs: Vec<RegionSpec>) -> Result<GuestMemory, MemoryError> {
+        if specs.is_empty() {
+            return Err(MemoryError::NoRegions);
+        }
+        let placed = specs.iter().map(Placed::from).collect();
+        check_places(placed)?;
+        let slots = specs
+            .into_iter()
+            .map(|spec| self.slot(spec))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(GuestMemory::of(slots, Arc::clone(&self.mark)))
+    }
+
+    /// The map after ADD_MEM_REG.
+    pub fn with_region(&self, spec: RegionSpec) -> Result<GuestMemory, MemoryError> {
+        let mut placed: Vec<Placed> = self.slots.iter().map(Placed::from).collect();
+        placed.push(Placed::from(&spec));
+        check_places(placed)?;
+        let mut slots = self.slots.to_vec();
+        slots.push(self.slot(spec)?);
+        Ok(GuestMemory::of(slots, Arc::clone(&self.mark)))
+    }
+
+    /// The map after REM_MEM_REG. The three values must be those of one region.
+    pub fn without_region(
+        &self,
+        guest_addr: u64,
+        user_addr: u64,
+        size: u64,
+    ) -> Result<GuestMemory, MemoryError> {
+        let is_it = |slot: &Slot| {
+            slot.guest_addr == guest_addr && slot.user_addr == user_addr && slot.size() == size
+        };
+        let mut slots = self.slots.to_vec();
+        let Some(at) = slots.iter().position(is_it) else {
+            return Err(MemoryError::NoSuchRegion {
+                guest_addr,
+                user_addr,
+                size,
+            });
+        };
+        slots.remove(at);
+        Ok(GuestMemory::of(slots, Arc::clone(&self.mark)))
+    }
+
+    fn slot(&self, spec: RegionSpec) -> Result<Slot, MemoryError> {
+        let region = self.region(&spec.file, &spec)?;
+        Ok(Slot {
+            guest_addr: spec.guest_addr,
+            user_addr: spec.user_addr,
+            region,
+        })
+    }
+
+    /// The mapping that is there already, or a new one. The file is examined either way: it may have
+    /// shrunk since, and where it did under our hands the old mapping has holes.
+    fn region(&self, file: &File, spec: &RegionSpec) -> Result<Arc<Region>, MemoryError> {
+        let examined = Examined::new(file, spec.offset, spec.size)?;
+        let known = self.slots.iter().find(|slot| {
+            slot.guest_addr == spec.guest_addr
+                && slot.region.identity() == examined.identity()
+                && !slot.region.faulted()
+        });
+        match known {
+            Some(slot) => Ok(Arc::clone(&slot.region)),
+            None => Ok(Arc::new(Region::map(file, &examined, &self.mark)?)),
+        }
+    }
+
+    /// The place of `[guest_addr, guest_addr + len)`, or `None` where it is not inside one region.
+    ///
+    /// A range of length 0 must lie inside a region, too.
+    #[inline(always)]
+    pub fn window(&self, guest_addr: u64, len: u32) -> Option<Window<'_>> {
+        let (span, offset) = self.find(guest_addr)?;
+        if u64::from(len) > span.len - offset {
+            return None;
+        }
+        // SAFETY: offset < span.len (`find`) and len ≤ span.len − offset, checked above; the span's
+        // region lives in `self.slots`, which the result borrows.
+        Some(unsafe { span.window(offset, len as usize) })
+    }
+
+    #[inline(always)]
+    fn find(&self, guest_addr: u64) -> Option<(&Span, u64)> {
+        for span in &self.near {
+            if let Some(offset) = span.offset_of(guest_addr) {
+                return Some((span, offset));
+            }
+        }
+        if self.spans.len() <= NEAR {
+            return None;
+        }
+        self.find_far(guest_addr)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn find_far(&self, guest_addr: u64) -> Option<(&Span, u64)> {
+        let behind = self.spans.partition_point(|s| s.start <= guest_addr);
+        let span = self.spans.get(behind.checked_sub(1)?)?;
+        span.offset_of(guest_addr).map(|offset| (span, offset))
+    }
+
+    /// Hands out the places of `[guest_addr, guest_addr + len)` in order, one per region it crosses.
+    /// False if a byte of it is not mapped, or if `each` said so; earlier places were handed out then.
+    pub fn windows<'m>(
+        &'m self,
+        guest_addr: u64,
+        len: u32,
+        mut each: impl FnMut(Window<'m>) -> bool,
+    ) -> bool {
+        let mut addr = guest_addr;
+        let mut left = u64::from(len);
+        while left > 0 {
+            let Some((span, offset)) = self.find(addr) else {
+                return false;
+            };
+            let piece = left.min(span.len - offset);
+            // SAFETY: offset < span.len (`find`) and piece ≤ span.len − offset; the span's region
+            // lives in `self.slots`, which 'm borrows. A piece fits 32 bits, as `len` does.
+            if !each(unsafe { span.window(offset, piece as usize) }) {
+                return false;
+            }
+            left -= piece;
+            // Regions end below 2^64 (`check_places`), so this does not wrap.
+            addr = addr.wrapping_add(piece);
+        }
+        true
+    }
+
+    /// The place of a ring, by the frontend's address (SET_VRING_ADDR), whole inside one region.
+    pub fn pinned(&self, user_addr: u64, len: u64) -> Option<PinnedWindow> {
+        self.pin(user_addr, len, |slot| slot.user_addr)
+    }
+
+    /// A lasting place by guest address, whole inside one region.
+    pub fn pinned_guest(&self, guest_addr: u64, len: u64) -> Option<PinnedWindow> {
+        self.pin(guest_addr, len, |slot| slot.guest_addr)
+    }
+
+    fn pin(&self, addr: u64, len: u64, start: impl Fn(&Slot) -> u64) -> Option<PinnedWindow> {
+        self.slots.iter().find_map(|slot| {
+            let offset = addr.checked_sub(start(slot))?;
+            (offset < slot.size()).then_some(())?;
+            PinnedWindow::new(&slot.region, offset, len)
+        })
+    }
+
+    /// The guest address of a frontend's address, for the dirty log.
+    pub fn guest_address(&self, user_addr: u64) -> Option<u64> {
+        self.slots.iter().find_map(|slot| {
+            let offset = user_addr.checked_sub(slot.user_addr)?;
+            (offset < slot.size()).then(|| slot.guest_addr + offset)
+        })
+    }
+
+    /// Whether memory of this guest was taken away under us: serve it no further.
+    #[inline(always)]
+    pub fn faulted(&self) -> bool {
+        self.mark.is_set()
+    }
+
+    /// The mark that faults set.
+    pub fn fault_mark(&self) -> &Arc<FaultMark> {
+        &self.mark
+    }
+
+    /// Guest address and length of every region, by address.
+    pub fn regions(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.slots.iter().map(|slot| (slot.guest_addr, slot.size()))
+    }
+
+    /// Size of all regions together.
+    pub fn len_bytes(&self) -> u64 {
+        self.slots.iter().map(Slot::size).sum()
+    }
+}
+
+/// The addresses of a region, mapped or not.
+#[derive(Clone, Copy)]
+struct Placed {
+    guest_addr: u64,
+    user_addr: u64,
+    size: u64,
+}
+
+impl From<&RegionSpec> for Placed {
+    fn from(spec: &RegionSpec) -> Self {
+        Placed {
+            guest_addr: spec.guest_addr,
+            user_addr: spec.user_addr,
+            size: spec.size,
+        }
+    }
+}
+
+impl From<&Slot> for Placed {
+    fn from(slot: &Slot) -> Self {
+        Placed {
+            guest_addr: slot.guest_addr,
+            user_addr: slot.user_addr,
+            size: slot.size(),
+        }
+    }
+}
+
+/// Whether these regions can be one guest's memory; nothing is mapped before this says so.
+fn check_places(placed: Vec<Placed>) -> Result<(), MemoryError> {
+    if placed.len() > MAX_REGIONS {
+        return Err(MemoryError::TooManyRegions {
+            count: placed.len(),
+        });
+    }
+    if let Some(empty) = placed.iter().find(|p| p.size == 0) {
+        return Err(MemoryError::EmptyRegion {
+            guest_addr: empty.guest_addr,
+        });
+    }
+    let total = placed
+        .iter()
+        .fold(0u64, |sum, p| sum.saturating_add(p.size));
+    if total > MAX_GUEST_BYTES {
+        return Err(MemoryError::TooLarge { total });
+    }
+    let guest = placed.iter().map(|p| (p.guest_addr, p.size)).collect();
+    check_ranges(RangeKind::GuestAddress, guest)?;
+    let user = placed.iter().map(|p| (p.user_addr, p.size)).collect();
+    check_ranges(RangeKind::UserAddress, user)
+}
+
+fn check_ranges(what: RangeKind, mut ranges: Vec<(u64, u64)>) -> Result<(), MemoryError> {
+    ranges.sort_unstable();
+    let mut below: Option<(u64, u64)> = None;
+    for (start, size) in ranges {
+        let Some(end) = start.checked_add(size) else {
+            return Err(MemoryError::Wraps { what, start, size });
+        };
+        match below {
+            Some((first, first_end)) if first_end > start => {
+                let second = start;
+                return Err(MemoryError::Overlap {
+                    what,
+                    first,
+                    second,
+                });
+            }
+            _ => below = Some((start, end)),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "map_tests.rs"]
+mod tests;

@@ -1,0 +1,306 @@
+//! One mapping of a frontend's memory file, and places that keep it mapped.
+//!
+//! A [`Region`] is the mapping alone: where the guest sees it is the business of the map that lists
+//! it, so a table in which only addresses moved shares the mapping with the one before. Its file is
+//! closed as soon as it is mapped.
+
+use std::fs::File;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use rustix::fs::{FileType, fstat, fstatfs};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+
+use super::fence::{FaultMark, Fenced};
+use super::{MemoryError, RangeKind, Window};
+
+/// `f_type` of tmpfs and of memfds.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+/// `f_type` of hugetlbfs and of memfds with huge pages.
+const HUGETLBFS_MAGIC: u64 = 0x958_458f6;
+
+/// What is unmapped in one call. The address space is locked meanwhile, and poll threads that touch
+/// a page for the first time wait for that lock: 2 GiB at once would be 65 to 95 ms.
+const UNMAPPED_AT_ONCE: usize = 2 << 20;
+
+/// A region as a frontend describes it.
+#[derive(Debug)]
+pub struct RegionSpec {
+    /// Where the guest sees it.
+    pub guest_addr: u64,
+    /// Where the frontend has it mapped; ring addresses are given in these.
+    pub user_addr: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// Where it starts in the file.
+    pub offset: u64,
+    /// The memory file.
+    pub file: File,
+}
+
+/// What makes two mappings the same memory. The mapping keeps the inode alive, so its number is not
+/// given to another file meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    device: u64,
+    inode: u64,
+    offset: u64,
+    size: u64,
+}
+
+/// A file that was found fit to be mapped.
+#[derive(Debug)]
+pub(super) struct Examined {
+    identity: Identity,
+    page_size: usize,
+}
+
+impl Examined {
+    /// Checks kind, file system, alignment and size of `file` for a mapping of `[offset, offset + size)`.
+    pub(super) fn new(file: &File, offset: u64, size: u64) -> Result<Examined, MemoryError> {
+        let end = offset.checked_add(size).ok_or(MemoryError::Wraps {
+            what: RangeKind::FileOffset,
+            start: offset,
+            size,
+        })?;
+        let status = fstat(file).map_err(MemoryError::Examine)?;
+        if FileType::from_raw_mode(status.st_mode) != FileType::RegularFile {
+            return Err(MemoryError::NotAFile {
+                mode: status.st_mode,
+            });
+        }
+        let page_size = page_size(file)?;
+        if !offset.is_multiple_of(page_size) {
+            return Err(MemoryError::UnalignedOffset { offset, page_size });
+        }
+        let file_size = u64::try_from(status.st_size).unwrap_or(0);
+        if end > file_size {
+            return Err(MemoryError::BeyondFile {
+                offset,
+                size,
+                file_size,
+            });
+        }
+        Ok(Examined {
+            identity: Identity {
+                device: status.st_dev,
+                inode: status.st_ino,
+                offset,
+                size,
+            },
+            page_size: page_size as usize,
+        })
+    }
+
+    pub(super) fn identity(&self) -> Identity {
+        self.identity
+    }
+}
+
+/// Page size of the file's pages; an error unless they are memory.
+fn page_size(file: &File) -> Result<u64, MemoryError> {
+    let filesystem = fstatfs(file).map_err(MemoryError::Examine)?;
+    match filesystem.f_type as u64 {
+        TMPFS_MAGIC => Ok(rustix::param::page_size() as u64),
+        // The huge page's size; a power of two, which the fence relies on.
+        HUGETLBFS_MAGIC => Ok((filesystem.f_bsize as u64).next_power_of_two()),
+        magic => Err(MemoryError::WrongFilesystem { magic }),
+    }
+}
+
+/// One mapped piece of a frontend's memory file.
+#[derive(Debug)]
+pub struct Region {
+    host: NonNull<u8>,
+    // Length that was asked for, and checked against the file.
+    size: usize,
+    // Length of the mapping: whole pages, which munmap of huge pages insists on.
+    mapped: usize,
+    identity: Identity,
+    // Taken out of the fence's table before the munmap. `None` only inside `drop`.
+    fenced: Option<Fenced>,
+    unmap_step: usize,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread, and is accessed through windows only.
+unsafe impl Send for Region {}
+// SAFETY: as for Send; nothing in a region changes between `map` and `drop`.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Maps a file that passed its examination; the file may be closed afterwards.
+    pub(super) fn map(
+        file: &File,
+        examined: &Examined,
+        mark: &Arc<FaultMark>,
+    ) -> Result<Region, MemoryError> {
+        let Identity { offset, size, .. } = examined.identity;
+        let refused = |source| MemoryError::Map { size, source };
+        let size = usize::try_from(size).map_err(|_| refused(rustix::io::Errno::NOMEM))?;
+        let mapped = size
+            .checked_next_multiple_of(examined.page_size)
+            .ok_or(refused(rustix::io::Errno::NOMEM))?;
+        // No MAP_POPULATE: it would charge the guest's whole memory to this process and take long.
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        let place = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                mapped,
+                protection,
+                flags,
+                file,
+                offset,
+            )
+        }
+        .map_err(refused)?;
+        let Some(host) = NonNull::new(place.cast::<u8>()) else {
+            return Err(refused(rustix::io::Errno::FAULT));
+        };
+        // From here on, dropping the region unmaps.
+        let mut region = Region {
+            host,
+            size,
+            mapped,
+            identity: examined.identity,
+            fenced: None,
+            unmap_step: UNMAPPED_AT_ONCE.max(examined.page_size),
+        };
+        // SAFETY: the range was mapped just now; the advice changes core dumps only.
+        unsafe { madvise(place, mapped, Advice::LinuxDontDump) }.map_err(refused)?;
+        let start = place.expose_provenance();
+        let fenced = Fenced::insert(start, mapped, examined.page_size, Arc::clone(mark));
+        region.fenced = Some(fenced.ok_or(MemoryError::FenceFull)?);
+        Ok(region)
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.size
+    }
+
+    /// Never true: regions of size 0 are refused.
+    pub fn is_empty(&self) -> bool {
+        self.size == 0
+    }
+
+    /// Whether the memory of this region's guest was taken away under us.
+    pub fn faulted(&self) -> bool {
+        self.fenced.as_ref().is_some_and(|f| f.mark().is_set())
+    }
+
+    /// Start of the mapping; `[host, host + len)` is readable and writable while the region lives.
+    pub(super) fn host(&self) -> NonNull<u8> {
+        self.host
+    }
+
+    pub(super) fn identity(&self) -> Identity {
+        self.identity
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // First: the addresses may belong to somebody else as soon as they are unmapped.
+        self.fenced = None;
+        let start = self.host.as_ptr();
+        let mut done = 0;
+        while done < self.mapped {
+            let place = start.wrapping_add(done);
+            // Up to the next multiple of the step, so that no huge page is split on the way.
+            let to_boundary = self.unmap_step - place.addr() % self.unmap_step;
+            let len = to_boundary.min(self.mapped - done);
+            // SAFETY: part of our own mapping; nobody has a window into it, since windows borrow from
+            // an owner of the region. An error leaves it mapped, which harms nobody.
+            let _ = unsafe { munmap(place.cast(), len) };
+            done += len;
+        }
+    }
+}
+
+/// A window that keeps the region it lies in mapped.
+///
+/// Rings use these for their three areas: they look no address up while they run.
+#[derive(Clone)]
+pub struct PinnedWindow {
+    ptr: NonNull<u8>,
+    len: usize,
+    region: Arc<Region>,
+}
+
+// SAFETY: address and length of a place in a region, which is Send and Sync and lives as long.
+unsafe impl Send for PinnedWindow {}
+// SAFETY: as for Send.
+unsafe impl Sync for PinnedWindow {}
+
+impl PinnedWindow {
+    /// `[offset, offset + len)` of a region, or `None` where that is not inside.
+    pub(super) fn new(region: &Arc<Region>, offset: u64, len: u64) -> Option<PinnedWindow> {
+        let offset = usize::try_from(offset).ok()?;
+        let len = usize::try_from(len).ok()?;
+        if offset > region.size || len > region.size - offset {
+            return None;
+        }
+        // SAFETY: offset ≤ size, checked above, and the mapping is at least `size` long.
+        let ptr = unsafe { region.host.add(offset) };
+        Some(PinnedWindow {
+            ptr,
+            len,
+            region: Arc::clone(region),
+        })
+    }
+
+    /// Maps a piece of a memory file that is not guest memory, such as a dirty log; the same rules
+    /// hold for the file, and a fault sets the guest's mark.
+    pub fn map(
+        file: &File,
+        offset: u64,
+        len: u64,
+        mark: &Arc<FaultMark>,
+    ) -> Result<PinnedWindow, MemoryError> {
+        if len == 0 {
+            return Err(MemoryError::EmptyRegion { guest_addr: 0 });
+        }
+        if len > super::MAX_GUEST_BYTES {
+            return Err(MemoryError::TooLarge { total: len });
+        }
+        let examined = Examined::new(file, offset, len)?;
+        let region = Arc::new(Region::map(file, &examined, mark)?);
+        Ok(PinnedWindow {
+            ptr: region.host(),
+            len: region.len(),
+            region,
+        })
+    }
+
+    /// The place itself.
+    #[inline(always)]
+    pub fn window(&self) -> Window<'_> {
+        // SAFETY: inside the region's mapping (`new`, `map`), which `self` keeps alive for the borrow;
+        // no Rust reference to guest memory exists anywhere.
+        unsafe { Window::from_raw(self.ptr, self.len) }
+    }
+
+    /// Length in bytes.
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the window holds no byte.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The region that is kept.
+    pub fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+}
+
+impl std::fmt::Debug for PinnedWindow {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PinnedWindow({} bytes)", self.len)
+    }
+}

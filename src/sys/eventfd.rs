@@ -1,0 +1,121 @@
+//! The notification descriptors that a frontend hands over.
+//!
+//! The protocol would allow pipes and anything else. Only eventfds are taken: a call is signalled
+//! through kernel AIO, which knows nothing else, and a pipe's reader could stall us. They stay the
+//! frontend's: it holds the same file description, and may fill it or make it blocking at any time.
+//! So nobody reads or writes one directly. A call is signalled by [`super::aio::Caller`], and a kick
+//! is watched by [`super::epoll::Sleeper`].
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+
+/// What the kernel calls an eventfd. Paths of real files start with a slash, so nothing else has it.
+const EVENTFD: &[u8] = b"anon_inode:[eventfd]";
+
+/// Why a descriptor is not taken for notifications.
+#[derive(Debug, thiserror::Error)]
+pub enum NotEventFd {
+    /// It is something else.
+    #[error("descriptor {fd} is no eventfd")]
+    Other {
+        /// The number it has here.
+        fd: i32,
+    },
+    /// /proc does not say what it is.
+    #[error("what descriptor {fd} is cannot be read from /proc/self/fd")]
+    Unknown {
+        /// The number it has here.
+        fd: i32,
+        /// Why not.
+        #[source]
+        source: Errno,
+    },
+}
+
+fn eventfd(file: File) -> Result<OwnedFd, NotEventFd> {
+    let fd = file.as_raw_fd();
+    let target = rustix::fs::readlink(format!("/proc/self/fd/{fd}"), Vec::new())
+        .map_err(|source| NotEventFd::Unknown { fd, source })?;
+    if target.as_bytes() == EVENTFD {
+        Ok(file.into())
+    } else {
+        Err(NotEventFd::Other { fd })
+    }
+}
+
+/// The eventfd by which the device calls the driver.
+#[derive(Debug)]
+pub struct CallFd(OwnedFd);
+
+impl CallFd {
+    /// Takes the descriptor if it is an eventfd, closes it if not.
+    pub fn new(file: File) -> Result<Self, NotEventFd> {
+        eventfd(file).map(CallFd)
+    }
+}
+
+impl AsFd for CallFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// The eventfd by which the driver kicks the device.
+#[derive(Debug)]
+pub struct KickFd(OwnedFd);
+
+impl KickFd {
+    /// Takes the descriptor if it is an eventfd, closes it if not.
+    pub fn new(file: File) -> Result<Self, NotEventFd> {
+        eventfd(file).map(KickFd)
+    }
+}
+
+impl AsFd for KickFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd as make};
+
+    #[test]
+    fn an_eventfd_is_taken() {
+        let plain = make(0, EventfdFlags::CLOEXEC).unwrap();
+        let semaphore = make(0, EventfdFlags::SEMAPHORE).unwrap();
+        assert!(CallFd::new(plain.into()).is_ok());
+        assert!(KickFd::new(semaphore.into()).is_ok());
+    }
+
+    #[test]
+    fn anything_else_is_refused() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let socket = std::os::unix::net::UnixStream::pair().unwrap().0;
+        let named = crate::sys::memfd::create("anon_inode:[eventfd]", 8).unwrap();
+        let epoll = rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC);
+        for fd in [
+            OwnedFd::from(reader),
+            writer.into(),
+            socket.into(),
+            named.into(),
+            epoll.unwrap(),
+        ] {
+            assert!(matches!(
+                CallFd::new(fd.into()),
+                Err(NotEventFd::Other { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn a_real_file_cannot_pose_as_an_eventfd() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = File::create(dir.path().join("anon_inode:[eventfd]")).unwrap();
+        assert!(KickFd::new(file).is_err());
+    }
+}

@@ -1,0 +1,32 @@
+//! Memory files, as a frontend makes them: for the load generator, for our own shared records, and
+//! for tests.
+
+use std::fs::File;
+use std::io;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+/// An unnamed memory file of `size` zero bytes, closed on exec.
+pub fn create(name: &str, size: u64) -> io::Result<File> {
+    let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    ftruncate(&fd, size)?;
+    Ok(File::from(fd))
+}
+
+/// The same with huge pages of the default size; fails where none are reserved only when touched.
+pub fn create_huge(name: &str, size: u64) -> io::Result<File> {
+    let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB)?;
+    ftruncate(&fd, size)?;
+    Ok(File::from(fd))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_memory_file_has_its_size() {
+        let file = create("pollux-test", 12_345).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 12_345);
+    }
+}

@@ -1,0 +1,15 @@
+//! Thin wrappers over Linux: one small file per facility, no policy.
+//!
+//! Callers are the poll threads (`aio`, `epoll`, `affinity`), sessions (`eventfd`, `peer`) and the
+//! control side (`wake`, `signal`, `sched`). What has a safe wrapper in `rustix` or `vmm-sys-util` uses
+//! it; the rest calls `libc`. Nothing here knows of rings, ports or messages.
+
+pub mod affinity;
+pub mod aio;
+pub mod epoll;
+pub mod eventfd;
+pub mod memfd;
+pub mod peer;
+pub mod sched;
+pub mod signal;
+pub mod wake;

@@ -1,0 +1,118 @@
+//! Signals as events of the control loop.
+//!
+//! SIGTERM and SIGINT are blocked in `main` before any thread starts, so every thread inherits that,
+//! and read from a signalfd. SIGBUS stays unblocked everywhere (see `memory::fence`).
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// A signal that asks the daemon to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// SIGTERM, as sent by the service manager.
+    Terminate,
+    /// SIGINT, Ctrl-C.
+    Interrupt,
+}
+
+/// The blocked signals, readable.
+#[derive(Debug)]
+pub struct Signals(OwnedFd);
+
+impl Signals {
+    /// Blocks SIGTERM and SIGINT for the calling thread and all it starts from now on, and ignores
+    /// SIGPIPE. Called from `main` before any thread.
+    pub fn block() -> io::Result<Signals> {
+        ignore_sigpipe()?;
+        // SAFETY: all zeroes is a valid, empty set.
+        let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+        for signal in [libc::SIGTERM, libc::SIGINT] {
+            // SAFETY: `set` is valid, and these are signal numbers.
+            check(unsafe { libc::sigaddset(&mut set, signal) })?;
+        }
+        // SAFETY: `set` is valid for reading; the old mask is not asked for.
+        let code = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
+        if code != 0 {
+            return Err(io::Error::from_raw_os_error(code));
+        }
+        let flags = libc::SFD_NONBLOCK | libc::SFD_CLOEXEC;
+        // SAFETY: `set` is valid for reading; -1 asks for a new descriptor.
+        let fd = unsafe { libc::signalfd(-1, &set, flags) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a new descriptor that nobody else owns.
+        Ok(Signals(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// The next pending signal, if any.
+    pub fn next_pending(&self) -> Option<Signal> {
+        // `ssi_signo` is the first field of the kernel's record.
+        let mut record = [0u8; size_of::<libc::signalfd_siginfo>()];
+        let len = rustix::io::read(&self.0, &mut record[..]).ok()?;
+        if len != record.len() {
+            return None;
+        }
+        let number = u32::from_ne_bytes(*record.first_chunk()?);
+        match i32::try_from(number).ok()? {
+            libc::SIGTERM => Some(Signal::Terminate),
+            libc::SIGINT => Some(Signal::Interrupt),
+            _ => None,
+        }
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for Signals {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// Writing to a socket whose peer is gone is an error, not the end of the process. Rust's runtime does
+/// this for programs, but not for a library in somebody else's.
+fn ignore_sigpipe() -> io::Result<()> {
+    // SAFETY: ignoring a signal runs no code of ours.
+    let before = unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    if before == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_to_a_blocking_thread_are_read() {
+        let thread = std::thread::spawn(|| {
+            let signals = Signals::block().unwrap();
+            assert_eq!(signals.next_pending(), None);
+            // Raised for this thread only, which has them blocked.
+            for (number, signal) in [
+                (libc::SIGTERM, Signal::Terminate),
+                (libc::SIGINT, Signal::Interrupt),
+            ] {
+                // SAFETY: raises a blocked signal for the calling thread.
+                assert_eq!(unsafe { libc::raise(number) }, 0);
+                assert_eq!(signals.next_pending(), Some(signal));
+            }
+            assert_eq!(signals.next_pending(), None);
+        });
+        thread.join().unwrap();
+    }
+}
