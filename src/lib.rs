@@ -3,5 +3,8 @@
 pub mod config;
 #[allow(unsafe_code)]
 pub mod memory;
+pub mod stats;
+pub mod switch;
 pub mod sync;
 pub mod virtio;
+pub mod wire;
