@@ -3,7 +3,10 @@
 pub mod config;
 #[allow(unsafe_code)]
 pub mod memory;
+pub mod stats;
+pub mod switch;
 pub mod sync;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod virtio;
+pub mod wire;

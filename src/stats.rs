@@ -1,0 +1,381 @@
+//! Counters of ports and poll threads.
+//!
+//! Each poll thread writes only its own block, padded to whole cache lines, so a counter is a
+//! relaxed load, an addition and a relaxed store: no locked instruction and no shared line on the
+//! data path. Whoever wants a number (API, metrics) adds the blocks up; a sum taken while frames
+//! flow is a few frames old and its parts may be of different instants.
+//!
+//! A dropped frame is a normal, counted outcome. Every drop has exactly one [`DropReason`], counted
+//! at the port that caused it: at the ingress port if the frame never got a destination, at the
+//! egress port if one destination did not get it. *rx* and *tx* are always the switch's view.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_utils::CachePadded;
+use serde::{Deserialize, Serialize};
+
+/// Most poll threads; each port holds one block of counters for each.
+pub const MAX_POLL_THREADS: usize = 32;
+
+/// Which port a drop is counted at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// At the port through which the frame entered the switch.
+    Rx,
+    /// At the port that the frame should have left through.
+    Tx,
+}
+
+macro_rules! drop_reasons {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal, $direction:ident;)*) => {
+        /// Why a frame went no further.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum DropReason {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl DropReason {
+            /// Every reason, in the order of their numbers.
+            pub const ALL: [DropReason; [$($name),*].len()] = [$(DropReason::$variant),*];
+
+            /// The name in metrics and the API.
+            pub const fn name(self) -> &'static str {
+                match self { $(DropReason::$variant => $name,)* }
+            }
+
+            /// Which port the drop is counted at.
+            pub const fn direction(self) -> Direction {
+                match self { $(DropReason::$variant => Direction::$direction,)* }
+            }
+        }
+    };
+}
+
+// One row a reason, so that name, direction and `ALL` cannot fall out of step.
+drop_reasons! {
+    /// The descriptor chain breaks a rule of the ring: index or range out of bounds, a loop, wrong
+    /// direction, too short for the virtio-net header.
+    RxMalformedChain = "rx_malformed_chain", Rx;
+    /// The virtio-net header asks for an offload that was not negotiated or does not fit the frame.
+    RxBadOffload = "rx_bad_offload", Rx;
+    /// Shorter than an Ethernet header (14 bytes).
+    RxShortFrame = "rx_short_frame", Rx;
+    /// Longer than the switch takes from any guest.
+    RxTooLong = "rx_too_long", Rx;
+    /// The sender's memory could not be read, because its file was truncated.
+    RxMemoryFault = "rx_memory_fault", Rx;
+    /// Multicast, broadcast or zero source address.
+    RxBadSource = "rx_bad_source", Rx;
+    /// The destination is behind the port that the frame came from.
+    SamePort = "same_port", Rx;
+    /// Destination 01-80-C2-00-00-00 to -0F, which bridges do not forward.
+    LinkLocalFiltered = "link_local_filtered", Rx;
+    /// Flooded, but no other port could take it.
+    NoDestination = "no_destination", Rx;
+    /// Taken from a ring that is started but disabled: read and discarded, as vhost-user demands.
+    RxDisabledQueue = "rx_disabled_queue", Rx;
+    /// No free buffer in the receive queue, also not at the end of the pass.
+    EgressRingFull = "egress_ring_full", Tx;
+    /// Other poll threads won the race for the receive queue too many times.
+    EgressContended = "egress_contended", Tx;
+    /// Longer than the receiver's buffers or its ring can ever take.
+    EgressTooLong = "egress_too_long", Tx;
+    /// The port was removed or its queue disabled after the decision.
+    EgressPortGone = "egress_port_gone", Tx;
+    /// No receive queue of the port is started and enabled.
+    EgressNotReady = "egress_not_ready", Tx;
+    /// The receiver's chain is malformed: it cannot hold a frame.
+    EgressMalformedChain = "egress_malformed_chain", Tx;
+    /// The receiver's memory could not be written, because its file was truncated.
+    EgressMemoryFault = "egress_memory_fault", Tx;
+}
+
+/// A number with one writer.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`. To be called by one thread only: this is not an atomic addition.
+    #[inline]
+    pub fn add(&self, n: u64) {
+        self.0.store(self.get().wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// Raises the number to `n` if it is smaller. One writer, as for [`add`](Self::add).
+    #[inline]
+    pub fn raise_to(&self, n: u64) {
+        if n > self.get() {
+            self.0.store(n, Ordering::Relaxed);
+        }
+    }
+
+    /// The present value.
+    #[inline]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What one poll thread counted at one port.
+#[derive(Debug, Default)]
+pub struct PortCounters {
+    /// Frames that entered the switch and got a verdict other than a drop.
+    pub rx_frames: Counter,
+    /// Their bytes, without virtio-net headers.
+    pub rx_bytes: Counter,
+    /// Frames delivered into the port.
+    pub tx_frames: Counter,
+    /// Their bytes, without virtio-net headers.
+    pub tx_bytes: Counter,
+    /// Frames among `rx_frames` that went to all ports.
+    pub rx_flooded: Counter,
+    /// Times the driver was called (notified).
+    pub calls: Counter,
+    drops: [Counter; DropReason::ALL.len()],
+}
+
+impl PortCounters {
+    /// Counts `n` frames dropped for `reason`.
+    #[inline]
+    pub fn dropped(&self, reason: DropReason, n: u64) {
+        self.drops[reason as usize].add(n);
+    }
+
+    /// Frames dropped for `reason`.
+    #[inline]
+    pub fn drops(&self, reason: DropReason) -> u64 {
+        self.drops[reason as usize].get()
+    }
+}
+
+/// A port's counters: one padded block for each poll thread.
+#[derive(Debug)]
+pub struct PortStats {
+    threads: Box<[CachePadded<PortCounters>]>,
+}
+
+impl Default for PortStats {
+    fn default() -> Self {
+        PortStats {
+            threads: (0..MAX_POLL_THREADS)
+                .map(|_| CachePadded::default())
+                .collect(),
+        }
+    }
+}
+
+impl PortStats {
+    /// All zero.
+    pub fn new() -> PortStats {
+        PortStats::default()
+    }
+
+    /// The block of poll thread `thread`, for that thread alone to write.
+    ///
+    /// # Panics
+    ///
+    /// If `thread` is [`MAX_POLL_THREADS`] or more: the configuration allows no such thread.
+    #[inline]
+    pub fn thread(&self, thread: usize) -> &PortCounters {
+        &self.threads[thread]
+    }
+
+    /// The sum over all poll threads.
+    pub fn sum(&self) -> PortTotals {
+        let mut totals = PortTotals::default();
+        for block in &self.threads {
+            totals.rx_frames += block.rx_frames.get();
+            totals.rx_bytes += block.rx_bytes.get();
+            totals.tx_frames += block.tx_frames.get();
+            totals.tx_bytes += block.tx_bytes.get();
+            totals.rx_flooded += block.rx_flooded.get();
+            totals.calls += block.calls.get();
+        }
+        for reason in DropReason::ALL {
+            let n = self.threads.iter().map(|block| block.drops(reason)).sum();
+            match reason.direction() {
+                Direction::Rx => totals.rx_dropped += n,
+                Direction::Tx => totals.tx_dropped += n,
+            }
+            totals.drops.insert(reason.name().to_string(), n);
+        }
+        totals
+    }
+}
+
+/// A port's numbers at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct PortTotals {
+    /// Frames that entered the switch here and got a verdict other than a drop.
+    pub rx_frames: u64,
+    /// Their bytes.
+    pub rx_bytes: u64,
+    /// Frames delivered into this port.
+    pub tx_frames: u64,
+    /// Their bytes.
+    pub tx_bytes: u64,
+    /// Frames among `rx_frames` that went to all ports.
+    pub rx_flooded: u64,
+    /// Times the driver was called (notified).
+    pub calls: u64,
+    /// Drops counted on entry, all reasons.
+    pub rx_dropped: u64,
+    /// Drops counted on the way out, all reasons.
+    pub tx_dropped: u64,
+    /// Drops by reason; every reason is present.
+    pub drops: BTreeMap<String, u64>,
+}
+
+/// Buckets of a [`Histogram`].
+pub const HISTOGRAM_BUCKETS: usize = 40;
+
+/// Counts values by their number of bits: bucket 0 holds zeros, bucket `i` the values of
+/// 2^(i−1) to 2^i − 1, the last one everything above. One writer.
+#[derive(Debug)]
+pub struct Histogram {
+    buckets: [Counter; HISTOGRAM_BUCKETS],
+    sum: Counter,
+}
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Histogram {
+            buckets: std::array::from_fn(|_| Counter::default()),
+            sum: Counter::default(),
+        }
+    }
+}
+
+impl Histogram {
+    /// Counts one value.
+    #[inline]
+    pub fn record(&self, value: u64) {
+        let bits = (u64::BITS - value.leading_zeros()) as usize;
+        self.buckets[bits.min(HISTOGRAM_BUCKETS - 1)].add(1);
+        self.sum.add(value);
+    }
+
+    /// The largest value that bucket `i` counts; `None` for the last bucket, which has no bound.
+    pub fn upper_bound(i: usize) -> Option<u64> {
+        (i + 1 < HISTOGRAM_BUCKETS).then(|| (1 << i) - 1)
+    }
+
+    /// The counts of all buckets.
+    pub fn counts(&self) -> [u64; HISTOGRAM_BUCKETS] {
+        std::array::from_fn(|i| self.buckets[i].get())
+    }
+
+    /// The sum of all values.
+    pub fn sum(&self) -> u64 {
+        self.sum.get()
+    }
+}
+
+/// What a poll thread tells about itself; written by that thread alone.
+#[derive(Debug, Default)]
+pub struct ThreadStats {
+    /// Turns of the poll loop.
+    pub passes: Counter,
+    /// Passes that found no work.
+    pub idle_passes: Counter,
+    /// Nanoseconds spent in passes that found work.
+    pub busy_ns: Counter,
+    /// Nanoseconds spent polling, with or without work, sleeps not included.
+    pub total_ns: Counter,
+    /// Frames taken from transmit queues.
+    pub frames: Counter,
+    /// Bursts they were handled in.
+    pub bursts: Counter,
+    /// Times the thread went to sleep.
+    pub sleeps: Counter,
+    /// Times it was woken.
+    pub wakeups: Counter,
+    /// Topologies it took over.
+    pub topologies: Counter,
+    /// The longest pass so far, in nanoseconds.
+    pub longest_pass_ns: Counter,
+    /// Length of the passes that found work, in nanoseconds.
+    pub pass_ns: Histogram,
+}
+
+impl ThreadStats {
+    /// Counts a pass of `ns` nanoseconds.
+    #[inline]
+    pub fn pass(&self, ns: u64, found_work: bool) {
+        self.passes.add(1);
+        self.total_ns.add(ns);
+        if found_work {
+            self.busy_ns.add(ns);
+            self.longest_pass_ns.raise_to(ns);
+            self.pass_ns.record(ns);
+        } else {
+            self.idle_passes.add(1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_has_its_own_number_and_snake_case_name() {
+        let mut names = std::collections::HashSet::new();
+        for (i, reason) in DropReason::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, i);
+            assert!(names.insert(reason.name()));
+            assert!(
+                reason
+                    .name()
+                    .bytes()
+                    .all(|b| b.is_ascii_lowercase() || b == b'_')
+            );
+        }
+    }
+
+    #[test]
+    fn the_sum_adds_the_blocks_of_all_threads() {
+        let stats = PortStats::new();
+        stats.thread(0).rx_frames.add(2);
+        stats.thread(MAX_POLL_THREADS - 1).rx_frames.add(3);
+        stats.thread(1).dropped(DropReason::EgressRingFull, 4);
+        stats.thread(2).dropped(DropReason::EgressContended, 1);
+        stats.thread(2).dropped(DropReason::SamePort, 7);
+        let totals = stats.sum();
+        assert_eq!(totals.rx_frames, 5);
+        assert_eq!((totals.rx_dropped, totals.tx_dropped), (7, 5));
+        assert_eq!(totals.drops["egress_ring_full"], 4);
+        assert_eq!(totals.drops["rx_bad_source"], 0);
+        assert_eq!(totals.drops.len(), DropReason::ALL.len());
+    }
+
+    #[test]
+    fn a_port_costs_well_below_64_kib_of_counters() {
+        assert!(size_of::<CachePadded<PortCounters>>() * MAX_POLL_THREADS <= 16 << 10);
+    }
+
+    #[test]
+    fn values_land_in_the_bucket_whose_bound_covers_them() {
+        let histogram = Histogram::default();
+        for value in [0, 1, 2, 3, 4, u64::MAX] {
+            histogram.record(value);
+        }
+        let counts = histogram.counts();
+        assert_eq!(counts[..4], [1, 1, 2, 1]);
+        assert_eq!(counts[HISTOGRAM_BUCKETS - 1], 1);
+        assert_eq!(Histogram::upper_bound(2), Some(3));
+        assert_eq!(Histogram::upper_bound(HISTOGRAM_BUCKETS - 1), None);
+    }
+
+    #[test]
+    fn idle_passes_do_not_count_as_busy() {
+        let stats = ThreadStats::default();
+        stats.pass(100, true);
+        stats.pass(900, false);
+        assert_eq!((stats.passes.get(), stats.idle_passes.get()), (2, 1));
+        assert_eq!((stats.busy_ns.get(), stats.total_ns.get()), (100, 1000));
+        assert_eq!(stats.longest_pass_ns.get(), 100);
+    }
+}

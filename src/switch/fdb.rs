@@ -1,0 +1,331 @@
+//! The forwarding data base: which port a station is behind.
+//!
+//! One table for all poll threads. Look-ups and learning take no lock and wait for nobody; the
+//! control thread removes. Key (VLAN and address) and value (slot, generation, flags) do not fit
+//! one word, so what keeps a reader from pairing one key with another's port is this:
+//!
+//! * **A key word does not change while anybody may look at it.** To insert is to
+//!   compare-and-swap the key from `EMPTY`, then to fill in the value; a reader that finds the key
+//!   without a value treats it as unknown. To move is to compare-and-swap the value.
+//! * **Only control removes**, in two steps. First the value becomes `FREED` and the key
+//!   `TOMBSTONE`, which matches nothing and cannot be taken. Then, once every poll thread has
+//!   passed a point at which it looks at no cell, [`Fdb::reclaim`] makes the cell `EMPTY`. A
+//!   learner that matched the key just before fails its compare-and-swap and does nothing.
+//!
+//! Two threads that insert one key at once may fill two cells. That is harmless: every look-up
+//! takes the first in the same order, and [`Fdb::age`] removes the other.
+//!
+//! [`Fdb::learn`] and [`Fdb::lookup`] are for threads that control waits for before it reclaims.
+//! Everything else takes a lock that no poll thread ever touches.
+//!
+//! Nobody is evicted to make room: a port that invents addresses meets its own quota, a full table
+//! refuses newcomers, and what is not in the table is flooded. Moves are limited per second at the
+//! port that takes the address, so a port cannot make all others' entries flap.
+
+mod control;
+mod limits;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use super::{MAX_SLOTS, PortRef};
+use crate::wire::Mac;
+pub use control::RetireMark;
+use control::Retired;
+use limits::{Admission, Limits, is_after};
+use table::{Key, Place, Table, Value};
+
+/// Smallest and largest capacity of an FDB.
+pub const CAPACITY_RANGE: std::ops::RangeInclusive<usize> = 64..=1 << 22;
+/// A port may hold at least this many addresses, however small the table is.
+const MIN_PER_PORT: usize = 64;
+/// Attempts to take an empty cell before the frame goes on without having taught its source.
+const ATTEMPTS: usize = 4;
+
+/// Bounds of an FDB.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FdbConfig {
+    /// Most entries.
+    pub capacity: usize,
+    /// Most learned entries of one port.
+    pub per_port: usize,
+    /// Most addresses that one port takes from other ports within a second.
+    pub moves_per_second: u32,
+    /// Age at which a learned entry is removed, in whole seconds, rounded up; zero: never.
+    pub ageing: Duration,
+}
+
+impl FdbConfig {
+    /// A table of `capacity` entries, of which one port may have a quarter (but at least 64):
+    /// room for a guest that is a router or bridge itself, and four hostile ones to fill it.
+    pub fn with_capacity(capacity: usize) -> FdbConfig {
+        FdbConfig {
+            capacity,
+            per_port: (capacity / 4).max(MIN_PER_PORT),
+            moves_per_second: 1000,
+            ageing: Duration::from_secs(300),
+        }
+    }
+}
+
+impl Default for FdbConfig {
+    fn default() -> Self {
+        FdbConfig::with_capacity(8192)
+    }
+}
+
+/// Why an FDB operation of the operator is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FdbError {
+    /// No such table.
+    #[error(
+        "FDB size {0} is out of range: {min} to {max}",
+        min = CAPACITY_RANGE.start(),
+        max = CAPACITY_RANGE.end()
+    )]
+    Capacity(usize),
+    /// The system gave no random numbers for the key of the hash.
+    #[error("no random numbers for the key of the FDB's hash")]
+    Random(#[source] getrandom::Error),
+    /// No cell left for a static entry.
+    #[error("no room in the FDB for {mac} in VLAN {vlan}")]
+    NoRoom {
+        /// The VLAN.
+        vlan: u16,
+        /// The address.
+        mac: Mac,
+    },
+}
+
+/// What came of a frame's source address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Learned {
+    /// Known at this port, and seen in this second already.
+    Known,
+    /// Known at this port; its age starts again.
+    Refreshed,
+    /// A new entry.
+    New,
+    /// Known at another port, now at this one.
+    Moved,
+    /// Refused: the table is full.
+    Full,
+    /// Refused: the port has as many entries as it may.
+    Quota,
+    /// Refused: the port took as many addresses from others as it may in one second.
+    MoveLimited,
+    /// Refused: the operator said that the address is at another port.
+    Static,
+    /// Refused: the port is no longer in its slot.
+    Gone,
+    /// Left to the next frame: another thread is changing this entry or this port's count.
+    Contended,
+}
+
+/// An entry, as shown to an operator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FdbEntry {
+    /// VLAN identifier; 0 without VLANs.
+    pub vlan: u16,
+    /// The station's address.
+    pub mac: Mac,
+    /// The port it is behind.
+    pub port: PortRef,
+    /// Seconds since a frame came from it; 0 for static entries.
+    pub age_s: u32,
+    /// Set by the operator: neither ages nor moves.
+    pub is_static: bool,
+}
+
+/// The forwarding data base.
+pub struct Fdb {
+    table: Table,
+    limits: Limits,
+    /// Keys in the table, tombstones not counted.
+    used: AtomicU32,
+    capacity: u32,
+    ageing_s: AtomicU32,
+    /// Serialises the control side; what it removed and may not reuse yet.
+    retired: Mutex<Retired>,
+}
+
+impl Fdb {
+    /// An empty table.
+    pub fn new(config: FdbConfig) -> Result<Fdb, FdbError> {
+        if !CAPACITY_RANGE.contains(&config.capacity) {
+            return Err(FdbError::Capacity(config.capacity));
+        }
+        let hash_key = [
+            getrandom::u64().map_err(FdbError::Random)?,
+            getrandom::u64().map_err(FdbError::Random)?,
+        ];
+        let per_port = config.per_port.min(config.capacity) as u32;
+        let fdb = Fdb {
+            table: Table::new(config.capacity, hash_key),
+            limits: Limits::new(MAX_SLOTS, per_port, config.moves_per_second),
+            used: AtomicU32::new(0),
+            capacity: config.capacity as u32,
+            ageing_s: AtomicU32::new(0),
+            retired: Mutex::default(),
+        };
+        fdb.set_ageing(config.ageing);
+        Ok(fdb)
+    }
+
+    /// The port behind which `mac` is. The caller compares the generation with its topology: the
+    /// entry may be of a port that is gone.
+    #[inline]
+    pub fn lookup(&self, vlan: u16, mac: Mac) -> Option<PortRef> {
+        let key = Key::new(vlan, mac);
+        let (_, value) = self.table.find(self.table.home(key), key)?;
+        Some(value.port())
+    }
+
+    /// Notes that a frame from `mac` came in through `port` at second `now_s` of a monotonic
+    /// clock. Writes nothing if that was known, and noted in this second already.
+    #[inline]
+    pub fn learn(&self, vlan: u16, mac: Mac, port: PortRef, now_s: u32) -> Learned {
+        let key = Key::new(vlan, mac);
+        let Some((cell, value)) = self.table.find(self.table.home(key), key) else {
+            return self.insert(key, port, now_s);
+        };
+        if value != Value::learned(port) {
+            return self.relearn(cell, value, port, now_s);
+        }
+        if self.refresh(cell, now_s) {
+            Learned::Refreshed
+        } else {
+            Learned::Known
+        }
+    }
+
+    /// Notes the time, at most once a second. Only forward: two threads whose clocks read
+    /// differently would otherwise write in turns.
+    #[inline]
+    fn refresh(&self, cell: usize, now_s: u32) -> bool {
+        let seen = self.table.seen(cell);
+        let newer = is_after(now_s, seen.load(Ordering::Relaxed));
+        if newer {
+            seen.store(now_s, Ordering::Relaxed);
+        }
+        newer
+    }
+
+    #[cold]
+    fn insert(&self, key: Key, port: PortRef, now_s: u32) -> Learned {
+        match self.limits.admit(port) {
+            Admission::Granted => {}
+            refused => return refusal(refused),
+        }
+        let learned = self.insert_admitted(key, port, now_s);
+        if learned != Learned::New {
+            self.limits.release(port);
+        }
+        learned
+    }
+
+    fn insert_admitted(&self, key: Key, port: PortRef, now_s: u32) -> Learned {
+        // Looked at before the addition: a full table must not cost a contended write a frame.
+        if self.used.load(Ordering::Relaxed) >= self.capacity {
+            return Learned::Full;
+        }
+        // May refuse one too many while another thread has counted and not yet given up; never
+        // lets one too many in.
+        if self.used.fetch_add(1, Ordering::Relaxed) >= self.capacity {
+            self.used.fetch_sub(1, Ordering::Relaxed);
+            return Learned::Full;
+        }
+        match self.take_cell(key) {
+            Ok(cell) => {
+                self.table.seen(cell).store(now_s, Ordering::Relaxed);
+                if self
+                    .table
+                    .swap_value(cell, Value::PENDING, Value::learned(port))
+                {
+                    Learned::New
+                } else {
+                    // Control removed the key, or made it static. The key's place in `used` is
+                    // no longer ours to give back.
+                    Learned::Contended
+                }
+            }
+            Err(refused) => {
+                self.used.fetch_sub(1, Ordering::Relaxed);
+                refused
+            }
+        }
+    }
+
+    /// Puts `key` into an empty cell; its value is then `PENDING`.
+    fn take_cell(&self, key: Key) -> Result<usize, Learned> {
+        let home = self.table.home(key);
+        for _ in 0..ATTEMPTS {
+            let cell = match self.table.place(home, key) {
+                Place::Empty(cell) => cell,
+                Place::Pending => return Err(Learned::Contended),
+                Place::Full => return Err(Learned::Full),
+            };
+            // Acquire pairs with `Table::clear`; release with the fence in `Table::find`.
+            let taken = self.table.key(cell).compare_exchange(
+                table::EMPTY,
+                key.word(),
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            );
+            match taken {
+                Ok(_) => return Ok(cell),
+                Err(other) if other == key.word() => return Err(Learned::Contended),
+                Err(_) => {}
+            }
+        }
+        Err(Learned::Contended)
+    }
+
+    /// The entry says something else than `port`.
+    #[cold]
+    fn relearn(&self, cell: usize, value: Value, port: PortRef, now_s: u32) -> Learned {
+        if value.is_static() {
+            return if value.port() == port {
+                Learned::Known
+            } else {
+                Learned::Static
+            };
+        }
+        if !self.limits.take_move(port.slot, now_s) {
+            return Learned::MoveLimited;
+        }
+        match self.limits.admit(port) {
+            Admission::Granted => {}
+            refused => return refusal(refused),
+        }
+        if !self.table.swap_value(cell, value, Value::learned(port)) {
+            self.limits.release(port);
+            return Learned::Contended;
+        }
+        self.limits.release(value.port());
+        self.refresh(cell, now_s);
+        Learned::Moved
+    }
+}
+
+fn refusal(admission: Admission) -> Learned {
+    match admission {
+        Admission::Granted | Admission::Contended => Learned::Contended,
+        Admission::Quota => Learned::Quota,
+        Admission::Gone => Learned::Gone,
+    }
+}
+
+impl fmt::Debug for Fdb {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Fdb")
+            .field("used", &self.used)
+            .field("capacity", &self.capacity)
+            .finish_non_exhaustive()
+    }
+}

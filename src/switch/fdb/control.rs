@@ -1,0 +1,238 @@
+//! The control side of the FDB: ageing, flushing, static entries, and the way a cell goes from
+//! removal to reuse.
+//!
+//! Whoever removes asks for [`Fdb::retired`] afterwards, waits until every poll thread has passed a
+//! quiescent point (has acknowledged a topology published after that, or sleeps), and hands the
+//! mark to [`Fdb::reclaim`]. Until then the removed cells are tombstones; the worst that comes of a
+//! late reclaim is a table that refuses newcomers.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+use std::sync::{MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::table::{Key, Place, TOMBSTONE, Value};
+use super::{Fdb, FdbEntry, FdbError, PortRef};
+use crate::wire::Mac;
+
+/// Attempts to place a static entry against learning threads.
+const STATIC_ATTEMPTS: usize = 64;
+
+/// A point in the sequence of removals.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct RetireMark(u64);
+
+/// Cells that were removed and are not yet `EMPTY`, oldest first.
+#[derive(Default)]
+pub(super) struct Retired {
+    cells: VecDeque<usize>,
+    /// Cells reclaimed so far: the number of the first in `cells`.
+    reclaimed: u64,
+}
+
+impl Fdb {
+    fn control(&self) -> MutexGuard<'_, Retired> {
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes learned entries that nobody was heard from for the ageing time, and second cells of
+    /// one key. Returns how many.
+    pub fn age(&self, now_s: u32) -> usize {
+        let ageing_s = self.ageing_s.load(Ordering::Relaxed);
+        self.remove_where(|cell, key, value| {
+            let shadowed = self.is_shadowed(cell, key);
+            let aged = ageing_s != 0 && self.age_of(cell, now_s) >= ageing_s;
+            shadowed || (aged && !value.is_static())
+        })
+    }
+
+    /// Removes the entries of `only`, or of all ports, except static ones if `keep_static`.
+    /// Returns how many.
+    pub fn flush(&self, only: Option<PortRef>, keep_static: bool) -> usize {
+        self.remove_where(|_, _, value| {
+            only.is_none_or(|port| value.port() == port) && !(keep_static && value.is_static())
+        })
+    }
+
+    /// Forgets a port that is leaving its slot: its entries go, static ones too, and a poll thread
+    /// that still sees the port is refused when it wants to learn for it. (One that was already
+    /// past that check may leave an entry behind; its generation keeps it from being used.)
+    pub fn port_removed(&self, port: PortRef) -> usize {
+        self.limits.close(port);
+        self.flush(Some(port), false)
+    }
+
+    /// Removes one entry, learned or static; false if there is none.
+    pub fn remove(&self, vlan: u16, mac: Mac) -> bool {
+        let mut retired = self.control();
+        let key = Key::new(vlan, mac);
+        let mut found = false;
+        for cell in self.table.candidates(self.table.home(key)) {
+            // Again, if a poll thread moves the entry meanwhile; moves are limited.
+            while self.table.key(cell).load(Ordering::Acquire) == key.word() {
+                let value = self.table.value(cell);
+                if self.retire(&mut retired, cell, value) {
+                    found |= value.is_live();
+                }
+            }
+        }
+        found
+    }
+
+    /// Sets where `mac` is, until [`remove`](Self::remove), whatever frames say. Not subject to
+    /// capacity and quota: guests cannot crowd out the operator.
+    pub fn insert_static(&self, vlan: u16, mac: Mac, port: PortRef) -> Result<(), FdbError> {
+        let mut retired = self.control();
+        let key = Key::new(vlan, mac);
+        let home = self.table.home(key);
+        for _ in 0..STATIC_ATTEMPTS {
+            if self.make_static(&mut retired, key, Value::fixed(port)) {
+                return Ok(());
+            }
+            let Place::Empty(cell) = self.table.place(home, key) else {
+                continue;
+            };
+            let taken = self.table.key(cell).compare_exchange(
+                super::table::EMPTY,
+                key.word(),
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            );
+            // The value follows in the next turn, as for a key that a poll thread put there.
+            if taken.is_ok() {
+                self.used.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        Err(FdbError::NoRoom { vlan, mac })
+    }
+
+    /// Gives the first cell of `key` this static value and removes all others. False if no cell has
+    /// the key.
+    fn make_static(&self, retired: &mut Retired, key: Key, fixed: Value) -> bool {
+        let mut done = false;
+        for cell in self.table.candidates(self.table.home(key)) {
+            while self.table.key(cell).load(Ordering::Acquire) == key.word() {
+                let value = self.table.value(cell);
+                if done {
+                    self.retire(retired, cell, value);
+                } else if self.table.swap_value(cell, value, fixed) {
+                    self.release_learned(value);
+                    done = true;
+                    break;
+                }
+            }
+        }
+        done
+    }
+
+    /// The mark of everything removed so far; `None` if nothing waits to be reclaimed.
+    pub fn retired(&self) -> Option<RetireMark> {
+        let retired = self.control();
+        (!retired.cells.is_empty())
+            .then(|| RetireMark(retired.reclaimed + retired.cells.len() as u64))
+    }
+
+    /// Makes the cells removed before `mark` usable again. The caller has made sure that every
+    /// poll thread passed a quiescent point since it got the mark, and has acquired what the
+    /// threads released there. Returns how many cells.
+    pub fn reclaim(&self, mark: RetireMark) -> usize {
+        let mut retired = self.control();
+        let due = mark.0.saturating_sub(retired.reclaimed);
+        let due = usize::try_from(due)
+            .unwrap_or(usize::MAX)
+            .min(retired.cells.len());
+        for cell in retired.cells.drain(..due) {
+            self.table.clear(cell);
+        }
+        retired.reclaimed += due as u64;
+        due
+    }
+
+    /// Sets the age at which learned entries are removed; zero: never.
+    pub fn set_ageing(&self, ageing: Duration) {
+        let seconds = ageing.as_secs() + u64::from(ageing.subsec_nanos() != 0);
+        // Ages are differences modulo 2^32 s.
+        let seconds = seconds.min(i32::MAX as u64) as u32;
+        self.ageing_s.store(seconds, Ordering::Relaxed);
+    }
+
+    /// All entries, in no order.
+    pub fn entries(&self, now_s: u32) -> Vec<FdbEntry> {
+        let _no_removal = self.control();
+        let shown = |(cell, key, value): (usize, Key, Value)| {
+            let is_static = value.is_static();
+            (!self.is_shadowed(cell, key)).then(|| FdbEntry {
+                vlan: key.vlan(),
+                mac: key.mac(),
+                port: value.port(),
+                age_s: if is_static {
+                    0
+                } else {
+                    self.age_of(cell, now_s)
+                },
+                is_static,
+            })
+        };
+        self.live_cells().filter_map(shown).collect()
+    }
+
+    /// Number of entries.
+    pub fn len(&self) -> usize {
+        self.used.load(Ordering::Relaxed) as usize
+    }
+
+    /// Whether there is no entry.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The cells with a live value. Keys do not go while the caller holds the control lock.
+    pub(super) fn live_cells(&self) -> impl Iterator<Item = (usize, Key, Value)> {
+        (0..self.table.cells()).filter_map(|cell| {
+            let key = Key::from_word(self.table.key(cell).load(Ordering::Acquire))?;
+            let value = self.table.value(cell);
+            value.is_live().then_some((cell, key, value))
+        })
+    }
+
+    fn remove_where(&self, condemned: impl Fn(usize, Key, Value) -> bool) -> usize {
+        let mut retired = self.control();
+        self.live_cells()
+            .filter(|&(cell, key, value)| condemned(cell, key, value))
+            // Not if it has moved since: then it is alive.
+            .filter(|&(cell, _, value)| self.retire(&mut retired, cell, value))
+            .count()
+    }
+
+    /// First step of a removal; false if the value has changed.
+    fn retire(&self, retired: &mut Retired, cell: usize, value: Value) -> bool {
+        if !self.table.swap_value(cell, value, Value::FREED) {
+            return false;
+        }
+        self.table.key(cell).store(TOMBSTONE, Ordering::Release);
+        self.release_learned(value);
+        self.used.fetch_sub(1, Ordering::Relaxed);
+        retired.cells.push_back(cell);
+        true
+    }
+
+    /// A value is no longer in the table: its port may learn another. Static and pending ones are
+    /// not counted (a pending one by the thread that is inserting it, which notices).
+    fn release_learned(&self, value: Value) {
+        if value.is_live() && !value.is_static() {
+            self.limits.release(value.port());
+        }
+    }
+
+    fn is_shadowed(&self, cell: usize, key: Key) -> bool {
+        self.table
+            .find(self.table.home(key), key)
+            .is_some_and(|(first, _)| first != cell)
+    }
+
+    /// 0 where a poll thread's clock is ahead of the caller's.
+    fn age_of(&self, cell: usize, now_s: u32) -> u32 {
+        let age = now_s.wrapping_sub(self.table.seen(cell).load(Ordering::Relaxed));
+        if age > i32::MAX as u32 { 0 } else { age }
+    }
+}
