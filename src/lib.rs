@@ -8,5 +8,6 @@ pub mod switch;
 pub mod sync;
 #[allow(unsafe_code)]
 pub mod sys;
+pub mod vhost_user;
 pub mod virtio;
 pub mod wire;

@@ -1,0 +1,392 @@
+//! Sessions of frontends that mean well, in the orders that real ones use.
+
+use super::*;
+
+fn base_of(index: usize, peer: &Peer) -> u32 {
+    peer.frontend.get_vring_base(index).unwrap()
+}
+
+/// ENABLE, CALL and ERR come before everything else, some messages twice.
+#[test]
+fn qemu_order() {
+    let mut peer = Peer::new();
+    assert!(
+        peer.status
+            .snapshot()
+            .state
+            .contains("features not negotiated")
+    );
+    let features = peer.negotiate();
+    assert_eq!(peer.frontend.get_queue_num().unwrap(), 2);
+    for ring in 0..2 {
+        peer.frontend
+            .set_vring_call(ring, &peer.calls[ring])
+            .unwrap();
+        peer.frontend.set_vring_err(ring, &peer.calls[2]).unwrap();
+        for _ in 0..3 {
+            peer.send_ring(FrontendReq::SET_VRING_ENABLE, NEED_REPLY, ring as u32, 1);
+            assert_eq!(peer.reply(), Some(0));
+        }
+    }
+    peer.frontend.set_features(features).unwrap();
+    assert!(
+        peer.status
+            .snapshot()
+            .state
+            .contains("memory-backend-memfd,share=on")
+    );
+    peer.share_memory();
+    for ring in 0..2 {
+        assert!(!peer.started(ring));
+        peer.start_ring(ring, 0);
+        assert!(peer.started(ring));
+    }
+    let pair = peer.pair(0);
+    assert!(
+        pair.receive
+            .is_some_and(|ring| ring.enabled && ring.call.is_some())
+    );
+    assert!(
+        pair.transmit
+            .is_some_and(|ring| ring.enabled && ring.kick.is_some())
+    );
+    let snapshot = peer.status.snapshot();
+    assert!(
+        snapshot.working && snapshot.state == "running",
+        "{snapshot:?}"
+    );
+    assert_eq!((snapshot.memory_regions, snapshot.memory_bytes), (1, SIZE));
+    assert!(matches!(peer.leave(), SessionEnd::Disconnected));
+}
+
+/// Memory slot by slot, ADDR before BASE, base = avail_idx, KICK before CALL, ENABLE last.
+#[test]
+fn cloud_hypervisor_order() {
+    let mut peer = Peer::new();
+    let features = peer.negotiate();
+    peer.frontend.set_features(features).unwrap();
+    assert_eq!(peer.frontend.get_max_mem_slots().unwrap(), 509);
+    peer.frontend
+        .add_mem_region(&peer.region(0, 0, SIZE))
+        .unwrap();
+    for ring in 0..2 {
+        peer.poke(ring as u64, USED + 2, 7);
+        peer.frontend.set_vring_num(ring, ENTRIES).unwrap();
+        peer.frontend
+            .set_vring_addr(ring, &Peer::addresses(ring))
+            .unwrap();
+        peer.frontend.set_vring_base(ring, 20).unwrap();
+        peer.frontend
+            .set_vring_kick(ring, &peer.calls[ring + 8])
+            .unwrap();
+        peer.frontend
+            .set_vring_call(ring, &peer.calls[ring])
+            .unwrap();
+    }
+    assert!(
+        peer.status
+            .snapshot()
+            .state
+            .contains("receiveq 0 not enabled")
+    );
+    assert!(peer.pair(0).receive.is_some_and(|ring| !ring.enabled));
+    for ring in 0..2 {
+        peer.frontend.set_vring_enable(ring, true).unwrap();
+    }
+    assert!(peer.status.snapshot().working);
+    assert!(peer.said("transmitq 0 starts at its used index 7, not at the base 20"));
+    assert_eq!(base_of(0, &peer), 7);
+    peer.leave();
+}
+
+/// Every message boundary of a whole life, with the descriptors counted afterwards.
+#[test]
+fn disconnect_at_every_boundary() {
+    let baseline = descriptors("vu-boundary");
+    for steps in 0.. {
+        let mut peer = Peer::new();
+        peer.memory = memfd::create("vu-boundary", 2 * SIZE).unwrap();
+        let id = {
+            let info = format!("/proc/self/fdinfo/{}", peer.calls[0].as_raw_fd());
+            let info = std::fs::read_to_string(info).unwrap();
+            info.lines()
+                .find(|line| line.starts_with("eventfd-id"))
+                .map(str::to_owned)
+        };
+        let ended = run_steps(&mut peer, steps);
+        let (memory, calls) = (
+            peer.memory.try_clone().unwrap(),
+            peer.calls[0].try_clone().unwrap(),
+        );
+        assert!(matches!(peer.leave(), SessionEnd::Disconnected));
+        if let Some(id) = id {
+            // Ours only: what the peer held went with it.
+            assert_eq!(descriptors(&format!("{id}\n")), 1);
+        }
+        drop((memory, calls));
+        assert_eq!(descriptors("vu-boundary"), baseline);
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        assert!(!maps.contains("vu-boundary"));
+        if ended {
+            return;
+        }
+    }
+}
+
+/// Does the first `steps` messages of a life; true if that was all of it.
+fn run_steps(peer: &mut Peer, steps: usize) -> bool {
+    let features = OFFERED_FEATURES;
+    let all: [&dyn Fn(&mut Peer); 15] = [
+        &|p| assert_eq!(p.frontend.get_features().unwrap(), features),
+        &|p| {
+            assert!(
+                p.frontend
+                    .get_protocol_features()
+                    .unwrap()
+                    .contains(Protocol::REPLY_ACK)
+            )
+        },
+        &|p| {
+            p.frontend
+                .set_protocol_features(Protocol::REPLY_ACK | Protocol::MQ)
+                .unwrap()
+        },
+        &|p| p.frontend.set_owner().unwrap(),
+        &|p| {
+            p.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+            p.frontend.set_features(features).unwrap();
+        },
+        &|p| p.share_memory(),
+        &|p| p.frontend.set_vring_num(0, ENTRIES).unwrap(),
+        &|p| p.frontend.set_vring_base(0, 0).unwrap(),
+        &|p| p.frontend.set_vring_addr(0, &Peer::addresses(0)).unwrap(),
+        &|p| p.frontend.set_vring_call(0, &p.calls[0]).unwrap(),
+        &|p| p.frontend.set_vring_kick(0, &p.calls[0]).unwrap(),
+        &|p| p.frontend.set_vring_enable(0, true).unwrap(),
+        &|p| p.share_memory(),
+        &|p| assert_eq!(base_of(0, p), 0),
+        &|p| p.start_ring(0, 0),
+    ];
+    for step in &all[..steps.min(all.len())] {
+        step(peer);
+    }
+    steps >= all.len()
+}
+
+#[test]
+fn a_stopped_ring_stays_stopped_and_says_the_same_again() {
+    let peer = Peer::up();
+    let queue = peer.pair(0).transmit.unwrap().queue;
+    assert_eq!(base_of(1, &peer), queue.base());
+    assert!(!peer.started(1) && peer.started(0));
+    let status = peer.status.snapshot();
+    assert!(
+        status
+            .state
+            .contains("transmitq 0 not started: the driver has not started it")
+    );
+    assert_eq!(base_of(1, &peer), 0);
+    // The frontend sends everything again, with another base.
+    peer.poke(1, USED + 2, 3);
+    peer.start_ring(1, 3);
+    assert!(peer.started(1));
+    assert_eq!(peer.pair(0).transmit.unwrap().queue.base(), 3);
+    peer.leave();
+}
+
+#[test]
+fn a_ring_never_set_up_answers_its_base() {
+    let mut peer = Peer::new();
+    peer.negotiate();
+    assert_eq!((base_of(0, &peer), base_of(0, &peer)), (0, 0));
+    peer.frontend.set_vring_base(1, 77).unwrap();
+    assert_eq!((base_of(1, &peer), base_of(1, &peer)), (77, 77));
+    peer.leave();
+}
+
+#[test]
+fn rings_move_over_to_new_memory_where_they_stood() {
+    let peer = Peer::up();
+    let before = peer.pair(0).receive.unwrap().queue;
+    let settled = peer.sink.settled.load(Ordering::SeqCst);
+    peer.frontend
+        .set_mem_table(&[peer.region(0, 0, 2 * SIZE)])
+        .unwrap();
+    assert!(peer.sink.settled.load(Ordering::SeqCst) > settled);
+    let after = peer.pair(0).receive.unwrap();
+    assert!(!Arc::ptr_eq(&before, &after.queue) && after.enabled && after.call.is_some());
+    assert_eq!(peer.device().unwrap().memory.len_bytes(), 2 * SIZE);
+    drop((before, after));
+
+    // A table in which the transmitq is not any more.
+    peer.frontend
+        .set_mem_table(&[peer.region(0, 0, RING)])
+        .unwrap();
+    assert!(peer.started(0) && !peer.started(1));
+    let state = peer.status.snapshot().state;
+    assert!(
+        state.contains("transmitq 0 not started: it lies outside of guest memory"),
+        "{state}"
+    );
+    // And back.
+    peer.share_memory();
+    assert!(peer.started(0) && peer.started(1));
+    assert_eq!(peer.status.snapshot().state, "running");
+    peer.leave();
+}
+
+#[test]
+fn regions_come_and_go() {
+    let mut peer = Peer::up();
+    let extra = peer.region(4 * SIZE, SIZE, SIZE);
+    peer.frontend.add_mem_region(&extra).unwrap();
+    assert_eq!(peer.device().unwrap().memory.len_bytes(), 2 * SIZE);
+    peer.frontend.remove_mem_region(&extra).unwrap();
+    assert!(peer.started(0) && peer.started(1));
+    peer.frontend
+        .remove_mem_region(&peer.region(0, 0, SIZE))
+        .unwrap();
+    assert!(peer.device().is_none());
+    assert_eq!(peer.status.snapshot().memory_bytes, 0);
+    peer.leave();
+}
+
+#[test]
+fn what_does_not_concern_a_ring_leaves_it_alone() {
+    let mut peer = Peer::up();
+    let before = peer.pair(0);
+    peer.frontend.set_vring_call(0, &peer.calls[5]).unwrap();
+    peer.frontend
+        .set_vring_addr(0, &Peer::addresses(0))
+        .unwrap();
+    peer.frontend.set_vring_enable(0, false).unwrap();
+    assert!(peer.pair(0).receive.is_some_and(|ring| !ring.enabled));
+    peer.frontend.set_vring_enable(0, true).unwrap();
+    peer.frontend.set_features(OFFERED_FEATURES).unwrap();
+    let after = peer.pair(0);
+    let (before, after) = (before.receive.unwrap(), after.receive.unwrap());
+    assert!(Arc::ptr_eq(&before.queue, &after.queue));
+    assert!(!Arc::ptr_eq(&before.call.unwrap(), &after.call.unwrap()));
+    peer.leave();
+}
+
+#[test]
+fn reset_forgets_rings_and_keeps_memory() {
+    let mut peer = Peer::up();
+    peer.frontend.reset_device().unwrap();
+    assert!(peer.device().is_none());
+    let snapshot = peer.status.snapshot();
+    assert_eq!((snapshot.features, snapshot.memory_bytes), (None, SIZE));
+    peer.frontend.set_features(OFFERED_FEATURES).unwrap();
+    peer.start_ring(0, 0);
+    assert!(peer.pair(0).receive.is_some_and(|ring| !ring.enabled));
+    peer.leave();
+}
+
+/// No descriptor means that both sides poll; without the protocol feature bit all rings are enabled.
+#[test]
+fn rings_without_descriptors_and_without_enable() {
+    let peer = Peer::new();
+    let features = peer.frontend.get_features().unwrap();
+    peer.frontend.set_features(features & !(1 << 30)).unwrap();
+    peer.share_memory();
+    peer.frontend.set_vring_num(0, ENTRIES).unwrap();
+    peer.frontend
+        .set_vring_addr(0, &Peer::addresses(0))
+        .unwrap();
+    peer.send(
+        FrontendReq::SET_VRING_KICK as u32,
+        0,
+        &0x100_u64.to_ne_bytes(),
+    );
+    assert_eq!(base_of_never(&peer), 0);
+    assert!(
+        peer.pair(0)
+            .receive
+            .is_some_and(|ring| ring.enabled && ring.call.is_none())
+    );
+    peer.leave();
+}
+
+/// A reply to wait for that changes nothing.
+fn base_of_never(peer: &Peer) -> u32 {
+    base_of(3, peer)
+}
+
+#[test]
+fn several_pairs_are_offered_with_mq() {
+    let mut peer = Peer::with(SessionOptions::new(4));
+    let features = peer.negotiate();
+    assert_ne!(features & (1 << 22), 0);
+    assert_eq!(peer.queue_num(), Some(4));
+    peer.frontend.set_features(features).unwrap();
+    peer.share_memory();
+    for ring in 0..8 {
+        peer.start_ring(ring, 0);
+        assert!(peer.started(ring));
+    }
+    peer.leave();
+}
+
+#[test]
+fn more_queues_than_offered_are_told_so() {
+    let peer = Peer::up();
+    assert_eq!(OFFERED_FEATURES & (1 << 22), 0);
+    assert_eq!(peer.queue_num(), Some(2));
+    peer.start_ring(2, 0);
+    assert_eq!(peer.device().unwrap().pairs.len(), 1);
+    let state = peer.status.snapshot().state;
+    assert!(
+        state.contains("receiveq 1 not started: more queue pairs are used than the 1"),
+        "{state}"
+    );
+    assert!(peer.said("receiveq 1 not started"));
+    peer.leave();
+}
+
+#[test]
+fn packed_rings_only_where_offered() {
+    let packed = 1 << 34;
+    let options = SessionOptions {
+        queue_pairs: 1,
+        features: OFFERED_FEATURES | packed,
+    };
+    let mut peer = Peer::with(options);
+    let features = peer.negotiate();
+    assert_ne!(features & packed, 0);
+    peer.frontend.set_features(features).unwrap();
+    peer.share_memory();
+    peer.frontend.set_vring_num(0, 200).unwrap();
+    peer.frontend
+        .set_vring_addr(0, &Peer::addresses(0))
+        .unwrap();
+    // 32 bits, of which the crate's frontend sends only 16.
+    peer.send_ring(FrontendReq::SET_VRING_BASE, NEED_REPLY, 0, 0x8005_8005);
+    assert_eq!(peer.reply(), Some(0));
+    peer.frontend.set_vring_kick(0, &peer.calls[0]).unwrap();
+    assert!(peer.started(0));
+    assert_eq!(base_of(0, &peer), 0x8005_8005);
+    peer.leave();
+}
+
+#[test]
+fn a_session_can_be_stopped_from_outside() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let stopper = Stopper::new(&theirs).unwrap();
+    let sink = Arc::new(Double::default());
+    let thread = std::thread::spawn(move || {
+        serve(theirs, SessionOptions::new(1), sink, SessionStatus::new())
+    });
+    stopper.stop();
+    assert!(matches!(thread.join().unwrap(), SessionEnd::Disconnected));
+    stopper.stop();
+    drop(ours);
+}
+
+#[test]
+fn a_removed_port_ends_its_session() {
+    let peer = Peer::up();
+    peer.sink.gone.store(true, Ordering::SeqCst);
+    assert!(peer.frontend.get_vring_base(0).is_err());
+    assert!(matches!(peer.ended(), SessionEnd::PortGone));
+}
