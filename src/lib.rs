@@ -1,12 +1,17 @@
 //! Pollux: a software switch for virtual machines.
 
 pub mod config;
+pub mod frame;
 #[allow(unsafe_code)]
 pub mod memory;
+pub mod poll;
+pub mod port;
 pub mod stats;
 pub mod switch;
 pub mod sync;
 #[allow(unsafe_code)]
 pub mod sys;
+pub mod topology;
+#[allow(unsafe_code)]
 pub mod virtio;
 pub mod wire;
