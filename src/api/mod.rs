@@ -10,8 +10,18 @@
 //! Nothing here touches the data path: the API thread reads what control gives it, and a stuck or
 //! hostile client can use up its own connection and no more.
 
+pub mod client;
+pub mod events;
+pub mod openapi;
+pub mod server;
 pub mod types;
 
+mod conn;
 mod control;
+mod routes;
+mod socket;
+mod stream;
 
 pub use control::{Control, ControlError, What};
+pub use events::EventHub;
+pub use server::{Server, ServerError};

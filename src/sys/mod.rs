@@ -1,0 +1,3 @@
+//! System calls that no safe wrapper offers, each behind a safe function.
+
+pub mod account;
