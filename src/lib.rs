@@ -1,5 +1,7 @@
 //! Pollux: a software switch for virtual machines.
 
+pub mod api;
+pub mod cli;
 pub mod config;
 pub mod frame;
 #[allow(unsafe_code)]
@@ -12,6 +14,5 @@ pub mod sync;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod topology;
-#[allow(unsafe_code)]
 pub mod virtio;
 pub mod wire;
