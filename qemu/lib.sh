@@ -64,11 +64,12 @@ private_dir() {
 }
 
 # background LOG COMMAND...: starts a child that does not outlive this script;
-# its process id is then in $!.
+# its process id is then in $!. The kernel sees to that (pdeathsig) when even
+# the exit trap cannot, because somebody used SIGKILL.
 background() {
     local log=$1
     shift
-    "$@" >"$log" 2>&1 &
+    setpriv --pdeathsig TERM -- "$@" >"$log" 2>&1 &
     children+=("$!")
 }
 
