@@ -3,6 +3,7 @@
 pub mod api;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod frame;
 #[allow(unsafe_code)]
 pub mod memory;
@@ -14,5 +15,7 @@ pub mod sync;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod topology;
+pub mod vhost_user;
+#[allow(unsafe_code)]
 pub mod virtio;
 pub mod wire;

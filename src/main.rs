@@ -3,13 +3,14 @@
 use std::error::Error;
 use std::process::ExitCode;
 
-use pollux::cli::{self, EXIT_INTERNAL, Failure};
+use pollux::cli;
 use pollux::config::DaemonConfig;
+use pollux::daemon;
 
 fn main() -> ExitCode {
     cli::main(run)
 }
 
-fn run(_config: DaemonConfig) -> Result<(), Box<dyn Error>> {
-    Err(Failure::new(EXIT_INTERNAL, "the switch is not part of this build").into())
+fn run(config: DaemonConfig) -> Result<(), Box<dyn Error>> {
+    daemon::run(config).map_err(Into::into)
 }

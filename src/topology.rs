@@ -64,8 +64,19 @@ pub struct Ingress {
 pub struct Plan {
     /// The transmit queues that it owns.
     pub queues: Box<[Ingress]>,
-    /// Receive queues whose first call (at ring start) it makes: slot, and index in the port's queues.
-    pub starts: Box<[(u16, u16)]>,
+    /// Receive queues whose first call (at ring start) it makes.
+    pub starts: Box<[Start]>,
+}
+
+/// A receive queue by its place in the topology.
+#[derive(Clone, Copy, Debug)]
+pub struct Start {
+    /// Slot of the port.
+    pub slot: u16,
+    /// Index in [`Egress::queues`].
+    pub index: u16,
+    /// Address of the ring object, to tell a restarted ring from the one before.
+    pub address: usize,
 }
 
 /// A port for [`Topology::build`].
@@ -106,14 +117,14 @@ impl Topology {
             .max();
         let mut ports: Vec<Option<Egress>> = Vec::new();
         ports.resize_with(slots.unwrap_or(0), || None);
-        let mut plans: Vec<(Vec<Ingress>, Vec<(u16, u16)>)> = Vec::new();
+        let mut plans: Vec<(Vec<Ingress>, Vec<Start>)> = Vec::new();
         plans.resize_with(threads, Default::default);
         let mut number = 0;
         for entry in entries {
             let slot = entry.shared.reference.slot;
-            let egress = egress(entry, &mut number, |pair, index| {
+            let egress = egress(entry, &mut number, |pair, start| {
                 if let Some(thread) = owner(&entry.shared, pair) {
-                    plans[thread].1.push((slot, index));
+                    plans[thread].1.push(start);
                 }
             });
             ports[usize::from(slot)] = Some(egress);
@@ -151,7 +162,7 @@ impl Topology {
     }
 }
 
-fn egress(entry: &PortEntry, number: &mut u32, mut start: impl FnMut(u16, u16)) -> Egress {
+fn egress(entry: &PortEntry, number: &mut u32, mut start: impl FnMut(u16, Start)) -> Egress {
     let mut queues = Vec::new();
     for (pair, queue) in entry
         .device
@@ -161,7 +172,16 @@ fn egress(entry: &PortEntry, number: &mut u32, mut start: impl FnMut(u16, u16)) 
         let Some(receive) = queue.receive.as_ref().filter(|receive| receive.enabled) else {
             continue;
         };
-        start(pair as u16, queues.len() as u16);
+        let address = Arc::as_ptr(&receive.queue).addr();
+        let index = queues.len() as u16;
+        start(
+            pair as u16,
+            Start {
+                slot: entry.shared.reference.slot,
+                index,
+                address,
+            },
+        );
         queues.push(EgressQueue {
             queue: receive.queue.clone(),
             call: receive.call.clone(),

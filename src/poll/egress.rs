@@ -134,9 +134,10 @@ impl<'t, 'p> Delivery<'t, 'p> {
 
     /// Makes the one call that every ring start owes its driver.
     pub(super) fn call_started(&mut self) {
-        for (slot, index) in &self.context.plan.starts {
-            let egress = self.context.topology.port(*slot);
-            if let Some(queue) = egress.and_then(|egress| egress.queues.get(usize::from(*index))) {
+        for start in &self.context.plan.starts {
+            let egress = self.context.topology.port(start.slot);
+            let index = usize::from(start.index);
+            if let Some(queue) = egress.and_then(|egress| egress.queues.get(index)) {
                 self.make_room(1);
                 self.touched.note(queue, Published::Clean);
             }

@@ -1,0 +1,456 @@
+//! What a frontend has set up so far, and the [`Device`] that follows from it.
+//!
+//! Every change ends in [`DeviceState::update`]: rings that can start now are started, and a new device is posted.
+//! Every change that takes something away goes through [`DeviceState::stop`] first: rings are taken out,
+//! the device without them is posted and settled, and only then do they hand over their position and disappear.
+//! Rings that a change does not concern stay the same queue objects in the next device.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::error::SessionError;
+use super::event::{Reporter, RingName, SessionEvent};
+use super::options::{PROTOCOL, SessionOptions, has_enable, ring_features};
+use super::ring::{Addresses, Running, Vring, size_possible};
+use super::status::{RingEntry, SessionStatus};
+use super::{DeviceSink, Gone};
+use crate::memory::{FaultMark, GuestMemory};
+use crate::port::{Device, QueuePair};
+
+/// The state of one conversation.
+pub(super) struct DeviceState {
+    pub(super) options: SessionOptions,
+    sink: Arc<dyn DeviceSink>,
+    status: Arc<SessionStatus>,
+    reporter: Reporter,
+    /// GET_FEATURES was answered: from then on the crate acknowledges what asks for it.
+    pub(super) features_read: bool,
+    features: Option<u64>,
+    protocol: u64,
+    memory: Arc<GuestMemory>,
+    rings: Vec<Vring>,
+    /// The last post was a device.
+    posted: bool,
+    /// The truncation of guest memory was reported.
+    loss_reported: bool,
+    /// Why the handler refused the message at hand; the crate's error type does not carry it.
+    failure: Option<SessionError>,
+}
+
+impl DeviceState {
+    pub(super) fn new(
+        options: SessionOptions,
+        sink: Arc<dyn DeviceSink>,
+        status: Arc<SessionStatus>,
+        now: Instant,
+    ) -> Self {
+        let mark = FaultMark::new();
+        status.lock().fault = Some(Arc::clone(&mark));
+        DeviceState {
+            reporter: Reporter::new(Arc::clone(&sink), now),
+            rings: (0..options.rings()).map(Vring::new).collect(),
+            memory: Arc::new(GuestMemory::new(mark)),
+            options,
+            sink,
+            status,
+            features_read: false,
+            features: None,
+            protocol: 0,
+            posted: false,
+            loss_reported: false,
+            failure: None,
+        }
+    }
+
+    pub(super) fn event(&mut self, event: SessionEvent) {
+        self.reporter.report(event, Instant::now());
+    }
+
+    pub(super) fn fail(&mut self, error: SessionError) {
+        self.failure = Some(error);
+    }
+
+    pub(super) fn take_failure(&mut self) -> Option<SessionError> {
+        self.failure.take()
+    }
+
+    /// Whether messages that ask for an acknowledgement get one; the crate's rule.
+    pub(super) fn acknowledges(&self) -> bool {
+        use vhost::vhost_user::message::VhostUserProtocolFeatures as Features;
+        self.features_read && self.protocol & Features::REPLY_ACK.bits() != 0
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.rings.iter().any(|ring| ring.running.is_some())
+    }
+
+    pub(super) fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// A ring by the index of a message, at full width.
+    pub(super) fn ring(&mut self, index: u32) -> Result<&mut Vring, SessionError> {
+        let rings = self.rings.len();
+        let at = usize::try_from(index).unwrap_or(usize::MAX);
+        self.rings
+            .get_mut(at)
+            .ok_or(SessionError::RingIndex { index, rings })
+    }
+
+    fn enabled(&self, ring: &Vring) -> bool {
+        ring.enable || !self.features.is_some_and(has_enable)
+    }
+
+    // ---- what poll threads see -------------------------------------------------------------------
+
+    /// Starts what can start, and posts the device as it is now.
+    pub(super) fn update(&mut self) {
+        self.start_rings();
+        self.post();
+        self.refresh();
+    }
+
+    /// Starts what can start; posts only then.
+    fn start(&mut self) {
+        if self.start_rings() {
+            self.post();
+        }
+        self.refresh();
+    }
+
+    /// Tries to start every ring that does not run; true if one did.
+    fn start_rings(&mut self) -> bool {
+        let (features, pairs) = (self.features, self.options.pairs());
+        let mut any = false;
+        for at in 0..self.rings.len() {
+            let ring = &mut self.rings[at];
+            if ring.running.is_some() {
+                continue;
+            }
+            let (name, asked) = (ring.name, ring.base);
+            let events = match ring.setup(features, &self.memory, pairs).and_then(|setup| {
+                let base = ring.start(&setup)?.base();
+                Ok((setup, base))
+            }) {
+                Ok((setup, base)) => {
+                    (ring.refusal, any) = (None, true);
+                    let packed = setup.features.packed;
+                    let differs = asked.filter(|asked| !packed && *asked & 0xffff != base);
+                    let started = SessionEvent::RingStarted {
+                        ring: name,
+                        size: setup.size,
+                        packed,
+                        base,
+                    };
+                    [
+                        Some(started),
+                        differs.map(|asked| SessionEvent::BaseDiffers {
+                            ring: name,
+                            asked,
+                            found: base,
+                        }),
+                    ]
+                }
+                Err(reason) => {
+                    let news = ring.refusal.replace(reason) != Some(reason);
+                    let refused = SessionEvent::RingRefused { ring: name, reason };
+                    [(news && !reason.is_waiting()).then_some(refused), None]
+                }
+            };
+            for event in events.into_iter().flatten() {
+                self.event(event);
+            }
+        }
+        any
+    }
+
+    /// The device of all running rings; `None` if nothing runs.
+    fn device(&self) -> Option<Arc<Device>> {
+        if !self.is_running() {
+            return None;
+        }
+        let mut pairs = vec![QueuePair::default(); usize::from(self.options.pairs())];
+        for (pair, rings) in pairs.iter_mut().zip(self.rings.chunks(2)) {
+            for ring in rings {
+                let enabled = self.enabled(ring);
+                if ring.name.is_receiveq() {
+                    pair.receive = ring.receive(enabled);
+                } else {
+                    pair.transmit = ring.transmit(enabled);
+                }
+            }
+        }
+        let features = self.features.unwrap_or(0);
+        Some(Arc::new(Device {
+            memory: Arc::clone(&self.memory),
+            features,
+            pairs,
+        }))
+    }
+
+    fn post(&mut self) -> Option<super::Ticket> {
+        let device = self.device();
+        if device.is_none() && !self.posted {
+            return None;
+        }
+        self.posted = device.is_some();
+        Some(self.sink.post(device))
+    }
+
+    /// Posts, and waits until every poll thread works with it.
+    fn settle(&mut self) -> Result<(), Gone> {
+        match self.post() {
+            Some(ticket) => self.sink.settle(ticket),
+            None => Ok(()),
+        }
+    }
+
+    /// Stops the running rings that `which` selects. When this returns, nobody touches them any more, and each
+    /// ring's base is where it stands.
+    fn stop(&mut self, which: impl Fn(&Vring) -> bool) -> Result<(), Gone> {
+        let mut stopped: Vec<(usize, Running)> = Vec::new();
+        for (at, ring) in self
+            .rings
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, ring)| which(ring))
+        {
+            stopped.extend(ring.running.take().map(|running| (at, running)));
+        }
+        if stopped.is_empty() {
+            return Ok(());
+        }
+        // The status refers to the queues, too.
+        self.refresh();
+        self.settle()?;
+        for (at, running) in stopped {
+            let (ring, base) = (&mut self.rings[at], running.base());
+            ring.base = Some(base);
+            let ring = ring.name;
+            self.event(SessionEvent::RingStopped { ring, base });
+        }
+        Ok(())
+    }
+
+    // ---- messages --------------------------------------------------------------------------------
+
+    /// SET_FEATURES. While rings run, only bits that do not concern rings may change; the new set is posted.
+    pub(super) fn set_features(&mut self, features: u64) -> Result<(), SessionError> {
+        let offered = self.options.offered();
+        if features & !offered != 0 {
+            return Err(SessionError::NotOffered { features, offered });
+        }
+        let changed = |old| ring_features(old) != ring_features(features);
+        if self.is_running() && self.features.is_some_and(changed) {
+            return Err(SessionError::FeaturesWhileRunning { features });
+        }
+        if self.features.replace(features) != Some(features) {
+            let protocol = self.protocol;
+            self.event(SessionEvent::Features { features, protocol });
+            self.update();
+        }
+        Ok(())
+    }
+
+    pub(super) fn set_protocol(&mut self, features: u64) -> Result<(), SessionError> {
+        let offered = PROTOCOL.bits();
+        if features & !offered != 0 {
+            return Err(SessionError::NotOffered { features, offered });
+        }
+        self.protocol = features;
+        self.refresh();
+        Ok(())
+    }
+
+    /// A new map: all rings stop, move over to it, and go on where they stood. One that is not in it any more
+    /// stays stopped.
+    pub(super) fn set_memory(&mut self, memory: GuestMemory) -> Result<(), SessionError> {
+        self.stop(|_| true)?;
+        let (regions, bytes) = (memory.regions().count(), memory.len_bytes());
+        self.memory = Arc::new(memory);
+        self.status.lock().memory_error = None;
+        self.event(SessionEvent::Memory { regions, bytes });
+        self.start();
+        Ok(())
+    }
+
+    pub(super) fn set_size(&mut self, index: u32, size: u32) -> Result<(), SessionError> {
+        // Before SET_FEATURES it may still become a packed ring, whose size need not be a power of two.
+        let packed = ring_features(self.features.unwrap_or(self.options.offered())).packed;
+        let ring = self.ring(index)?;
+        let name = ring.name;
+        let size =
+            size_possible(size, packed).ok_or(SessionError::RingSize { ring: name, size })?;
+        if ring.running.is_some() && ring.size != Some(size) {
+            return Err(SessionError::RingRunning {
+                request: "SET_VRING_NUM",
+                ring: name,
+            });
+        }
+        ring.size = Some(size);
+        self.start();
+        Ok(())
+    }
+
+    /// SET_VRING_ADDR. QEMU sends it again while rings run; the same addresses change nothing, and others restart
+    /// the ring there.
+    pub(super) fn set_addresses(
+        &mut self,
+        index: u32,
+        addresses: Addresses,
+    ) -> Result<(), SessionError> {
+        let (memory, features) = (Arc::clone(&self.memory), self.features);
+        let ring = self.ring(index)?;
+        if ring.addresses == Some(addresses) {
+            return Ok(());
+        }
+        let name = ring.name;
+        // Where everything is known already, a wrong address is an error; else it is found when the ring starts.
+        if let (Some(size), Some(features), true) = (ring.size, features, memory.len_bytes() > 0) {
+            addresses
+                .places(&memory, size, ring_features(features))
+                .ok_or(SessionError::RingAddress { ring: name })?;
+        }
+        self.stop(|ring| ring.name == name)?;
+        self.ring(index)?.addresses = Some(addresses);
+        self.start();
+        Ok(())
+    }
+
+    pub(super) fn set_base(&mut self, index: u32, base: u32) -> Result<(), SessionError> {
+        let ring = self.ring(index)?;
+        if ring.running.is_some() {
+            return Err(SessionError::RingRunning {
+                request: "SET_VRING_BASE",
+                ring: ring.name,
+            });
+        }
+        ring.base = Some(base);
+        Ok(())
+    }
+
+    /// GET_VRING_BASE: the ring is stopped, and stays so until the next kick descriptor comes.
+    pub(super) fn stop_ring(&mut self, index: u32) -> Result<u32, SessionError> {
+        let name = self.ring(index)?.name;
+        self.stop(|ring| ring.name == name)?;
+        let ring = self.ring(index)?;
+        ring.kicked = false;
+        ring.kick = None;
+        ring.call = None;
+        let base = ring.base.unwrap_or(0);
+        self.start();
+        Ok(base)
+    }
+
+    /// SET_VRING_ENABLE, which may come before anything else. Disabled means that nobody delivers any more.
+    pub(super) fn enable(&mut self, index: u32, value: u32) -> Result<(), SessionError> {
+        let enable = match value {
+            0 => false,
+            1 => true,
+            other => return Err(SessionError::EnableValue(other)),
+        };
+        let ring = self.ring(index)?;
+        let before = std::mem::replace(&mut ring.enable, enable);
+        let running = ring.running.is_some();
+        if before == enable {
+            return Ok(());
+        }
+        if !running {
+            self.refresh();
+            return Ok(());
+        }
+        if enable {
+            self.update();
+        } else {
+            self.settle()?;
+            self.refresh();
+        }
+        Ok(())
+    }
+
+    /// RESET_DEVICE: rings stop and everything about them but the call descriptors is forgotten; memory stays.
+    pub(super) fn reset(&mut self) -> Result<(), SessionError> {
+        self.stop(|_| true)?;
+        self.rings.iter_mut().for_each(Vring::reset);
+        self.features = None;
+        self.start();
+        Ok(())
+    }
+
+    // ---- end and status --------------------------------------------------------------------------
+
+    /// Lets go of rings and memory, whatever happened before.
+    pub(super) fn release(&mut self) -> Result<(), Gone> {
+        let stopped = self.stop(|_| true);
+        // A stop that failed has taken the rings out all the same, and the port is gone with its topology.
+        self.memory = Arc::new(GuestMemory::new(Arc::clone(self.memory.fault_mark())));
+        self.rings.clear();
+        self.refresh();
+        stopped
+    }
+
+    /// Remembers an error for the status.
+    pub(super) fn record(&mut self, error: &SessionError) {
+        let text = error.to_string();
+        let mut status = self.status.lock();
+        if matches!(error, SessionError::PrivateMemory | SessionError::Memory(_)) {
+            status.memory_error = Some(text.clone());
+        }
+        status.last_error = Some(text);
+    }
+
+    /// A message was refused, and the session goes on.
+    pub(super) fn refused(&mut self, error: &SessionError, now: Instant) {
+        self.record(error);
+        let reason = error.to_string().into();
+        self.reporter
+            .report(SessionEvent::MessageRefused { reason }, now);
+    }
+
+    /// Reports what a driver broke since the last look.
+    pub(super) fn look(&mut self, now: Instant) {
+        if self.memory.faulted() && !std::mem::replace(&mut self.loss_reported, true) {
+            self.reporter.report(SessionEvent::MemoryLost, now);
+        }
+        for ring in &mut self.rings {
+            let broken = ring.running.as_ref().and_then(Running::broken);
+            if let Some(reason) = broken.filter(|_| !ring.broken_reported) {
+                ring.broken_reported = true;
+                let ring: RingName = ring.name;
+                self.reporter
+                    .report(SessionEvent::RingBroken { ring, reason }, now);
+            }
+        }
+    }
+
+    /// Brings the status up to date.
+    fn refresh(&self) {
+        let told = |ring: &&Vring| {
+            ring.name.pair() < self.options.pairs() || ring.kicked || ring.size.is_some()
+        };
+        let mut status = self.status.lock();
+        status.features = self.features;
+        status.protocol = self.protocol;
+        status.packed = self
+            .features
+            .is_some_and(|features| ring_features(features).packed);
+        status.regions = self.memory.regions().count();
+        status.bytes = self.memory.len_bytes();
+        status.rings = self
+            .rings
+            .iter()
+            .filter(told)
+            .map(|ring| self.entry(ring))
+            .collect();
+    }
+
+    fn entry(&self, ring: &Vring) -> RingEntry {
+        RingEntry {
+            ring: ring.name,
+            size: ring.size,
+            enabled: self.enabled(ring),
+            running: ring.running.clone(),
+            refusal: ring.refusal,
+        }
+    }
+}

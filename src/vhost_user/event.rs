@@ -1,0 +1,191 @@
+//! What a session reports, one line each, and how often.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::DeviceSink;
+use super::ring::Refusal;
+use crate::virtio::Broken;
+
+/// A ring by its vring index: receiveq `2n`, transmitq `2n + 1` (virtio 1.2 §5.1.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingName(pub u16);
+
+impl RingName {
+    /// Whether the switch delivers into it.
+    pub fn is_receiveq(self) -> bool {
+        self.0.is_multiple_of(2)
+    }
+
+    /// Number of its queue pair.
+    pub fn pair(self) -> u16 {
+        self.0 / 2
+    }
+}
+
+impl fmt::Display for RingName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = if self.is_receiveq() {
+            "receiveq"
+        } else {
+            "transmitq"
+        };
+        write!(f, "{kind} {}", self.pair())
+    }
+}
+
+/// Something worth a line in the log. Texts of the frontend's choice never appear in it.
+#[derive(Clone, Debug)]
+pub enum SessionEvent {
+    /// SET_FEATURES.
+    Features {
+        /// Acknowledged virtio features.
+        features: u64,
+        /// Acknowledged protocol features.
+        protocol: u64,
+    },
+    /// The guest's memory changed.
+    Memory {
+        /// Regions it has now.
+        regions: usize,
+        /// Their size.
+        bytes: u64,
+    },
+    /// The guest's memory was truncated under us; it is served no further.
+    MemoryLost,
+    /// A ring started.
+    RingStarted {
+        /// Which.
+        ring: RingName,
+        /// Entries.
+        size: u16,
+        /// Packed, not split.
+        packed: bool,
+        /// Position it starts at, as GET_VRING_BASE would answer it.
+        base: u32,
+    },
+    /// A split ring's used index, where it starts, is not what SET_VRING_BASE said.
+    BaseDiffers {
+        /// Which.
+        ring: RingName,
+        /// What SET_VRING_BASE said.
+        asked: u32,
+        /// Where it starts.
+        found: u32,
+    },
+    /// A ring that the frontend started cannot work.
+    RingRefused {
+        /// Which.
+        ring: RingName,
+        /// Why.
+        reason: Refusal,
+    },
+    /// A ring stopped.
+    RingStopped {
+        /// Which.
+        ring: RingName,
+        /// Where it stands.
+        base: u32,
+    },
+    /// A driver did something impossible with a ring; it stands still until its next start.
+    RingBroken {
+        /// Which.
+        ring: RingName,
+        /// What.
+        reason: Broken,
+    },
+    /// A message was answered with an error.
+    MessageRefused {
+        /// Why, in words.
+        reason: Arc<str>,
+    },
+    /// More was to be reported, but a frontend must not fill the log.
+    Suppressed {
+        /// How many events.
+        count: u64,
+    },
+}
+
+impl fmt::Display for SessionEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SessionEvent::Features { features, protocol } => {
+                write!(f, "features {features:#x}, protocol features {protocol:#x}")
+            }
+            SessionEvent::Memory { regions, bytes } => {
+                write!(
+                    f,
+                    "guest memory of {} MiB in {regions} regions",
+                    bytes >> 20
+                )
+            }
+            SessionEvent::MemoryLost => f.write_str("guest memory was truncated by its owner"),
+            SessionEvent::RingStarted {
+                ring,
+                size,
+                packed,
+                base,
+            } => {
+                let kind = if *packed { "packed" } else { "split" };
+                write!(f, "{ring} started: {kind}, {size} entries, at {base:#x}")
+            }
+            SessionEvent::BaseDiffers { ring, asked, found } => {
+                write!(
+                    f,
+                    "{ring} starts at its used index {found}, not at the base {asked} given"
+                )
+            }
+            SessionEvent::RingRefused { ring, reason } => write!(f, "{ring} not started: {reason}"),
+            SessionEvent::RingStopped { ring, base } => write!(f, "{ring} stopped at {base:#x}"),
+            SessionEvent::RingBroken { ring, reason } => write!(f, "{ring} broken: {reason}"),
+            SessionEvent::MessageRefused { reason } => write!(f, "message refused: {reason}"),
+            SessionEvent::Suppressed { count } => write!(f, "{count} more events not shown"),
+        }
+    }
+}
+
+/// Events that may come at once; a start of 256 rings says everything.
+const BURST: u32 = 600;
+/// Time after which one more may come.
+const REFILL: Duration = Duration::from_millis(250);
+
+/// Passes events on, no more than a frontend's honest life needs.
+pub(super) struct Reporter {
+    sink: Arc<dyn DeviceSink>,
+    left: u32,
+    refilled: Instant,
+    suppressed: u64,
+}
+
+impl Reporter {
+    pub(super) fn new(sink: Arc<dyn DeviceSink>, now: Instant) -> Self {
+        Reporter {
+            sink,
+            left: BURST,
+            refilled: now,
+            suppressed: 0,
+        }
+    }
+
+    pub(super) fn report(&mut self, event: SessionEvent, now: Instant) {
+        let refills = now.duration_since(self.refilled).as_millis() / REFILL.as_millis();
+        if refills > 0 {
+            self.left = self
+                .left
+                .saturating_add(refills.min(u128::from(BURST)) as u32)
+                .min(BURST);
+            self.refilled = now;
+        }
+        if self.left == 0 {
+            self.suppressed += 1;
+            return;
+        }
+        self.left -= 1;
+        if self.suppressed > 0 {
+            let count = std::mem::take(&mut self.suppressed);
+            self.sink.event(SessionEvent::Suppressed { count });
+        }
+        self.sink.event(event);
+    }
+}

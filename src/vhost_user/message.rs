@@ -1,0 +1,206 @@
+//! Messages before the crate sees them.
+//!
+//! The crate reads a header and then a body with one call each, and takes half a body for an error. So each header is
+//! peeked at first, and nothing is read before the whole message has arrived. It must arrive within a deadline
+//! from its first byte on; between messages a frontend may be silent for ever. What the crate does not
+//! know is read here, which also makes the kernel close any descriptor that came with it.
+
+use std::io::{IoSliceMut, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, ioctl_fionread};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recvmsg};
+use vhost::vhost_user::message::{MAX_MSG_SIZE, VhostUserHeaderFlag};
+
+use super::error::{Request, SessionError};
+
+/// Bytes of a header: request, flags, size.
+pub(super) const HEADER: usize = 12;
+/// How often half a message is looked at again: there is no event for "more of it has come".
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// The only version there is.
+const VERSION: u32 = 1;
+
+/// A message whose header was looked at and which has arrived completely.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Arrived {
+    pub(super) request: Request,
+    flags: u32,
+    pub(super) size: u32,
+    /// It carries file descriptors.
+    pub(super) has_files: bool,
+}
+
+impl Arrived {
+    pub(super) fn needs_reply(&self) -> bool {
+        self.flags & VhostUserHeaderFlag::NEED_REPLY.bits() != 0
+    }
+
+    fn len(&self) -> usize {
+        HEADER + self.size as usize
+    }
+
+    fn parse(header: &[u8; HEADER], has_files: bool) -> Result<Self, SessionError> {
+        let word = |at: usize| {
+            u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+        };
+        let (request, flags, size) = (Request(word(0)), word(4), word(8));
+        if flags & !VhostUserHeaderFlag::NEED_REPLY.bits() != VERSION {
+            return Err(SessionError::HeaderFlags(flags));
+        }
+        if size as usize > MAX_MSG_SIZE {
+            return Err(SessionError::Oversized {
+                request,
+                size,
+                max: MAX_MSG_SIZE,
+            });
+        }
+        Ok(Arrived {
+            request,
+            flags,
+            size,
+            has_files,
+        })
+    }
+}
+
+/// What waiting for a message came to.
+pub(super) enum Waited {
+    /// A complete message.
+    Message(Arrived),
+    /// `idle` went by without a byte.
+    Idle,
+}
+
+/// Waits for the next message. With `idle`, returns after that time without one.
+pub(super) fn wait(
+    stream: &UnixStream,
+    idle: Option<Duration>,
+    deadline: Duration,
+) -> Result<Waited, SessionError> {
+    if !ready(stream, PollFlags::IN, idle)? {
+        return Ok(Waited::Idle);
+    }
+    let begun = Instant::now();
+    let arrived = loop {
+        let (bytes, header, has_files) = peek(stream)?;
+        match bytes {
+            0 => return Err(SessionError::Disconnected),
+            HEADER => break Arrived::parse(&header, has_files)?,
+            // A peek ends behind the bytes that carry descriptors, however many follow.
+            _ if queued(stream)? > bytes => return Err(SessionError::SplitHeader),
+            _ => wait_for_more(stream, begun, deadline, bytes)?,
+        }
+    };
+    loop {
+        let queued = queued(stream)?;
+        if queued >= arrived.len() {
+            return Ok(Waited::Message(arrived));
+        }
+        wait_for_more(stream, begun, deadline, queued)?;
+    }
+}
+
+/// Waits until a reply can be sent without blocking. A socket is writable with at most a quarter of its
+/// buffer in use, and no reply is as long as the rest.
+pub(super) fn wait_writable(stream: &UnixStream, deadline: Duration) -> Result<(), SessionError> {
+    if ready(stream, PollFlags::OUT, Some(deadline))? {
+        Ok(())
+    } else {
+        Err(SessionError::NotReading {
+            seconds: deadline.as_secs(),
+        })
+    }
+}
+
+/// Reads a message that arrived. Reading without room for descriptors makes the kernel close them.
+pub(super) fn take(mut stream: &UnixStream, arrived: &Arrived) -> Result<Vec<u8>, SessionError> {
+    let mut bytes = vec![0; arrived.len()];
+    stream.read_exact(&mut bytes)?;
+    Ok(bytes.split_off(HEADER))
+}
+
+/// Acknowledges a message that the crate does not see: 0 for success.
+pub(super) fn acknowledge(
+    mut stream: &UnixStream,
+    arrived: &Arrived,
+    value: u64,
+) -> Result<(), SessionError> {
+    let mut bytes = Vec::with_capacity(HEADER + 8);
+    let flags = VERSION | VhostUserHeaderFlag::REPLY.bits();
+    for word in [arrived.request.0, flags, 8] {
+        bytes.extend_from_slice(&word.to_ne_bytes());
+    }
+    bytes.extend_from_slice(&value.to_ne_bytes());
+    Ok(stream.write_all(&bytes)?)
+}
+
+/// Polls for one event; false when the time is over. Errors and hang-ups count as events: the call after this one
+/// finds them.
+fn ready(
+    stream: &UnixStream,
+    events: PollFlags,
+    timeout: Option<Duration>,
+) -> Result<bool, SessionError> {
+    let end = timeout.map(|timeout| Instant::now() + timeout);
+    loop {
+        let left = end.map(|end| timespec(end.saturating_duration_since(Instant::now())));
+        match poll(&mut [PollFd::new(stream, events)], left.as_ref()) {
+            Ok(count) => return Ok(count > 0),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(SessionError::io(errno)),
+        }
+    }
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec {
+        tv_sec: duration.as_secs().try_into().unwrap_or(i64::MAX),
+        tv_nsec: duration.subsec_nanos().into(),
+    }
+}
+
+/// Sleeps a little; an error once the deadline is over or the peer has gone without having sent more than `seen` bytes.
+fn wait_for_more(
+    stream: &UnixStream,
+    begun: Instant,
+    deadline: Duration,
+    seen: usize,
+) -> Result<(), SessionError> {
+    if begun.elapsed() >= deadline {
+        return Err(SessionError::Incomplete {
+            seconds: deadline.as_secs(),
+        });
+    }
+    if ready(stream, PollFlags::RDHUP, Some(LOOK_AGAIN))? && queued(stream)? <= seen {
+        return Err(SessionError::Disconnected);
+    }
+    Ok(())
+}
+
+/// Bytes that have arrived.
+fn queued(stream: &UnixStream) -> Result<usize, SessionError> {
+    let bytes = ioctl_fionread(stream).map_err(SessionError::io)?;
+    Ok(usize::try_from(bytes).unwrap_or(usize::MAX))
+}
+
+/// The header as far as it has come, and whether descriptors come with it. Peeking without room for
+/// descriptors leaves them where they are.
+fn peek(stream: &UnixStream) -> Result<(usize, [u8; HEADER], bool), SessionError> {
+    let mut header = [0; HEADER];
+    loop {
+        let mut slices = [IoSliceMut::new(&mut header)];
+        let mut nothing = RecvAncillaryBuffer::default();
+        match recvmsg(stream, &mut slices, &mut nothing, RecvFlags::PEEK) {
+            Ok(message) => {
+                let has_files = message.flags.contains(ReturnFlags::CTRUNC);
+                return Ok((message.bytes, header, has_files));
+            }
+            Err(Errno::INTR) => {}
+            Err(Errno::CONNRESET) => return Err(SessionError::Disconnected),
+            Err(errno) => return Err(SessionError::io(errno)),
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! The vhost-user protocol: one conversation with one frontend.
+//!
+//! [`serve`] is the whole life of a session thread. It reads messages, keeps what they said in a
+//! `DeviceState`, and after each message that changes something hands a new immutable
+//! [`Device`](crate::port::Device) to a [`DeviceSink`]. It knows nothing of a switch, of topologies or of
+//! poll threads: "nobody uses the old device any more" is all it ever waits for, through
+//! [`DeviceSink::settle`].
+//!
+//! Framing, descriptor passing and most message checks are those of the `vhost` crate
+//! (`BackendReqHandler`); `message` looks at each header first, waits until the whole message has
+//! arrived, and answers the messages that the crate does not know.
+//!
+//! Rules:
+//! * Everything a frontend sends is hostile. Nothing here panics, nothing waits for ever on half a
+//!   message or on a peer that reads no replies, and no descriptor is kept that the message should not have had.
+//! * Memory and rings are let go in one place (`DeviceState::stop`): first the sink gets a device
+//!   without them, then everybody has acknowledged it, then they are dropped.
+//! * A refused message is answered with a non-zero acknowledgement where the frontend asked for one, and
+//!   ends the session otherwise. Settings that merely do not work yet are kept: real frontends send them in any order.
+//!
+//! Left out: dirty logging, in-flight descriptors, vIOMMU, postcopy, device configuration space. None is offered.
+
+mod device;
+mod error;
+mod event;
+mod handler;
+mod message;
+mod options;
+mod ring;
+mod session;
+mod status;
+
+use std::sync::Arc;
+
+pub use error::{SessionEnd, SessionError};
+pub use event::{RingName, SessionEvent};
+pub use options::{OFFERED_FEATURES, SUPPORTED_FEATURES, SessionOptions};
+pub use ring::Refusal;
+pub use session::{Stopper, serve};
+pub use status::{RingStatus, SessionStatus, StatusSnapshot};
+
+use crate::port::Device;
+
+/// Names one [`DeviceSink::post`]; later posts have larger numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ticket(pub u64);
+
+/// The port was removed: nothing that its session does matters any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the port was removed")]
+pub struct Gone;
+
+/// What becomes of a session's state outside of it.
+pub trait DeviceSink: Send + Sync {
+    /// Makes `device` what poll threads see, soon; `None` when nothing is started any more. Never
+    /// blocks. A later post replaces an earlier one that was not published yet.
+    fn post(&self, device: Option<Arc<Device>>) -> Ticket;
+
+    /// Blocks until every poll thread works with that post or a later one.
+    fn settle(&self, ticket: Ticket) -> Result<(), Gone>;
+
+    /// Something worth a line in the log.
+    fn event(&self, event: SessionEvent);
+}
+
+#[cfg(test)]
+mod tests;

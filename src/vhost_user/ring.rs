@@ -1,0 +1,259 @@
+//! One vring: what the frontend said about it, and the queue once it runs.
+//!
+//! A ring runs when its size, its addresses, a kick descriptor (or the word that there is none), the features
+//! and the memory are known, whatever the order they came in, until GET_VRING_BASE. QEMU, cloud-hypervisor
+//! and DPDK agree on none of that order.
+
+use std::sync::Arc;
+
+use super::event::RingName;
+use super::options::ring_features;
+use crate::memory::{GuestMemory, PinnedWindow};
+use crate::port::{Receive, Transmit};
+use crate::sys::eventfd::{CallFd, KickFd};
+use crate::virtio::{
+    Broken, MAX_RING_SIZE, ReceiveQueue, RingFeatures, RingSetup, SetupError, TransmitQueue,
+    packed, split,
+};
+
+/// Base of a packed ring that was never told one: slot 0, both wrap counters 1 (virtio 1.2 §2.8.1).
+const PACKED_START: u32 = 0x8000_8000;
+
+/// Why a ring does not run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// SET_FEATURES has not come.
+    #[error("features are not negotiated")]
+    NoFeatures,
+    /// No memory yet.
+    #[error("guest memory is not known")]
+    NoMemory,
+    /// SET_VRING_NUM has not come.
+    #[error("its size is not set")]
+    NoSize,
+    /// SET_VRING_ADDR has not come.
+    #[error("its addresses are not set")]
+    NoAddresses,
+    /// SET_VRING_KICK has not come since the ring stopped.
+    #[error("the driver has not started it")]
+    NotStarted,
+    /// Some part of the ring is outside of guest memory.
+    #[error("it lies outside of guest memory")]
+    NotMapped,
+    /// Neither VERSION_1 nor MRG_RXBUF: headers of 10 bytes.
+    #[error("the driver is a legacy one without mergeable buffers, which is not supported")]
+    LegacyHeader,
+    /// A ring of a queue pair that is not offered.
+    #[error("more queue pairs are used than the {pairs} offered")]
+    NotOffered {
+        /// How many are offered.
+        pairs: u16,
+    },
+    /// The ring itself is impossible.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+}
+
+impl Refusal {
+    /// Whether the frontend simply has not come that far.
+    pub fn is_waiting(self) -> bool {
+        matches!(
+            self,
+            Refusal::NoFeatures
+                | Refusal::NoMemory
+                | Refusal::NoSize
+                | Refusal::NoAddresses
+                | Refusal::NotStarted
+        )
+    }
+}
+
+/// SET_VRING_ADDR: addresses as the frontend has them, translated anew for every memory table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Addresses {
+    pub(super) descriptors: u64,
+    pub(super) available: u64,
+    pub(super) used: u64,
+}
+
+/// The three areas of a ring in guest memory.
+type Places = (PinnedWindow, PinnedWindow, PinnedWindow);
+
+impl Addresses {
+    /// Each area whole in one region.
+    pub(super) fn places(
+        &self,
+        memory: &GuestMemory,
+        size: u16,
+        features: RingFeatures,
+    ) -> Option<Places> {
+        let (descriptors, available, used) = if features.packed {
+            packed::layout(size)
+        } else {
+            split::layout(size, features.event_idx)
+        };
+        Some((
+            memory.pinned(self.descriptors, descriptors)?,
+            memory.pinned(self.available, available)?,
+            memory.pinned(self.used, used)?,
+        ))
+    }
+}
+
+/// A started queue of either direction.
+#[derive(Clone, Debug)]
+pub(super) enum Running {
+    Receive(Arc<ReceiveQueue>),
+    Transmit(Arc<TransmitQueue>),
+}
+
+impl Running {
+    fn start(ring: RingName, setup: &RingSetup) -> Result<Self, SetupError> {
+        Ok(if ring.is_receiveq() {
+            Running::Receive(Arc::new(ReceiveQueue::start(setup)?))
+        } else {
+            Running::Transmit(Arc::new(TransmitQueue::start(setup)?))
+        })
+    }
+
+    /// Where it stands, as GET_VRING_BASE answers it.
+    pub(super) fn base(&self) -> u32 {
+        match self {
+            Running::Receive(queue) => queue.base(),
+            Running::Transmit(queue) => queue.base(),
+        }
+    }
+
+    pub(super) fn broken(&self) -> Option<Broken> {
+        match self {
+            Running::Receive(queue) => queue.broken(),
+            Running::Transmit(queue) => queue.broken(),
+        }
+    }
+}
+
+/// One vring.
+#[derive(Debug)]
+pub(super) struct Vring {
+    pub(super) name: RingName,
+    pub(super) size: Option<u16>,
+    pub(super) addresses: Option<Addresses>,
+    pub(super) base: Option<u32>,
+    /// SET_VRING_KICK came since the ring last stopped, with a descriptor or without.
+    pub(super) kicked: bool,
+    pub(super) kick: Option<Arc<KickFd>>,
+    pub(super) call: Option<Arc<CallFd>>,
+    /// SET_VRING_ENABLE.
+    pub(super) enable: bool,
+    pub(super) running: Option<Running>,
+    /// Why it does not run, found at the last try.
+    pub(super) refusal: Option<Refusal>,
+    /// Its being broken was reported.
+    pub(super) broken_reported: bool,
+}
+
+impl Vring {
+    pub(super) fn new(index: u16) -> Self {
+        Vring {
+            name: RingName(index),
+            size: None,
+            addresses: None,
+            base: None,
+            kicked: false,
+            kick: None,
+            call: None,
+            enable: false,
+            running: None,
+            refusal: Some(Refusal::NoFeatures),
+            broken_reported: false,
+        }
+    }
+
+    /// Everything but the call descriptor is forgotten: a frontend that resets sends the rest again.
+    pub(super) fn reset(&mut self) {
+        let call = self.call.take();
+        *self = Vring {
+            call,
+            ..Vring::new(self.name.0)
+        };
+    }
+
+    /// What the ring needs to start, or what is missing or wrong.
+    pub(super) fn setup(
+        &self,
+        features: Option<u64>,
+        memory: &Arc<GuestMemory>,
+        pairs: u16,
+    ) -> Result<RingSetup, Refusal> {
+        // First, so that a driver that needs more queues than there are is told so.
+        if self.kicked && self.name.pair() >= pairs {
+            return Err(Refusal::NotOffered { pairs });
+        }
+        let features = ring_features(features.ok_or(Refusal::NoFeatures)?);
+        if memory.len_bytes() == 0 {
+            return Err(Refusal::NoMemory);
+        }
+        let size = self.size.ok_or(Refusal::NoSize)?;
+        let addresses = self.addresses.ok_or(Refusal::NoAddresses)?;
+        if !self.kicked {
+            return Err(Refusal::NotStarted);
+        }
+        if !features.version_1 && !features.mergeable {
+            return Err(Refusal::LegacyHeader);
+        }
+        let (descriptors, available, used) = addresses
+            .places(memory, size, features)
+            .ok_or(Refusal::NotMapped)?;
+        let base = self
+            .base
+            .unwrap_or(if features.packed { PACKED_START } else { 0 });
+        let memory = Arc::clone(memory);
+        Ok(RingSetup {
+            size,
+            descriptors,
+            available,
+            used,
+            features,
+            base,
+            memory,
+        })
+    }
+
+    /// Starts the ring.
+    pub(super) fn start(&mut self, setup: &RingSetup) -> Result<&Running, Refusal> {
+        let running = Running::start(self.name, setup)?;
+        self.broken_reported = false;
+        Ok(self.running.insert(running))
+    }
+
+    /// The ring as a poll thread's transmitq.
+    pub(super) fn transmit(&self, enabled: bool) -> Option<Transmit> {
+        match &self.running {
+            Some(Running::Transmit(queue)) => Some(Transmit {
+                queue: Arc::clone(queue),
+                kick: self.kick.clone(),
+                call: self.call.clone(),
+                enabled,
+            }),
+            _ => None,
+        }
+    }
+
+    /// The ring as a place to deliver to.
+    pub(super) fn receive(&self, enabled: bool) -> Option<Receive> {
+        match &self.running {
+            Some(Running::Receive(queue)) => Some(Receive {
+                queue: Arc::clone(queue),
+                call: self.call.clone(),
+                enabled,
+            }),
+            _ => None,
+        }
+    }
+}
+
+/// Whether a ring may have this many entries; `packed` where the ring is or may become a packed one.
+pub(super) fn size_possible(size: u32, packed: bool) -> Option<u16> {
+    let possible = (1..=MAX_RING_SIZE).contains(&size) && (packed || size.is_power_of_two());
+    u16::try_from(size).ok().filter(|_| possible)
+}

@@ -1,0 +1,268 @@
+//! The life of a session thread: messages, one after the other, until either side has had enough.
+
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use vhost::vhost_user::message::FrontendReq;
+use vhost::vhost_user::{BackendReqHandler, Error as CrateError};
+
+use super::device::DeviceState;
+use super::error::{SessionEnd, SessionError};
+use super::message::{Arrived, Waited, acknowledge, take, wait, wait_writable};
+use super::options::SessionOptions;
+use super::status::SessionStatus;
+use super::{DeviceSink, Gone};
+
+/// For the rest of a message whose first byte came, and for a frontend to read our replies.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// How often a silent session looks whether one of its rings broke.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// Ends a session from outside.
+#[derive(Debug)]
+pub struct Stopper(UnixStream);
+
+impl Stopper {
+    /// For the session that will be served on this stream.
+    pub fn new(stream: &UnixStream) -> std::io::Result<Self> {
+        stream.try_clone().map(Stopper)
+    }
+
+    /// Makes [`serve`] return [`SessionEnd::Disconnected`] soon. May be called at any time and several times.
+    pub fn stop(&self) {
+        // Fails only where the peer has gone already.
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
+
+/// Converses with one frontend until it goes or must go: the whole life of a session thread.
+///
+/// However it ends, the sink has been told and has settled before this returns, and before the frontend sees the
+/// socket closed (unless it closed it, or a [`Stopper`] did).
+pub fn serve(
+    stream: UnixStream,
+    options: SessionOptions,
+    sink: Arc<dyn DeviceSink>,
+    status: Arc<SessionStatus>,
+) -> SessionEnd {
+    serve_with(stream, options, sink, status, DEADLINE)
+}
+
+pub(super) fn serve_with(
+    stream: UnixStream,
+    options: SessionOptions,
+    sink: Arc<dyn DeviceSink>,
+    status: Arc<SessionStatus>,
+    deadline: Duration,
+) -> SessionEnd {
+    let device = DeviceState::new(options, sink, Arc::clone(&status), Instant::now());
+    let device = Arc::new(Mutex::new(device));
+    let end = match Session::new(stream, Arc::clone(&device), deadline) {
+        Ok(mut session) => {
+            let end = SessionEnd::from(session.run());
+            // While the socket is open: a frontend may take its end for "nobody uses the memory any more".
+            let end = finish(&device, end);
+            drop(session);
+            end
+        }
+        Err(error) => finish(&device, error.into()),
+    };
+    status.lock().ended = true;
+    end
+}
+
+fn lock(device: &Mutex<DeviceState>) -> MutexGuard<'_, DeviceState> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The one place where a session's memory and rings are let go for good.
+fn finish(device: &Mutex<DeviceState>, end: SessionEnd) -> SessionEnd {
+    let mut device = lock(device);
+    if let SessionEnd::Protocol(error) = &end {
+        device.record(error);
+    }
+    match device.release() {
+        Ok(()) => end,
+        Err(Gone) => SessionEnd::PortGone,
+    }
+}
+
+struct Session {
+    stream: UnixStream,
+    device: Arc<Mutex<DeviceState>>,
+    handler: BackendReqHandler<Mutex<DeviceState>>,
+    deadline: Duration,
+}
+
+impl Session {
+    fn new(
+        stream: UnixStream,
+        device: Arc<Mutex<DeviceState>>,
+        deadline: Duration,
+    ) -> Result<Self, SessionError> {
+        // The crate spins on a socket that does not block.
+        stream.set_nonblocking(false)?;
+        let handler = BackendReqHandler::from_stream(stream.try_clone()?, Arc::clone(&device));
+        Ok(Session {
+            stream,
+            device,
+            handler,
+            deadline,
+        })
+    }
+
+    fn run(&mut self) -> SessionError {
+        loop {
+            if let Err(error) = self.turn() {
+                return error;
+            }
+        }
+    }
+
+    fn turn(&mut self) -> Result<(), SessionError> {
+        let idle = lock(&self.device).is_running().then_some(LOOK);
+        let arrived = match wait(&self.stream, idle, self.deadline)? {
+            Waited::Message(arrived) => arrived,
+            Waited::Idle => {
+                lock(&self.device).look(Instant::now());
+                return Ok(());
+            }
+        };
+        wait_writable(&self.stream, self.deadline)?;
+        match arrived.request.code() {
+            // The crate refuses it before SET_FEATURES, which is when QEMU sends it first.
+            Some(FrontendReq::SET_VRING_ENABLE) => self.enable(&arrived),
+            Some(code) if !unknown_to_crate(code) => self.dispatch(&arrived, code),
+            _ => self.refuse_unknown(&arrived),
+        }
+    }
+
+    fn dispatch(&mut self, arrived: &Arrived, code: FrontendReq) -> Result<(), SessionError> {
+        // Some requests report their failure in the reply, and leave its reason here.
+        lock(&self.device).take_failure();
+        let Err(source) = self.handler.handle_request() else {
+            return Ok(());
+        };
+        let mut device = lock(&self.device);
+        let failure = device.take_failure();
+        // The crate acknowledges what the handler refused, but not what it refused itself, except here.
+        let acknowledged = failure.is_some() || code == FrontendReq::SET_MEM_TABLE;
+        let memory = matches!(code, FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG);
+        let error = match (failure, source) {
+            (Some(failure), _) => failure,
+            (None, CrateError::Disconnected | CrateError::SocketBroken(_)) => {
+                return Err(SessionError::Disconnected);
+            }
+            (None, _) if memory && !arrived.has_files => SessionError::PrivateMemory,
+            (None, source) => SessionError::Malformed {
+                request: arrived.request,
+                source,
+            },
+        };
+        let fatal = matches!(error, SessionError::Gone(_)) || ends_session(code);
+        if acknowledged && !fatal && arrived.needs_reply() && device.acknowledges() {
+            device.refused(&error, Instant::now());
+            return Ok(());
+        }
+        Err(error)
+    }
+
+    fn enable(&mut self, arrived: &Arrived) -> Result<(), SessionError> {
+        let body = take(&self.stream, arrived)?;
+        let [a, b, c, d, e, f, g, h] = body[..] else {
+            return Err(SessionError::BodySize {
+                request: arrived.request,
+                size: arrived.size,
+            });
+        };
+        let (index, value) = (
+            u32::from_ne_bytes([a, b, c, d]),
+            u32::from_ne_bytes([e, f, g, h]),
+        );
+        let result = if arrived.has_files {
+            Err(SessionError::Unsupported(arrived.request))
+        } else {
+            lock(&self.device).enable(index, value)
+        };
+        self.answer(arrived, result)
+    }
+
+    fn refuse_unknown(&mut self, arrived: &Arrived) -> Result<(), SessionError> {
+        take(&self.stream, arrived)?;
+        let error = SessionError::Unsupported(arrived.request);
+        if arrived.request.code().is_some_and(wants_value) {
+            // An acknowledgement would be taken for the value asked for.
+            return Err(error);
+        }
+        self.answer(arrived, Err(error))
+    }
+
+    /// Acknowledges a message that the crate did not see, or ends the session where it cannot be refused.
+    fn answer(
+        &mut self,
+        arrived: &Arrived,
+        result: Result<(), SessionError>,
+    ) -> Result<(), SessionError> {
+        let mut device = lock(&self.device);
+        let wanted = arrived.needs_reply() && device.acknowledges();
+        match result {
+            Ok(()) if wanted => acknowledge(&self.stream, arrived, 0),
+            Ok(()) => Ok(()),
+            Err(SessionError::Gone(gone)) => Err(gone.into()),
+            Err(error) if wanted => {
+                device.refused(&error, Instant::now());
+                acknowledge(&self.stream, arrived, 1)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Messages that have a name, but no code in the crate that reads them. None is offered.
+fn unknown_to_crate(code: FrontendReq) -> bool {
+    matches!(
+        code,
+        FrontendReq::SET_LOG_FD
+            | FrontendReq::SEND_RARP
+            | FrontendReq::NET_SET_MTU
+            | FrontendReq::IOTLB_MSG
+            | FrontendReq::SET_VRING_ENDIAN
+            | FrontendReq::CREATE_CRYPTO_SESSION
+            | FrontendReq::CLOSE_CRYPTO_SESSION
+            | FrontendReq::POSTCOPY_ADVISE
+            | FrontendReq::POSTCOPY_LISTEN
+            | FrontendReq::POSTCOPY_END
+            | FrontendReq::VRING_KICK
+            | FrontendReq::SET_STATUS
+            | FrontendReq::GET_STATUS
+    )
+}
+
+/// Those of them that are answered with a value.
+fn wants_value(code: FrontendReq) -> bool {
+    matches!(
+        code,
+        FrontendReq::GET_STATUS
+            | FrontendReq::CREATE_CRYPTO_SESSION
+            | FrontendReq::POSTCOPY_ADVISE
+            | FrontendReq::POSTCOPY_END
+    )
+}
+
+/// Refusals after which nothing can work: the crate has noted features that we did not accept, or a value was asked
+/// for and there is none.
+fn ends_session(code: FrontendReq) -> bool {
+    matches!(
+        code,
+        FrontendReq::SET_FEATURES
+            | FrontendReq::SET_PROTOCOL_FEATURES
+            | FrontendReq::GET_VRING_BASE
+            | FrontendReq::GET_CONFIG
+            | FrontendReq::GET_INFLIGHT_FD
+            | FrontendReq::GET_SHARED_OBJECT
+            | FrontendReq::GET_SHMEM_CONFIG
+            | FrontendReq::SET_LOG_BASE
+    )
+}

@@ -1,0 +1,195 @@
+//! What `port show` tells of a session.
+//!
+//! Shared between the session and whoever asks. Queues are referred to, so that positions are those of the moment,
+//! but never handed out: the asking thread cannot become their last owner.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::event::RingName;
+use super::ring::{Refusal, Running};
+use crate::memory::FaultMark;
+use crate::virtio::Broken;
+
+/// One ring at the moment of asking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingStatus {
+    /// Which.
+    pub ring: RingName,
+    /// Entries, if known.
+    pub size: Option<u16>,
+    /// Packed, not split.
+    pub packed: bool,
+    /// It runs.
+    pub started: bool,
+    /// SET_VRING_ENABLE, or no need of it.
+    pub enabled: bool,
+    /// Where it stands, as GET_VRING_BASE would answer it.
+    pub position: Option<u32>,
+    /// Why it does not run.
+    pub refusal: Option<Refusal>,
+    /// What the driver did that is impossible.
+    pub broken: Option<Broken>,
+}
+
+/// A session at the moment of asking.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StatusSnapshot {
+    /// In words, what state the port is in.
+    pub state: String,
+    /// Frames can pass both ways through at least one queue pair.
+    pub working: bool,
+    /// Acknowledged virtio features, once set.
+    pub features: Option<u64>,
+    /// Acknowledged protocol features.
+    pub protocol_features: u64,
+    /// Regions of guest memory.
+    pub memory_regions: usize,
+    /// Their size.
+    pub memory_bytes: u64,
+    /// The rings that the frontend said anything of.
+    pub rings: Vec<RingStatus>,
+    /// The last message that was refused, or what ended the session.
+    pub last_error: Option<String>,
+}
+
+/// The part of [`RingStatus`] that the session fills in.
+#[derive(Debug)]
+pub(super) struct RingEntry {
+    pub(super) ring: RingName,
+    pub(super) size: Option<u16>,
+    pub(super) enabled: bool,
+    pub(super) running: Option<Running>,
+    pub(super) refusal: Option<Refusal>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Inner {
+    pub(super) features: Option<u64>,
+    pub(super) protocol: u64,
+    pub(super) packed: bool,
+    pub(super) regions: usize,
+    pub(super) bytes: u64,
+    pub(super) fault: Option<Arc<FaultMark>>,
+    pub(super) rings: Vec<RingEntry>,
+    /// The last refusal that concerns memory; forgotten when memory comes.
+    pub(super) memory_error: Option<String>,
+    pub(super) last_error: Option<String>,
+    pub(super) ended: bool,
+}
+
+/// The state of one session, for readers on any thread.
+#[derive(Debug, Default)]
+pub struct SessionStatus {
+    inner: Mutex<Inner>,
+}
+
+impl SessionStatus {
+    /// Of a session that has not begun.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state right now.
+    pub fn snapshot(&self) -> StatusSnapshot {
+        let inner = self.lock();
+        let rings: Vec<RingStatus> = inner.rings.iter().map(|entry| entry.read(&inner)).collect();
+        let working = rings.iter().any(|ring| {
+            let other = RingName(ring.ring.0 ^ 1);
+            ring.works() && rings.iter().any(|r| r.ring == other && r.works())
+        }) && !inner.faulted();
+        StatusSnapshot {
+            state: inner.words(&rings, working),
+            working,
+            features: inner.features,
+            protocol_features: inner.protocol,
+            memory_regions: inner.regions,
+            memory_bytes: inner.bytes,
+            rings,
+            last_error: inner.last_error.clone(),
+        }
+    }
+}
+
+impl RingStatus {
+    fn works(&self) -> bool {
+        self.started && self.enabled && self.broken.is_none()
+    }
+
+    /// What keeps this ring from working, in words.
+    fn problem(&self) -> Option<String> {
+        let ring = self.ring;
+        if let Some(broken) = self.broken {
+            return Some(format!("ring broken: {ring}: {broken}"));
+        }
+        match self.refusal {
+            Some(refusal) if !self.started => {
+                Some(format!("driver not ready: {ring} not started: {refusal}"))
+            }
+            _ if self.enabled => None,
+            _ => Some(format!("driver not ready: {ring} not enabled")),
+        }
+    }
+}
+
+impl RingEntry {
+    fn read(&self, inner: &Inner) -> RingStatus {
+        RingStatus {
+            ring: self.ring,
+            size: self.size,
+            packed: inner.packed,
+            started: self.running.is_some(),
+            enabled: self.enabled,
+            position: self.running.as_ref().map(Running::base),
+            refusal: self.refusal,
+            broken: self.running.as_ref().and_then(Running::broken),
+        }
+    }
+}
+
+impl Inner {
+    fn faulted(&self) -> bool {
+        self.fault.as_ref().is_some_and(|mark| mark.is_set())
+    }
+
+    fn words(&self, rings: &[RingStatus], working: bool) -> String {
+        if self.ended {
+            let reason = self
+                .last_error
+                .as_deref()
+                .unwrap_or("the frontend disconnected");
+            return format!("session ended: {reason}");
+        }
+        if self.faulted() {
+            return "guest memory was truncated by its owner; not served until it reconnects"
+                .into();
+        }
+        if let (0, Some(error)) = (self.bytes, &self.memory_error) {
+            return error.clone();
+        }
+        if self.features.is_none() {
+            return "driver not ready: features not negotiated".into();
+        }
+        if self.bytes == 0 {
+            return "driver not ready: no guest memory yet; if this stays so, the guest's memory is not shared: use \
+                    memory-backend-memfd,share=on (QEMU) or shared=on (cloud-hypervisor)"
+                .into();
+        }
+        // A broken ring matters most, then what the first pair lacks, then rings the driver tried in vain.
+        let broken = rings.iter().find(|ring| ring.broken.is_some());
+        let first = rings
+            .iter()
+            .find(|ring| ring.ring.pair() == 0 && !ring.works());
+        let refused = rings
+            .iter()
+            .find(|r| r.refusal.is_some_and(|reason| !reason.is_waiting()));
+        match broken.or(refused).or(first).and_then(RingStatus::problem) {
+            Some(problem) => problem,
+            None if working => "running".into(),
+            None => "driver not ready: no ring started".into(),
+        }
+    }
+}
