@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use rustix::process::Signal;
+
 use super::daemon::{Daemon, DaemonOptions};
 use super::process::Process;
 use super::{cpus, short_tempdir, socket_path};
@@ -53,7 +55,7 @@ impl Starter {
     fn stop(mut self) {
         let words = self.process.words();
         assert!(self.process.ended().is_none(), "it died{words}");
-        self.process.signal("TERM");
+        self.process.signal(Signal::TERM);
         let status = self.process.wait(Duration::from_secs(20));
         let code = status.and_then(|status| status.code());
         assert_eq!(code, Some(0), "its stop{}", self.process.words());
@@ -64,7 +66,7 @@ impl Drop for Starter {
     fn drop(&mut self) {
         // Killed, it could not stop what it started.
         if self.process.ended().is_none() {
-            self.process.signal("TERM");
+            self.process.signal(Signal::TERM);
             self.process.wait(Duration::from_secs(20));
         }
     }

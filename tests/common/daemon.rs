@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use serde_json::Value;
 
 use super::process::Process;
@@ -148,7 +149,7 @@ impl Daemon {
     /// SIGTERM: ends within two seconds, with exit code 0 and without leaving a socket behind.
     pub(crate) fn stop(mut self) {
         self.assert_alive();
-        self.process.signal("TERM");
+        self.process.signal(Signal::TERM);
         let status = self.process.wait(Duration::from_secs(2));
         let words = self.process.words();
         let status = status.unwrap_or_else(|| panic!("still there 2 s after SIGTERM{words}"));

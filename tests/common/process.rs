@@ -6,6 +6,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
+
 /// What one stream of a process has brought so far.
 #[derive(Debug, Default)]
 struct Collected {
@@ -122,14 +124,12 @@ impl Process {
         self.child.try_wait().expect("our child")
     }
 
-    /// Sends a signal by its name, such as `TERM`.
-    pub(crate) fn signal(&self, name: &str) {
+    /// Sends a signal.
+    pub(crate) fn signal(&self, signal: Signal) {
         // A dead child is not reaped before `ended` or `wait`, so the id is still its own.
-        let status = Command::new("kill")
-            .args(["-s", name, &self.pid().to_string()])
-            .status()
-            .expect("kill runs");
-        assert!(status.success(), "{} takes no SIG{name}", self.name);
+        let id = i32::try_from(self.pid()).ok().and_then(Pid::from_raw);
+        let sent = kill_process(id.expect("a process id"), signal);
+        assert!(sent.is_ok(), "{} takes no {signal:?}: {sent:?}", self.name);
     }
 
     /// Waits for the end; `None` past the deadline.
