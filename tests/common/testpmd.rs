@@ -168,8 +168,17 @@ impl Testpmd {
     pub(crate) fn command(&mut self, text: &str) -> String {
         self.process.write(&format!("{text}\n"));
         let answer = self.prompt(text, COMMAND_LIMIT);
-        for refusal in ["Bad arguments", "Command not found", "Ambiguous command"] {
-            assert!(!answer.contains(refusal), "{text}: {answer}");
+        for refusal in [
+            "Bad arguments",
+            "Command not found",
+            "Ambiguous command",
+            "Not all ports",
+        ] {
+            assert!(
+                !answer.contains(refusal),
+                "{text}: {answer}{}",
+                self.process.words()
+            );
         }
         answer
     }
