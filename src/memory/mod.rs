@@ -1,9 +1,11 @@
 //! Guest memory: regions that frontends share, mapped here, and checked places in them.
 
+mod shared;
 mod window;
 
 use std::sync::Arc;
 
+pub use shared::SharedMemory;
 pub use window::Window;
 
 /// One mapped region. (Filled in by the memory work.)

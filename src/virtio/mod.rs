@@ -1,5 +1,7 @@
 //! Virtqueues from the device's side (virtio 1.2, §2.6 to §2.8).
 
+pub mod driver;
+
 use std::sync::Arc;
 
 use crate::memory::{GuestMemory, PinnedWindow};
