@@ -1,5 +1,6 @@
 //! Pollux: a software switch for virtual machines.
 
+pub mod bench;
 pub mod config;
 #[allow(unsafe_code)]
 pub mod memory;

@@ -169,6 +169,12 @@ impl<'m> RingAreas<'m> {
         for offset in (0..layout.len).step_by(8) {
             all.store_u64(offset, 0, Ordering::Relaxed);
         }
+        Self::of(all, layout)
+    }
+
+    /// The areas of `layout` inside `memory`, as they are; `None` where `memory` is too short.
+    pub fn of(memory: Window<'m>, layout: &RingLayout) -> Option<Self> {
+        let all = memory.sub(0, layout.len)?;
         Some(RingAreas {
             size: layout.size,
             descriptors: all.sub(0, layout.descriptors_len)?,
