@@ -1,6 +1,7 @@
 //! Pollux: a software switch for virtual machines.
 
 pub mod api;
+pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod daemon;
@@ -16,6 +17,5 @@ pub mod sync;
 pub mod sys;
 pub mod topology;
 pub mod vhost_user;
-#[allow(unsafe_code)]
 pub mod virtio;
 pub mod wire;

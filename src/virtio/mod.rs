@@ -20,6 +20,8 @@ mod receiveq;
 pub mod split;
 mod transmitq;
 
+pub mod driver;
+
 use std::sync::Arc;
 use std::sync::OnceLock;
 
