@@ -1,6 +1,6 @@
 //! The `pollux` program as a user meets it: exit codes, tables, JSON, generated files.
 
-#[allow(dead_code)]
+#[expect(dead_code, reason = "each test program uses its part of it")]
 #[path = "support/model.rs"]
 mod model;
 
