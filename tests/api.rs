@@ -1,6 +1,10 @@
 //! The API over a real socket: answers, refusals, limits, and who may use it.
 
-#[expect(dead_code, reason = "each test program uses its part of it")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "helpers of tests fail by panicking, like tests"
+)]
+
 #[path = "support/model.rs"]
 mod model;
 
