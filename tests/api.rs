@@ -1,6 +1,10 @@
 //! The API over a real socket: answers, refusals, limits, and who may use it.
 
-#[allow(dead_code)]
+#![allow(
+    clippy::unwrap_used,
+    reason = "helpers of tests fail by panicking, like tests"
+)]
+
 #[path = "support/model.rs"]
 mod model;
 
@@ -287,6 +291,33 @@ fn a_stream_whose_reader_left_frees_its_place() {
         drop(stream);
         std::thread::sleep(Duration::from_millis(150));
     }
+}
+
+#[test]
+fn a_stream_that_is_not_read_ends_with_a_notice_and_holds_up_nobody() {
+    let served = serve();
+    let mut stream = UnixStream::connect(&served.socket).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    stream
+        .write_all(b"GET /v1/events HTTP/1.1\r\nhost: x\r\n\r\n")
+        .unwrap();
+    let mut head = [0u8; 12];
+    stream.read_exact(&mut head).unwrap();
+    let began = Instant::now();
+    for _ in 0..20_000 {
+        served.model.event(EventKind::RingStarted, &"x".repeat(500));
+    }
+    assert!(began.elapsed() < Duration::from_secs(5));
+    client(&served).get("/v1/ports").unwrap();
+    let mut rest = String::new();
+    stream.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("too_slow"));
+    assert!(
+        rest.ends_with("0\r\n\r\n"),
+        "the stream was not ended properly"
+    );
 }
 
 #[test]

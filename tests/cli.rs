@@ -1,6 +1,11 @@
 //! The `pollux` program as a user meets it: exit codes, tables, JSON, generated files.
 
-#[allow(dead_code)]
+#![allow(
+    clippy::unwrap_used,
+    reason = "helpers of tests fail by panicking, like tests"
+)]
+
+#[expect(dead_code, reason = "each test program uses its part of it")]
 #[path = "support/model.rs"]
 mod model;
 

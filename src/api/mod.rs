@@ -18,6 +18,7 @@ pub mod types;
 
 mod conn;
 mod control;
+mod failure;
 mod routes;
 mod socket;
 mod stream;

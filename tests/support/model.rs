@@ -11,11 +11,11 @@ use pollux::api::{Control, ControlError, EventHub, Server, What};
 use pollux::config::PortSpec;
 
 #[derive(Default)]
-pub struct Model {
+pub(crate) struct Model {
     specs: Mutex<Vec<PortSpec>>,
     fdb: Mutex<Vec<FdbEntry>>,
-    pub hub: EventHub,
-    pub delay: Mutex<Duration>,
+    pub(crate) hub: EventHub,
+    pub(crate) delay: Mutex<Duration>,
 }
 
 fn view(spec: &PortSpec) -> PortView {
@@ -59,7 +59,7 @@ fn view(spec: &PortSpec) -> PortView {
 }
 
 impl Model {
-    pub fn event(&self, kind: EventKind, message: &str) {
+    pub(crate) fn event(&self, kind: EventKind, message: &str) {
         let event = Event::new(SystemTime::now(), kind, message);
         self.hub.publish(&event.of_port("vm1"));
     }
@@ -204,14 +204,14 @@ impl Control for Model {
 }
 
 /// A model behind a server on a socket of its own.
-pub struct Served {
-    pub model: Arc<Model>,
-    pub server: Option<Server>,
-    pub socket: PathBuf,
-    pub dir: tempfile::TempDir,
+pub(crate) struct Served {
+    pub(crate) model: Arc<Model>,
+    pub(crate) server: Option<Server>,
+    pub(crate) socket: PathBuf,
+    pub(crate) dir: tempfile::TempDir,
 }
 
-pub fn serve() -> Served {
+pub(crate) fn serve() -> Served {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("api.sock");
     let model = Arc::new(Model::default());
@@ -225,7 +225,7 @@ pub fn serve() -> Served {
 }
 
 impl Served {
-    pub fn spec(&self, name: &str) -> PortSpec {
+    pub(crate) fn spec(&self, name: &str) -> PortSpec {
         let socket = self.dir.path().join(format!("{name}.sock"));
         format!("{name},socket={}", socket.display())
             .parse()
