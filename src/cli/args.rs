@@ -74,6 +74,8 @@ pub enum Command {
     Poll(PollCommand),
     /// Print what happens to ports, sessions and rings, as it happens
     Events(Output),
+    /// Measure a switch with guests of our own, over real vhost-user sockets
+    Bench(crate::bench::Args),
     /// Print a completion script for a shell
     Completions {
         /// The shell.

@@ -25,6 +25,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::api::ServerError;
 use crate::api::client::ClientError;
+use crate::bench;
 use crate::config::{ConfigError, DaemonConfig, MAX_PORTS};
 
 pub use args::{Cli, Command, RunArgs};
@@ -48,6 +49,9 @@ const CAPABILITIES: &str = "{\"type\":\"net\"}\n";
 /// Runs the switch until it is told to stop. An error that is a [`Failure`] brings its own exit
 /// code; those of the API server and of configuration are known here.
 pub type Runner = fn(DaemonConfig) -> Result<(), Box<dyn Error>>;
+
+/// Measures a backend; says by itself what went wrong, and returns the exit code.
+pub type Bencher = fn(&bench::Args) -> u8;
 
 /// Why a command did not do what it was asked, and the exit code that says so.
 #[derive(Debug)]
@@ -177,7 +181,7 @@ fn chain(error: &(dyn Error + 'static)) -> String {
 }
 
 /// Does what the command line says; `run` is called for `pollux run`.
-pub fn main(run: Runner) -> ExitCode {
+pub fn main(run: Runner, bench: Bencher) -> ExitCode {
     let capabilities = std::env::args_os()
         .skip(1)
         .take_while(|argument| argument != OsStr::new("--"))
@@ -187,7 +191,7 @@ pub fn main(run: Runner) -> ExitCode {
         text::print(CAPABILITIES)
     } else {
         // Exits with 2 and the usage by itself.
-        dispatch(Cli::parse(), run)
+        dispatch(Cli::parse(), run, bench)
     };
     match result {
         Ok(()) => ExitCode::from(EXIT_OK),
@@ -198,7 +202,7 @@ pub fn main(run: Runner) -> ExitCode {
     }
 }
 
-fn dispatch(cli: Cli, run: Runner) -> Result<(), Failure> {
+fn dispatch(cli: Cli, run: Runner, bench: Bencher) -> Result<(), Failure> {
     let Some(command) = cli.command else {
         return Err(Failure::bad_arguments(
             "a command is needed; pollux --help lists them",
@@ -206,6 +210,11 @@ fn dispatch(cli: Cli, run: Runner) -> Result<(), Failure> {
     };
     match command {
         Command::Run(args) => run_daemon(args, socket_path(cli.api_socket)?, run),
+        Command::Bench(args) => match bench(&args) {
+            EXIT_OK => Ok(()),
+            // It has said why.
+            code => Err(Failure::new(code, "")),
+        },
         Command::Completions { shell } => completions(shell),
         Command::Man { dir } => man(dir),
         command => commands::execute(command, socket_path(cli.api_socket)?),

@@ -48,7 +48,6 @@ pub(super) struct Control {
     sender: Sender<Command>,
     wake: Arc<Wake>,
     signals: Option<Signals>,
-    next_session: u64,
     next_housekeeping: Instant,
     /// Session threads, joined when they have ended.
     sessions: Vec<std::thread::JoinHandle<()>>,
@@ -72,7 +71,6 @@ impl Control {
             commands: commands.1,
             wake,
             signals,
-            next_session: 1,
             next_housekeeping: now + HOUSEKEEPING,
             sessions: Vec::new(),
             stopping: false,
@@ -381,14 +379,12 @@ impl Control {
     /// Starts the thread that converses with a frontend.
     fn start_session(&mut self, port: &Arc<PortShared>, stream: UnixStream) {
         let link = Link::new(
-            self.next_session,
             port.clone(),
             self.sender.clone(),
             self.wake.clone(),
             self.registry.acknowledgements.clone(),
             self.report.clone(),
         );
-        self.next_session += 1;
         let (Ok(stopper), Ok(probe)) = (Stopper::new(&stream), stream.try_clone()) else {
             self.report.port(
                 port,

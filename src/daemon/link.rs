@@ -39,8 +39,6 @@ struct Mailbox {
 /// One session's link to control.
 #[derive(Debug)]
 pub(super) struct Link {
-    /// Number of the session, unique in the daemon's life.
-    pub(super) id: u64,
     /// The port it serves.
     pub(super) port: Arc<PortShared>,
     mailbox: Mutex<Mailbox>,
@@ -53,7 +51,6 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn new(
-        id: u64,
         port: Arc<PortShared>,
         commands: Sender<Command>,
         wake: Arc<Wake>,
@@ -61,7 +58,6 @@ impl Link {
         report: Arc<Report>,
     ) -> Arc<Self> {
         Arc::new(Link {
-            id,
             port,
             mailbox: Mutex::default(),
             changed: Condvar::new(),

@@ -10,6 +10,7 @@
 
 mod command;
 mod control;
+pub mod embedded;
 mod handle;
 mod link;
 mod pollers;
