@@ -121,7 +121,7 @@ impl Counter {
 /// What one poll thread counted at one port.
 #[derive(Debug, Default)]
 pub struct PortCounters {
-    /// Frames that entered the switch and got a verdict other than a drop.
+    /// Well-formed frames that entered the switch, whatever became of them.
     pub rx_frames: Counter,
     /// Their bytes, without virtio-net headers.
     pub rx_bytes: Counter,
@@ -294,6 +294,12 @@ pub struct ThreadStats {
     pub wakeups: Counter,
     /// Topologies it took over.
     pub topologies: Counter,
+    /// Calls made to drivers.
+    pub calls: Counter,
+    /// Calls that the kernel refused.
+    pub calls_refused: Counter,
+    /// Times chains were completed although another thread's claim before their frames was still open.
+    pub completed_early: Counter,
     /// The longest pass so far, in nanoseconds.
     pub longest_pass_ns: Counter,
     /// Length of the passes that found work, in nanoseconds.

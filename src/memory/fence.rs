@@ -67,15 +67,17 @@ struct Entry {
 }
 
 impl Entry {
-    const FREE: Entry = Entry {
-        sequence: AtomicU32::new(0),
-        start: AtomicUsize::new(0),
-        len: AtomicUsize::new(0),
-        page_size: AtomicUsize::new(0),
-        mark: AtomicPtr::new(ptr::null_mut()),
-    };
+    const fn free() -> Entry {
+        Entry {
+            sequence: AtomicU32::new(0),
+            start: AtomicUsize::new(0),
+            len: AtomicUsize::new(0),
+            page_size: AtomicUsize::new(0),
+            mark: AtomicPtr::new(ptr::null_mut()),
+        }
+    }
 
-    /// Writers hold the lock of `PLACES`, so there is one at a time.
+    /// Writers hold the lock of `FREED`, so there is one at a time.
     fn write(&self, start: usize, len: usize, page_size: usize, mark: *mut FaultMark) {
         let sequence = self.sequence.load(Ordering::Relaxed);
         self.sequence
@@ -115,7 +117,7 @@ struct Found {
 }
 
 /// 2.5 MiB of zero pages that are touched only as far as entries are used.
-static ENTRIES: [Entry; CAPACITY] = [const { Entry::FREE }; CAPACITY];
+static ENTRIES: [Entry; CAPACITY] = [const { Entry::free() }; CAPACITY];
 
 /// Entries from here on were never used: how far the handler looks.
 static USED: AtomicUsize = AtomicUsize::new(0);
@@ -238,8 +240,11 @@ extern "C" fn on_sigbus(
 }
 
 fn address(info: *mut libc::siginfo_t) -> usize {
-    // SAFETY: valid (see `on_sigbus`), and SIGBUS from the kernel carries an address.
-    unsafe { (*info).si_addr() }.addr()
+    // SAFETY: valid (see `on_sigbus`), and nobody else has it.
+    let info = unsafe { &*info };
+    // SAFETY: SIGBUS from the kernel carries an address.
+    let address = unsafe { info.si_addr() };
+    address.addr()
 }
 
 /// Puts fresh pages over `addr` if it is in a region, and marks the owner.

@@ -19,6 +19,7 @@
 pub mod fence;
 mod map;
 mod region;
+mod shared;
 mod window;
 
 use rustix::io::Errno;
@@ -26,6 +27,7 @@ use rustix::io::Errno;
 pub use fence::FaultMark;
 pub use map::GuestMemory;
 pub use region::{PinnedWindow, Region, RegionSpec};
+pub use shared::SharedMemory;
 pub use window::Window;
 
 /// Regions one guest may have: what KVM gives a VM, and what GET_MAX_MEM_SLOTS should answer.

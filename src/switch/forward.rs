@@ -85,3 +85,155 @@ pub fn decide(
         _ => Verdict::Flood,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::switch::fdb::FdbConfig;
+
+    const ALICE: PortRef = PortRef {
+        slot: 0,
+        generation: 3,
+    };
+    const BOB: PortRef = PortRef {
+        slot: 1,
+        generation: 5,
+    };
+
+    struct Bench {
+        fdb: Fdb,
+    }
+
+    impl Bench {
+        fn new() -> Bench {
+            Bench {
+                fdb: Fdb::new(FdbConfig::default()).unwrap(),
+            }
+        }
+
+        fn frame(&self, src: &str, dst: &str, ingress: PortRef) -> Verdict {
+            let head = FrameHead {
+                dst: mac(dst),
+                src: mac(src),
+                len: 60,
+            };
+            decide(&head, ingress, &self.fdb, &topology, 1)
+        }
+
+        fn knows(&self, address: &str) -> Option<PortRef> {
+            self.fdb.lookup(UNTAGGED, mac(address))
+        }
+    }
+
+    fn topology(slot: u16) -> Option<u32> {
+        [ALICE, BOB]
+            .iter()
+            .find(|port| port.slot == slot)
+            .map(|port| port.generation)
+    }
+
+    fn mac(text: &str) -> Mac {
+        text.parse().unwrap()
+    }
+
+    const A: &str = "52:54:00:00:00:0a";
+    const B: &str = "52:54:00:00:00:0b";
+    const BROADCAST: &str = "ff:ff:ff:ff:ff:ff";
+
+    #[test]
+    fn an_unknown_destination_is_flooded_and_the_answer_is_not() {
+        let bench = Bench::new();
+        assert_eq!(bench.frame(A, B, ALICE), Verdict::Flood);
+        assert_eq!(bench.frame(B, A, BOB), Verdict::Unicast(ALICE.slot));
+        assert_eq!(bench.frame(A, B, ALICE), Verdict::Unicast(BOB.slot));
+    }
+
+    #[test]
+    fn broadcast_and_multicast_are_flooded_and_teach_their_source() {
+        let bench = Bench::new();
+        assert_eq!(bench.frame(A, BROADCAST, ALICE), Verdict::Flood);
+        assert_eq!(bench.frame(B, "01:00:5e:00:00:01", BOB), Verdict::Flood);
+        assert_eq!((bench.knows(A), bench.knows(B)), (Some(ALICE), Some(BOB)));
+    }
+
+    #[test]
+    fn a_source_that_no_station_can_have_is_dropped_and_not_learned() {
+        let bench = Bench::new();
+        for source in [BROADCAST, "01:00:5e:00:00:01", "00:00:00:00:00:00"] {
+            let verdict = bench.frame(source, B, ALICE);
+            assert_eq!(verdict, Verdict::Drop(DropReason::RxBadSource), "{source}");
+        }
+        assert!(bench.fdb.is_empty());
+    }
+
+    #[test]
+    fn link_local_frames_stay_on_their_link_and_teach_their_source() {
+        let bench = Bench::new();
+        let verdict = bench.frame(A, "01:80:c2:00:00:0e", ALICE);
+        assert_eq!(verdict, Verdict::Drop(DropReason::LinkLocalFiltered));
+        assert_eq!(bench.knows(A), Some(ALICE));
+        assert_eq!(bench.frame(A, "01:80:c2:00:00:10", ALICE), Verdict::Flood);
+    }
+
+    #[test]
+    fn a_frame_never_leaves_through_the_port_it_came_from() {
+        let bench = Bench::new();
+        bench.frame(A, BROADCAST, ALICE);
+        bench.frame(B, BROADCAST, ALICE);
+        assert_eq!(
+            bench.frame(A, B, ALICE),
+            Verdict::Drop(DropReason::SamePort)
+        );
+    }
+
+    #[test]
+    fn a_frame_to_its_own_sender_is_dropped_even_where_nothing_can_be_learned() {
+        let bench = Bench::new();
+        bench.fdb.port_removed(ALICE);
+        assert_eq!(
+            bench.frame(A, A, ALICE),
+            Verdict::Drop(DropReason::SamePort)
+        );
+        assert_eq!(bench.knows(A), None);
+    }
+
+    #[test]
+    fn an_entry_of_an_earlier_tenant_of_the_slot_counts_as_unknown() {
+        let bench = Bench::new();
+        let earlier = PortRef {
+            generation: BOB.generation - 1,
+            ..BOB
+        };
+        bench.fdb.learn(UNTAGGED, mac(B), earlier, 0);
+        assert_eq!(bench.frame(A, B, ALICE), Verdict::Flood);
+        assert_eq!(bench.frame(A, B, BOB), Verdict::Flood);
+    }
+
+    #[test]
+    fn an_entry_of_an_empty_slot_counts_as_unknown() {
+        let bench = Bench::new();
+        bench.fdb.learn(
+            UNTAGGED,
+            mac(B),
+            PortRef {
+                slot: 9,
+                generation: 1,
+            },
+            0,
+        );
+        assert_eq!(bench.frame(A, B, ALICE), Verdict::Flood);
+    }
+
+    #[test]
+    fn a_frame_shorter_than_its_header_is_dropped_and_teaches_nothing() {
+        let bench = Bench::new();
+        let head = FrameHead {
+            dst: mac(B),
+            src: mac(A),
+            len: 13,
+        };
+        let verdict = decide(&head, ALICE, &bench.fdb, &topology, 1);
+        assert_eq!(verdict, Verdict::Drop(DropReason::RxShortFrame));
+        assert!(bench.fdb.is_empty());
+    }
+}

@@ -12,4 +12,5 @@ pub mod memfd;
 pub mod peer;
 pub mod sched;
 pub mod signal;
+pub mod snapshot;
 pub mod wake;

@@ -40,7 +40,7 @@ fn parse(text: &str) -> Option<ThreadTimes> {
     })
 }
 
-/// How long the calling thread ran. No system call where the vDSO knows the clock; do not rely on it.
+/// How long the calling thread ran. A system call: not for every pass.
 pub fn own_cpu_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     let nanos = u32::try_from(time.tv_nsec).unwrap_or(0);

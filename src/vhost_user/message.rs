@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ioctl_fionread};
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recvmsg};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use vhost::vhost_user::message::{MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE, VhostUserHeaderFlag};
 
 use super::error::{Request, SessionError};
@@ -201,15 +201,24 @@ fn peek(stream: &UnixStream) -> Result<(usize, [u8; HEADER], bool), SessionError
 /// Refuses more descriptors than the crate has room for: it would take the message for not received, and wait for it
 /// again. Peeking with room makes copies of them, closed with the buffer.
 fn count_files(stream: &UnixStream) -> Result<(), SessionError> {
+    // One more, for alignment may leave room for it.
     let mut space =
-        [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_ATTACHED_FD_ENTRIES))];
+        [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_ATTACHED_FD_ENTRIES + 1))];
     let mut files = RecvAncillaryBuffer::new(&mut space);
-    match peek_into(stream, &mut [0; HEADER], &mut files)? {
-        (_, true) => Err(SessionError::TooManyFiles {
+    let (_, truncated) = peek_into(stream, &mut [0; HEADER], &mut files)?;
+    let count: usize = files
+        .drain()
+        .map(|message| match message {
+            RecvAncillaryMessage::ScmRights(files) => files.count(),
+            _ => 0,
+        })
+        .sum();
+    if truncated || count > MAX_ATTACHED_FD_ENTRIES {
+        return Err(SessionError::TooManyFiles {
             max: MAX_ATTACHED_FD_ENTRIES,
-        }),
-        (_, false) => Ok(()),
+        });
     }
+    Ok(())
 }
 
 /// Peeks; the bytes seen, and whether `files` had no room for all descriptors that come with them.

@@ -1,11 +1,41 @@
-//! Virtqueues from the device's side (virtio 1.2, §2.6 to §2.8).
+//! Virtqueues from the device's side (virtio 1.2 §2.6 to §2.8), written for several poll threads.
+//!
+//! | file | what it knows |
+//! |---|---|
+//! | [`claim`] | claim, fill, commit, publish: private atomics only |
+//! | [`chain`] | descriptors, chains, indirect tables |
+//! | [`split`], [`packed`] | one ring in guest memory each; [`Ring`] is the enum of the two |
+//! | [`TransmitQueue`] | takes chains and completes them, one owner at a time |
+//! | [`ReceiveQueue`] | delivers, any thread at any time |
+//! | [`driver`] | the other side of both rings, for the load generator and tests |
+//!
+//! All of it reads memory that a hostile guest writes at the same time: values are read once into locals, checked
+//! there, and used from there. Three classes of trouble: a *malformed chain* is returned with length 0 and counted,
+//! and the ring goes on; an *impossible ring* ([`Broken`]) stops this ring until its next start; nothing is ever fatal.
+
+pub mod chain;
+pub mod claim;
+pub mod packed;
+mod receiveq;
+pub mod split;
+mod transmitq;
+
+pub mod driver;
 
 use std::sync::Arc;
+use std::sync::OnceLock;
+
+use chain::{ChainError, Direction, Windows};
+use claim::Publish;
+pub use receiveq::{CLAIM_BYTES, CLAIM_FRAMES, Claim, NoClaim, ReceiveQueue};
+pub use transmitq::{Taken, TransmitQueue};
 
 use crate::memory::{GuestMemory, PinnedWindow};
 
 /// Largest ring (virtio 1.2 §2.7 and §2.8: at most 2^15 entries).
 pub const MAX_RING_SIZE: u32 = 32768;
+/// Bytes of the virtio-net header with `num_buffers` (virtio 1.2 §5.1.6).
+pub const NET_HDR_SIZE: usize = 12;
 
 /// Negotiated features that change how a ring is read and written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,4 +71,206 @@ pub struct RingSetup {
     pub base: u32,
     /// The guest's memory, for the addresses in descriptors.
     pub memory: Arc<GuestMemory>,
+}
+
+/// Why a ring does not start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SetupError {
+    /// No power of two (split), zero or above 32768.
+    #[error("a ring of {0} entries is not possible")]
+    Size(u16),
+    /// A part of the ring is longer than the memory it was found in.
+    #[error("the ring is not wholly in guest memory")]
+    Short,
+    /// Descriptors need 16 bytes, the used ring 4, the available ring 2 (packed: 16, 4, 4).
+    #[error("a part of the ring is not aligned as the specification demands")]
+    Alignment,
+    /// A packed ring's base names a slot outside the ring.
+    #[error("ring base {0:#x} is outside the ring")]
+    Base(u32),
+}
+
+/// Why a ring is broken: something that no driver may do and that cannot be answered. It heals with the ring's next start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Broken {
+    /// The available index is further ahead than the ring has entries.
+    #[error("available index is {ahead} entries ahead in a ring of {size}")]
+    AvailableIndex {
+        /// Distance from our position.
+        ahead: u16,
+        /// Entries.
+        size: u16,
+    },
+    /// An available entry names no descriptor, so that it cannot be returned either.
+    #[error("available entry names descriptor {head} in a ring of {size}")]
+    Head {
+        /// The index found.
+        head: u16,
+        /// Entries.
+        size: u16,
+    },
+    /// A chain in a packed ring has no end.
+    #[error("a chain has no end in a ring of {size}")]
+    EndlessChain {
+        /// Entries.
+        size: u16,
+    },
+}
+
+/// Set once by whoever finds the ring broken, read by everybody.
+#[derive(Debug, Default)]
+struct BrokenMark(OnceLock<Broken>);
+
+impl BrokenMark {
+    #[inline(always)]
+    fn is_set(&self) -> bool {
+        self.0.get().is_some()
+    }
+
+    #[cold]
+    fn set(&self, broken: Broken) {
+        // The first reason stays; OnceLock's own lock is never waited for: the value is ready.
+        let _ = self.0.set(broken);
+    }
+
+    fn get(&self) -> Option<Broken> {
+        self.0.get().copied()
+    }
+}
+
+/// A chain's identity: what goes back to the driver, and how many positions it covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Split: index of the first descriptor. Packed: buffer id.
+    pub id: u16,
+    /// Positions: 1 (split), descriptors in the ring (packed).
+    pub span: u16,
+}
+
+impl Head {
+    #[inline(always)]
+    fn pack(self) -> u32 {
+        u32::from(self.id) << 16 | u32::from(self.span)
+    }
+
+    #[inline(always)]
+    fn unpack(word: u32) -> Self {
+        Head {
+            id: (word >> 16) as u16,
+            span: word as u16,
+        }
+    }
+}
+
+/// A chain found available: its head, and the bytes of its buffers or why it cannot be used.
+#[derive(Clone, Copy, Debug)]
+pub struct Chain {
+    /// What goes back to the driver.
+    pub head: Head,
+    /// Bytes collected.
+    pub len: Result<u32, ChainError>,
+}
+
+/// A started ring of either kind.
+#[derive(Debug)]
+pub enum Ring {
+    /// Split virtqueue.
+    Split(split::SplitRing),
+    /// Packed virtqueue.
+    Packed(packed::PackedRing),
+}
+
+impl Ring {
+    /// Starts a ring; returns it with its first position.
+    pub fn start(setup: &RingSetup) -> Result<(Self, u64), SetupError> {
+        if setup.features.packed {
+            packed::PackedRing::start(setup).map(|(ring, at)| (Ring::Packed(ring), at))
+        } else {
+            split::SplitRing::start(setup).map(|(ring, at)| (Ring::Split(ring), at))
+        }
+    }
+
+    /// No position from here on can be available; before it, [`Ring::read_chain`] decides.
+    #[inline(always)]
+    pub fn available_to(&self, position: u64) -> Result<u64, Broken> {
+        match self {
+            Ring::Split(ring) => ring.available_to(position),
+            // A packed ring has no index: each head says for itself.
+            Ring::Packed(_) => Ok(u64::MAX),
+        }
+    }
+
+    /// Whether the position is available.
+    pub fn has_available(&self, position: u64) -> Result<bool, Broken> {
+        match self {
+            Ring::Split(ring) => ring.available_to(position).map(|end| end != position),
+            Ring::Packed(ring) => Ok(ring.is_available(position)),
+        }
+    }
+
+    /// Reads the chain at a position before [`Ring::available_to`]; `None` if it is not available.
+    #[inline(always)]
+    pub fn read_chain<'m, const N: usize>(
+        &'m self,
+        position: u64,
+        direction: Direction,
+        wanted: u32,
+        windows: &mut Windows<'m, N>,
+    ) -> Result<Option<Chain>, Broken> {
+        match self {
+            Ring::Split(ring) => ring
+                .read_chain(position, direction, wanted, windows)
+                .map(Some),
+            Ring::Packed(ring) => ring.read_chain(position, direction, wanted, windows),
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, position: u64) {
+        match self {
+            Ring::Split(ring) => ring.prefetch(position),
+            Ring::Packed(ring) => ring.prefetch(position),
+        }
+    }
+
+    #[inline(always)]
+    fn write_used(&self, position: u64, head: Head, len: u32) {
+        match self {
+            Ring::Split(ring) => ring.write_used(position, head, len),
+            Ring::Packed(ring) => ring.write_used(position, head, len),
+        }
+    }
+
+    fn want_kicks(&self, wanted: bool, position: u64) {
+        match self {
+            Ring::Split(ring) => ring.want_kicks(wanted, position),
+            Ring::Packed(ring) => ring.want_kicks(wanted, position),
+        }
+    }
+
+    /// The number that GET_VRING_BASE answers for a position.
+    fn base(&self, position: u64) -> u32 {
+        match self {
+            Ring::Split(_) => u32::from(position as u16),
+            Ring::Packed(ring) => ring.base(position),
+        }
+    }
+}
+
+impl Publish for Ring {
+    #[inline(always)]
+    fn publish(&self, from: u64, to: u64) {
+        match self {
+            Ring::Split(ring) => ring.publish(from, to),
+            Ring::Packed(ring) => ring.publish(from, to),
+        }
+    }
+
+    #[inline(always)]
+    fn wants_call(&self, from: u64, to: u64) -> bool {
+        match self {
+            Ring::Split(ring) => ring.wants_call(from, to),
+            Ring::Packed(ring) => ring.wants_call(from, to),
+        }
+    }
 }

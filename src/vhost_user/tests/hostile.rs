@@ -424,12 +424,17 @@ fn descriptors_where_none_belong() {
         .unwrap();
     (&peer.stream).write_all(&[0; 4]).unwrap();
     peer.refused();
-    // More than a message may have.
-    let peer = Peer::new();
-    let many = vec![file.as_raw_fd(); 253];
-    peer.stream
-        .send_with_fds(&[&header(5, 0)[..]], &many)
-        .unwrap();
-    assert!(peer.refused().contains("more than 32 file descriptors"));
+    // More than a message may have, and just as many as it may.
+    for (count, why) in [
+        (253, "more than 32 file descriptors"),
+        (33, "more than 32 file descriptors"),
+        (32, "invalid message"),
+    ] {
+        let peer = Peer::new();
+        let many = vec![file.as_raw_fd(); count];
+        let message = [header(5, 8), vec![0; 8]].concat();
+        peer.stream.send_with_fds(&[&message[..]], &many).unwrap();
+        assert!(peer.refused().contains(why), "{count}");
+    }
     assert_eq!(descriptors("vu-stray"), 1);
 }

@@ -1,0 +1,107 @@
+//! What the daemon answers to the API, as a trait.
+//!
+//! The server calls it from a bounded set of helper threads, so methods may block briefly. Every
+//! operation on a port that was removed meanwhile answers [`ControlError::Gone`] or `NotFound`;
+//! none of them waits for a poll thread.
+
+use std::fmt;
+
+use crossbeam_channel::Receiver;
+
+use super::types::{
+    Event, FdbAdd, FdbEntry, FdbKey, PollThreadView, PortPatch, PortView, StatsView, VersionView,
+};
+use crate::config::PortSpec;
+
+/// What a request named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum What {
+    /// A port, by name.
+    Port(String),
+    /// An address in the FDB.
+    Address(FdbKey),
+}
+
+impl fmt::Display for What {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            What::Port(name) => write!(f, "port {name:?}"),
+            What::Address(FdbKey { mac, vlan }) => write!(f, "address {mac} in VLAN {vlan}"),
+        }
+    }
+}
+
+/// Why an operation was not done. The text goes to the operator as it stands.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// The request itself cannot be right.
+    #[error("{0}")]
+    BadArgument(String),
+    /// It names something that does not exist.
+    #[error("no such {what}")]
+    NotFound {
+        /// What was named.
+        what: What,
+    },
+    /// It contradicts what exists: a name in use, a live socket, a limit reached.
+    #[error("{text}")]
+    Conflict {
+        /// What is in the way, and where.
+        text: String,
+    },
+    /// The port was removed while the request was under way.
+    #[error("{what} was removed meanwhile")]
+    Gone {
+        /// What was named.
+        what: What,
+    },
+    /// A fault of the daemon or the operating system.
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl ControlError {
+    /// A port of this name does not exist.
+    pub fn no_port(name: &str) -> Self {
+        ControlError::NotFound {
+            what: What::Port(name.to_string()),
+        }
+    }
+}
+
+impl From<crate::config::ConfigError> for ControlError {
+    fn from(error: crate::config::ConfigError) -> Self {
+        ControlError::BadArgument(error.to_string())
+    }
+}
+
+/// The operations behind the API.
+pub trait Control: Send + Sync {
+    /// Creates a port. With `may_exist`, a port that exists with the same values is the answer.
+    fn add_port(&self, spec: PortSpec, may_exist: bool) -> Result<PortView, ControlError>;
+    /// Removes a port; its name and socket path are free when this returns.
+    fn remove_port(&self, name: &str) -> Result<(), ControlError>;
+    /// Changes what may change while the port exists.
+    fn set_port(&self, name: &str, patch: PortPatch) -> Result<PortView, ControlError>;
+    /// All ports, in the order of their creation.
+    fn ports(&self) -> Result<Vec<PortView>, ControlError>;
+    /// One port.
+    fn port(&self, name: &str) -> Result<PortView, ControlError>;
+    /// The forwarding table.
+    fn fdb(&self) -> Result<Vec<FdbEntry>, ControlError>;
+    /// Adds a static entry.
+    fn fdb_add(&self, entry: FdbAdd) -> Result<FdbEntry, ControlError>;
+    /// Removes one entry, static or learned.
+    fn fdb_remove(&self, key: FdbKey) -> Result<(), ControlError>;
+    /// Forgets the learned entries of one port, or of all; answers how many there were.
+    fn fdb_flush(&self, port: Option<&str>) -> Result<u64, ControlError>;
+    /// The poll threads.
+    fn poll_threads(&self) -> Result<Vec<PollThreadView>, ControlError>;
+    /// Counters of everything at one moment.
+    fn stats(&self) -> Result<StatsView, ControlError>;
+    /// Events from now on. The channel is bounded; a reader too slow for it is disconnected after
+    /// an event that says so.
+    fn subscribe(&self) -> Receiver<Event>;
+    /// What is running.
+    fn version(&self) -> VersionView;
+}

@@ -1,0 +1,71 @@
+//! Answers that are no success: which status and code each refusal gets.
+
+use axum::Json;
+use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+
+use super::ControlError;
+use super::types::ApiError;
+
+/// An answer that is no success.
+#[derive(Debug)]
+pub(super) struct Failure(StatusCode, ApiError);
+
+impl Failure {
+    pub(super) fn new(
+        status: StatusCode,
+        code: &str,
+        message: impl Into<String>,
+        hint: Option<&str>,
+    ) -> Self {
+        Failure(
+            status,
+            ApiError {
+                code: code.into(),
+                message: message.into(),
+                hint: hint.map(Into::into),
+            },
+        )
+    }
+
+    pub(super) fn bad(message: impl Into<String>) -> Self {
+        Failure::new(StatusCode::BAD_REQUEST, "bad_argument", message, None)
+    }
+
+    pub(super) fn busy(message: impl Into<String>) -> Self {
+        let hint = Some("try again");
+        Failure::new(StatusCode::SERVICE_UNAVAILABLE, "busy", message, hint)
+    }
+}
+
+impl From<ControlError> for Failure {
+    fn from(error: ControlError) -> Self {
+        let (status, code) = match &error {
+            ControlError::BadArgument(_) => (StatusCode::BAD_REQUEST, "bad_argument"),
+            ControlError::NotFound { .. } => (StatusCode::NOT_FOUND, "not_found"),
+            ControlError::Conflict { .. } => (StatusCode::CONFLICT, "conflict"),
+            ControlError::Gone { .. } => (StatusCode::GONE, "gone"),
+            ControlError::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
+        };
+        Failure::new(status, code, error.to_string(), None)
+    }
+}
+
+impl From<QueryRejection> for Failure {
+    fn from(rejection: QueryRejection) -> Self {
+        Failure::bad(rejection.body_text())
+    }
+}
+
+impl From<PathRejection> for Failure {
+    fn from(rejection: PathRejection) -> Self {
+        Failure::bad(rejection.body_text())
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        (self.0, Json(self.1)).into_response()
+    }
+}

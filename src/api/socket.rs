@@ -1,0 +1,181 @@
+//! The API's listening socket: taken only if nobody answers on it, and never left behind.
+//!
+//! A lock file beside the socket decides between two daemons that start at the same moment; under
+//! it, a socket that refuses connections is stale and is replaced, one that accepts is refused by
+//! name. The file's mode and group are set between `bind` and `listen`, when nobody can connect
+//! yet, so there is no moment at which it is open to all and no change of the process's umask.
+
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{
+    DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown,
+};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use super::server::ServerError;
+use crate::config::MAX_SOCKET_PATH;
+
+const SOCKET_MODE: u32 = 0o660;
+const DIRECTORY_MODE: u32 = 0o750;
+/// Connections the kernel holds for us before `connect` fails; beyond the limit we serve anyway.
+const BACKLOG: i32 = 64;
+
+/// A bound, listening socket file; dropping it removes the file.
+#[derive(Debug)]
+pub(super) struct ApiSocket {
+    path: PathBuf,
+    lock_path: PathBuf,
+    identity: (u64, u64),
+    // Held for as long as the socket is ours.
+    _lock: File,
+}
+
+impl ApiSocket {
+    /// Takes `path` for this process.
+    pub(super) fn bind(
+        path: &Path,
+        group: Option<u32>,
+    ) -> Result<(ApiSocket, UnixListener), ServerError> {
+        let bytes = path.as_os_str().as_encoded_bytes();
+        if bytes.is_empty() || bytes.contains(&0) || bytes.len() > MAX_SOCKET_PATH {
+            return Err(ServerError::Path {
+                path: path.into(),
+                len: bytes.len(),
+            });
+        }
+        let bind_error = |source| ServerError::Bind {
+            path: path.into(),
+            source,
+        };
+        make_parent(path, group).map_err(bind_error)?;
+        let mut lock_path = OsString::from(path);
+        lock_path.push(".lock");
+        let lock_path = PathBuf::from(lock_path);
+        let lock = lock(&lock_path).map_err(|source| match source.kind() {
+            io::ErrorKind::WouldBlock => ServerError::Live { path: path.into() },
+            _ => bind_error(source),
+        })?;
+        let listener = replace_stale(path)
+            .and_then(|()| listen(path, group).map_err(bind_error))
+            .inspect_err(|_| {
+                let _ = fs::remove_file(&lock_path);
+            })?;
+        let identity = fs::symlink_metadata(path)
+            .map(|meta| (meta.dev(), meta.ino()))
+            .map_err(bind_error)?;
+        let socket = ApiSocket {
+            path: path.into(),
+            lock_path,
+            identity,
+            _lock: lock,
+        };
+        Ok((socket, listener))
+    }
+}
+
+impl Drop for ApiSocket {
+    fn drop(&mut self) {
+        // Somebody may have removed our file and bound its own: that one stays.
+        let ours = fs::symlink_metadata(&self.path)
+            .is_ok_and(|meta| (meta.dev(), meta.ino()) == self.identity);
+        if ours {
+            let _ = fs::remove_file(&self.path);
+        }
+        // Under the lock still: a daemon that waits for it notices the missing file and retries.
+        let _ = fs::remove_file(&self.lock_path);
+    }
+}
+
+fn make_parent(path: &Path, group: Option<u32>) -> io::Result<()> {
+    let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) else {
+        return Ok(());
+    };
+    if parent.exists() {
+        return Ok(());
+    }
+    DirBuilder::new()
+        .recursive(true)
+        .mode(DIRECTORY_MODE)
+        .create(parent)?;
+    // Without this, the group could not even reach the socket that it may use.
+    match group {
+        Some(_) => chown(parent, None, group),
+        None => Ok(()),
+    }
+}
+
+/// Locks `path`, or fails with `WouldBlock` while another process holds it.
+fn lock(path: &Path) -> io::Result<File> {
+    loop {
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)?;
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        // The holder before us may have removed the file between our open and our lock; then we
+        // hold a lock that nobody else will ever see.
+        let opened = file.metadata()?;
+        match fs::metadata(path) {
+            Ok(named) if (named.dev(), named.ino()) == (opened.dev(), opened.ino()) => {
+                return Ok(file);
+            }
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn replace_stale(path: &Path) -> Result<(), ServerError> {
+    let bind_error = |source| ServerError::Bind {
+        path: path.into(),
+        source,
+    };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(bind_error(error)),
+        Ok(meta) if !meta.file_type().is_socket() => {
+            return Err(ServerError::NotASocket { path: path.into() });
+        }
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(bind_error)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // Connected, or listening with a full backlog, or a socket of another type: in use.
+        _ => Err(ServerError::Live { path: path.into() }),
+    }
+}
+
+fn listen(path: &Path, group: Option<u32>) -> io::Result<UnixListener> {
+    let socket: OwnedFd = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    let finish = || {
+        fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE))?;
+        if group.is_some() {
+            chown(path, None, group)?;
+        }
+        rustix::net::listen(&socket, BACKLOG)?;
+        Ok(())
+    };
+    if let Err(error) = finish() {
+        let _ = fs::remove_file(path);
+        return Err(error);
+    }
+    Ok(UnixListener::from(socket))
+}

@@ -1,0 +1,472 @@
+//! What travels over the API.
+//!
+//! Names are stable: a field may be added, none is renamed or changes its unit within `/v1`.
+//! Amounts are in base units (bytes, seconds, a ratio from 0 to 1). rx and tx are always from the
+//! *switch's* view: rx is a frame that enters the switch from the port's guest.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::config::SocketMode;
+
+/// Highest VLAN identifier (4095 is reserved by IEEE 802.1Q).
+pub const MAX_VLAN: u16 = 4094;
+
+/// An Ethernet address; in JSON a string such as `52:54:00:12:34:56`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct MacAddr(pub [u8; 6]);
+
+/// A text that is no Ethernet address.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not an Ethernet address: use six hexadecimal bytes such as 52:54:00:12:34:56")]
+pub struct MacAddrError(String);
+
+impl MacAddr {
+    /// Group bit: a station never sends with such a source.
+    pub fn is_multicast(&self) -> bool {
+        self.0[0] & 1 == 1
+    }
+}
+
+impl fmt::Display for MacAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl FromStr for MacAddr {
+    type Err = MacAddrError;
+
+    fn from_str(text: &str) -> Result<Self, MacAddrError> {
+        let bad = || MacAddrError(text.to_string());
+        let mut bytes = [0u8; 6];
+        let mut parts = text.split([':', '-']);
+        for byte in &mut bytes {
+            let part = parts.next().ok_or_else(bad)?;
+            // from_str_radix alone would take "+5".
+            if part.is_empty() || part.len() > 2 || !part.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return Err(bad());
+            }
+            *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
+        }
+        match parts.next() {
+            None => Ok(MacAddr(bytes)),
+            Some(_) => Err(bad()),
+        }
+    }
+}
+
+impl From<MacAddr> for String {
+    fn from(mac: MacAddr) -> String {
+        mac.to_string()
+    }
+}
+
+impl TryFrom<String> for MacAddr {
+    type Error = MacAddrError;
+
+    fn try_from(text: String) -> Result<Self, MacAddrError> {
+        text.parse()
+    }
+}
+
+/// Where a port stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PortState {
+    /// Listening; no frontend has connected.
+    Waiting,
+    /// Trying to reach the frontend's socket.
+    Connecting,
+    /// A frontend is connected; its driver runs no ring yet.
+    Negotiating,
+    /// At least one queue pair runs.
+    Running,
+    /// A ring broke, or the session cannot go on until the guest resets.
+    Broken,
+}
+
+impl PortState {
+    /// The word used in JSON and tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            PortState::Waiting => "waiting",
+            PortState::Connecting => "connecting",
+            PortState::Negotiating => "negotiating",
+            PortState::Running => "running",
+            PortState::Broken => "broken",
+        }
+    }
+}
+
+/// A port, its session if a frontend is connected, and its counters.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PortView {
+    /// Unique name.
+    pub name: String,
+    /// Path of the vhost-user socket.
+    pub socket: String,
+    /// Who listens on it.
+    pub mode: SocketMode,
+    /// Queue pairs offered.
+    pub queues: u16,
+    /// Where it stands.
+    pub state: PortState,
+    /// In words, why it does not work (yet); null while it does.
+    pub reason: Option<String>,
+    /// The connected frontend; null without one.
+    pub session: Option<SessionView>,
+    /// What went through.
+    pub statistics: PortStatistics,
+}
+
+/// What a connected frontend has set up.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct SessionView {
+    /// Acknowledged virtio features, by name.
+    pub features: Vec<String>,
+    /// Acknowledged vhost-user protocol features, by name.
+    pub protocol_features: Vec<String>,
+    /// Shared memory regions.
+    pub memory_regions: u32,
+    /// Bytes of guest memory shared.
+    pub memory_bytes: u64,
+    /// Its vrings.
+    pub rings: Vec<RingView>,
+    /// Seconds since the frontend connected.
+    pub age_seconds: f64,
+}
+
+/// Which way a ring carries frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RingDirection {
+    /// transmitq of the guest: frames enter the switch.
+    Rx,
+    /// receiveq of the guest: frames leave the switch.
+    Tx,
+}
+
+/// Layout of a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RingKind {
+    /// Split virtqueue.
+    Split,
+    /// Packed virtqueue.
+    Packed,
+}
+
+/// Where a ring stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RingState {
+    /// Not started by the driver.
+    Stopped,
+    /// Started.
+    Running,
+    /// Impossible contents; left alone until it is reset.
+    Broken,
+}
+
+/// One vring of a session.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RingView {
+    /// Queue pair it belongs to, from 0.
+    pub queue: u16,
+    /// Which way it carries frames, from the switch's view.
+    pub direction: RingDirection,
+    /// Layout.
+    pub kind: RingKind,
+    /// Entries.
+    pub size: u32,
+    /// Where it stands.
+    pub state: RingState,
+    /// Why it is broken; null while it is not.
+    pub broken_reason: Option<String>,
+    /// Enabled by the frontend.
+    pub enabled: bool,
+    /// The switch's position in it, counted from its start without wrapping.
+    pub position: u64,
+}
+
+/// Counters of a port.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PortStatistics {
+    /// From the guest into the switch.
+    pub rx: DirectionStatistics,
+    /// From the switch to the guest.
+    pub tx: DirectionStatistics,
+}
+
+/// Counters of one direction.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DirectionStatistics {
+    /// Frames passed.
+    pub frames: u64,
+    /// Bytes of those frames.
+    pub bytes: u64,
+    /// Frames dropped, by reason; reasons that never occurred may be left out.
+    pub drops: BTreeMap<String, u64>,
+}
+
+impl DirectionStatistics {
+    /// Frames dropped for any reason.
+    pub fn dropped(&self) -> u64 {
+        self.drops.values().fold(0, |sum, n| sum.saturating_add(*n))
+    }
+}
+
+/// What may change while a port exists; absent fields stay as they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PortPatch {
+    /// Queue pairs offered, 1 to 256; a connected frontend sees it when it reconnects.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+}
+
+/// Whether a poll thread is polling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PollState {
+    /// Polling.
+    Busy,
+    /// Waiting for a kick.
+    Asleep,
+}
+
+/// A poll thread and what it works on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PollThreadView {
+    /// Number of the thread, from 0.
+    pub thread: u32,
+    /// CPU it is pinned to; null if unpinned.
+    pub cpu: Option<u32>,
+    /// NUMA node of that CPU.
+    pub numa_node: Option<u32>,
+    /// Kernel thread id.
+    pub tid: u32,
+    /// Polling or asleep.
+    pub state: PollState,
+    /// Turns of the poll loop.
+    pub passes: u64,
+    /// Share of the time spent on frames, 0 to 1.
+    pub busy_ratio: f64,
+    /// Frames taken from its queues.
+    pub frames: u64,
+    /// Times it went to sleep.
+    pub sleeps: u64,
+    /// Generation published to it.
+    pub generation: u64,
+    /// Generation it has acknowledged.
+    pub acknowledged_generation: u64,
+    /// Transmit queues it owns.
+    pub queues: Vec<QueueRef>,
+    /// How long its passes take.
+    pub pass_length: Option<Latency>,
+    /// How long it takes to acknowledge a publication.
+    pub acknowledge_latency: Option<Latency>,
+}
+
+/// One queue of one port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct QueueRef {
+    /// The port.
+    pub port: String,
+    /// Its queue pair, from 0.
+    pub queue: u16,
+}
+
+/// A distribution of durations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Latency {
+    /// Durations seen.
+    pub count: u64,
+    /// Half of them were at most this long.
+    pub p50_seconds: f64,
+    /// 99 % of them were at most this long.
+    pub p99_seconds: f64,
+    /// The longest.
+    pub max_seconds: f64,
+}
+
+/// An entry of the forwarding table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct FdbEntry {
+    /// VLAN, 0 for none.
+    pub vlan: u16,
+    /// The station's address.
+    #[schema(value_type = String, example = "52:54:00:12:34:56")]
+    pub mac: MacAddr,
+    /// Where it is.
+    pub port: String,
+    /// Seconds since a frame from it was seen; 0 for static entries.
+    pub age_seconds: f64,
+    /// Set by the operator: does not age, does not move.
+    #[serde(rename = "static")]
+    pub is_static: bool,
+}
+
+/// What identifies an entry of the forwarding table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FdbKey {
+    /// The station's address.
+    #[schema(value_type = String, example = "52:54:00:12:34:56")]
+    pub mac: MacAddr,
+    /// VLAN, 0 for none.
+    #[serde(default)]
+    pub vlan: u16,
+}
+
+/// A static entry to add.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FdbAdd {
+    /// The station's address.
+    #[schema(value_type = String, example = "52:54:00:12:34:56")]
+    pub mac: MacAddr,
+    /// VLAN, 0 for none.
+    #[serde(default)]
+    pub vlan: u16,
+    /// The port it is on.
+    pub port: String,
+}
+
+/// How many entries a flush removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Flushed {
+    /// Entries removed.
+    pub removed: u64,
+}
+
+/// Counters of everything at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct StatsView {
+    /// Seconds since the daemon started, by a monotonic clock: the base for rates.
+    pub uptime_seconds: f64,
+    /// Generation of the published topology.
+    pub generation: u64,
+    /// The forwarding table.
+    pub fdb: FdbStatistics,
+    /// The ports, in the order of their creation.
+    pub ports: Vec<PortCounters>,
+    /// The poll threads.
+    pub poll_threads: Vec<PollThreadView>,
+}
+
+/// Fill of the forwarding table.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct FdbStatistics {
+    /// Entries in it.
+    pub entries: u64,
+    /// Most it takes.
+    pub capacity: u64,
+    /// What happened to it, by name (learned, moved, refused…).
+    pub counters: BTreeMap<String, u64>,
+}
+
+/// A port's counters, without its session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PortCounters {
+    /// The port.
+    pub name: String,
+    /// Where it stands.
+    pub state: PortState,
+    /// What went through.
+    pub statistics: PortStatistics,
+}
+
+/// What is running.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VersionView {
+    /// Version of the program.
+    pub version: String,
+    /// Version of the API, `v1`.
+    pub api: String,
+    /// Process id of the daemon.
+    pub pid: u32,
+}
+
+impl VersionView {
+    /// This program, in this process.
+    pub fn current() -> Self {
+        VersionView {
+            version: env!("CARGO_PKG_VERSION").to_string(),
+            api: "v1".to_string(),
+            pid: std::process::id(),
+        }
+    }
+}
+
+/// What happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum EventKind {
+    /// A port was created.
+    PortAdded,
+    /// A port was removed.
+    PortRemoved,
+    /// A port's settings were changed.
+    PortChanged,
+    /// A frontend connected.
+    SessionConnected,
+    /// The frontend left, or was cut off.
+    SessionDisconnected,
+    /// A frontend was refused: a second one, or a protocol it breaks.
+    SessionRefused,
+    /// A ring started.
+    RingStarted,
+    /// A ring stopped.
+    RingStopped,
+    /// A ring broke.
+    RingBroken,
+    /// Guest memory was shared, changed or taken away.
+    MemoryChanged,
+    /// A poll thread did not acknowledge in time, or does so again.
+    PollThread,
+    /// The reader was too slow and is cut off; this is the last event of the stream.
+    TooSlow,
+    /// The daemon stops; this is the last event of the stream.
+    Stopping,
+    /// A kind that this version does not know.
+    #[serde(other)]
+    Other,
+}
+
+/// Something that happened, as it happened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Event {
+    /// Seconds since 1970-01-01 00:00 UTC.
+    pub time: f64,
+    /// What happened.
+    pub kind: EventKind,
+    /// The port it happened to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<String>,
+    /// The queue pair it happened to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue: Option<u16>,
+    /// In words.
+    pub message: String,
+}
+
+/// Every answer that is not a success.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ApiError {
+    /// Stable word: `bad_argument`, `not_found`, `conflict`, `gone`, `internal`, `forbidden`,
+    /// `no_such_route`, `method_not_allowed`, `too_large`, `timeout`, `busy`.
+    pub code: String,
+    /// One sentence for the operator.
+    pub message: String,
+    /// What to do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}

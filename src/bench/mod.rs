@@ -1,0 +1,482 @@
+//! `pollux bench`: guests that measure a switch, over real vhost-user sockets and real shared memory.
+//!
+//! ```text
+//! run ── plan (settings, flows)
+//!  ├─ frontend (vhost-user) ── backend under test
+//!  ├─ memory (rings, buffers)
+//!  └─ client threads ── guest (queues) ── virtio::driver
+//!                        └─ frame (stamp, verify) ── tracker ── report
+//! ```
+//!
+//! The client is one or more threads, each playing some of the guests. What a frame costs it is kept low,
+//! since it bounds what can be measured, and is itself measured with `--self-test`. Without `--attach` the
+//! caller starts a switch in this process ([`StartSwitch`]).
+//!
+//! # Exit codes
+//!
+//! | code | meaning |
+//! |---|---|
+//! | 0 | every frame accounted for; with `open:RATE` loss is a result, not a failure |
+//! | 1 | the client itself failed: memory, threads, files |
+//! | 2 | bad arguments, or arguments that do not go together |
+//! | 3 | cannot attach to a backend |
+//! | 6 | frames lost, changed, doubled or out of order; or the run was cut short; or inconclusive |
+
+pub mod client;
+pub mod frame;
+pub mod frontend;
+pub mod guest;
+pub mod memory;
+pub mod null_peer;
+pub mod plan;
+pub mod plot;
+pub mod report;
+pub mod run;
+pub mod self_test;
+pub mod tracker;
+
+use std::error::Error;
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use self::frontend::Order;
+use self::plan::{Mode, Pattern, Plan, PlanError};
+use self::plot::Series;
+use self::report::{Report, Verdict};
+use self::run::{RunError, Setting};
+use crate::config::{CpuList, SocketMode};
+
+/// Success.
+pub const EXIT_OK: u8 = 0;
+/// The client itself failed.
+pub const EXIT_FAILED: u8 = 1;
+/// Bad arguments.
+pub const EXIT_ARGUMENTS: u8 = 2;
+/// Cannot attach.
+pub const EXIT_ATTACH: u8 = 3;
+/// Loss, corruption, a partial or an inconclusive run.
+pub const EXIT_RUN: u8 = 6;
+
+/// How long each step of attaching may take.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A switch that was started for a run; dropping it ends it.
+#[derive(Debug)]
+pub struct EmbeddedSwitch<T> {
+    /// A socket for each guest, on which the switch listens.
+    pub sockets: Vec<PathBuf>,
+    /// The switch.
+    pub switch: T,
+}
+
+/// Starts a switch in this process, with so many ports of so many queue pairs.
+pub type StartSwitch<T> =
+    fn(ports: usize, queue_pairs: u16) -> Result<EmbeddedSwitch<T>, Box<dyn Error>>;
+
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Negotiate it.
+    On,
+    /// Do not.
+    Off,
+}
+
+/// Kinds of ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Ring {
+    /// virtio 1.2 §2.7.
+    Split,
+    /// virtio 1.2 §2.8.
+    Packed,
+}
+
+/// Who listens on the sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Listener {
+    /// The backend listens, the guests connect.
+    Server,
+    /// The guests listen, the backend connects.
+    Client,
+}
+
+/// Message orders.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Vmm {
+    /// As QEMU.
+    Qemu,
+    /// As cloud-hypervisor.
+    CloudHypervisor,
+}
+
+/// Values to run with in turn: `size=64,128,256`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sweep {
+    /// What varies.
+    pub parameter: Parameter,
+    /// Its values.
+    pub values: Vec<usize>,
+}
+
+/// What a sweep can vary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parameter {
+    /// `--size`.
+    Size,
+    /// `--window`.
+    Window,
+    /// `--ring-size`.
+    RingSize,
+}
+
+impl std::str::FromStr for Sweep {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const FORM: &str = "expected size=N,N,… or window=N,N,… or ring-size=N,N,…";
+        let (name, values) = text.split_once('=').ok_or(FORM)?;
+        let parameter = match name {
+            "size" => Parameter::Size,
+            "window" => Parameter::Window,
+            "ring-size" => Parameter::RingSize,
+            _ => return Err(FORM),
+        };
+        let values = values.split(',').map(|value| value.parse::<usize>());
+        let values = values.collect::<Result<Vec<_>, _>>().map_err(|_| FORM)?;
+        Ok(Sweep { parameter, values })
+    }
+}
+
+/// Measure a switch, or any vhost-user backend, with built-in guests.
+///
+/// Without --attach a switch is started in this process; with it, the guests attach to any vhost-user
+/// backend: DPDK testpmd, Open vSwitch, another Pollux.
+///
+/// Exit codes: 0 every frame accounted for; 1 the client failed; 2 bad arguments; 3 cannot attach; 6 loss,
+/// corruption, or a run that was cut short or inconclusive.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// Frame size in bytes, without the check sequence
+    #[arg(long, default_value_t = 64, value_name = "BYTES")]
+    pub size: usize,
+    /// How long to measure
+    #[arg(long, default_value_t = 5.0)]
+    pub seconds: f64,
+    /// Number of guests
+    #[arg(long, default_value_t = 2)]
+    pub guests: usize,
+    /// tput: a window of frames in flight; rtt: one frame, there and back; open:RATE: so many frames a
+    /// second from each sender
+    #[arg(long, default_value = "tput")]
+    pub mode: Mode,
+    /// Who sends to whom
+    #[arg(long, value_enum, default_value = "pairs")]
+    pub pattern: Pattern,
+    /// Queue pairs of each guest
+    #[arg(long, default_value_t = 1)]
+    pub queues: usize,
+    /// Frames in flight for each flow [default: as many as the receiver's ring holds]
+    #[arg(long)]
+    pub window: Option<usize>,
+    /// Kind of ring
+    #[arg(long, value_enum, default_value = "split")]
+    pub ring: Ring,
+    /// Entries of each ring
+    #[arg(long, default_value_t = 256)]
+    pub ring_size: u16,
+    /// Mergeable receive buffers
+    #[arg(long, value_enum, default_value = "off")]
+    pub mergeable: Switch,
+    /// VIRTIO_F_IN_ORDER
+    #[arg(long, value_enum, default_value = "off")]
+    pub in_order: Switch,
+    /// Attach to these sockets, one for each guest
+    #[arg(long, value_delimiter = ',', value_name = "SOCK")]
+    pub attach: Vec<PathBuf>,
+    /// Who listens: with server the backend, with client the guests
+    #[arg(long, value_enum, default_value = "server")]
+    pub mode_of_socket: Listener,
+    /// Whose order of vhost-user messages to follow
+    #[arg(long, value_enum, default_value = "qemu")]
+    pub vmm: Vmm,
+    /// Client threads; one plays all guests by default
+    #[arg(long, default_value_t = 1)]
+    pub threads: usize,
+    /// Pin the client threads to these processors, in turn
+    #[arg(long, value_name = "LIST")]
+    pub cpu: Option<CpuList>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Measure what the client itself costs, against a peer that does nothing but copy
+    #[arg(long, conflicts_with_all = ["attach", "sweep"])]
+    pub self_test: bool,
+    /// Repeat with each value: size=64,128,… or window=… or ring-size=…
+    #[arg(long)]
+    pub sweep: Option<Sweep>,
+    /// Draw a sweep's Mpps and Gbit/s
+    #[arg(long, value_name = "FILE.svg", requires = "sweep")]
+    pub plot: Option<PathBuf>,
+}
+
+/// Why `pollux bench` failed before it had a result.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The run.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// The switch in this process.
+    #[error("cannot start the switch")]
+    Switch(#[source] Box<dyn Error>),
+    /// No switch in this process.
+    #[error("--attach is needed: this program has no switch built in")]
+    NoSwitch,
+    /// Output.
+    #[error("cannot write the result")]
+    Output(#[source] io::Error),
+    /// The plot.
+    #[error("cannot write {path}")]
+    Plot {
+        /// Where to.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+impl BenchError {
+    fn exit_code(&self) -> u8 {
+        match self {
+            BenchError::Run(RunError::Plan(_) | RunError::Sockets { .. }) => EXIT_ARGUMENTS,
+            BenchError::NoSwitch => EXIT_ARGUMENTS,
+            BenchError::Run(RunError::Attach { .. }) => EXIT_ATTACH,
+            _ => EXIT_FAILED,
+        }
+    }
+}
+
+impl From<PlanError> for BenchError {
+    fn from(error: PlanError) -> Self {
+        BenchError::Run(RunError::Plan(error))
+    }
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn interrupt(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    INTERRUPTED.store(true, Ordering::Relaxed);
+}
+
+/// Runs the command; `start` starts a switch where none is attached to. Returns the exit code.
+pub fn run<T>(args: &Args, start: Option<StartSwitch<T>>) -> u8 {
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        // Without the handler Ctrl-C ends the program without a partial result: no reason not to run.
+        let _ = vmm_sys_util::signal::register_signal_handler(signal, interrupt);
+    }
+    match bench(args, start) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("pollux bench: {}", chain(&error));
+            error.exit_code()
+        }
+    }
+}
+
+/// An error and its sources in one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        text.push_str(": ");
+        text.push_str(&source.to_string());
+        next = source.source();
+    }
+    text
+}
+
+fn bench<T>(args: &Args, start: Option<StartSwitch<T>>) -> Result<u8, BenchError> {
+    let plans = args.plans()?;
+    if args.self_test {
+        return self_test(args, &plans[0]);
+    }
+    let mut reports = Vec::new();
+    for plan in &plans {
+        let embedded = match (&args.attach[..], start) {
+            ([], Some(start)) => {
+                Some(start(plan.guests, plan.queues as u16).map_err(BenchError::Switch)?)
+            }
+            ([], None) => return Err(BenchError::NoSwitch),
+            _ => None,
+        };
+        let sockets = embedded
+            .as_ref()
+            .map_or_else(|| args.attach.clone(), |e| e.sockets.clone());
+        let report = one(plan, &args.setting(sockets))?;
+        let cut_short = report.verdict == Verdict::Incomplete;
+        print(&report, args.json).map_err(BenchError::Output)?;
+        reports.push(report);
+        if cut_short {
+            break;
+        }
+    }
+    if let (Some(path), Some(sweep)) = (&args.plot, &args.sweep) {
+        draw(sweep, &reports)
+            .and_then(|svg| std::fs::write(path, svg))
+            .map_err(|source| BenchError::Plot {
+                path: path.clone(),
+                source,
+            })?;
+    }
+    let good = reports.iter().all(|report| report.verdict == Verdict::Ok);
+    Ok(if good { EXIT_OK } else { EXIT_RUN })
+}
+
+impl Args {
+    /// One plan, or one for each value of a sweep.
+    fn plans(&self) -> Result<Vec<Plan>, PlanError> {
+        let seconds = Duration::try_from_secs_f64(self.seconds).map_err(|_| PlanError::Seconds)?;
+        let plan = Plan {
+            size: self.size,
+            duration: seconds,
+            guests: self.guests,
+            mode: self.mode,
+            pattern: self.pattern,
+            queues: self.queues,
+            ring_size: self.ring_size,
+            window: self.window,
+            packed: self.ring == Ring::Packed,
+            mergeable: self.mergeable == Switch::On,
+            in_order: self.in_order == Switch::On,
+        };
+        let plans = match &self.sweep {
+            None => vec![plan],
+            Some(sweep) => sweep
+                .values
+                .iter()
+                .map(|&value| sweep.parameter.apply(plan.clone(), value))
+                .collect(),
+        };
+        // All before the first runs: an hour's sweep must not end at a bad last value.
+        plans.iter().try_for_each(|plan| plan.check().map(|_| ()))?;
+        Ok(plans)
+    }
+
+    fn setting(&self, sockets: Vec<PathBuf>) -> Setting {
+        Setting {
+            sockets,
+            backend: match self.mode_of_socket {
+                Listener::Server => SocketMode::Server,
+                Listener::Client => SocketMode::Client,
+            },
+            order: match self.vmm {
+                Vmm::Qemu => Order::Qemu,
+                Vmm::CloudHypervisor => Order::CloudHypervisor,
+            },
+            timeout: ATTACH_TIMEOUT,
+            threads: self.threads,
+            cpus: self.cpu.clone().map(|list| list.0).unwrap_or_default(),
+        }
+    }
+}
+
+impl Parameter {
+    fn apply(self, mut plan: Plan, value: usize) -> Plan {
+        match self {
+            Parameter::Size => plan.size = value,
+            Parameter::Window => plan.window = Some(value),
+            // What does not fit 16 bits is refused as ring size 0 is.
+            Parameter::RingSize => plan.ring_size = u16::try_from(value).unwrap_or(0),
+        }
+        plan
+    }
+
+    fn of(self, report: &Report) -> f64 {
+        let value = match self {
+            Parameter::Size => report.size,
+            Parameter::Window => report.window,
+            Parameter::RingSize => usize::from(report.ring_size),
+        };
+        value as f64
+    }
+
+    fn label(self) -> &'static str {
+        match self {
+            Parameter::Size => "frame size (bytes)",
+            Parameter::Window => "window (frames)",
+            Parameter::RingSize => "ring size (entries)",
+        }
+    }
+}
+
+fn one(plan: &Plan, setting: &Setting) -> Result<Report, BenchError> {
+    let bar = if io::stderr().is_terminal() {
+        ProgressBar::new(1000)
+    } else {
+        ProgressBar::hidden()
+    };
+    if let Ok(style) = ProgressStyle::with_template("{bar:40} {percent:>3} %  {msg}") {
+        bar.set_style(style);
+    }
+    let mut progress = |share: f64, received: u64| {
+        bar.set_position((share * 1000.0) as u64);
+        bar.set_message(format!("{received} frames received"));
+    };
+    let report = run::run(plan, setting, &INTERRUPTED, &mut progress);
+    bar.finish_and_clear();
+    Ok(report?)
+}
+
+fn self_test(args: &Args, plan: &Plan) -> Result<u8, BenchError> {
+    let cost = self_test::measure(plan).map_err(RunError::Memory)?;
+    let text = if args.json {
+        json(&cost)
+    } else {
+        Ok(cost.to_string())
+    };
+    text.and_then(|text| io::stdout().lock().write_all(text.as_bytes()))
+        .map_err(BenchError::Output)?;
+    Ok(if cost.intact { EXIT_OK } else { EXIT_RUN })
+}
+
+fn json(value: &impl serde::Serialize) -> io::Result<String> {
+    let mut text = serde_json::to_string(value)?;
+    text.push('\n');
+    Ok(text)
+}
+
+fn print(report: &Report, as_json: bool) -> io::Result<()> {
+    let text = if as_json {
+        json(report)?
+    } else {
+        report.to_string()
+    };
+    io::stdout().lock().write_all(text.as_bytes())
+}
+
+fn draw(sweep: &Sweep, reports: &[Report]) -> io::Result<String> {
+    let points = |value: fn(&Report) -> f64| -> Vec<(f64, f64)> {
+        reports
+            .iter()
+            .map(|report| (sweep.parameter.of(report), value(report)))
+            .collect()
+    };
+    let series = [
+        Series {
+            name: "Mpps",
+            points: points(|report| report.mpps),
+        },
+        Series {
+            name: "Gbit/s",
+            points: points(|report| report.gbit_per_second),
+        },
+    ];
+    Ok(plot::lines(sweep.parameter.label(), &series))
+}
+
+#[cfg(test)]
+mod tests;

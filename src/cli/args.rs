@@ -1,0 +1,333 @@
+//! The command line: what exists, what it is called, and the help that is its reference.
+//!
+//! Man pages and completions are generated from the same definitions.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueHint};
+
+use crate::api::types::{MAX_VLAN, MacAddr, PortPatch};
+use crate::config::{CpuList, IdlePolicy, MAX_QUEUE_PAIRS, PortSpec};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  internal error of pollux or the operating system
+  2  bad arguments
+  3  no daemon answers on the API socket
+  4  no such port or entry
+  5  refused: no permission, or in conflict with what exists";
+
+/// A software switch for virtual machines.
+///
+/// QEMU and cloud-hypervisor guests attach to it over vhost-user sockets. `pollux run` is the
+/// switch; the other commands talk to it over its API socket.
+#[derive(Debug, Parser)]
+#[command(name = "pollux", version, after_help = EXIT_CODES, arg_required_else_help = true)]
+pub struct Cli {
+    /// API socket of the daemon [default: /run/pollux/api.sock as root, else
+    /// $XDG_RUNTIME_DIR/pollux/api.sock]
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        env = "POLLUX_API_SOCKET",
+        value_hint = ValueHint::FilePath
+    )]
+    pub api_socket: Option<PathBuf>,
+    /// Print the capabilities of the vhost-user backend as JSON and exit, whatever else is given
+    #[arg(long)]
+    pub print_capabilities: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the switch, in the foreground, until SIGTERM or SIGINT
+    Run(RunArgs),
+    /// Create, change, remove and look at ports
+    #[command(subcommand)]
+    Port(PortCommand),
+    /// Look at and change the forwarding table
+    #[command(subcommand)]
+    Fdb(FdbCommand),
+    /// Show the counters of ports and poll threads
+    Stats {
+        /// Show rates again and again, every so many seconds
+        #[arg(
+            long,
+            value_name = "SECONDS",
+            num_args = 0..=1,
+            default_missing_value = "1",
+            value_parser = clap::value_parser!(u64).range(1..=86400)
+        )]
+        watch: Option<u64>,
+        /// How to print it.
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Look at the poll threads
+    #[command(subcommand)]
+    Poll(PollCommand),
+    /// Print what happens to ports, sessions and rings, as it happens
+    Events(Output),
+    /// Measure a switch with guests of our own, over real vhost-user sockets
+    Bench(crate::bench::Args),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the man page, or write the pages of all commands
+    Man {
+        /// Write one page a command into this directory, which must exist
+        #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+        dir: Option<PathBuf>,
+    },
+}
+
+/// `pollux run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// A port: NAME,socket=PATH[,mode=server|client][,queues=N][,socket-mode=0660]
+    /// [,socket-group=NAME]; may be given again
+    #[arg(long = "port", value_name = "SPEC")]
+    pub ports: Vec<PortSpec>,
+    /// One poll thread pinned to each of these CPUs, such as 0,2-3 [default: one, unpinned]
+    #[arg(long, value_name = "LIST")]
+    pub poll_cpus: Option<CpuList>,
+    /// What a poll thread does without work: busy, adaptive or adaptive:MICROSECONDS (spin so
+    /// long, then sleep)
+    #[arg(long, value_name = "POLICY", default_value_t = IdlePolicy::default())]
+    pub idle: IdlePolicy,
+    /// Group that may use the API socket, besides root and the daemon's own user
+    #[arg(long, value_name = "NAME")]
+    pub api_group: Option<String>,
+    /// Age at which a learned address is forgotten
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 300,
+        value_parser = clap::value_parser!(u64).range(1..=1_000_000)
+    )]
+    pub mac_ageing: u64,
+    /// Most addresses in the forwarding table
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 8192,
+        value_parser = clap::value_parser!(u32).range(64..=1 << 20)
+    )]
+    pub fdb_size: u32,
+    /// What to log to stderr: off, error, warn, info, debug, trace, or a list of MODULE=LEVEL
+    #[arg(long, value_name = "LEVEL", env = "POLLUX_LOG", default_value = "info")]
+    pub log: String,
+}
+
+/// How a read is printed.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Output {
+    /// Print JSON with stable names in base units
+    #[arg(long, short)]
+    pub json: bool,
+}
+
+/// `pollux port`.
+#[derive(Debug, Subcommand)]
+pub enum PortCommand {
+    /// Create a port
+    Add {
+        /// NAME,socket=PATH[,mode=server|client][,queues=N][,socket-mode=0660][,socket-group=NAME]
+        spec: PortSpec,
+        /// Do nothing if a port exists with the same values
+        #[arg(long)]
+        may_exist: bool,
+    },
+    /// Remove a port; other ports notice nothing
+    Remove {
+        /// Its name.
+        name: String,
+        /// Do nothing if there is no such port
+        #[arg(long)]
+        if_exists: bool,
+    },
+    /// Change a port while it exists
+    Set {
+        /// Its name.
+        name: String,
+        /// What to change: queues=N
+        #[arg(value_name = "KEY=VALUE", required = true, value_parser = parse_setting)]
+        settings: Vec<Setting>,
+    },
+    /// List the ports
+    List(Output),
+    /// Show one port: its state and why, its rings, its counters
+    Show {
+        /// Its name.
+        name: String,
+        #[command(flatten)]
+        output: Output,
+    },
+}
+
+/// `pollux fdb`.
+#[derive(Debug, Subcommand)]
+pub enum FdbCommand {
+    /// List the forwarding table
+    List(Output),
+    /// Add a static entry, which does not age and does not move
+    Add {
+        /// The station's address.
+        mac: MacAddr,
+        /// The port it is on
+        #[arg(long)]
+        port: String,
+        /// Its VLAN, 0 for none
+        #[arg(long, value_name = "ID", default_value_t = 0, value_parser = vlan_parser())]
+        vlan: u16,
+    },
+    /// Remove one entry, static or learned
+    Remove {
+        /// The station's address.
+        mac: MacAddr,
+        /// Its VLAN, 0 for none
+        #[arg(long, value_name = "ID", default_value_t = 0, value_parser = vlan_parser())]
+        vlan: u16,
+        /// Do nothing if there is no such entry
+        #[arg(long)]
+        if_exists: bool,
+    },
+    /// Forget the learned entries; static ones stay
+    Flush {
+        /// Only those of this port
+        #[arg(long, value_name = "NAME")]
+        port: Option<String>,
+    },
+}
+
+/// `pollux poll`.
+#[derive(Debug, Subcommand)]
+pub enum PollCommand {
+    /// List the poll threads, how busy they are and which queues they own
+    List(Output),
+}
+
+/// One `KEY=VALUE` of `pollux port set`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Setting {
+    /// `queues=N`.
+    Queues(u16),
+}
+
+impl Setting {
+    /// Puts this setting into `patch`.
+    pub fn apply(self, patch: &mut PortPatch) {
+        match self {
+            Setting::Queues(queues) => patch.queues = Some(queues),
+        }
+    }
+}
+
+/// A `KEY=VALUE` that `pollux port set` does not take.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum SettingError {
+    /// A key that cannot be changed, or does not exist.
+    #[error("{0:?} cannot be set; known is queues=N")]
+    Unknown(String),
+    /// A number out of range.
+    #[error("queues={0} is not valid: 1 to {MAX_QUEUE_PAIRS} queue pairs")]
+    Queues(String),
+}
+
+fn parse_setting(text: &str) -> Result<Setting, SettingError> {
+    match text.split_once('=') {
+        Some(("queues", value)) => value
+            .parse()
+            .ok()
+            .filter(|queues| (1..=MAX_QUEUE_PAIRS).contains(queues))
+            .map(Setting::Queues)
+            .ok_or_else(|| SettingError::Queues(value.to_string())),
+        _ => Err(SettingError::Unknown(text.to_string())),
+    }
+}
+
+fn vlan_parser() -> impl clap::builder::TypedValueParser<Value = u16> {
+    clap::value_parser!(u16).range(0..=i64::from(MAX_VLAN))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split(' '))
+    }
+
+    #[test]
+    fn definitions_are_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn run_takes_everything_the_daemon_needs() {
+        let cli = parse(
+            "pollux run --port vm1,socket=/a --port vm2,socket=/b,mode=client --poll-cpus 0,2-3 \
+             --idle busy --api-socket /x --api-group kvm --mac-ageing 60 --fdb-size 100 --log debug",
+        )
+        .unwrap();
+        assert_eq!(cli.api_socket, Some(PathBuf::from("/x")));
+        let Some(Command::Run(run)) = cli.command else {
+            panic!("not run");
+        };
+        assert_eq!(run.ports.len(), 2);
+        assert_eq!(run.poll_cpus.unwrap().0, [0, 2, 3]);
+        assert_eq!(run.idle, IdlePolicy::Busy);
+        assert_eq!((run.mac_ageing, run.fdb_size), (60, 100));
+        assert_eq!(run.log, "debug");
+    }
+
+    #[test]
+    fn watch_takes_an_optional_number() {
+        for (line, expected) in [
+            ("pollux stats", None),
+            ("pollux stats --watch", Some(1)),
+            ("pollux stats --watch 5", Some(5)),
+        ] {
+            let Some(Command::Stats { watch, .. }) = parse(line).unwrap().command else {
+                panic!("not stats");
+            };
+            assert_eq!(watch, expected, "{line}");
+        }
+    }
+
+    #[test]
+    fn wrong_lines_are_refused_and_say_what_is_right() {
+        for (line, part) in [
+            ("pollux run --port vm1", "a socket is needed"),
+            ("pollux run --idle lazy", "busy, adaptive"),
+            ("pollux run --poll-cpus 3-1", "0,2-3"),
+            ("pollux run --fdb-size 1", "64..=1048576"),
+            ("pollux run --mac-ageing 0", "1..=1000000"),
+            ("pollux stats --watch 0", "1..=86400"),
+            ("pollux fdb add 52:54:00:12:34 --port a", "six hexadecimal"),
+            ("pollux fdb add 52:54:00:12:34:56", "--port"),
+            (
+                "pollux fdb remove 52:54:00:12:34:56 --vlan 4095",
+                "0..=4094",
+            ),
+            ("pollux port set vm1", "KEY=VALUE"),
+            ("pollux port set vm1 colour=red", "known is queues=N"),
+            ("pollux port set vm1 queues=0", "1 to 256"),
+            ("pollux port", "Usage"),
+            ("pollux frobnicate", "unrecognized"),
+        ] {
+            let text = parse(line).expect_err(line).to_string();
+            assert!(text.contains(part), "{line}: {text}");
+        }
+    }
+}

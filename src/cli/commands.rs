@@ -1,0 +1,218 @@
+//! The client commands: each makes one request and prints its answer.
+
+use std::io::{self, IsTerminal};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::thread::sleep;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+
+use super::args::{Command, FdbCommand, Output, PollCommand, PortCommand};
+use super::text::print;
+use super::{Failure, views};
+use crate::api::client::{Answer, Client, ClientError};
+use crate::api::types::{
+    Event, EventKind, FdbAdd, FdbEntry, Flushed, PollThreadView, PortPatch, PortView, StatsView,
+};
+use crate::config::PortSpec;
+
+/// Does `command` with the daemon on `socket`.
+pub(super) fn execute(command: Command, socket: PathBuf) -> Result<(), Failure> {
+    let client = Client::new(socket);
+    match command {
+        Command::Port(command) => port(&client, command),
+        Command::Fdb(command) => fdb(&client, command),
+        Command::Stats { watch, output } => stats(&client, watch, output),
+        Command::Poll(PollCommand::List(output)) => show(
+            &client,
+            "/v1/poll",
+            output,
+            |threads: &Vec<PollThreadView>| views::poll_threads(threads),
+        ),
+        Command::Events(output) => events(&client, output),
+        Command::Run(_)
+        | Command::Bench(_)
+        | Command::Completions { .. }
+        | Command::Man { .. } => Err(
+            Failure::internal("this command needs no daemon and was sent to one"),
+        ),
+    }
+}
+
+fn port(client: &Client, command: PortCommand) -> Result<(), Failure> {
+    match command {
+        PortCommand::Add { spec, may_exist } => add_port(client, spec, may_exist),
+        PortCommand::Remove { name, if_exists } => {
+            let result = client.delete(&port_target(&name)?);
+            absent_is_fine(result, if_exists)
+        }
+        PortCommand::Set { name, settings } => {
+            let mut patch = PortPatch::default();
+            for setting in settings {
+                setting.apply(&mut patch);
+            }
+            client.patch(&port_target(&name)?, &patch)?;
+            Ok(())
+        }
+        PortCommand::List(output) => show(client, "/v1/ports", output, |ports: &Vec<PortView>| {
+            views::ports(ports)
+        }),
+        PortCommand::Show { name, output } => {
+            show(client, &port_target(&name)?, output, views::port)
+        }
+    }
+}
+
+fn add_port(client: &Client, mut spec: PortSpec, may_exist: bool) -> Result<(), Failure> {
+    // The daemon's working directory is another one.
+    spec.socket = std::path::absolute(&spec.socket).map_err(|error| {
+        Failure::bad_arguments(format!("socket path {:?}: {error}", spec.socket))
+    })?;
+    spec.validate()
+        .map_err(|error| Failure::bad_arguments(error.to_string()))?;
+    client.post(&format!("/v1/ports?may_exist={may_exist}"), &spec)?;
+    Ok(())
+}
+
+fn fdb(client: &Client, command: FdbCommand) -> Result<(), Failure> {
+    match command {
+        FdbCommand::List(output) => show(client, "/v1/fdb", output, |entries: &Vec<FdbEntry>| {
+            views::fdb(entries)
+        }),
+        FdbCommand::Add { mac, port, vlan } => {
+            client.post("/v1/fdb", &FdbAdd { mac, vlan, port })?;
+            Ok(())
+        }
+        FdbCommand::Remove {
+            mac,
+            vlan,
+            if_exists,
+        } => {
+            let result = client.delete(&format!("/v1/fdb?mac={mac}&vlan={vlan}"));
+            absent_is_fine(result, if_exists)
+        }
+        FdbCommand::Flush { port } => {
+            let target = match port {
+                Some(port) => format!("/v1/fdb?port={}", encode(&port)),
+                None => "/v1/fdb".to_string(),
+            };
+            let Flushed { removed } = client.delete(&target)?.read()?;
+            print(&format!("{removed} entries removed\n"))
+        }
+    }
+}
+
+fn stats(client: &Client, watch: Option<u64>, output: Output) -> Result<(), Failure> {
+    let Some(seconds) = watch else {
+        return show(client, "/v1/stats", output, views::stats);
+    };
+    let clear = io::stdout().is_terminal();
+    let mut before: Option<StatsView> = None;
+    loop {
+        let answer = client.get("/v1/stats")?;
+        if output.json {
+            print(&format!("{}\n", answer.value()?))?;
+        } else {
+            let now: StatsView = answer.read()?;
+            // A daemon that was restarted meanwhile counts from zero again.
+            let earlier = before.filter(|then| then.uptime_seconds < now.uptime_seconds);
+            let text = match &earlier {
+                Some(then) => views::rates(then, &now),
+                None => views::stats(&now),
+            };
+            let (start, end) = if clear {
+                ("\x1b[H\x1b[2J", "")
+            } else {
+                ("", "\n")
+            };
+            print(&format!("{start}{text}{end}"))?;
+            before = Some(now);
+        }
+        sleep(Duration::from_secs(seconds));
+    }
+}
+
+fn events(client: &Client, output: Output) -> Result<(), Failure> {
+    let mut failure = None;
+    client.stream_lines("/v1/events", |line| {
+        let (text, last) = match serde_json::from_str::<Event>(line) {
+            Ok(event) if output.json => (format!("{line}\n"), event.kind),
+            Ok(event) => (views::event(&event), event.kind),
+            // A later version may say more; it is shown as it is.
+            Err(_) => (format!("{line}\n"), EventKind::Other),
+        };
+        if let Err(error) = print(&text) {
+            failure = Some(error);
+            return ControlFlow::Break(());
+        }
+        if last == EventKind::TooSlow {
+            failure = Some(Failure::internal(
+                "events came faster than they were read; the stream was ended",
+            ));
+            return ControlFlow::Break(());
+        }
+        ControlFlow::Continue(())
+    })?;
+    failure.map_or(Ok(()), Err)
+}
+
+/// Gets `target` and prints it as it stands, or as `table` lays it out.
+fn show<T: DeserializeOwned>(
+    client: &Client,
+    target: &str,
+    output: Output,
+    table: impl FnOnce(&T) -> String,
+) -> Result<(), Failure> {
+    let answer = client.get(target)?;
+    if !output.json {
+        return print(&table(&answer.read()?));
+    }
+    let text = serde_json::to_string_pretty(&answer.value()?)
+        .map_err(|error| Failure::internal(error.to_string()))?;
+    print(&format!("{text}\n"))
+}
+
+fn absent_is_fine(result: Result<Answer, ClientError>, if_exists: bool) -> Result<(), Failure> {
+    match result {
+        Ok(_) => Ok(()),
+        Err(ClientError::Refused { error, .. })
+            if if_exists && matches!(error.code.as_str(), "not_found" | "gone") =>
+        {
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn port_target(name: &str) -> Result<String, Failure> {
+    if name.is_empty() {
+        return Err(Failure::bad_arguments("the name of a port is needed"));
+    }
+    Ok(format!("/v1/ports/{}", encode(name)))
+}
+
+/// Percent-encodes what is not plain in a URL.
+fn encode(text: &str) -> String {
+    let mut encoded = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.') {
+            encoded.push(char::from(byte));
+        } else {
+            encoded.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    encoded
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_cannot_leave_their_place_in_a_url() {
+        assert_eq!(encode("vm-1.a_b"), "vm-1.a_b");
+        assert_eq!(encode("a/b?c=ü "), "a%2Fb%3Fc%3D%C3%BC%20");
+        assert!(port_target("").is_err());
+    }
+}

@@ -1,0 +1,307 @@
+//! Answers as tables for people.
+
+use std::fmt::Write as _;
+
+use super::text::{Table, escape, seconds, short, timestamp};
+use crate::api::types::{
+    DirectionStatistics, Event, FdbEntry, Latency, PollState, PollThreadView, PortStatistics,
+    PortView, RingDirection, RingKind, RingState, RingView, SessionView, StatsView,
+};
+
+/// `pollux port list`.
+pub(super) fn ports(ports: &[PortView]) -> String {
+    if ports.is_empty() {
+        return "no ports; add one with: pollux port add NAME,socket=PATH\n".into();
+    }
+    let mut table = Table::new(&["NAME", "STATE", "MODE", ">QUEUES", "SOCKET"]);
+    for port in ports {
+        table.row([
+            port.name.clone(),
+            port.state.as_str().to_string(),
+            port.mode.to_string(),
+            port.queues.to_string(),
+            port.socket.clone(),
+        ]);
+    }
+    table.render("")
+}
+
+/// `pollux port show`.
+pub(super) fn port(port: &PortView) -> String {
+    let mut text = String::new();
+    let mut line = |key: &str, value: &str| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{key:<18}{}", escape(value));
+    };
+    line("port", &port.name);
+    line("state", port.state.as_str());
+    line("reason", port.reason.as_deref().unwrap_or("-"));
+    line("socket", &port.socket);
+    line("mode", &port.mode.to_string());
+    line("queues", &port.queues.to_string());
+    if let Some(session) = &port.session {
+        session_lines(session, &mut line);
+    }
+    if let Some(session) = port.session.as_ref().filter(|s| !s.rings.is_empty()) {
+        text.push('\n');
+        text.push_str(&rings(&session.rings));
+    }
+    text.push('\n');
+    text.push_str(&counters(&port.statistics));
+    text
+}
+
+fn session_lines(session: &SessionView, line: &mut impl FnMut(&str, &str)) {
+    let list = |names: &[String]| match names {
+        [] => "-".to_string(),
+        names => names.join(" "),
+    };
+    line("session age", &seconds(session.age_seconds));
+    let memory = format!(
+        "{}B in {} regions",
+        short(session.memory_bytes as f64),
+        session.memory_regions
+    );
+    line("shared memory", &memory);
+    line("features", &list(&session.features));
+    line("protocol features", &list(&session.protocol_features));
+}
+
+fn rings(rings: &[RingView]) -> String {
+    let mut table = Table::new(&[
+        ">QUEUE",
+        "DIR",
+        "KIND",
+        ">SIZE",
+        "STATE",
+        "ENABLED",
+        ">POSITION",
+    ]);
+    let mut broken = String::new();
+    for ring in rings {
+        let direction = direction(ring.direction);
+        table.row([
+            ring.queue.to_string(),
+            direction.to_string(),
+            match ring.kind {
+                RingKind::Split => "split".to_string(),
+                RingKind::Packed => "packed".to_string(),
+            },
+            ring.size.to_string(),
+            match ring.state {
+                RingState::Stopped => "stopped".to_string(),
+                RingState::Running => "running".to_string(),
+                RingState::Broken => "broken".to_string(),
+            },
+            if ring.enabled { "yes" } else { "no" }.to_string(),
+            ring.position.to_string(),
+        ]);
+        if let Some(reason) = &ring.broken_reason {
+            let reason = escape(reason);
+            let _ = writeln!(broken, "ring {direction} {} broken: {reason}", ring.queue);
+        }
+    }
+    table.render("") + &broken
+}
+
+fn direction(direction: RingDirection) -> &'static str {
+    match direction {
+        RingDirection::Rx => "rx",
+        RingDirection::Tx => "tx",
+    }
+}
+
+fn counters(statistics: &PortStatistics) -> String {
+    let mut table = Table::new(&["DIR", ">FRAMES", ">BYTES", ">DROPPED"]);
+    let mut reasons = Table::new(&["DIR", "DROP REASON", ">FRAMES"]);
+    let mut any = false;
+    for (name, direction) in [("rx", &statistics.rx), ("tx", &statistics.tx)] {
+        table.row([
+            name.to_string(),
+            direction.frames.to_string(),
+            direction.bytes.to_string(),
+            direction.dropped().to_string(),
+        ]);
+        for (reason, frames) in direction.drops.iter().filter(|(_, frames)| **frames > 0) {
+            any = true;
+            reasons.row([name.to_string(), reason.clone(), frames.to_string()]);
+        }
+    }
+    let mut text = table.render("");
+    if any {
+        text.push('\n');
+        text.push_str(&reasons.render(""));
+    }
+    text
+}
+
+/// `pollux fdb list`.
+pub(super) fn fdb(entries: &[FdbEntry]) -> String {
+    let mut table = Table::new(&["MAC", ">VLAN", "PORT", ">AGE", "TYPE"]);
+    for entry in entries {
+        let (age, kind) = if entry.is_static {
+            ("-".to_string(), "static")
+        } else {
+            (format!("{:.0}s", entry.age_seconds), "learned")
+        };
+        table.row([
+            entry.mac.to_string(),
+            entry.vlan.to_string(),
+            entry.port.clone(),
+            age,
+            kind.to_string(),
+        ]);
+    }
+    table.render("")
+}
+
+/// `pollux poll list`.
+pub(super) fn poll_threads(threads: &[PollThreadView]) -> String {
+    let mut table = Table::new(&[
+        ">THREAD",
+        ">CPU",
+        "STATE",
+        ">BUSY",
+        ">FRAMES",
+        ">PASSES",
+        ">SLEEPS",
+        ">P99 PASS",
+        ">BEHIND",
+        "QUEUES",
+    ]);
+    for thread in threads {
+        let p99 = |latency: &Latency| seconds(latency.p99_seconds);
+        let behind = thread
+            .generation
+            .saturating_sub(thread.acknowledged_generation);
+        table.row([
+            thread.thread.to_string(),
+            thread.cpu.map_or("-".to_string(), |cpu| cpu.to_string()),
+            match thread.state {
+                PollState::Busy => "busy".to_string(),
+                PollState::Asleep => "asleep".to_string(),
+            },
+            format!("{:.0}%", thread.busy_ratio * 100.0),
+            short(thread.frames as f64),
+            short(thread.passes as f64),
+            short(thread.sleeps as f64),
+            thread.pass_length.as_ref().map_or("-".to_string(), p99),
+            behind.to_string(),
+            queues(thread),
+        ]);
+    }
+    table.render("")
+}
+
+/// The first few queues of a thread; all of them are in the JSON.
+fn queues(thread: &PollThreadView) -> String {
+    const SHOWN: usize = 3;
+    let mut names: Vec<String> = thread
+        .queues
+        .iter()
+        .take(SHOWN)
+        .map(|queue| format!("{}/{}", queue.port, queue.queue))
+        .collect();
+    if thread.queues.len() > SHOWN {
+        names.push(format!("+{}", thread.queues.len() - SHOWN));
+    }
+    if names.is_empty() {
+        return "-".into();
+    }
+    names.join(" ")
+}
+
+/// `pollux stats`.
+pub(super) fn stats(stats: &StatsView) -> String {
+    let mut table = Table::new(&[
+        "PORT",
+        "STATE",
+        ">RX FRAMES",
+        ">RX BYTES",
+        ">RX DROP",
+        ">TX FRAMES",
+        ">TX BYTES",
+        ">TX DROP",
+    ]);
+    for port in &stats.ports {
+        let cells = |direction: &DirectionStatistics| {
+            [
+                direction.frames.to_string(),
+                short(direction.bytes as f64),
+                short(direction.dropped() as f64),
+            ]
+        };
+        let start = [port.name.clone(), port.state.as_str().to_string()];
+        let (rx, tx) = (cells(&port.statistics.rx), cells(&port.statistics.tx));
+        table.row(start.into_iter().chain(rx).chain(tx));
+    }
+    format!(
+        "up {}, generation {}, {} of {} addresses known\n\n{}\n{}",
+        seconds(stats.uptime_seconds),
+        stats.generation,
+        stats.fdb.entries,
+        stats.fdb.capacity,
+        table.render(""),
+        poll_threads(&stats.poll_threads)
+    )
+}
+
+/// `pollux stats --watch`: what happened between two readings, per second.
+pub(super) fn rates(then: &StatsView, now: &StatsView) -> String {
+    let elapsed = (now.uptime_seconds - then.uptime_seconds).max(1e-3);
+    let mut table = Table::new(&[
+        "PORT",
+        "STATE",
+        ">RX PPS",
+        ">RX BIT/S",
+        ">RX DROP/S",
+        ">TX PPS",
+        ">TX BIT/S",
+        ">TX DROP/S",
+    ]);
+    for port in &now.ports {
+        // A port that is new, or was made anew under the same name, counts from zero.
+        let earlier = then.ports.iter().find(|other| other.name == port.name);
+        let earlier = earlier
+            .map(|port| port.statistics.clone())
+            .unwrap_or_default();
+        let rate = |now: u64, then: u64, factor: f64| {
+            short(now.checked_sub(then).unwrap_or(now) as f64 * factor / elapsed)
+        };
+        let cells = |now: &DirectionStatistics, then: &DirectionStatistics| {
+            [
+                rate(now.frames, then.frames, 1.0),
+                rate(now.bytes, then.bytes, 8.0),
+                rate(now.dropped(), then.dropped(), 1.0),
+            ]
+        };
+        let start = [port.name.clone(), port.state.as_str().to_string()];
+        let rx = cells(&port.statistics.rx, &earlier.rx);
+        let tx = cells(&port.statistics.tx, &earlier.tx);
+        table.row(start.into_iter().chain(rx).chain(tx));
+    }
+    format!(
+        "up {}, rates over {}\n\n{}\n{}",
+        seconds(now.uptime_seconds),
+        seconds(elapsed),
+        table.render(""),
+        poll_threads(&now.poll_threads)
+    )
+}
+
+/// A line of `pollux events`.
+pub(super) fn event(event: &Event) -> String {
+    let kind = serde_json::to_value(event.kind).unwrap_or_default();
+    let place = match (&event.port, event.queue) {
+        (Some(port), Some(queue)) => format!("{port}/{queue}"),
+        (Some(port), None) => port.clone(),
+        (None, _) => "-".to_string(),
+    };
+    format!(
+        "{} {} {} {}\n",
+        timestamp(event.time),
+        kind.as_str().unwrap_or("other"),
+        escape(&place),
+        escape(&event.message)
+    )
+}

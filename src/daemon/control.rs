@@ -1,0 +1,527 @@
+//! The control thread: listening sockets, reconnect timers, signals, commands, one publication a turn.
+//!
+//! The one owner of the registry. It never waits for a poll thread or a frontend; whoever must, waits on its own thread.
+
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+
+use super::command::Command;
+use super::link::{Link, Sink};
+use super::port::{Door, PortRecord, SessionHandle};
+use super::registry::Registry;
+use super::report::Report;
+use super::socket::{Listener, hung_up, start_connect};
+use super::{DaemonError, views};
+use crate::api::ControlError;
+use crate::api::types::{EventKind, PortPatch, PortView};
+use crate::config::{MAX_PORTS, PortSpec, SocketMode};
+use crate::port::PortShared;
+use crate::sys::signal::{Signal, Signals};
+use crate::sys::wake::Wake;
+use crate::vhost_user::{self, SessionOptions, SessionStatus, Stopper};
+
+/// Time between two attempts to reach a frontend that listens.
+const RECONNECT: Duration = Duration::from_millis(100);
+/// Time between looks at acknowledgements while something is retired.
+const RETIRE: Duration = Duration::from_millis(1);
+/// Time between looks at what changes by itself: ages, broken rings.
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+/// Frontends accepted on one port in one turn: a storm of connections delays nobody else's commands for long.
+const ACCEPTS: usize = 8;
+
+/// Event data of the wake descriptor and of the signals; listeners use [`LISTENER`] and their slot.
+const WAKE: u32 = 0;
+const SIGNALS: u32 = 1;
+const LISTENER: u32 = 1 << 16;
+
+/// Everything the control thread owns.
+#[derive(Debug)]
+pub(super) struct Control {
+    pub(super) registry: Registry,
+    pub(super) started: Instant,
+    pub(super) report: Arc<Report>,
+    commands: Receiver<Command>,
+    sender: Sender<Command>,
+    wake: Arc<Wake>,
+    signals: Option<Signals>,
+    next_housekeeping: Instant,
+    /// Session threads, joined when they have ended.
+    sessions: Vec<std::thread::JoinHandle<()>>,
+    stopping: bool,
+}
+
+impl Control {
+    pub(super) fn new(
+        registry: Registry,
+        report: Arc<Report>,
+        commands: (Sender<Command>, Receiver<Command>),
+        wake: Arc<Wake>,
+        signals: Option<Signals>,
+    ) -> Self {
+        let now = Instant::now();
+        Control {
+            registry,
+            started: now,
+            report,
+            sender: commands.0,
+            commands: commands.1,
+            wake,
+            signals,
+            next_housekeeping: now + HOUSEKEEPING,
+            sessions: Vec::new(),
+            stopping: false,
+        }
+    }
+
+    /// Runs until a signal or [`Command`] ends it; leaves no thread and no socket behind.
+    pub(super) fn run(self) -> Result<(), DaemonError> {
+        let control = Arc::new(Mutex::new(self));
+        let mut events = EventManager::<Arc<Mutex<Control>>>::new()
+            .map_err(|error| DaemonError::Events(error.to_string()))?;
+        events.add_subscriber(control.clone());
+        loop {
+            let timeout = {
+                let mut control = control.lock().unwrap_or_else(PoisonError::into_inner);
+                if control.stopping {
+                    break;
+                }
+                control.turn()
+            };
+            let timeout = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
+            events
+                .run_with_timeout(timeout)
+                .map_err(|error| DaemonError::Events(error.to_string()))?;
+        }
+        drop(events);
+        control
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .shut_down();
+        Ok(())
+    }
+
+    /// What is due now; returns how long nothing else is.
+    fn turn(&mut self) -> Duration {
+        let now = Instant::now();
+        if now >= self.next_housekeeping {
+            self.next_housekeeping = now + HOUSEKEEPING;
+            self.housekeeping();
+        }
+        let mut next = self.next_housekeeping;
+        if let Some(due) = self.connect_due(now) {
+            next = next.min(due);
+        }
+        self.registry.publish();
+        if self.registry.retire() {
+            next = next.min(now + RETIRE);
+        }
+        // Rounded up: a zero would spin until the moment comes.
+        next.saturating_duration_since(now)
+            .max(Duration::from_millis(1))
+    }
+
+    /// Tries to reach the frontends that listen; returns when the next attempt is due.
+    fn connect_due(&mut self, now: Instant) -> Option<Instant> {
+        let mut next: Option<Instant> = None;
+        let mut reached = Vec::new();
+        for record in &mut self.registry.ports {
+            let Door::Connecting(at) = &mut record.door else {
+                continue;
+            };
+            if record.session.is_some() {
+                continue;
+            }
+            if *at <= now {
+                *at = now + RECONNECT;
+                if let Ok(stream) = start_connect(&record.shared.spec.socket) {
+                    reached.push((record.shared.clone(), stream));
+                    continue;
+                }
+            }
+            next = Some(next.map_or(*at, |next| next.min(*at)));
+        }
+        for (port, stream) in reached {
+            self.start_session(&port, stream);
+        }
+        next
+    }
+
+    fn housekeeping(&mut self) {
+        self.registry.age();
+        self.sessions.retain(|thread| !thread.is_finished());
+        for record in &mut self.registry.ports {
+            let Some(session) = &record.session else {
+                continue;
+            };
+            // A session that lost its memory is cut off: its frontend comes back with memory that is whole.
+            if record
+                .device
+                .as_ref()
+                .is_some_and(|device| device.memory.faulted())
+            {
+                let lost = "guest memory was truncated by its owner; the session is cut off";
+                if record.reported_state.as_deref() != Some(lost) {
+                    self.report
+                        .port(&record.shared, EventKind::RingBroken, lost);
+                    record.reported_state = Some(lost.to_string());
+                }
+                session.stopper.stop();
+            }
+        }
+    }
+
+    fn handle(&mut self, command: Command, ops: &mut EventOps) {
+        match command {
+            Command::Posted(link) => self.registry.post(&link),
+            Command::SessionEnded { link, reason } => self.session_ended(&link, reason, ops),
+            // A caller that no longer waits for its answer is no error.
+            Command::AddPort(spec, may_exist, reply) => {
+                let _ = reply.send(self.add_port(spec, may_exist, ops));
+            }
+            Command::RemovePort(name, reply) => {
+                let _ = reply.send(self.remove_port(&name, ops));
+            }
+            Command::SetPort(name, patch, reply) => {
+                let _ = reply.send(self.set_port(&name, &patch));
+            }
+            Command::Ports(reply) => {
+                let _ = reply.send(Ok(self.registry.ports.iter().map(views::port).collect()));
+            }
+            Command::Port(name, reply) => {
+                let view = self.registry.find(&name).map(|record| views::port(record));
+                let _ = reply.send(view.ok_or_else(|| ControlError::no_port(&name)));
+            }
+            Command::Fdb(reply) => {
+                let _ = reply.send(Ok(views::fdb(&self.registry)));
+            }
+            Command::FdbAdd(entry, reply) => {
+                let _ = reply.send(views::fdb_add(&mut self.registry, entry));
+            }
+            Command::FdbRemove(key, reply) => {
+                let _ = reply.send(views::fdb_remove(&mut self.registry, key));
+            }
+            Command::FdbFlush(port, reply) => {
+                let _ = reply.send(views::fdb_flush(&mut self.registry, port.as_deref()));
+            }
+            Command::PollThreads(reply) => {
+                let _ = reply.send(Ok(views::poll_threads(&self.registry)));
+            }
+            Command::Stats(reply) => {
+                let _ = reply.send(Ok(views::stats(&self.registry, self.started.elapsed())));
+            }
+            Command::Stop => self.stopping = true,
+        }
+    }
+
+    fn add_port(
+        &mut self,
+        spec: PortSpec,
+        may_exist: bool,
+        ops: &mut EventOps,
+    ) -> Result<PortView, ControlError> {
+        spec.validate()?;
+        if let Some(record) = self.registry.find(&spec.name) {
+            if may_exist && record.shared.spec == spec {
+                return Ok(views::port(record));
+            }
+            return Err(ControlError::Conflict {
+                text: format!("port {:?} exists already", spec.name),
+            });
+        }
+        if let Some(other) = self
+            .registry
+            .ports
+            .iter()
+            .find(|port| port.shared.spec.socket == spec.socket)
+        {
+            return Err(ControlError::Conflict {
+                text: format!(
+                    "{:?} is the socket of port {:?}",
+                    spec.socket,
+                    other.shared.name()
+                ),
+            });
+        }
+        if self.registry.ports.len() >= MAX_PORTS {
+            return Err(ControlError::Conflict {
+                text: format!("{MAX_PORTS} ports are the most there can be"),
+            });
+        }
+        let door = match spec.mode {
+            SocketMode::Server => {
+                let listener = Listener::bind(&spec).map_err(|error| ControlError::Conflict {
+                    text: error.to_string(),
+                })?;
+                Door::Listening(listener)
+            }
+            SocketMode::Client => Door::Connecting(Instant::now()),
+        };
+        self.build_port(spec, door, ops)
+    }
+
+    fn build_port(
+        &mut self,
+        spec: PortSpec,
+        door: Door,
+        ops: &mut EventOps,
+    ) -> Result<PortView, ControlError> {
+        let reference = self.registry.free_slot();
+        let queues = spec.queues;
+        let shared = PortShared::new(spec, reference);
+        if let Door::Listening(listener) = &door {
+            let data = LISTENER + u32::from(reference.slot);
+            let events = Events::with_data(listener, data, EventSet::IN);
+            ops.add(events)
+                .map_err(|error| ControlError::Internal(error.to_string()))?;
+        }
+        let record = PortRecord {
+            shared: shared.clone(),
+            door,
+            placement: self.registry.place(reference, queues),
+            queues,
+            session: None,
+            waiting: None,
+            device: None,
+            last_end: None,
+            reported_state: None,
+        };
+        let view = views::port(&record);
+        self.registry.register(record);
+        let text = format!(
+            "port added on {:?}, mode {}",
+            shared.spec.socket, shared.spec.mode
+        );
+        self.report.port(&shared, EventKind::PortAdded, text);
+        Ok(view)
+    }
+
+    fn remove_port(&mut self, name: &str, ops: &mut EventOps) -> Result<(), ControlError> {
+        let record = self
+            .registry
+            .unregister(name)
+            .ok_or_else(|| ControlError::no_port(name))?;
+        if let Door::Listening(listener) = &record.door {
+            // Before the descriptor closes: epoll would report it under a name that means somebody else by then.
+            let data = LISTENER + u32::from(record.shared.reference.slot);
+            let _ = ops.remove(Events::with_data(listener, data, EventSet::IN));
+        }
+        if let Some(session) = &record.session {
+            session.stopper.stop();
+        }
+        self.report
+            .port(&record.shared, EventKind::PortRemoved, "port removed");
+        Ok(())
+    }
+
+    fn set_port(&mut self, name: &str, patch: &PortPatch) -> Result<PortView, ControlError> {
+        let report = self.report.clone();
+        let placement = match self.registry.find(name) {
+            None => return Err(ControlError::no_port(name)),
+            Some(record) => record.shared.reference,
+        };
+        let queues = patch.queues;
+        let placed = queues.map(|queues| self.registry.place(placement, queues));
+        let record = self
+            .registry
+            .find(name)
+            .ok_or_else(|| ControlError::no_port(name))?;
+        if let Some(queues) = queues {
+            let spec = PortSpec {
+                queues,
+                ..record.shared.spec.clone()
+            };
+            spec.validate()?;
+            record.queues = queues;
+            if let Some(placed) = placed {
+                // A running session keeps the threads of the pairs it has.
+                let keep = record.placement.len().min(placed.len());
+                record.placement.extend_from_slice(&placed[keep..]);
+            }
+            let text = format!("{queues} queue pairs are offered from the next session on");
+            report.port(&record.shared, EventKind::PortChanged, text);
+        }
+        Ok(views::port(record))
+    }
+
+    /// Frontends that connected to a port's socket.
+    fn accept(&mut self, slot: u16) {
+        for _ in 0..ACCEPTS {
+            let mut records = self.registry.ports.iter_mut();
+            let Some(record) = records.find(|port| port.shared.reference.slot == slot) else {
+                return;
+            };
+            let Door::Listening(listener) = &record.door else {
+                return;
+            };
+            let Some(stream) = listener.accept() else {
+                return;
+            };
+            match &record.session {
+                None => {
+                    let port = record.shared.clone();
+                    self.start_session(&port, stream);
+                }
+                // Its predecessor is gone and being cleaned up: it waits. (A newer one takes its place.)
+                Some(session) if hung_up(&session.stream) => record.waiting = Some(stream),
+                Some(_) => {
+                    let text = "a second frontend was refused: one is connected already";
+                    self.report
+                        .port(&record.shared, EventKind::SessionRefused, text);
+                }
+            }
+        }
+    }
+
+    /// Starts the thread that converses with a frontend.
+    fn start_session(&mut self, port: &Arc<PortShared>, stream: UnixStream) {
+        let link = Link::new(
+            port.clone(),
+            self.sender.clone(),
+            self.wake.clone(),
+            self.registry.acknowledgements.clone(),
+            self.report.clone(),
+        );
+        let (Ok(stopper), Ok(probe)) = (Stopper::new(&stream), stream.try_clone()) else {
+            self.report.port(
+                port,
+                EventKind::SessionRefused,
+                "no descriptor left for a session",
+            );
+            return;
+        };
+        let Some(record) = self.registry.find_registration(port) else {
+            return;
+        };
+        let status = SessionStatus::new();
+        let options = SessionOptions::new(record.queues);
+        let (thread_link, thread_status) = (link.clone(), status.clone());
+        let spawned = std::thread::Builder::new()
+            .name(format!("session-{}", port.name()))
+            .spawn(move || {
+                let sink = Arc::new(Sink(thread_link.clone()));
+                let end = vhost_user::serve(stream, options, sink, thread_status);
+                thread_link.ended(end.to_string());
+            });
+        match spawned {
+            Ok(thread) => {
+                let since = Instant::now();
+                record.reported_state = None;
+                record.session = Some(SessionHandle {
+                    link,
+                    status,
+                    stopper,
+                    stream: probe,
+                    since,
+                });
+                self.sessions.push(thread);
+                self.report
+                    .port(port, EventKind::SessionConnected, "frontend connected");
+            }
+            Err(error) => {
+                let text = format!("no thread for a session: {error}");
+                self.report.port(port, EventKind::SessionRefused, text);
+            }
+        }
+    }
+
+    /// A session's thread ends: its memory and rings are let go, the next frontend may come.
+    fn session_ended(&mut self, link: &Arc<Link>, reason: String, ops: &mut EventOps) {
+        let _ = ops;
+        let Some(record) = self.registry.find_registration(&link.port) else {
+            return;
+        };
+        if !record.is_session(link) {
+            return;
+        }
+        record.session = None;
+        record.last_end = Some(reason.clone());
+        if record.device.take().is_some() {
+            self.registry.touch();
+        }
+        self.report
+            .port(&link.port, EventKind::SessionDisconnected, reason);
+        let Some(record) = self.registry.find_registration(&link.port) else {
+            return;
+        };
+        if let Door::Connecting(at) = &mut record.door {
+            *at = Instant::now() + RECONNECT;
+        }
+        if let Some(stream) = record.waiting.take() {
+            let port = record.shared.clone();
+            self.start_session(&port, stream);
+        }
+    }
+
+    /// Ends everything, quickly: sockets, sessions, poll threads.
+    fn shut_down(&mut self) {
+        self.report.daemon(EventKind::Stopping, "stopping");
+        while let Some(name) = self
+            .registry
+            .ports
+            .first()
+            .map(|port| port.shared.spec.name.clone())
+        {
+            if let Some(record) = self.registry.unregister(&name)
+                && let Some(session) = &record.session
+            {
+                session.stopper.stop();
+            }
+        }
+        // Sessions wait for acknowledgements, so they go first.
+        for thread in self.sessions.drain(..) {
+            let _ = thread.join();
+        }
+        self.registry.polls.stop();
+        self.registry.retire();
+    }
+}
+
+impl MutEventSubscriber for Control {
+    fn init(&mut self, ops: &mut EventOps) {
+        let wake = Events::with_data(&*self.wake, WAKE, EventSet::IN);
+        let signals = self
+            .signals
+            .as_ref()
+            .map(|signals| Events::with_data(signals, SIGNALS, EventSet::IN));
+        for events in std::iter::once(wake).chain(signals) {
+            if let Err(error) = ops.add(events) {
+                tracing::error!("the control loop cannot start: {error}");
+                self.stopping = true;
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        match events.data() {
+            WAKE => {
+                self.wake.drain();
+                // One publication answers all that has come by now; what comes meanwhile is the next turn's.
+                for _ in 0..self.commands.len() {
+                    let Ok(command) = self.commands.try_recv() else {
+                        break;
+                    };
+                    self.handle(command, ops);
+                }
+            }
+            SIGNALS => {
+                while let Some(signal) = self.signals.as_ref().and_then(Signals::next_pending) {
+                    let name = match signal {
+                        Signal::Terminate => "SIGTERM",
+                        Signal::Interrupt => "SIGINT",
+                    };
+                    tracing::info!("{name} received");
+                    self.stopping = true;
+                }
+            }
+            data => {
+                if let Ok(slot) = u16::try_from(data - LISTENER) {
+                    self.accept(slot);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The API's side of control: each operation is a command and its answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use super::command::{Command, Reply};
+use super::report::Report;
+use crate::api::types::{
+    Event, FdbAdd, FdbEntry, FdbKey, PollThreadView, PortPatch, PortView, StatsView, VersionView,
+};
+use crate::api::{Control, ControlError};
+use crate::config::PortSpec;
+use crate::sys::wake::Wake;
+
+/// Control answers within a turn of its loop; more than this means that the machine stands still.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// Operates a running daemon from any thread.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    pub(super) commands: Sender<Command>,
+    pub(super) wake: Arc<Wake>,
+    pub(super) report: Arc<Report>,
+}
+
+impl Handle {
+    pub(super) fn tell(&self, command: Command) -> Result<(), ControlError> {
+        let stopped = |_| ControlError::Internal("the daemon is stopping".to_string());
+        self.commands.send(command).map_err(stopped)?;
+        self.wake.wake();
+        Ok(())
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, ControlError> {
+        let (reply, answer) = bounded(1);
+        self.tell(command(reply))?;
+        let late = |_| ControlError::Internal("the daemon does not answer".to_string());
+        answer.recv_timeout(ANSWER).map_err(late)?
+    }
+}
+
+impl Control for Handle {
+    fn add_port(&self, spec: PortSpec, may_exist: bool) -> Result<PortView, ControlError> {
+        self.ask(|reply| Command::AddPort(spec, may_exist, reply))
+    }
+
+    fn remove_port(&self, name: &str) -> Result<(), ControlError> {
+        self.ask(|reply| Command::RemovePort(name.to_string(), reply))
+    }
+
+    fn set_port(&self, name: &str, patch: PortPatch) -> Result<PortView, ControlError> {
+        self.ask(|reply| Command::SetPort(name.to_string(), patch, reply))
+    }
+
+    fn ports(&self) -> Result<Vec<PortView>, ControlError> {
+        self.ask(Command::Ports)
+    }
+
+    fn port(&self, name: &str) -> Result<PortView, ControlError> {
+        self.ask(|reply| Command::Port(name.to_string(), reply))
+    }
+
+    fn fdb(&self) -> Result<Vec<FdbEntry>, ControlError> {
+        self.ask(Command::Fdb)
+    }
+
+    fn fdb_add(&self, entry: FdbAdd) -> Result<FdbEntry, ControlError> {
+        self.ask(|reply| Command::FdbAdd(entry, reply))
+    }
+
+    fn fdb_remove(&self, key: FdbKey) -> Result<(), ControlError> {
+        self.ask(|reply| Command::FdbRemove(key, reply))
+    }
+
+    fn fdb_flush(&self, port: Option<&str>) -> Result<u64, ControlError> {
+        self.ask(|reply| Command::FdbFlush(port.map(str::to_string), reply))
+    }
+
+    fn poll_threads(&self) -> Result<Vec<PollThreadView>, ControlError> {
+        self.ask(Command::PollThreads)
+    }
+
+    fn stats(&self) -> Result<StatsView, ControlError> {
+        self.ask(Command::Stats)
+    }
+
+    fn subscribe(&self) -> Receiver<Event> {
+        self.report.hub.subscribe()
+    }
+
+    fn version(&self) -> VersionView {
+        VersionView::current()
+    }
+}

@@ -1,0 +1,172 @@
+//! The mailbox between one session and control.
+//!
+//! A session posts its newest device and goes on; control takes whatever is newest once per turn of its loop. So ten
+//! thousand SET_VRING_ENABLE of one frontend are one publication a turn, and delay nobody.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crossbeam_channel::Sender;
+
+use super::command::Command;
+use super::report::Report;
+use crate::port::{Device, PortShared};
+use crate::sys::snapshot::Acknowledgements;
+use crate::sys::wake::Wake;
+use crate::topology::Topology;
+use crate::vhost_user::{DeviceSink, Gone, SessionEvent, Ticket};
+
+/// How long a session sleeps between looks at the acknowledgements. A busy poll thread acknowledges within microseconds.
+const LOOK_EVERY: Duration = Duration::from_micros(50);
+/// Looks without sleeping first.
+const QUICK_LOOKS: u32 = 200;
+
+/// Where a session's posts stand.
+#[derive(Debug, Default)]
+struct Mailbox {
+    /// Newest post, until control takes it.
+    device: Option<Option<Arc<Device>>>,
+    posted: u64,
+    /// The newest post that is published, and the generation that holds it.
+    published: u64,
+    generation: u64,
+    /// Control has been told that there is a post.
+    announced: bool,
+    /// The port was removed.
+    gone: bool,
+}
+
+/// One session's link to control.
+#[derive(Debug)]
+pub(super) struct Link {
+    /// The port it serves.
+    pub(super) port: Arc<PortShared>,
+    mailbox: Mutex<Mailbox>,
+    changed: Condvar,
+    commands: Sender<Command>,
+    wake: Arc<Wake>,
+    acknowledgements: Acknowledgements<Topology>,
+    report: Arc<Report>,
+}
+
+impl Link {
+    pub(super) fn new(
+        port: Arc<PortShared>,
+        commands: Sender<Command>,
+        wake: Arc<Wake>,
+        acknowledgements: Acknowledgements<Topology>,
+        report: Arc<Report>,
+    ) -> Arc<Self> {
+        Arc::new(Link {
+            port,
+            mailbox: Mutex::default(),
+            changed: Condvar::new(),
+            commands,
+            wake,
+            acknowledgements,
+            report,
+        })
+    }
+
+    fn mailbox(&self) -> MutexGuard<'_, Mailbox> {
+        // Plain values, whole at every moment.
+        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Control takes the newest post: its number and device.
+    pub(super) fn take(&self) -> Option<(u64, Option<Arc<Device>>)> {
+        let mut mailbox = self.mailbox();
+        mailbox.announced = false;
+        let device = mailbox.device.take()?;
+        Some((mailbox.posted, device))
+    }
+
+    /// Control says in which generation a post is published.
+    pub(super) fn published(&self, post: u64, generation: u64) {
+        let mut mailbox = self.mailbox();
+        if post >= mailbox.published {
+            mailbox.published = post;
+            mailbox.generation = generation;
+        }
+        self.changed.notify_all();
+    }
+
+    /// Control says that the port is gone since `generation`: posts are void from now on.
+    pub(super) fn port_gone(&self, generation: u64) {
+        let mut mailbox = self.mailbox();
+        mailbox.gone = true;
+        mailbox.device = None;
+        mailbox.generation = generation;
+        self.changed.notify_all();
+    }
+
+    fn tell(&self, command: Command) {
+        // Control outlives every session; after its end nobody needs to know.
+        if self.commands.send(command).is_ok() {
+            self.wake.wake();
+        }
+    }
+
+    /// The session's thread is about to end.
+    pub(super) fn ended(self: &Arc<Self>, reason: String) {
+        self.tell(Command::SessionEnded {
+            link: self.clone(),
+            reason,
+        });
+    }
+
+    fn wait_acknowledged(&self, generation: u64) {
+        for _ in 0..QUICK_LOOKS {
+            if self.acknowledgements.reached(generation) {
+                return;
+            }
+            std::thread::yield_now();
+        }
+        // Past any deadline this goes on: a thread that has not acknowledged may still write into the guest's memory,
+        // so nothing is answered. The stuck thread shows in `poll list`.
+        while !self.acknowledgements.reached(generation) {
+            std::thread::sleep(LOOK_EVERY);
+        }
+    }
+}
+
+/// A link as the session's sink. (A type of its own, because posting needs the `Arc`.)
+#[derive(Debug)]
+pub(super) struct Sink(pub(super) Arc<Link>);
+
+impl DeviceSink for Sink {
+    fn post(&self, device: Option<Arc<Device>>) -> Ticket {
+        let mut mailbox = self.0.mailbox();
+        mailbox.posted += 1;
+        let ticket = Ticket(mailbox.posted);
+        if mailbox.gone {
+            return ticket;
+        }
+        mailbox.device = Some(device);
+        let announce = !std::mem::replace(&mut mailbox.announced, true);
+        drop(mailbox);
+        if announce {
+            self.0.tell(Command::Posted(self.0.clone()));
+        }
+        ticket
+    }
+
+    fn settle(&self, ticket: Ticket) -> Result<(), Gone> {
+        let mut mailbox = self.0.mailbox();
+        while mailbox.published < ticket.0 && !mailbox.gone {
+            mailbox = self
+                .0
+                .changed
+                .wait(mailbox)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        let (generation, gone) = (mailbox.generation, mailbox.gone);
+        drop(mailbox);
+        self.0.wait_acknowledged(generation);
+        if gone { Err(Gone) } else { Ok(()) }
+    }
+
+    fn event(&self, event: SessionEvent) {
+        self.0.report.session(&self.0.port, &event);
+    }
+}

@@ -1,0 +1,207 @@
+//! The composition root: threads, and how they find each other.
+//!
+//! | thread | does | may block? |
+//! |---|---|---|
+//! | `poll-N` | passes over its transmit queues; delivers into any port | never |
+//! | `session-NAME` | the vhost-user conversation with one frontend | yes, only its own VM waits |
+//! | control (the caller of [`Daemon::run`]) | sockets, timers, signals, commands; the only publisher | briefly |
+//! | `reaper` | drops retired views: munmap, close | yes |
+//! | `api` | HTTP on a unix socket | yes |
+
+mod command;
+mod control;
+pub mod embedded;
+mod handle;
+mod link;
+mod pollers;
+mod port;
+mod registry;
+mod report;
+mod socket;
+mod views;
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use crossbeam_channel::unbounded;
+
+use crate::api::{Control as _, ControlError, Server, ServerError};
+use crate::config::{DaemonConfig, PortSpec};
+use crate::memory::fence;
+use crate::switch::fdb::{Fdb, FdbConfig, FdbError};
+use crate::sys::affinity::PinError;
+use crate::sys::signal::Signals;
+use crate::sys::snapshot::{Retired, snapshots};
+use crate::sys::wake::Wake;
+use crate::topology::Topology;
+use command::Command;
+use control::Control;
+pub use handle::Handle;
+use pollers::PollThreads;
+use registry::{MAX_THREADS, Registry};
+use report::Report;
+
+/// Why the daemon does not start, or ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// A port of the command line is refused.
+    #[error("{0}")]
+    Port(ControlError),
+    /// A poll thread cannot be pinned.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// More poll CPUs than there can be poll threads.
+    #[error("{0} poll CPUs are too many: at most {MAX_THREADS}")]
+    TooManyThreads(usize),
+    /// The forwarding data base cannot be made.
+    #[error(transparent)]
+    Fdb(#[from] FdbError),
+    /// The API cannot be served.
+    #[error(transparent)]
+    Api(#[from] ServerError),
+    /// The control loop failed.
+    #[error("the control loop failed: {0}")]
+    Events(String),
+    /// The operating system refuses something.
+    #[error("the system refuses what the switch needs: {0}")]
+    System(io::Error),
+}
+
+/// Installs what must be there before any thread: the SIGBUS fence, and signals as events of the control loop.
+pub fn prepare_process() -> io::Result<Signals> {
+    fence::install()?;
+    Signals::block()
+}
+
+/// Runs the switch in the foreground until SIGTERM or SIGINT.
+pub fn run(config: DaemonConfig) -> Result<(), DaemonError> {
+    let signals = prepare_process().map_err(DaemonError::System)?;
+    let (control, handle, reaper) = assemble(&config, Some(signals))?;
+    let report = handle.report.clone();
+    let server = match &config.api_socket {
+        Some(path) => {
+            let server =
+                Server::start(path, config.api_group.as_deref(), Arc::new(handle.clone()))?;
+            tracing::info!("API on {path:?}");
+            Some(server)
+        }
+        None => None,
+    };
+    // Control answers only once its loop runs, so the ports of the command line come from a thread of their own.
+    let (outcome, first_error) = crossbeam_channel::bounded(1);
+    let ports = config.ports.clone();
+    let adder = std::thread::Builder::new()
+        .name("start".to_string())
+        .spawn(move || add_first_ports(&handle, ports, &outcome))
+        .map_err(DaemonError::System)?;
+    let ended = control.run();
+    let _ = adder.join();
+    report.hub.stop(std::time::SystemTime::now());
+    if let Some(server) = server {
+        server.stop();
+    }
+    let _ = reaper.join();
+    match first_error.try_recv() {
+        Ok(error) => Err(DaemonError::Port(error)),
+        Err(_) => ended,
+    }
+}
+
+fn add_first_ports(
+    handle: &Handle,
+    ports: Vec<PortSpec>,
+    outcome: &crossbeam_channel::Sender<ControlError>,
+) {
+    for spec in ports {
+        if let Err(error) = handle.add_port(spec, false) {
+            let _ = outcome.send(error);
+            let _ = handle.tell(Command::Stop);
+            return;
+        }
+    }
+    tracing::info!("ready");
+}
+
+/// A switch inside this process, without API and signals: for `pollux bench` and tests.
+#[derive(Debug)]
+pub struct Daemon {
+    handle: Handle,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Daemon {
+    /// Starts the switch. The process has called [`prepare_process`] or [`fence::install`] before.
+    pub fn start(config: &DaemonConfig) -> Result<Self, DaemonError> {
+        let (control, handle, reaper) = assemble(config, None)?;
+        let thread = std::thread::Builder::new()
+            .name("control".to_string())
+            .spawn(move || {
+                if let Err(error) = control.run() {
+                    tracing::error!("{error}");
+                }
+            })
+            .map_err(DaemonError::System)?;
+        let daemon = Daemon {
+            handle,
+            threads: vec![thread, reaper],
+        };
+        for spec in &config.ports {
+            daemon
+                .handle
+                .add_port(spec.clone(), false)
+                .map_err(DaemonError::Port)?;
+        }
+        Ok(daemon)
+    }
+
+    /// Operates it.
+    pub fn handle(&self) -> &Handle {
+        &self.handle
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.handle.tell(Command::Stop);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Builds everything up to the control loop, which the caller runs.
+fn assemble(
+    config: &DaemonConfig,
+    signals: Option<Signals>,
+) -> Result<(Control, Handle, JoinHandle<()>), DaemonError> {
+    let threads = config.poll_cpus.len().max(1);
+    if threads > MAX_THREADS {
+        return Err(DaemonError::TooManyThreads(threads));
+    }
+    let epoch = Instant::now();
+    let mut fdb_config = FdbConfig::with_capacity(config.fdb_size);
+    fdb_config.ageing = config.mac_ageing;
+    let fdb = Arc::new(Fdb::new(fdb_config)?);
+    let empty = Topology::build(&[], threads, fdb.clone(), |_, _| None);
+    let (publisher, readers) = snapshots(empty, threads);
+    let polls = PollThreads::start(readers, &config.poll_cpus, config.idle, epoch)?;
+    let (reap, retired) = unbounded::<Retired<Topology>>();
+    // Ends when control, the only sender, is gone.
+    let reaper = std::thread::Builder::new()
+        .name("reaper".to_string())
+        .spawn(move || retired.iter().for_each(drop))
+        .map_err(DaemonError::System)?;
+    let registry = Registry::new(publisher, polls, (fdb, config.fdb_size), reap, epoch);
+    let report = Arc::new(Report::default());
+    let (sender, receiver) = unbounded();
+    let wake = Arc::new(Wake::new().map_err(DaemonError::System)?);
+    let handle = Handle {
+        commands: sender.clone(),
+        wake: wake.clone(),
+        report: report.clone(),
+    };
+    let control = Control::new(registry, report, (sender, receiver), wake, signals);
+    Ok((control, handle, reaper))
+}

@@ -1,0 +1,67 @@
+//! A registered port as control knows it: socket, session, device.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::link::Link;
+use super::socket::Listener;
+use crate::port::{Device, PortShared};
+use crate::topology::PortEntry;
+use crate::vhost_user::{SessionStatus, Stopper};
+
+/// How control reaches a port's frontend.
+#[derive(Debug)]
+pub(super) enum Door {
+    /// Server mode: Pollux listens.
+    Listening(Listener),
+    /// Client mode: Pollux connects, next at this moment.
+    Connecting(Instant),
+}
+
+/// A port's session.
+#[derive(Debug)]
+pub(super) struct SessionHandle {
+    pub(super) link: Arc<Link>,
+    pub(super) status: Arc<SessionStatus>,
+    pub(super) stopper: Stopper,
+    /// The same socket, to see whether the frontend has hung up.
+    pub(super) stream: UnixStream,
+    pub(super) since: Instant,
+}
+
+/// Everything control keeps of a port.
+#[derive(Debug)]
+pub(super) struct PortRecord {
+    pub(super) shared: Arc<PortShared>,
+    pub(super) door: Door,
+    /// Poll thread by queue pair.
+    pub(super) placement: Vec<usize>,
+    /// Queue pairs that the next session is offered.
+    pub(super) queues: u16,
+    pub(super) session: Option<SessionHandle>,
+    /// A frontend that came while its predecessor is being cleaned up.
+    pub(super) waiting: Option<UnixStream>,
+    pub(super) device: Option<Arc<Device>>,
+    /// Why the last session ended.
+    pub(super) last_end: Option<String>,
+    /// What was last reported as broken, so that it is reported once.
+    pub(super) reported_state: Option<String>,
+}
+
+impl PortRecord {
+    /// The port as a topology needs it.
+    pub(super) fn entry(&self) -> PortEntry {
+        PortEntry {
+            shared: self.shared.clone(),
+            device: self.device.clone(),
+        }
+    }
+
+    /// Whether `link` is the current session's.
+    pub(super) fn is_session(&self, link: &Arc<Link>) -> bool {
+        self.session
+            .as_ref()
+            .is_some_and(|session| Arc::ptr_eq(&session.link, link))
+    }
+}

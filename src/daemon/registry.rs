@@ -1,0 +1,220 @@
+//! The registry: which ports exist, and the one publisher of topologies.
+//!
+//! Owned by the control thread. `register` builds everything that can fail first and then publishes; frames may arrive
+//! before it returns. `unregister` publishes a view without the port, frees name and socket path, and returns: it waits
+//! for nobody. From the last acknowledgement of that generation on nobody touches the port's rings and memory, and
+//! their last reference is dropped by the reaper.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crossbeam_channel::Sender;
+
+use super::pollers::PollThreads;
+use super::port::PortRecord;
+use crate::port::PortShared;
+use crate::stats::MAX_POLL_THREADS;
+use crate::switch::PortRef;
+use crate::switch::fdb::{Fdb, RetireMark};
+use crate::sys::snapshot::{Acknowledgements, Publisher, Retired};
+use crate::topology::{PortEntry, Topology};
+
+/// Ports, slots and the published view of them.
+#[derive(Debug)]
+pub(super) struct Registry {
+    /// In the order of their creation.
+    pub(super) ports: Vec<PortRecord>,
+    pub(super) fdb: Arc<Fdb>,
+    /// Most learned addresses.
+    pub(super) fdb_capacity: usize,
+    pub(super) polls: PollThreads,
+    pub(super) acknowledgements: Acknowledgements<Topology>,
+    publisher: Publisher<Topology>,
+    /// Next generation of each slot that was ever used; a free slot is in no port.
+    slots: Vec<u32>,
+    /// Posts to be answered with the next generation.
+    posts: Vec<(Arc<super::link::Link>, u64)>,
+    dirty: bool,
+    reaper: Sender<Retired<Topology>>,
+    /// FDB cells that may be used again once this generation is acknowledged.
+    fdb_retired: Option<(RetireMark, u64)>,
+    epoch: Instant,
+}
+
+impl Registry {
+    pub(super) fn new(
+        publisher: Publisher<Topology>,
+        polls: PollThreads,
+        (fdb, fdb_capacity): (Arc<Fdb>, usize),
+        reaper: Sender<Retired<Topology>>,
+        epoch: Instant,
+    ) -> Self {
+        Registry {
+            ports: Vec::new(),
+            fdb,
+            fdb_capacity,
+            polls,
+            acknowledgements: publisher.acknowledgements(),
+            publisher,
+            slots: Vec::new(),
+            posts: Vec::new(),
+            dirty: false,
+            reaper,
+            fdb_retired: None,
+            epoch,
+        }
+    }
+
+    /// Seconds of the switch's monotonic clock.
+    pub(super) fn now_s(&self) -> u32 {
+        u32::try_from(self.epoch.elapsed().as_secs()).unwrap_or(u32::MAX)
+    }
+
+    /// A slot that no port has, with a generation that it never had.
+    pub(super) fn free_slot(&mut self) -> PortRef {
+        let used = |slot: usize| {
+            self.ports
+                .iter()
+                .any(|port| usize::from(port.shared.reference.slot) == slot)
+        };
+        let slot = (0..self.slots.len())
+            .find(|slot| !used(*slot))
+            .unwrap_or(self.slots.len());
+        if slot == self.slots.len() {
+            self.slots.push(0);
+        }
+        self.slots[slot] += 1;
+        // MAX_PORTS is far below 2^16.
+        PortRef {
+            slot: slot as u16,
+            generation: self.slots[slot],
+        }
+    }
+
+    /// The poll thread for a port's queue pairs: neighbours go to different threads.
+    pub(super) fn place(&self, reference: PortRef, pairs: u16) -> Vec<usize> {
+        let threads = self.polls.threads.len().max(1);
+        (0..pairs)
+            .map(|pair| (usize::from(reference.slot) + usize::from(pair)) % threads)
+            .collect()
+    }
+
+    /// The record of a port by name.
+    pub(super) fn find(&mut self, name: &str) -> Option<&mut PortRecord> {
+        self.ports
+            .iter_mut()
+            .find(|port| port.shared.name() == name)
+    }
+
+    /// The record of a port by registration: `None` if it was removed meanwhile, even if its slot or name is in use again.
+    pub(super) fn find_registration(&mut self, port: &Arc<PortShared>) -> Option<&mut PortRecord> {
+        self.ports
+            .iter_mut()
+            .find(|record| Arc::ptr_eq(&record.shared, port))
+    }
+
+    /// Registers a port that is wholly built.
+    pub(super) fn register(&mut self, record: PortRecord) {
+        self.ports.push(record);
+        self.dirty = true;
+        self.publish();
+    }
+
+    /// Takes a port out, and returns its record for its session to be ended.
+    pub(super) fn unregister(&mut self, name: &str) -> Option<PortRecord> {
+        let at = self
+            .ports
+            .iter()
+            .position(|port| port.shared.name() == name)?;
+        let record = self.ports.remove(at);
+        record.shared.set_gone();
+        self.fdb.port_removed(record.shared.reference);
+        self.dirty = true;
+        self.publish();
+        if let Some(session) = &record.session {
+            session.link.port_gone(self.publisher.generation());
+        }
+        Some(record)
+    }
+
+    /// Takes a session's newest post; published with everything else at the end of the turn.
+    pub(super) fn post(&mut self, link: &Arc<super::link::Link>) {
+        let Some((post, device)) = link.take() else {
+            return;
+        };
+        let current = self.find_registration(&link.port);
+        // A session that is just enabling its rings cannot bring an unregistered port back, nor can one that was
+        // replaced speak for the port.
+        let Some(record) = current.filter(|record| record.is_session(link)) else {
+            return link.port_gone(self.publisher.generation());
+        };
+        record.device = device;
+        self.posts.push((link.clone(), post));
+        self.dirty = true;
+    }
+
+    /// Marks the view as out of date.
+    pub(super) fn touch(&mut self) {
+        self.dirty = true;
+    }
+
+    /// Publishes a new view if anything changed. Waits for nobody.
+    pub(super) fn publish(&mut self) {
+        if !std::mem::take(&mut self.dirty) {
+            return;
+        }
+        let entries: Vec<PortEntry> = self.ports.iter().map(PortRecord::entry).collect();
+        let placement = |port: &PortShared, pair: u16| {
+            let record = self
+                .ports
+                .iter()
+                .find(|record| record.shared.reference == port.reference)?;
+            record.placement.get(usize::from(pair)).copied()
+        };
+        let threads = self.polls.threads.len();
+        let topology = Topology::build(&entries, threads, self.fdb.clone(), placement);
+        self.polls.prepare(&topology);
+        let generation = self.publisher.publish(topology);
+        self.polls.wake(self.publisher.current());
+        for (link, post) in self.posts.drain(..) {
+            link.published(post, generation);
+        }
+        if self.fdb_retired.is_none() {
+            self.fdb_retired = self.fdb.retired().map(|mark| (mark, generation));
+        }
+    }
+
+    /// Hands what nobody uses any more to the reaper. Returns whether something is still waited for.
+    pub(super) fn retire(&mut self) -> bool {
+        for retired in self.publisher.retire() {
+            // The reaper ends after control; until then it takes everything.
+            let _ = self.reaper.send(retired);
+        }
+        if let Some((mark, generation)) = self.fdb_retired
+            && self.acknowledgements.reached(generation)
+        {
+            self.fdb.reclaim(mark);
+            self.fdb_retired = None;
+        }
+        self.publisher.has_retained() || self.fdb_retired.is_some()
+    }
+
+    /// Once a second: addresses age. What they leave behind is usable after a view that all threads have taken over.
+    pub(super) fn age(&mut self) {
+        if self.fdb.age(self.now_s()) > 0 {
+            self.dirty = true;
+        }
+        if self.fdb_retired.is_none() && self.fdb.retired().is_some() {
+            self.dirty = true;
+        }
+        self.publish();
+    }
+
+    /// Generation of the current view.
+    pub(super) fn generation(&self) -> u64 {
+        self.publisher.generation()
+    }
+}
+
+/// Readers made for a daemon; more poll threads than this are refused.
+pub(super) const MAX_THREADS: usize = MAX_POLL_THREADS;

@@ -1,0 +1,266 @@
+//! A port's socket: listening (server mode) or connecting (client mode), without ever blocking control.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{Gid, Mode, chmod, chown};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::time::Timespec;
+
+use crate::config::PortSpec;
+use crate::sys::peer;
+
+/// Why a port's socket is not to be had. Each names the path and what to do.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SocketError {
+    /// Somebody listens there.
+    #[error("{path:?} is in use: another process listens on it")]
+    Live {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Something that is no socket.
+    #[error("{path:?} exists and is not a socket; remove it or choose another path")]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The directory is missing.
+    #[error("directory {dir:?} does not exist; create it first")]
+    NoDirectory {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// No such group.
+    #[error("group {group:?} does not exist (socket-group of {path:?})")]
+    NoGroup {
+        /// The group.
+        group: String,
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Anything else the system says.
+    #[error("cannot {what} {path:?}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// The socket.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// A listening socket; its file goes with it.
+#[derive(Debug)]
+pub(super) struct Listener {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the file we made, so that we never unlink another's.
+    file: Option<(u64, u64)>,
+}
+
+impl Listener {
+    /// Listens on the port's path. A stale socket file is replaced, a live one is refused.
+    pub(super) fn bind(spec: &PortSpec) -> Result<Self, SocketError> {
+        let path = spec.socket.clone();
+        let group = match &spec.socket_group {
+            Some(name) => Some(group_id(name, &path)?),
+            None => None,
+        };
+        clear_stale(&path)?;
+        let system = |what| {
+            let path = path.clone();
+            move |source| SocketError::System { what, path, source }
+        };
+        let listener = UnixListener::bind(&path).map_err(system("listen on"))?;
+        let file = identity(&path);
+        let made = Listener {
+            listener,
+            path: path.clone(),
+            file,
+        };
+        made.listener
+            .set_nonblocking(true)
+            .map_err(system("listen on"))?;
+        if let Some(mode) = spec.socket_mode {
+            let mode = Mode::from_raw_mode(mode);
+            chmod(&path, mode)
+                .map_err(io::Error::from)
+                .map_err(system("set the mode of"))?;
+        }
+        if let Some(group) = group {
+            let group = Some(Gid::from_raw(group));
+            chown(&path, None, group)
+                .map_err(io::Error::from)
+                .map_err(system("set the group of"))?;
+        }
+        Ok(made)
+    }
+
+    /// The next frontend that waits, if any.
+    pub(super) fn accept(&self) -> Option<UnixStream> {
+        let (stream, _) = self.listener.accept().ok()?;
+        stream.set_nonblocking(false).ok()?;
+        Some(stream)
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl std::os::fd::AsRawFd for Listener {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.listener.as_raw_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if self.file.is_some() && identity(&self.path) == self.file {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path)
+        .ok()
+        .map(|data| (data.dev(), data.ino()))
+}
+
+fn group_id(name: &str, path: &Path) -> Result<u32, SocketError> {
+    let path = path.to_path_buf();
+    match peer::group_id(name) {
+        Ok(Some(id)) => Ok(id),
+        Ok(None) => Err(SocketError::NoGroup {
+            group: name.to_string(),
+            path,
+        }),
+        Err(source) => Err(SocketError::System {
+            what: "look up the group of",
+            path,
+            source,
+        }),
+    }
+}
+
+/// Removes a socket file that nobody listens on.
+fn clear_stale(path: &Path) -> Result<(), SocketError> {
+    let data = match std::fs::symlink_metadata(path) {
+        Ok(data) => data,
+        Err(_) => {
+            let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+            return match dir {
+                Some(dir) if !dir.is_dir() => Err(SocketError::NoDirectory {
+                    dir: dir.to_path_buf(),
+                }),
+                _ => Ok(()),
+            };
+        }
+    };
+    let path_buf = path.to_path_buf();
+    // A link is not followed: whoever may write the directory could point it anywhere.
+    if !data.file_type().is_socket() {
+        return Err(SocketError::NotASocket { path: path_buf });
+    }
+    match start_connect(path) {
+        // Refused: nobody listens. Anything else (connected, backlog full, no permission) means somebody may.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).map_err(|source| SocketError::System {
+                what: "remove the stale socket",
+                path: path_buf,
+                source,
+            })
+        }
+        _ => Err(SocketError::Live { path: path_buf }),
+    }
+}
+
+/// Connects without waiting: a listener whose backlog is full (a stopped VM) is an error like any other.
+pub(super) fn start_connect(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+/// Whether the peer of a stream has hung up.
+pub(super) fn hung_up(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let gone = PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR;
+    matches!(poll(&mut fds, Some(&now)), Ok(1)) && fds[0].revents().intersects(gone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(path: &Path) -> PortSpec {
+        format!("p,socket={}", path.display()).parse().unwrap()
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_live_one_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let first = Listener::bind(&spec(&path)).unwrap();
+        let error = Listener::bind(&spec(&path)).unwrap_err();
+        assert!(matches!(error, SocketError::Live { .. }), "{error}");
+        drop(first);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_file_in_the_way_and_a_missing_directory_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "mine").unwrap();
+        assert!(matches!(
+            Listener::bind(&spec(&file)),
+            Err(SocketError::NotASocket { .. })
+        ));
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "mine");
+        let missing = dir.path().join("no/s");
+        assert!(matches!(
+            Listener::bind(&spec(&missing)),
+            Err(SocketError::NoDirectory { .. })
+        ));
+    }
+
+    #[test]
+    fn a_socket_that_was_replaced_meanwhile_is_not_unlinked() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = Listener::bind(&spec(&path)).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let other = UnixListener::bind(&path).unwrap();
+        drop(listener);
+        assert!(path.exists());
+        drop(other);
+    }
+
+    #[test]
+    fn a_hang_up_is_seen() {
+        let (a, b) = UnixStream::pair().unwrap();
+        assert!(!hung_up(&a));
+        drop(b);
+        assert!(hung_up(&a));
+    }
+}

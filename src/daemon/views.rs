@@ -1,0 +1,350 @@
+//! What the API shows, read from the registry.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+
+use super::port::{Door, PortRecord};
+use super::registry::Registry;
+use crate::api::types::{
+    DirectionStatistics, FdbAdd, FdbEntry, FdbKey, FdbStatistics, Latency, MacAddr, PollState,
+    PollThreadView, PortCounters, PortState, PortStatistics, PortView, QueueRef, RingDirection,
+    RingKind, RingState, RingView, SessionView, StatsView,
+};
+use crate::api::{ControlError, What};
+use crate::port::PortShared;
+use crate::stats::{Direction, DropReason, Histogram};
+use crate::sys::affinity;
+use crate::vhost_user::{RingStatus, StatusSnapshot};
+use crate::wire::Mac;
+
+/// A port in full.
+pub(super) fn port(record: &PortRecord) -> PortView {
+    let status = record
+        .session
+        .as_ref()
+        .map(|session| (session, session.status.snapshot()));
+    let (state, reason) = state(record, status.as_ref().map(|(_, snapshot)| snapshot));
+    let spec = &record.shared.spec;
+    PortView {
+        name: spec.name.clone(),
+        socket: spec.socket.to_string_lossy().into_owned(),
+        mode: spec.mode,
+        queues: record.queues,
+        state,
+        reason,
+        session: status
+            .map(|(session, snapshot)| self::session(session.since.elapsed(), &snapshot)),
+        statistics: statistics(&record.shared),
+    }
+}
+
+/// Where a port stands, and in words why it does not work.
+fn state(record: &PortRecord, snapshot: Option<&StatusSnapshot>) -> (PortState, Option<String>) {
+    let Some(snapshot) = snapshot else {
+        let last = record
+            .last_end
+            .as_ref()
+            .map(|end| format!(" (the last one: {end})"));
+        let last = last.unwrap_or_default();
+        return match &record.door {
+            Door::Listening(_) => (
+                PortState::Waiting,
+                Some(format!("waiting for a frontend{last}")),
+            ),
+            Door::Connecting(_) => (
+                PortState::Connecting,
+                Some(format!(
+                    "waiting for a frontend that listens on the socket{last}"
+                )),
+            ),
+        };
+    };
+    if snapshot.rings.iter().any(|ring| ring.broken.is_some()) {
+        return (PortState::Broken, Some(snapshot.state.clone()));
+    }
+    if snapshot.working {
+        return (PortState::Running, None);
+    }
+    (PortState::Negotiating, Some(snapshot.state.clone()))
+}
+
+fn session(age: Duration, snapshot: &StatusSnapshot) -> SessionView {
+    let protocol = VhostUserProtocolFeatures::from_bits_truncate(snapshot.protocol_features);
+    SessionView {
+        features: feature_names(snapshot.features.unwrap_or_default()),
+        protocol_features: protocol
+            .iter_names()
+            .map(|(name, _)| name.to_lowercase())
+            .collect(),
+        memory_regions: u32::try_from(snapshot.memory_regions).unwrap_or(u32::MAX),
+        memory_bytes: snapshot.memory_bytes,
+        rings: snapshot.rings.iter().map(ring).collect(),
+        age_seconds: age.as_secs_f64(),
+    }
+}
+
+/// Names of virtio feature bits (virtio 1.2 §5.1.3 and §6); a bit without a name here is shown by its number.
+fn feature_names(features: u64) -> Vec<String> {
+    let name = |bit: u32| {
+        Some(match bit {
+            0 => "csum",
+            1 => "guest_csum",
+            15 => "mrg_rxbuf",
+            16 => "status",
+            17 => "ctrl_vq",
+            21 => "guest_announce",
+            22 => "mq",
+            26 => "vhost_log_all",
+            28 => "indirect_desc",
+            29 => "event_idx",
+            30 => "vhost_user_protocol_features",
+            32 => "version_1",
+            34 => "ring_packed",
+            35 => "in_order",
+            40 => "ring_reset",
+            _ => return None,
+        })
+    };
+    let set = (0..u64::BITS).filter(|bit| features >> bit & 1 == 1);
+    set.map(|bit| name(bit).map_or_else(|| format!("bit_{bit}"), str::to_string))
+        .collect()
+}
+
+fn ring(ring: &RingStatus) -> RingView {
+    RingView {
+        queue: ring.ring.pair(),
+        direction: if ring.ring.is_receiveq() {
+            RingDirection::Tx
+        } else {
+            RingDirection::Rx
+        },
+        kind: if ring.packed {
+            RingKind::Packed
+        } else {
+            RingKind::Split
+        },
+        size: ring.size.map_or(0, u32::from),
+        state: match (ring.broken, ring.started) {
+            (Some(_), _) => RingState::Broken,
+            (None, true) => RingState::Running,
+            (None, false) => RingState::Stopped,
+        },
+        broken_reason: ring.broken.map(|broken| broken.to_string()),
+        enabled: ring.enabled,
+        position: ring.position.map_or(0, u64::from),
+    }
+}
+
+fn statistics(port: &PortShared) -> PortStatistics {
+    let totals = port.stats.sum();
+    let drops = |direction: Direction| -> BTreeMap<String, u64> {
+        let of = DropReason::ALL
+            .into_iter()
+            .filter(|reason| reason.direction() == direction);
+        of.filter_map(|reason| {
+            let count = *totals.drops.get(reason.name())?;
+            (count > 0).then(|| (reason.name().to_string(), count))
+        })
+        .collect()
+    };
+    PortStatistics {
+        rx: DirectionStatistics {
+            frames: totals.rx_frames,
+            bytes: totals.rx_bytes,
+            drops: drops(Direction::Rx),
+        },
+        tx: DirectionStatistics {
+            frames: totals.tx_frames,
+            bytes: totals.tx_bytes,
+            drops: drops(Direction::Tx),
+        },
+    }
+}
+
+fn mac_addr(mac: Mac) -> MacAddr {
+    MacAddr(mac.bytes())
+}
+
+fn mac(addr: MacAddr) -> Mac {
+    Mac::from_bytes(addr.0)
+}
+
+/// The forwarding table, by VLAN and address.
+pub(super) fn fdb(registry: &Registry) -> Vec<FdbEntry> {
+    let mut entries: Vec<FdbEntry> = registry
+        .fdb
+        .entries(registry.now_s())
+        .into_iter()
+        .filter_map(|entry| {
+            // An entry of a port that is gone is about to go, too.
+            let port = registry
+                .ports
+                .iter()
+                .find(|port| port.shared.reference == entry.port)?;
+            Some(FdbEntry {
+                vlan: entry.vlan,
+                mac: mac_addr(entry.mac),
+                port: port.shared.spec.name.clone(),
+                age_seconds: f64::from(entry.age_s),
+                is_static: entry.is_static,
+            })
+        })
+        .collect();
+    entries.sort_by_key(|entry| (entry.vlan, entry.mac));
+    entries
+}
+
+/// Adds a static address.
+pub(super) fn fdb_add(registry: &mut Registry, add: FdbAdd) -> Result<FdbEntry, ControlError> {
+    let record = registry
+        .find(&add.port)
+        .ok_or_else(|| ControlError::no_port(&add.port))?;
+    let port = record.shared.reference;
+    registry
+        .fdb
+        .insert_static(add.vlan, mac(add.mac), port)
+        .map_err(|error| ControlError::Conflict {
+            text: error.to_string(),
+        })?;
+    Ok(FdbEntry {
+        vlan: add.vlan,
+        mac: add.mac,
+        port: add.port,
+        age_seconds: 0.0,
+        is_static: true,
+    })
+}
+
+/// Removes one address.
+pub(super) fn fdb_remove(registry: &mut Registry, key: FdbKey) -> Result<(), ControlError> {
+    if !registry.fdb.remove(key.vlan, mac(key.mac)) {
+        return Err(ControlError::NotFound {
+            what: What::Address(key),
+        });
+    }
+    registry.touch();
+    Ok(())
+}
+
+/// Forgets learned addresses.
+pub(super) fn fdb_flush(registry: &mut Registry, port: Option<&str>) -> Result<u64, ControlError> {
+    let only = match port {
+        None => None,
+        Some(name) => {
+            let record = registry
+                .find(name)
+                .ok_or_else(|| ControlError::no_port(name))?;
+            Some(record.shared.reference)
+        }
+    };
+    let removed = registry.fdb.flush(only, true);
+    registry.touch();
+    Ok(removed as u64)
+}
+
+/// The poll threads and what they work on.
+pub(super) fn poll_threads(registry: &Registry) -> Vec<PollThreadView> {
+    (0..registry.polls.threads.len())
+        .map(|index| poll_thread(registry, index))
+        .collect()
+}
+
+fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
+    let thread = &registry.polls.threads[index];
+    let stats = &thread.shared.stats;
+    let acknowledged = registry.acknowledgements.of(index);
+    let total = stats.total_ns.get();
+    let mut queues = Vec::new();
+    for port in &registry.ports {
+        let pairs = port
+            .device
+            .iter()
+            .flat_map(|device| device.pairs.iter().enumerate());
+        for (pair, _) in pairs.filter(|(_, pair)| pair.transmit.is_some()) {
+            if port.placement.get(pair) == Some(&index) {
+                let queue = pair as u16;
+                queues.push(QueueRef {
+                    port: port.shared.spec.name.clone(),
+                    queue,
+                });
+            }
+        }
+    }
+    PollThreadView {
+        thread: index as u32,
+        cpu: thread.cpu.map(|cpu| cpu as u32),
+        numa_node: thread
+            .cpu
+            .and_then(affinity::numa_node)
+            .map(|node| node as u32),
+        tid: thread.tid.load(Ordering::Relaxed),
+        state: if acknowledged.is_some() {
+            PollState::Busy
+        } else {
+            PollState::Asleep
+        },
+        passes: stats.passes.get(),
+        busy_ratio: if total == 0 {
+            0.0
+        } else {
+            stats.busy_ns.get() as f64 / total as f64
+        },
+        frames: stats.frames.get(),
+        sleeps: stats.sleeps.get(),
+        generation: registry.generation(),
+        acknowledged_generation: acknowledged.unwrap_or(registry.generation()),
+        queues,
+        pass_length: latency(&stats.pass_ns, stats.longest_pass_ns.get()),
+        acknowledge_latency: None,
+    }
+}
+
+fn latency(histogram: &Histogram, max_ns: u64) -> Option<Latency> {
+    let counts = histogram.counts();
+    let count: u64 = counts.iter().sum();
+    let quantile = |share: f64| {
+        let wanted = (count as f64 * share).ceil() as u64;
+        let mut seen = 0;
+        let bucket = counts.iter().position(|n| {
+            seen += n;
+            seen >= wanted
+        });
+        let bound = bucket.and_then(Histogram::upper_bound).unwrap_or(max_ns);
+        bound.min(max_ns) as f64 / 1e9
+    };
+    (count > 0).then(|| Latency {
+        count,
+        p50_seconds: quantile(0.5),
+        p99_seconds: quantile(0.99),
+        max_seconds: max_ns as f64 / 1e9,
+    })
+}
+
+/// Counters of everything.
+pub(super) fn stats(registry: &Registry, uptime: Duration) -> StatsView {
+    let counters = |record: &PortRecord| {
+        let snapshot = record
+            .session
+            .as_ref()
+            .map(|session| session.status.snapshot());
+        PortCounters {
+            name: record.shared.spec.name.clone(),
+            state: state(record, snapshot.as_ref()).0,
+            statistics: statistics(&record.shared),
+        }
+    };
+    StatsView {
+        uptime_seconds: uptime.as_secs_f64(),
+        generation: registry.generation(),
+        fdb: FdbStatistics {
+            entries: registry.fdb.len() as u64,
+            capacity: registry.fdb_capacity as u64,
+            counters: BTreeMap::new(),
+        },
+        ports: registry.ports.iter().map(counters).collect(),
+        poll_threads: poll_threads(registry),
+    }
+}

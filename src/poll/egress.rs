@@ -1,0 +1,417 @@
+//! From verdicts to receive queues: grouping by egress, retries, completions, calls.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use arrayvec::ArrayVec;
+
+use crate::frame::{BURST_FRAMES, Burst};
+use crate::stats::{DropReason, ThreadStats};
+use crate::sys::aio::Caller;
+use crate::topology::{Egress, EgressQueue, Ingress, Plan, Topology};
+use crate::virtio::claim::Published;
+use crate::virtio::{Claim, NoClaim};
+
+use super::deliver::{Left, Mask, deliver};
+use super::owed::Owed;
+
+/// Copies of one pass after which calls are made before it goes on: a flood to 500 ports is 500.
+const PASS_COPIES: u32 = 4096;
+/// Receive queues delivered to before their calls are made.
+const TOUCHED: usize = 128;
+/// Longest wait for another thread's open claim before chains are completed all the same, in nanoseconds.
+const OWED_WAIT_NS: u64 = 100_000;
+/// In place of a slot: the frame is dropped.
+pub(super) const NOWHERE: u16 = u16::MAX;
+/// In place of a slot: the frame is flooded.
+pub(super) const EVERYWHERE: u16 = u16::MAX - 1;
+
+/// What a thread brings along to every topology.
+#[derive(Debug)]
+pub(super) struct Tools<'p> {
+    pub(super) caller: &'p mut Caller,
+    pub(super) stats: &'p ThreadStats,
+    pub(super) clock: &'p quanta::Clock,
+}
+
+/// What every step of a pass looks at.
+#[derive(Debug)]
+pub(super) struct Context<'t> {
+    /// The borrowed snapshot.
+    pub(super) topology: &'t Topology,
+    /// This thread's part of it.
+    pub(super) plan: &'t Plan,
+    /// Number of the thread.
+    pub(super) thread: usize,
+}
+
+impl<'t> Context<'t> {
+    /// A queue of the plan.
+    #[inline(always)]
+    pub(super) fn ingress(&self, number: u16) -> &'t Ingress {
+        &self.plan.queues[usize::from(number)]
+    }
+
+    /// Counts a frame dropped at its ingress.
+    #[cold]
+    pub(super) fn drop_taken(&self, ingress: &Ingress, reason: DropReason) {
+        ingress.shared.stats.thread(self.thread).dropped(reason, 1);
+    }
+
+    /// Counts frames dropped at their egress.
+    #[cold]
+    fn drop_egress(&self, port: &Egress, reason: DropReason, mask: Mask) {
+        let count = u64::from(mask.count_ones());
+        if count > 0 {
+            port.shared.stats.thread(self.thread).dropped(reason, count);
+        }
+    }
+}
+
+/// Receive queues delivered to since calls were last made, and whether their publish is to be repeated.
+#[derive(Debug, Default)]
+pub(super) struct Touched<'t>(ArrayVec<(&'t EgressQueue, bool), TOUCHED>);
+
+impl<'t> Touched<'t> {
+    /// Notes that frames were delivered into `queue`.
+    #[inline(always)]
+    pub(super) fn note(&mut self, queue: &'t EgressQueue, published: Published) {
+        let again = published == Published::Again;
+        match self
+            .0
+            .iter_mut()
+            .find(|(other, _)| std::ptr::eq(*other, queue))
+        {
+            Some((_, mark)) => *mark = again,
+            // Room was made before the delivery (`Delivery::make_room`).
+            None => {
+                let _ = self.0.try_push((queue, again));
+            }
+        }
+    }
+
+    /// Publishes where that was left over; returns whether something still is.
+    fn publish(&mut self) -> bool {
+        self.0.iter_mut().fold(false, |left, (queue, again)| {
+            *again = *again && queue.queue.publish() == Published::Again;
+            left || *again
+        })
+    }
+}
+
+/// The delivering half of a pass.
+#[derive(Debug)]
+pub(super) struct Delivery<'t, 'p> {
+    pub(super) context: Context<'t>,
+    pub(super) tools: Tools<'p>,
+    pub(super) owed: Owed<'t>,
+    /// The thread's one claim, empty between deliveries.
+    claim: Claim<'t>,
+    touched: Touched<'t>,
+    /// Frames kept for the retry at the end of the pass.
+    held: Burst<'t>,
+    /// Egress slot of each held frame.
+    held_for: ArrayVec<u16, BURST_FRAMES>,
+    copies: u32,
+}
+
+impl<'t, 'p> Delivery<'t, 'p> {
+    pub(super) fn new(topology: &'t Topology, thread: usize, tools: Tools<'p>) -> Self {
+        Delivery {
+            context: Context {
+                topology,
+                plan: &topology.plans[thread],
+                thread,
+            },
+            tools,
+            owed: Owed::default(),
+            claim: Claim::new(),
+            touched: Touched::default(),
+            held: Burst::new(),
+            held_for: ArrayVec::new(),
+            copies: 0,
+        }
+    }
+
+    /// Makes the one call that every ring start owes its driver.
+    pub(super) fn call_started(&mut self) {
+        for start in &self.context.plan.starts {
+            let egress = self.context.topology.port(start.slot);
+            let index = usize::from(start.index);
+            if let Some(queue) = egress.and_then(|egress| egress.queues.get(index)) {
+                self.make_room(1);
+                self.touched.note(queue, Published::Clean);
+            }
+        }
+        self.notify();
+    }
+
+    /// Delivers the burst, egress by egress, each egress's frames in their order.
+    #[inline(always)]
+    pub(super) fn dispatch(
+        &mut self,
+        burst: &Burst<'t>,
+        egress: &[u16; BURST_FRAMES],
+        flooding: bool,
+    ) {
+        let all = Mask::MAX >> (BURST_FRAMES - burst.frames().len());
+        let mut left = all & !matching(egress, NOWHERE);
+        if flooding {
+            left = self.flood(burst, egress, left);
+        }
+        while left != 0 {
+            let slot = egress[left.trailing_zeros() as usize];
+            let mask = matching(egress, slot);
+            left &= !mask;
+            self.send(burst, slot, mask);
+        }
+    }
+
+    /// Delivers flooded frames to every port but their own, together with what goes to that port alone: a flow whose
+    /// address was learned within the burst keeps its order. Returns the frames for ports that cannot receive.
+    fn flood(&mut self, burst: &Burst<'t>, egress: &[u16; BURST_FRAMES], all: Mask) -> Mask {
+        let flood = matching(egress, EVERYWHERE);
+        let (mut left, mut homeless) = (all & !flood, flood);
+        for slot in &self.context.topology.flood {
+            let mut own = 0;
+            for (number, frame) in burst.frames().iter().enumerate() {
+                let from = self.context.ingress(frame.ingress).reference.slot;
+                own |= Mask::from(from == *slot) << number;
+            }
+            let alone = matching(egress, *slot);
+            homeless &= own;
+            left &= !alone;
+            self.send(burst, *slot, (flood & !own) | alone);
+        }
+        while homeless != 0 {
+            let frame = &burst.frames()[homeless.trailing_zeros() as usize];
+            let ingress = self.context.ingress(frame.ingress);
+            self.context.drop_taken(ingress, DropReason::NoDestination);
+            homeless &= homeless - 1;
+        }
+        left
+    }
+
+    /// Delivers the frames `mask` to one port, or holds them for the retry.
+    #[inline(always)]
+    fn send(&mut self, burst: &Burst<'t>, slot: u16, mask: Mask) {
+        let Some(port) = self.context.topology.port(slot).filter(|_| mask != 0) else {
+            return;
+        };
+        let Some(queue) = port.queues.first() else {
+            return self
+                .context
+                .drop_egress(port, DropReason::EgressNotReady, mask);
+        };
+        self.make_room(mask.count_ones());
+        // Later frames must not overtake what is held for the same port.
+        if !self.held_for.is_empty() && self.held_for.contains(&slot) {
+            return self.hold(
+                burst,
+                port,
+                Left {
+                    mask,
+                    reason: NoClaim::Full,
+                },
+            );
+        }
+        let Delivery {
+            context,
+            claim,
+            touched,
+            owed,
+            ..
+        } = self;
+        let left = deliver(context, claim, touched, owed, burst, port, queue, mask);
+        if left.mask != 0 {
+            self.hold(burst, port, left);
+        }
+    }
+
+    /// Makes room for one more delivery: calls after many copies, owed chains before their list is full.
+    #[inline(always)]
+    fn make_room(&mut self, copies: u32) {
+        self.copies += copies;
+        if self.copies > PASS_COPIES || self.touched.0.is_full() {
+            self.copies = 0;
+            while self.touched.publish() {}
+            self.notify();
+        }
+        if !self.owed.has_room() {
+            self.wait_published();
+        }
+    }
+
+    /// Keeps frames that found no buffer for the end of the pass; drops those that do not fit there.
+    #[cold]
+    fn hold(&mut self, burst: &Burst<'t>, port: &Egress, left: Left) {
+        let mut mask = left.mask;
+        while mask != 0 && left.reason != NoClaim::Broken && self.owed.has_room() {
+            let frame = &burst.frames()[mask.trailing_zeros() as usize];
+            if !self.held.adopt(burst, frame) {
+                break;
+            }
+            self.held_for.push(port.reference.slot);
+            self.owed.until_retry(frame.ingress, frame.position);
+            mask &= mask - 1;
+        }
+        self.context.drop_egress(port, reason_of(left.reason), mask);
+    }
+
+    /// Completes the queues of a burst, as far as their frames are published.
+    #[inline(always)]
+    pub(super) fn complete_burst(&mut self, burst: &Burst<'t>) {
+        let mut last = None;
+        for frame in burst.frames() {
+            if last != Some(frame.ingress) {
+                self.owed.complete(self.context.plan, frame.ingress);
+                last = Some(frame.ingress);
+            }
+        }
+    }
+
+    /// Ends a pass: retries, publishes, completes, notifies.
+    #[inline(always)]
+    pub(super) fn settle(&mut self) {
+        self.copies = 0;
+        if self.owed.used() {
+            self.settle_owed();
+        }
+        self.touched.publish();
+        self.notify();
+    }
+
+    /// Repeats until nothing of ours waits to be published: before sleeping and before acknowledging.
+    pub(super) fn settle_wholly(&mut self) {
+        self.settle();
+        while self.touched.publish() {}
+        self.notify();
+    }
+
+    /// Retries, waits for other threads' claims, and completes whatever was held back in this pass.
+    #[cold]
+    fn settle_owed(&mut self) {
+        self.retry();
+        self.wait_published();
+        for number in 0..self.context.plan.queues.len() {
+            self.owed.complete(self.context.plan, number as u16);
+        }
+        self.owed.clear();
+    }
+
+    /// The one retry of a pass for frames that found no buffer. Whatever it does not place is dropped.
+    fn retry(&mut self) {
+        let slots = std::mem::take(&mut self.held_for);
+        self.owed.retried();
+        let mut left = if slots.is_empty() {
+            0
+        } else {
+            Mask::MAX >> (BURST_FRAMES - slots.len())
+        };
+        while left != 0 {
+            let slot = slots[left.trailing_zeros() as usize];
+            let same = slots.iter().enumerate().filter(|(_, at)| **at == slot);
+            let mask = same.fold(0, |mask: Mask, (number, _)| mask | 1 << number);
+            left &= !mask;
+            let Some(port) = self.context.topology.port(slot) else {
+                continue;
+            };
+            let Some(queue) = port.queues.first() else {
+                continue;
+            };
+            if !self.owed.has_room() {
+                self.wait_published();
+            }
+            let Delivery {
+                context,
+                claim,
+                touched,
+                owed,
+                held,
+                ..
+            } = self;
+            let rest = deliver(context, claim, touched, owed, held, port, queue, mask);
+            self.context
+                .drop_egress(port, reason_of(rest.reason), rest.mask);
+        }
+        self.held.clear();
+    }
+
+    /// Waits a bounded time until the claims that chains wait for are published, then forgets those.
+    #[cold]
+    fn wait_published(&mut self) {
+        let start = self.tools.clock.raw();
+        loop {
+            self.touched.publish();
+            if self.owed.all_published() {
+                return;
+            }
+            if self
+                .tools
+                .clock
+                .delta_as_nanos(start, self.tools.clock.raw())
+                > OWED_WAIT_NS
+            {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        self.tools.stats.completed_early.add(1);
+        self.owed.forget_published();
+    }
+
+    /// Signals every driver that asked for it, with one system call; none at all while drivers poll.
+    #[inline(always)]
+    fn notify(&mut self) {
+        let mut fds: ArrayVec<BorrowedFd<'t>, { 2 * TOUCHED }> = ArrayVec::new();
+        for (queue, _) in &self.touched.0 {
+            if queue.queue.take_call_wanted()
+                && let Some(call) = &queue.call
+            {
+                fds.push(call.as_fd());
+            }
+        }
+        self.touched.0.retain(|(_, again)| *again);
+        for ingress in &self.context.plan.queues {
+            if ingress.queue.take_call_wanted()
+                && let Some(call) = &ingress.call
+            {
+                if fds.is_full() {
+                    self.signal(&fds);
+                    fds.clear();
+                }
+                fds.push(call.as_fd());
+            }
+        }
+        if !fds.is_empty() {
+            self.signal(&fds);
+        }
+    }
+
+    #[cold]
+    fn signal(&mut self, fds: &[BorrowedFd<'t>]) {
+        let stats = self.tools.stats;
+        self.tools
+            .caller
+            .signal(fds.iter().copied(), |_, _| stats.calls_refused.add(1));
+        stats.calls.add(fds.len() as u64);
+    }
+}
+
+/// The frames whose egress is `slot`.
+#[inline(always)]
+fn matching(egress: &[u16; BURST_FRAMES], slot: u16) -> Mask {
+    let numbered = egress.iter().enumerate();
+    numbered.fold(0, |mask, (number, at)| {
+        mask | Mask::from(*at == slot) << number
+    })
+}
+
+/// The drop reason of a claim that failed for good.
+fn reason_of(reason: NoClaim) -> DropReason {
+    match reason {
+        NoClaim::Full => DropReason::EgressRingFull,
+        NoClaim::Contended => DropReason::EgressContended,
+        NoClaim::TooLong => DropReason::EgressTooLong,
+        NoClaim::Broken => DropReason::EgressNotReady,
+    }
+}

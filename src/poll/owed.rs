@@ -1,0 +1,119 @@
+//! Completions that must wait.
+//!
+//! A transmit chain goes back to its driver when its frame is *published*, not merely committed: if the process is
+//! killed in between, the guest's next attachment replays the frame instead of losing it. Usually everything is published when the
+//! burst ends. Where another thread's open claim stands in front, or the frame is held for a retry, the chain and all later
+//! ones of its queue wait here (a queue completes in available order).
+
+use arrayvec::ArrayVec;
+
+use crate::topology::Plan;
+use crate::virtio::ReceiveQueue;
+
+/// Entries before the oldest must be waited for.
+const OWED: usize = 256;
+
+/// What a chain waits for.
+#[derive(Clone, Copy, Debug)]
+enum Wait<'t> {
+    /// This receive queue must be published up to here.
+    Published(&'t ReceiveQueue, u64),
+    /// The retry at the end of the pass.
+    Retry,
+}
+
+/// Chains of one thread that must not be completed yet.
+#[derive(Debug, Default)]
+pub(super) struct Owed<'t> {
+    /// Queue in the plan, position, reason.
+    blocked: ArrayVec<(u16, u64, Wait<'t>), OWED>,
+    /// Whether anything waited since the last `clear`.
+    used: bool,
+}
+
+impl<'t> Owed<'t> {
+    /// Whether anything waited since the last [`Owed::clear`]: completions may have been held back.
+    #[inline(always)]
+    pub(super) fn used(&self) -> bool {
+        self.used
+    }
+
+    /// Whether another entry fits.
+    pub(super) fn has_room(&self) -> bool {
+        !self.blocked.is_full()
+    }
+
+    /// The chain at `position` waits until `queue` is published up to `end`.
+    pub(super) fn until_published(
+        &mut self,
+        ingress: u16,
+        position: u64,
+        queue: &'t ReceiveQueue,
+        end: u64,
+    ) {
+        self.used = true;
+        // One entry a queue and claim is enough: the first position holds the later ones back.
+        let same = |(at, _, wait): &(u16, u64, Wait<'_>)| {
+            *at == ingress
+                && matches!(wait, Wait::Published(other, to) if std::ptr::eq(*other, queue) && *to == end)
+        };
+        if !self.blocked.last().is_some_and(same) {
+            // Room was made before the burst (`has_room`); without any the entry is left out and the chain completes
+            // early, which only matters if the process is killed this instant.
+            let _ = self
+                .blocked
+                .try_push((ingress, position, Wait::Published(queue, end)));
+        }
+    }
+
+    /// The chain at `position` waits for the end of the pass.
+    pub(super) fn until_retry(&mut self, ingress: u16, position: u64) {
+        self.used = true;
+        let _ = self.blocked.try_push((ingress, position, Wait::Retry));
+    }
+
+    /// The retry was made.
+    pub(super) fn retried(&mut self) {
+        self.blocked
+            .retain(|(_, _, wait)| !matches!(wait, Wait::Retry));
+    }
+
+    /// Forgets what is published by now; says whether nothing waits for that any more.
+    pub(super) fn all_published(&mut self) -> bool {
+        let mut left = false;
+        self.blocked.retain(|(_, _, wait)| match wait {
+            Wait::Published(queue, end) => {
+                let waits = queue.published() < *end;
+                left |= waits;
+                waits
+            }
+            Wait::Retry => true,
+        });
+        !left
+    }
+
+    /// Gives up waiting for other threads' claims.
+    pub(super) fn forget_published(&mut self) {
+        self.blocked
+            .retain(|(_, _, wait)| matches!(wait, Wait::Retry));
+    }
+
+    /// Everything is completed.
+    pub(super) fn clear(&mut self) {
+        self.blocked.clear();
+        self.used = false;
+    }
+
+    /// Completes what may be completed of queue `ingress`.
+    #[inline(always)]
+    pub(super) fn complete(&self, plan: &Plan, ingress: u16) {
+        let queue = &plan.queues[usize::from(ingress)].queue;
+        let mut end = queue.position();
+        for (at, position, _) in &self.blocked {
+            if *at == ingress {
+                end = end.min(*position);
+            }
+        }
+        queue.complete(end);
+    }
+}

@@ -1,0 +1,211 @@
+//! One topology's passes: take, decide, deliver, complete, notify.
+//!
+//! A [`Pass`] lives as long as its thread borrows one topology. Nothing of it survives: [`Pass::settle`] makes retries,
+//! publishes, completes and notifies, so that at an acknowledgement no claim is open and no chain is owed.
+
+use crate::frame::{BURST_FRAMES, Burst, Frame};
+use crate::stats::DropReason;
+use crate::switch::forward::{FrameHead, Verdict, decide};
+use crate::topology::{Ingress, Topology};
+use crate::virtio::Taken;
+use crate::wire::EthernetFrame;
+
+use super::egress::{Context, Delivery, EVERYWHERE, NOWHERE, Tools};
+
+/// Frames taken from one queue in one burst; a queue that has more waits for the thread's other queues.
+const QUEUE_FRAMES: usize = BURST_FRAMES;
+
+/// Everything that a thread does with one topology.
+#[derive(Debug)]
+pub(super) struct Pass<'t, 'p> {
+    burst: Burst<'t>,
+    delivery: Delivery<'t, 'p>,
+    /// Where the next pass starts in the plan.
+    first: usize,
+}
+
+impl<'t, 'p> Pass<'t, 'p> {
+    pub(super) fn new(topology: &'t Topology, thread: usize, tools: Tools<'p>) -> Self {
+        Pass {
+            burst: Burst::new(),
+            delivery: Delivery::new(topology, thread, tools),
+            first: 0,
+        }
+    }
+
+    fn context(&self) -> &Context<'t> {
+        &self.delivery.context
+    }
+
+    /// Makes the one call that every ring start owes its driver.
+    pub(super) fn call_started(&mut self) {
+        self.delivery.call_started();
+    }
+
+    /// One turn over all queues of the plan. Returns whether there was work; stops early when `current` says that the
+    /// topology is out of date.
+    #[inline(always)]
+    pub(super) fn run(&mut self, now_s: u32, current: impl Fn() -> bool) -> bool {
+        let queues = &self.context().plan.queues;
+        let count = queues.len();
+        let mut worked = false;
+        for turn in 0..count {
+            let at = self.first + turn;
+            let number = if at < count { at } else { at - count };
+            worked |= self.take(&queues[number], number as u16);
+            if !self.burst.has_room() {
+                self.forward(now_s);
+                if !current() {
+                    break;
+                }
+            }
+        }
+        if worked {
+            self.forward(now_s);
+            self.first = if self.first + 1 < count {
+                self.first + 1
+            } else {
+                0
+            };
+            self.delivery.settle();
+        }
+        worked
+    }
+
+    /// Takes what there is in one queue, into the burst.
+    #[inline(always)]
+    fn take(&mut self, ingress: &'t Ingress, number: u16) -> bool {
+        let queue = &*ingress.queue;
+        let end = queue.available_to();
+        let mut taken = 0;
+        while taken < QUEUE_FRAMES && self.burst.has_room() {
+            let (mark, position) = (self.burst.mark(), queue.position());
+            let admitted = match queue.take(end, self.burst.windows_mut()) {
+                Taken::Nothing => break,
+                Taken::Malformed(_) => Err(DropReason::RxMalformedChain),
+                Taken::Chain { .. } if !ingress.enabled => {
+                    self.burst.forget(mark);
+                    Err(DropReason::RxDisabledQueue)
+                }
+                Taken::Chain { len } => self.burst.admit(mark, len, number, position),
+            };
+            taken += 1;
+            if let Err(reason) = admitted {
+                self.context().drop_taken(ingress, reason);
+            }
+            // The pages may have gone while we read them (the file was truncated): zeros came instead.
+            if ingress.memory.faulted() {
+                break;
+            }
+        }
+        let last = self.burst.frames().last();
+        if taken > 0 && last.is_none_or(|frame| frame.ingress != number) {
+            // Nothing but drops: no burst will complete them.
+            self.delivery.owed.complete(self.context().plan, number);
+        }
+        taken > 0
+    }
+
+    /// Decides and delivers the burst, and completes what is published.
+    #[inline(always)]
+    fn forward(&mut self, now_s: u32) {
+        if self.burst.frames().is_empty() {
+            self.burst.clear();
+            return;
+        }
+        let mut egress = [NOWHERE; BURST_FRAMES];
+        let flooding = self.decide(&mut egress, now_s);
+        self.delivery.dispatch(&self.burst, &egress, flooding);
+        self.delivery.complete_burst(&self.burst);
+        self.burst.clear();
+    }
+
+    /// Fills in each frame's egress slot; returns whether any is to be flooded.
+    #[inline(always)]
+    fn decide(&self, egress: &mut [u16; BURST_FRAMES], now_s: u32) -> bool {
+        let context = self.context();
+        let generation = |slot| {
+            context
+                .topology
+                .port(slot)
+                .map(|port| port.reference.generation)
+        };
+        let fdb = &*context.topology.fdb;
+        let (mut flooding, mut counted) = (false, Counted::default());
+        for (frame, egress) in self.burst.frames().iter().zip(egress) {
+            let ingress = context.ingress(frame.ingress);
+            counted.add(frame, context);
+            let Some(ethernet) = EthernetFrame::parse(frame.head()) else {
+                continue;
+            };
+            let head = FrameHead {
+                dst: ethernet.dst(),
+                src: ethernet.src(),
+                len: frame.len,
+            };
+            match decide(&head, ingress.reference, fdb, &generation, now_s) {
+                Verdict::Unicast(slot) => *egress = slot,
+                Verdict::Flood => {
+                    *egress = EVERYWHERE;
+                    flooding = true;
+                }
+                Verdict::Drop(reason) => context.drop_taken(ingress, reason),
+            }
+        }
+        counted.flush(context);
+        let stats = self.delivery.tools.stats;
+        stats.bursts.add(1);
+        stats.frames.add(self.burst.frames().len() as u64);
+        flooding
+    }
+
+    /// Repeats until nothing of ours waits to be published: before sleeping and before acknowledging.
+    pub(super) fn settle(&mut self) {
+        self.delivery.settle_wholly();
+    }
+
+    /// Asks every driver of the plan for kicks; says whether the thread may sleep.
+    pub(super) fn arm(&self) -> bool {
+        // All of them, also after one had work: `disarm` undoes all.
+        let queues = self.context().plan.queues.iter();
+        queues.fold(true, |quiet, ingress| ingress.queue.arm() && quiet)
+    }
+
+    /// Takes [`Pass::arm`] back.
+    pub(super) fn disarm(&self) {
+        for ingress in &self.context().plan.queues {
+            ingress.queue.disarm();
+        }
+    }
+}
+
+/// Counts a burst's frames in registers, one store a port and run of frames.
+#[derive(Default)]
+struct Counted {
+    ingress: u16,
+    frames: u64,
+    bytes: u64,
+}
+
+impl Counted {
+    #[inline(always)]
+    fn add(&mut self, frame: &Frame, context: &Context<'_>) {
+        if frame.ingress != self.ingress {
+            self.flush(context);
+            self.ingress = frame.ingress;
+        }
+        self.frames += 1;
+        self.bytes += u64::from(frame.len);
+    }
+
+    #[inline(always)]
+    fn flush(&mut self, context: &Context<'_>) {
+        if self.frames > 0 {
+            let ingress = context.ingress(self.ingress);
+            let counters = ingress.shared.stats.thread(context.thread);
+            counters.rx_frames.add(self.frames);
+            counters.rx_bytes.add(self.bytes);
+            (self.frames, self.bytes) = (0, 0);
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! A port: what outlives its users, and what only poll threads may reach.
+//!
+//! Two halves. [`PortShared`] is name and counters: statistics readers, captures and API requests may hold it
+//! as long as they like; after removal every operation on it answers "gone". [`Device`] is guest memory, rings and
+//! file descriptors of one session: reachable only from a topology, so that its last reference is dropped on the reaper
+//! and no other thread ever runs an munmap.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::config::PortSpec;
+use crate::memory::GuestMemory;
+use crate::stats::PortStats;
+use crate::switch::PortRef;
+use crate::sys::eventfd::{CallFd, KickFd};
+use crate::virtio::{ReceiveQueue, TransmitQueue};
+
+/// The half of a port that anybody may hold.
+#[derive(Debug)]
+pub struct PortShared {
+    /// What the operator asked for.
+    pub spec: PortSpec,
+    /// Slot and generation of this registration.
+    pub reference: PortRef,
+    /// Counters, one block for each poll thread.
+    pub stats: PortStats,
+    gone: AtomicBool,
+}
+
+impl PortShared {
+    /// A port that is not registered yet.
+    pub fn new(spec: PortSpec, reference: PortRef) -> Arc<Self> {
+        Arc::new(PortShared {
+            spec,
+            reference,
+            stats: PortStats::new(),
+            gone: AtomicBool::new(false),
+        })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.spec.name
+    }
+
+    /// Whether the port has been removed: no operation on it succeeds any more.
+    pub fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    /// Set by `unregister`, before the topology without the port is published.
+    pub fn set_gone(&self) {
+        self.gone.store(true, Ordering::Release);
+    }
+}
+
+impl fmt::Display for PortShared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.spec.name)
+    }
+}
+
+/// A started transmitq and its descriptors.
+#[derive(Clone, Debug)]
+pub struct Transmit {
+    /// The ring.
+    pub queue: Arc<TransmitQueue>,
+    /// Signalled by the driver; none where the driver is polled only.
+    pub kick: Option<Arc<KickFd>>,
+    /// Signalled for the driver; none where the driver polls.
+    pub call: Option<Arc<CallFd>>,
+    /// SET_VRING_ENABLE. A started but disabled transmitq is drained and its frames discarded.
+    pub enabled: bool,
+}
+
+/// A started receiveq and its descriptor.
+#[derive(Clone, Debug)]
+pub struct Receive {
+    /// The ring.
+    pub queue: Arc<ReceiveQueue>,
+    /// Signalled for the driver; none where the driver polls.
+    pub call: Option<Arc<CallFd>>,
+    /// SET_VRING_ENABLE. A disabled receiveq gets nothing.
+    pub enabled: bool,
+}
+
+/// One queue pair: receiveq `2n` and transmitq `2n + 1` of the device (virtio 1.2 §5.1.2).
+#[derive(Clone, Debug, Default)]
+pub struct QueuePair {
+    /// The transmitq, if started.
+    pub transmit: Option<Transmit>,
+    /// The receiveq, if started.
+    pub receive: Option<Receive>,
+}
+
+/// What a session has set up at one moment: immutable, a new one for every change.
+#[derive(Debug)]
+pub struct Device {
+    /// The guest's memory.
+    pub memory: Arc<GuestMemory>,
+    /// Acknowledged virtio features.
+    pub features: u64,
+    /// Queue pairs by number; a pair that is not set up is empty.
+    pub pairs: Vec<QueuePair>,
+}

@@ -1,0 +1,290 @@
+//! Descriptors and the walk along a chain of them (virtio 1.2 §2.7.5, §2.7.5.3, §2.8.5 to §2.8.7).
+//!
+//! Everything here comes from a hostile driver. Each descriptor is read once into a local copy; every
+//! address is checked against the memory map with its length; every loop is bounded by the table's size.
+//! A walk that fails is an error value, never a shorter chain and never "nothing there".
+
+use std::sync::atomic::Ordering;
+
+use arrayvec::ArrayVec;
+
+use crate::memory::{GuestMemory, Window};
+
+/// The chain goes on at `next`.
+pub const F_NEXT: u16 = 1;
+/// Device-writable buffer.
+pub const F_WRITE: u16 = 2;
+/// The buffer holds a table of descriptors.
+pub const F_INDIRECT: u16 = 4;
+/// Bytes of one descriptor, split and packed.
+pub const DESCRIPTOR_SIZE: usize = 16;
+/// Most pieces of memory of one chain. Linux uses at most 19 descriptors for a 64 KiB frame.
+pub const MAX_CHAIN_WINDOWS: usize = 64;
+/// Most entries of an indirect table that are looked at, whatever the ring's size.
+const MAX_INDIRECT: u32 = 1024;
+
+/// One descriptor, copied out of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    /// Guest physical address of the buffer.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u32,
+    /// Split: flags. Packed: the buffer id.
+    pub third: u16,
+    /// Split: index of the next descriptor. Packed: flags.
+    pub fourth: u16,
+}
+
+/// What the device does with a chain's buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// transmitq: device-readable.
+    Read,
+    /// receiveq: device-writable.
+    Write,
+}
+
+/// Why a chain cannot be used. It is returned to the driver with length 0 and counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChainError {
+    /// `next` is not inside the table.
+    #[error("next descriptor {0} is outside the table")]
+    NextOutside(u16),
+    /// More hops than the table has entries.
+    #[error("the chain loops")]
+    Loop,
+    /// More than [`MAX_CHAIN_WINDOWS`] pieces.
+    #[error("the chain has more than {MAX_CHAIN_WINDOWS} buffers")]
+    TooManyBuffers,
+    /// A buffer is not in guest memory.
+    #[error("a buffer at {0:#x} is not in guest memory")]
+    Unmapped(u64),
+    /// A device-writable buffer in a transmitq or a device-readable one in a receiveq.
+    #[error("a buffer has the wrong direction")]
+    Direction,
+    /// Indirect descriptors were not negotiated, are nested, combined with NEXT, or the table's length is wrong.
+    #[error("an indirect table is not allowed here or has a bad length")]
+    Indirect,
+    /// The sum of the lengths exceeds 32 bits.
+    #[error("the chain is longer than 2^32 bytes")]
+    TooLong,
+}
+
+/// The pieces of memory of one or several chains.
+pub type Windows<'m, const N: usize> = ArrayVec<Window<'m>, N>;
+
+/// Reads descriptor `index` of `table` once. The index is checked by the caller against the table's entries.
+#[inline(always)]
+pub fn read_descriptor(table: &Window<'_>, index: usize) -> Descriptor {
+    let offset = index * DESCRIPTOR_SIZE;
+    // Two atomic loads, so that no compiler can turn one read into two (check one value, use another). Ring
+    // tables are 16-byte aligned (checked at ring start); an indirect table lies where the driver likes.
+    let (addr, rest) = if table.address().is_multiple_of(8) {
+        (
+            table.load_u64(offset, Ordering::Relaxed),
+            table.load_u64(offset + 8, Ordering::Relaxed),
+        )
+    } else {
+        let mut bytes = [0_u8; DESCRIPTOR_SIZE];
+        table.read_bytes(offset, &mut bytes);
+        let raw = u128::from_le_bytes(bytes);
+        (raw as u64, (raw >> 64) as u64)
+    };
+    Descriptor {
+        addr,
+        len: rest as u32,
+        third: (rest >> 32) as u16,
+        fourth: (rest >> 48) as u16,
+    }
+}
+
+/// Collects a chain's buffers: translation, direction, sum of lengths.
+#[derive(Debug)]
+pub struct Collector<'c, 'm, const N: usize> {
+    memory: &'m GuestMemory,
+    direction: Direction,
+    /// Bytes that are enough: what lies behind is not looked at.
+    wanted: u32,
+    total: u64,
+    first: usize,
+    windows: &'c mut Windows<'m, N>,
+}
+
+impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
+    /// Appends to `windows` until at least `wanted` bytes are there.
+    #[inline(always)]
+    pub fn new(
+        memory: &'m GuestMemory,
+        direction: Direction,
+        wanted: u32,
+        windows: &'c mut Windows<'m, N>,
+    ) -> Self {
+        let first = windows.len();
+        Collector {
+            memory,
+            direction,
+            wanted,
+            total: 0,
+            first,
+            windows,
+        }
+    }
+
+    /// Whether the bytes wanted are there.
+    #[inline(always)]
+    pub fn satisfied(&self) -> bool {
+        self.total >= u64::from(self.wanted)
+    }
+
+    /// Bytes collected.
+    #[inline(always)]
+    pub fn total(&self) -> Result<u32, ChainError> {
+        u32::try_from(self.total).map_err(|_| ChainError::TooLong)
+    }
+
+    /// Takes the buffers back after an error.
+    #[cold]
+    pub fn undo(&mut self) {
+        self.windows.truncate(self.first);
+    }
+
+    /// Adds one buffer descriptor.
+    #[inline(always)]
+    pub fn add(&mut self, addr: u64, len: u32, flags: u16) -> Result<(), ChainError> {
+        let writable = flags & F_WRITE != 0;
+        if writable != (self.direction == Direction::Write) {
+            return Err(ChainError::Direction);
+        }
+        if len == 0 {
+            // Legal enough, and its address means nothing (a bad one crashed others).
+            return Ok(());
+        }
+        self.total += u64::from(len);
+        match self.memory.window(addr, len) {
+            Some(window) => self.push(window),
+            None => self.add_crossing(addr, len),
+        }
+    }
+
+    #[inline(always)]
+    fn push(&mut self, window: Window<'m>) -> Result<(), ChainError> {
+        if self.windows.len() - self.first >= MAX_CHAIN_WINDOWS {
+            return Err(ChainError::TooManyBuffers);
+        }
+        self.windows
+            .try_push(window)
+            .map_err(|_| ChainError::TooManyBuffers)
+    }
+
+    /// A buffer that is not inside one region may lie across two that touch.
+    #[cold]
+    fn add_crossing(&mut self, addr: u64, len: u32) -> Result<(), ChainError> {
+        let mut overflow = false;
+        let memory = self.memory;
+        let mapped = memory.windows(addr, len, |window| {
+            overflow = self.push(window).is_err();
+            !overflow
+        });
+        match (overflow, mapped) {
+            (true, _) => Err(ChainError::TooManyBuffers),
+            (false, false) => Err(ChainError::Unmapped(addr)),
+            (false, true) => Ok(()),
+        }
+    }
+
+    /// Opens an indirect table: its window and its number of entries.
+    pub fn indirect_table(
+        &self,
+        addr: u64,
+        len: u32,
+        flags: u16,
+    ) -> Result<(Window<'m>, u32), ChainError> {
+        let entries = len / DESCRIPTOR_SIZE as u32;
+        let whole = len.is_multiple_of(DESCRIPTOR_SIZE as u32);
+        // §2.7.5.3.1: not both INDIRECT and NEXT; §2.7.5.3.2: the device ignores WRITE here.
+        if !whole || entries == 0 || entries > MAX_INDIRECT || flags & F_NEXT != 0 {
+            return Err(ChainError::Indirect);
+        }
+        let table = self
+            .memory
+            .window(addr, len)
+            .ok_or(ChainError::Unmapped(addr))?;
+        Ok((table, entries))
+    }
+}
+
+/// Follows a split chain from `head`, which the caller checked to be inside `table`.
+///
+/// Returns the bytes collected; on an error `windows` is as it was.
+#[inline(always)]
+pub fn walk_split<'m, const N: usize>(
+    table: Window<'m>,
+    entries: u32,
+    head: u16,
+    indirect: bool,
+    collector: &mut Collector<'_, 'm, N>,
+) -> Result<u32, ChainError> {
+    let result = follow_split(table, entries, head, indirect, collector);
+    if result.is_err() {
+        collector.undo();
+    }
+    result
+}
+
+#[inline(always)]
+fn follow_split<'m, const N: usize>(
+    mut table: Window<'m>,
+    mut entries: u32,
+    head: u16,
+    mut indirect: bool,
+    collector: &mut Collector<'_, 'm, N>,
+) -> Result<u32, ChainError> {
+    let mut index = head;
+    let mut hops = 0;
+    loop {
+        let descriptor = read_descriptor(&table, usize::from(index));
+        let (flags, next) = (descriptor.third, descriptor.fourth);
+        if flags & F_INDIRECT != 0 {
+            // `indirect` is false inside a table: no table in a table (§2.7.5.3.1).
+            if !indirect {
+                return Err(ChainError::Indirect);
+            }
+            (table, entries) = collector.indirect_table(descriptor.addr, descriptor.len, flags)?;
+            (index, hops, indirect) = (0, 0, false);
+            continue;
+        }
+        collector.add(descriptor.addr, descriptor.len, flags)?;
+        if flags & F_NEXT == 0 || collector.satisfied() {
+            return collector.total();
+        }
+        hops += 1;
+        if hops >= entries {
+            return Err(ChainError::Loop);
+        }
+        if u32::from(next) >= entries {
+            return Err(ChainError::NextOutside(next));
+        }
+        index = next;
+    }
+}
+
+/// Walks a packed ring's indirect table: all its entries in order, NEXT has no meaning (§2.8.7).
+pub fn walk_packed_table<const N: usize>(
+    descriptor: Descriptor,
+    collector: &mut Collector<'_, '_, N>,
+) -> Result<(), ChainError> {
+    let flags = descriptor.fourth;
+    let (table, entries) = collector.indirect_table(descriptor.addr, descriptor.len, flags)?;
+    for index in 0..entries {
+        let entry = read_descriptor(&table, index as usize);
+        if entry.fourth & F_INDIRECT != 0 {
+            return Err(ChainError::Indirect);
+        }
+        collector.add(entry.addr, entry.len, entry.fourth)?;
+        if collector.satisfied() {
+            break;
+        }
+    }
+    Ok(())
+}

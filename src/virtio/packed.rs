@@ -1,0 +1,290 @@
+//! The packed virtqueue as the device sees it (virtio 1.2 §2.8).
+//!
+//! Beside [`super::split::SplitRing`] this is the only place that knows the difference. A position counts
+//! descriptors; its slot is `position % size`, its wrap counter 1 in even laps and 0 in odd ones. Used elements are not
+//! written while a claim is filled (the slots behind an earlier, unpublished claim still belong to it in the driver's
+//! eyes): they are noted privately, and the publisher writes a whole run.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+use super::chain::{
+    ChainError, Collector, DESCRIPTOR_SIZE, Descriptor, Direction, F_INDIRECT, F_NEXT, F_WRITE,
+    Windows, read_descriptor, walk_packed_table,
+};
+use super::claim::Publish;
+use super::{Broken, Chain, Head, RingSetup, SetupError};
+use crate::memory::{GuestMemory, PinnedWindow};
+
+/// Descriptor flag: made available in a lap whose wrap counter equals the bit (§2.8.1).
+const F_AVAIL: u16 = 1 << 7;
+/// Descriptor flag: used, likewise.
+const F_USED: u16 = 1 << 15;
+/// Offset of the flags in a descriptor.
+const FLAGS: usize = 14;
+/// Offset of the length in a descriptor.
+const LEN: usize = 8;
+/// Offset of the buffer id in a descriptor.
+const ID: usize = 12;
+
+/// Event suppression structure (§2.8.10): offset and wrap counter, then flags.
+const EVENT_FLAGS: usize = 2;
+/// `flags`: notify always.
+const EVENT_ENABLE: u16 = 0;
+/// `flags`: notify never.
+const EVENT_DISABLE: u16 = 1;
+/// `flags`: notify when the descriptor named in the first word is reached.
+const EVENT_DESCRIPTOR: u16 = 2;
+/// Bytes of an event suppression structure.
+const EVENT_SIZE: u64 = 4;
+
+/// Sizes in bytes of descriptor ring, driver area and device area of a packed virtqueue (§2.8).
+pub fn layout(size: u16) -> (u64, u64, u64) {
+    (
+        DESCRIPTOR_SIZE as u64 * u64::from(size),
+        EVENT_SIZE,
+        EVENT_SIZE,
+    )
+}
+
+/// A started packed ring.
+#[derive(Debug)]
+pub struct PackedRing {
+    descriptors: PinnedWindow,
+    driver_event: PinnedWindow,
+    device_event: PinnedWindow,
+    memory: Arc<GuestMemory>,
+    size: u16,
+    event_idx: bool,
+    indirect: bool,
+    /// By slot of a used element: id, span and length, until its run is published.
+    notes: Box<[AtomicU64]>,
+}
+
+impl PackedRing {
+    /// Checks the geometry, and returns the ring with the position that SET_VRING_BASE names.
+    ///
+    /// The low half of the base is the next available slot with its wrap counter in bit 15; the used half is taken to be
+    /// equal (virtio-user sends `0x8000` alone).
+    pub fn start(setup: &RingSetup) -> Result<(Self, u64), SetupError> {
+        if setup.size == 0 || u32::from(setup.size) > super::MAX_RING_SIZE {
+            return Err(SetupError::Size(setup.size));
+        }
+        let (descriptors, driver_event, device_event) = layout(setup.size);
+        for (window, len, align) in [
+            (&setup.descriptors, descriptors, 16),
+            (&setup.available, driver_event, 4),
+            (&setup.used, device_event, 4),
+        ] {
+            let window = window.window();
+            if (window.len() as u64) < len {
+                return Err(SetupError::Short);
+            }
+            if !window.address().is_multiple_of(align) {
+                return Err(SetupError::Alignment);
+            }
+        }
+        let slot = setup.base & 0x7fff;
+        if slot >= u32::from(setup.size) {
+            return Err(SetupError::Base(setup.base));
+        }
+        let wrapped = setup.base & 0x8000 != 0;
+        let lap_start = if wrapped { 0 } else { u64::from(setup.size) };
+        let ring = PackedRing {
+            descriptors: setup.descriptors.clone(),
+            driver_event: setup.available.clone(),
+            device_event: setup.used.clone(),
+            memory: setup.memory.clone(),
+            size: setup.size,
+            event_idx: setup.features.event_idx,
+            indirect: setup.features.indirect,
+            notes: (0..setup.size).map(|_| AtomicU64::new(0)).collect(),
+        };
+        Ok((ring, lap_start + u64::from(slot)))
+    }
+
+    /// The slot of a position, and its wrap counter.
+    #[inline(always)]
+    fn place(&self, position: u64) -> (usize, bool) {
+        let size = u64::from(self.size);
+        let (lap, slot) = if size.is_power_of_two() {
+            (position >> size.trailing_zeros(), position & (size - 1))
+        } else {
+            (position / size, position % size)
+        };
+        (slot as usize, lap & 1 == 0)
+    }
+
+    /// The word that SET_VRING_BASE and GET_VRING_BASE exchange for a position, both halves equal.
+    pub fn base(&self, position: u64) -> u32 {
+        let (slot, wrap) = self.place(position);
+        let half = slot as u32 | u32::from(wrap) << 15;
+        half | half << 16
+    }
+
+    /// Whether the descriptor at `position` is available.
+    ///
+    /// Acquire pairs with the driver's barrier before it writes the head's flags, last of a chain (§2.8.21): the
+    /// rest of the chain and the buffers are visible.
+    #[inline(always)]
+    pub fn is_available(&self, position: u64) -> bool {
+        let (slot, wrap) = self.place(position);
+        let at = slot * DESCRIPTOR_SIZE + FLAGS;
+        let flags = self.descriptors.window().load_u16(at, Ordering::Acquire);
+        (flags & F_AVAIL != 0) == wrap && (flags & F_USED != 0) != wrap
+    }
+
+    /// Reads the chain at `position`, or `None` if the driver has not made it available.
+    #[inline(always)]
+    pub fn read_chain<'m, const N: usize>(
+        &'m self,
+        position: u64,
+        direction: Direction,
+        wanted: u32,
+        windows: &mut Windows<'m, N>,
+    ) -> Result<Option<Chain>, Broken> {
+        if !self.is_available(position) {
+            return Ok(None);
+        }
+        let (mut slot, _) = self.place(position);
+        let table = self.descriptors.window();
+        let mut collector = Collector::new(&self.memory, direction, wanted, windows);
+        let mut failed = None;
+        let mut span = 0_u16;
+        loop {
+            let descriptor = read_descriptor(&table, slot);
+            span += 1;
+            // After an error the chain is only counted: it is returned whole.
+            if failed.is_none() && !collector.satisfied() {
+                failed = self.add(descriptor, span, &mut collector).err();
+            }
+            if descriptor.fourth & F_NEXT == 0 {
+                // §2.8.6: the id that counts is the last descriptor's.
+                let head = Head {
+                    id: descriptor.third,
+                    span,
+                };
+                let len = match failed {
+                    Some(error) => {
+                        collector.undo();
+                        Err(error)
+                    }
+                    None => collector.total(),
+                };
+                return Ok(Some(Chain { head, len }));
+            }
+            if span >= self.size {
+                return Err(Broken::EndlessChain { size: self.size });
+            }
+            slot += 1;
+            if slot == usize::from(self.size) {
+                slot = 0;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn add<const N: usize>(
+        &self,
+        descriptor: Descriptor,
+        span: u16,
+        collector: &mut Collector<'_, '_, N>,
+    ) -> Result<(), ChainError> {
+        let flags = descriptor.fourth;
+        if flags & F_INDIRECT == 0 {
+            return collector.add(descriptor.addr, descriptor.len, flags);
+        }
+        // §2.8.7: a table stands alone.
+        if !self.indirect || span != 1 {
+            return Err(ChainError::Indirect);
+        }
+        walk_packed_table(descriptor, collector)
+    }
+
+    /// Asks for the line of the descriptor at `position`.
+    #[inline(always)]
+    pub fn prefetch(&self, position: u64) {
+        let (slot, _) = self.place(position);
+        self.descriptors.window().prefetch(slot * DESCRIPTOR_SIZE);
+    }
+
+    /// Notes the used element of `position`; the publisher writes it.
+    #[inline(always)]
+    pub fn write_used(&self, position: u64, head: Head, len: u32) {
+        let (slot, _) = self.place(position);
+        let note = u64::from(head.pack()) << 32 | u64::from(len);
+        // Relaxed: the tag's release (receiveq) or the single owner (transmitq) orders it before the publisher's load.
+        self.notes[slot].store(note, Ordering::Relaxed);
+    }
+
+    /// Writes the used element at `position` without its flags; returns span, offset of the flags, and flags.
+    #[inline(always)]
+    fn write_element(&self, position: u64) -> (u16, usize, u16) {
+        let (slot, wrap) = self.place(position);
+        let note = self.notes[slot].load(Ordering::Relaxed);
+        let (head, len) = (Head::unpack((note >> 32) as u32), note as u32);
+        let table = self.descriptors.window();
+        let at = slot * DESCRIPTOR_SIZE;
+        table.store_u32(at + LEN, len, Ordering::Relaxed);
+        table.store_u16(at + ID, head.id, Ordering::Relaxed);
+        let state = if wrap { F_AVAIL | F_USED } else { 0 };
+        let written = if len == 0 { 0 } else { F_WRITE };
+        (head.span, at + FLAGS, state | written)
+    }
+
+    /// Asks the driver for kicks from `position` on, or to leave them out. The caller looks once more afterwards.
+    pub fn want_kicks(&self, wanted: bool, position: u64) {
+        let event = self.device_event.window();
+        if wanted && self.event_idx {
+            let (slot, wrap) = self.place(position);
+            let word = slot as u16 | u16::from(wrap) << 15;
+            event.store_u16(0, word, Ordering::Relaxed);
+            // The word before the flags that make it count.
+            event.store_u16(EVENT_FLAGS, EVENT_DESCRIPTOR, Ordering::Release);
+        } else {
+            let flags = if wanted { EVENT_ENABLE } else { EVENT_DISABLE };
+            event.store_u16(EVENT_FLAGS, flags, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+    }
+}
+
+impl Publish for PackedRing {
+    /// Writes the run's elements, the flags of the first one last: the driver looks there, and finding it used must find
+    /// the whole run used (§2.8.21), a mergeable frame included.
+    fn publish(&self, from: u64, to: u64) {
+        let (span, first_at, first_flags) = self.write_element(from);
+        let mut position = from + u64::from(span);
+        let table = self.descriptors.window();
+        while position < to {
+            let (span, at, flags) = self.write_element(position);
+            // Release, not relaxed: a driver may look at a later element's flags when a first run ends inside a batch.
+            table.store_u16(at, flags, Ordering::Release);
+            position += u64::from(span.max(1));
+        }
+        table.store_u16(first_at, first_flags, Ordering::Release);
+    }
+
+    /// The test is against the whole newly visible run, never a thread's own claim: another thread's claim may have
+    /// become visible with this one, and the driver may be armed inside it.
+    fn wants_call(&self, from: u64, to: u64) -> bool {
+        let event = self.driver_event.window();
+        let flags = event.load_u16(EVENT_FLAGS, Ordering::Acquire);
+        match flags {
+            EVENT_DISABLE => false,
+            EVENT_DESCRIPTOR if self.event_idx => {
+                let word = event.load_u16(0, Ordering::Relaxed);
+                let (slot, wrap) = (u64::from(word & 0x7fff), word & 0x8000 != 0);
+                // The armed position lies in the lap of `from` or the one after, whichever has its wrap counter. A
+                // stale event may look like the next lap's: a spare call, never a missing one.
+                let size = u64::from(self.size);
+                let lap = from / size;
+                let lap = if (lap & 1 == 0) == wrap { lap } else { lap + 1 };
+                let armed = lap * size + slot;
+                (from..to).contains(&armed)
+            }
+            // 3 is reserved: a driver that writes it gets its calls.
+            _ => true,
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! A receiveq: buffers that the driver made available, claimed by any poll thread at any time.
+//!
+//! The protocol is `claim.rs`; here it meets the ring. A [`Claim`] is one thread's open claim: which frames of a
+//! burst got which buffers. Its buffers were read before the swap that won the positions (once, into private
+//! copies; a lost swap discards them).
+
+use arrayvec::ArrayVec;
+
+use super::chain::{Direction, MAX_CHAIN_WINDOWS, Windows};
+use super::claim::{Claims, Published};
+use super::{Broken, BrokenMark, Head, NET_HDR_SIZE, Ring, RingSetup, SetupError};
+use crate::memory::Window;
+
+/// Most frames of one claim: a claim is open while its frames are copied.
+pub const CLAIM_FRAMES: usize = 32;
+/// Most bytes of one claim, unless one frame alone is longer.
+pub const CLAIM_BYTES: u32 = 64 * 1024;
+/// Most buffers of one claim; a frame that needs more is too long for this queue.
+const CLAIM_HEADS: usize = 128;
+/// Most pieces of memory of one claim.
+const CLAIM_WINDOWS: usize = 192;
+/// A buffer must hold the header and a frame of 60 bytes, or it goes back unused: one that holds nothing would block a
+/// queue without mergeable buffers for ever.
+const MIN_BUFFER: u32 = NET_HDR_SIZE as u32 + 60;
+/// Swaps tried before a claim counts as lost.
+const CLAIM_TRIES: usize = 4;
+
+/// Why no frame could be claimed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoClaim {
+    /// The driver has too few buffers available.
+    Full,
+    /// Lost to other threads until the bound. Harmless.
+    Contended,
+    /// The first frame fits no buffer (not mergeable), or needs more buffers than a claim or the ring has.
+    TooLong,
+    /// The ring is broken.
+    Broken,
+}
+
+/// A buffer of an open claim.
+#[derive(Clone, Copy, Debug)]
+struct ClaimedHead {
+    head: Head,
+    /// First window in `Claim::windows`.
+    first: u16,
+    /// Number of windows.
+    windows: u16,
+    /// Bytes that the frame puts here; 0 for a buffer returned unused.
+    written: u32,
+}
+
+/// One thread's open claim; a thread has at most one.
+#[derive(Debug)]
+pub struct Claim<'m> {
+    position: u64,
+    span: u16,
+    heads: ArrayVec<ClaimedHead, CLAIM_HEADS>,
+    windows: Windows<'m, CLAIM_WINDOWS>,
+    /// Heads of each frame, in order: first and number.
+    frames: ArrayVec<(u16, u16), CLAIM_FRAMES>,
+}
+
+impl<'m> Claim<'m> {
+    /// An empty claim, to be reused.
+    pub fn new() -> Self {
+        Claim {
+            position: 0,
+            span: 0,
+            heads: ArrayVec::new(),
+            windows: ArrayVec::new(),
+            frames: ArrayVec::new(),
+        }
+    }
+
+    fn clear(&mut self) {
+        self.span = 0;
+        self.heads.clear();
+        self.windows.clear();
+        self.frames.clear();
+    }
+
+    /// Number of frames that got buffers.
+    #[inline(always)]
+    pub fn frames(&self) -> usize {
+        self.frames.len()
+    }
+
+    /// End of the claimed positions: published once [`ReceiveQueue::published`] reaches it.
+    pub fn end(&self) -> u64 {
+        self.position + u64::from(self.span)
+    }
+
+    /// Number of buffers of frame `index` (`num_buffers` of its header).
+    #[inline(always)]
+    pub fn buffers(&self, index: usize) -> u16 {
+        self.frames[index].1
+    }
+
+    /// The windows of frame `index` in order, each with the bytes that go there.
+    #[inline(always)]
+    pub fn pieces(&self, index: usize) -> impl Iterator<Item = (Window<'m>, usize)> + '_ {
+        let (first, count) = self.frames[index];
+        let heads = &self.heads[usize::from(first)..usize::from(first) + usize::from(count)];
+        heads.iter().flat_map(|head| {
+            let mut left = head.written as usize;
+            let first = usize::from(head.first);
+            self.windows[first..first + usize::from(head.windows)]
+                .iter()
+                .map_while(move |window| {
+                    let bytes = left.min(window.len());
+                    left -= bytes;
+                    (bytes > 0).then_some((*window, bytes))
+                })
+        })
+    }
+
+    /// The single window that holds all of frame `index`, in the usual case that there is one.
+    #[inline(always)]
+    pub fn whole(&self, index: usize, len: usize) -> Option<Window<'m>> {
+        let (first, count) = self.frames[index];
+        let head = &self.heads[usize::from(first)];
+        if count != 1 {
+            return None;
+        }
+        self.windows[usize::from(head.first)].sub(0, len)
+    }
+
+    /// After a memory fault of the sender: what follows the header of frame `index` becomes zero, and each of its
+    /// buffers shrinks to header and 60 bytes. Length 0 instead would make DPDK's vectorised driver compute 65,524.
+    #[cold]
+    pub fn blank(&mut self, index: usize) {
+        let (first, count) = self.frames[index];
+        for head in &mut self.heads[usize::from(first)..usize::from(first) + usize::from(count)] {
+            head.written = head.written.min(MIN_BUFFER);
+        }
+        let zeros = [0_u8; MIN_BUFFER as usize];
+        let mut header = NET_HDR_SIZE;
+        for (window, bytes) in self.pieces(index) {
+            let keep = header.min(bytes);
+            header -= keep;
+            window.write_bytes(keep, &zeros[..bytes - keep]);
+        }
+    }
+}
+
+impl Default for Claim<'_> {
+    fn default() -> Self {
+        Claim::new()
+    }
+}
+
+/// A started receiveq.
+#[derive(Debug)]
+pub struct ReceiveQueue {
+    ring: Ring,
+    claims: Claims,
+    size: u16,
+    mergeable: bool,
+    broken: BrokenMark,
+}
+
+impl ReceiveQueue {
+    /// Starts the ring. The driver is called once: it may sleep on work finished before a restart.
+    pub fn start(setup: &RingSetup) -> Result<Self, SetupError> {
+        let (ring, position) = Ring::start(setup)?;
+        // A switch never needs to know when receive buffers arrive: it looks when it has a frame.
+        ring.want_kicks(false, position);
+        let claims = Claims::new(setup.size, position);
+        claims.want_call();
+        Ok(ReceiveQueue {
+            ring,
+            claims,
+            size: setup.size,
+            mergeable: setup.features.mergeable,
+            broken: BrokenMark::default(),
+        })
+    }
+
+    /// Claims buffers for as many of the frames (lengths in bytes, without header) as there are buffers and limits allow.
+    ///
+    /// On `Ok`, `claim` holds at least one frame or at least one malformed chain that is to be returned.
+    #[inline(always)]
+    pub fn claim<'m>(
+        &'m self,
+        lengths: impl Iterator<Item = u32> + Clone,
+        claim: &mut Claim<'m>,
+    ) -> Result<(), NoClaim> {
+        for _ in 0..CLAIM_TRIES {
+            if self.broken.is_set() {
+                return Err(NoClaim::Broken);
+            }
+            let position = self.claims.next();
+            match self.plan(position, lengths.clone(), claim) {
+                Ok(None) => {}
+                Ok(Some(reason)) if claim.span == 0 => return Err(reason),
+                Ok(Some(_)) => {}
+                Err(broken) => {
+                    // A thread that was descheduled after reading `position` sees an honest ring too far ahead.
+                    if self.claims.next() == position {
+                        self.broken.set(broken);
+                        return Err(NoClaim::Broken);
+                    }
+                    continue;
+                }
+            }
+            if self.claims.try_claim(position, claim.span) {
+                return Ok(());
+            }
+        }
+        Err(NoClaim::Contended)
+    }
+
+    /// Reads buffers from `position` on for the frames; says why it stopped before the last one.
+    #[inline(always)]
+    fn plan<'m>(
+        &'m self,
+        position: u64,
+        lengths: impl Iterator<Item = u32>,
+        claim: &mut Claim<'m>,
+    ) -> Result<Option<NoClaim>, Broken> {
+        claim.clear();
+        claim.position = position;
+        let available = self.ring.available_to(position)?;
+        let end = available.min(position + self.claims.room(position));
+        let mut bytes = 0;
+        for len in lengths {
+            if claim.frames.is_full() || (bytes > 0 && bytes + len > CLAIM_BYTES) {
+                return Ok(None);
+            }
+            bytes += len;
+            if let Some(reason) = self.plan_frame(len + NET_HDR_SIZE as u32, end, claim)? {
+                return Ok(Some(reason));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Reads buffers for one frame of `len` bytes with header.
+    #[inline(always)]
+    fn plan_frame<'m>(
+        &'m self,
+        len: u32,
+        end: u64,
+        claim: &mut Claim<'m>,
+    ) -> Result<Option<NoClaim>, Broken> {
+        let (first, windows, span) = (claim.heads.len(), claim.windows.len(), claim.span);
+        let mut left = len;
+        while left > 0 {
+            let position = claim.position + u64::from(claim.span);
+            let full = claim.windows.remaining_capacity() < MAX_CHAIN_WINDOWS;
+            let reason = if full || claim.heads.is_full() {
+                // Too long only if this frame alone fills a claim.
+                if first == 0 {
+                    NoClaim::TooLong
+                } else {
+                    NoClaim::Full
+                }
+            } else if position >= end {
+                // All the ring has, and still too little: no driver can ever provide more.
+                let whole_ring = u32::from(claim.span - span) >= u32::from(self.size);
+                if whole_ring {
+                    NoClaim::TooLong
+                } else {
+                    NoClaim::Full
+                }
+            } else {
+                match self.add_buffer(position, end, left, claim)? {
+                    Added::Bytes(bytes) => {
+                        left -= bytes;
+                        continue;
+                    }
+                    Added::Returned => {
+                        // A malformed chain is never inside a frame: what was read for this one before it is returned too.
+                        self.give_up_heads(first, claim);
+                        return self.restart_frame(len, end, claim);
+                    }
+                    Added::TooSmall => NoClaim::TooLong,
+                    Added::Nothing => NoClaim::Full,
+                }
+            };
+            claim.heads.truncate(first);
+            claim.windows.truncate(windows);
+            claim.span = span;
+            return Ok(Some(reason));
+        }
+        let count = (claim.heads.len() - first) as u16;
+        claim.frames.push((first as u16, count));
+        Ok(None)
+    }
+
+    #[cold]
+    fn restart_frame<'m>(
+        &'m self,
+        len: u32,
+        end: u64,
+        claim: &mut Claim<'m>,
+    ) -> Result<Option<NoClaim>, Broken> {
+        // Bounded: every turn consumed at least one position, and the heads of a claim are limited.
+        self.plan_frame(len, end, claim)
+    }
+
+    fn give_up_heads(&self, first: usize, claim: &mut Claim<'_>) {
+        for head in &mut claim.heads[first..] {
+            head.written = 0;
+        }
+    }
+
+    /// Adds the buffer at `position` to the claim, for `left` bytes of a frame.
+    #[inline(always)]
+    fn add_buffer<'m>(
+        &'m self,
+        position: u64,
+        end: u64,
+        left: u32,
+        claim: &mut Claim<'m>,
+    ) -> Result<Added, Broken> {
+        let first = claim.windows.len();
+        let chain =
+            match self
+                .ring
+                .read_chain(position, Direction::Write, left, &mut claim.windows)?
+            {
+                Some(chain) => chain,
+                None => return Ok(Added::Nothing),
+            };
+        if position + u64::from(chain.head.span) > end {
+            claim.windows.truncate(first);
+            return Ok(Added::Nothing);
+        }
+        let bytes = match chain.len {
+            // Without mergeable buffers a frame is in one buffer or nowhere (virtio 1.2 §5.1.6.4).
+            Ok(len) if len < left && !self.mergeable && len >= MIN_BUFFER => {
+                claim.windows.truncate(first);
+                return Ok(Added::TooSmall);
+            }
+            Ok(len) if len >= MIN_BUFFER => len.min(left),
+            _ => 0,
+        };
+        claim.span += chain.head.span;
+        let windows = (claim.windows.len() - first) as u16;
+        claim.heads.push(ClaimedHead {
+            head: chain.head,
+            first: first as u16,
+            windows,
+            written: bytes,
+        });
+        Ok(if bytes == 0 {
+            Added::Returned
+        } else {
+            Added::Bytes(bytes)
+        })
+    }
+
+    /// Writes the claim's used elements, declares it filled, and makes visible what can be.
+    #[inline(always)]
+    pub fn commit(&self, claim: &Claim<'_>) -> Published {
+        let mut position = claim.position;
+        for head in &claim.heads {
+            self.ring.write_used(position, head.head, head.written);
+            position += u64::from(head.head.span);
+        }
+        self.claims.commit(claim.position, claim.span);
+        self.publish()
+    }
+
+    /// Tries to make filled claims visible.
+    #[inline(always)]
+    pub fn publish(&self) -> Published {
+        self.claims.try_publish(&self.ring)
+    }
+
+    /// Every position before this one is visible to the driver.
+    #[inline(always)]
+    pub fn published(&self) -> u64 {
+        self.claims.published()
+    }
+
+    /// Whether the driver is to be called now; the caller that gets `true` signals.
+    #[inline(always)]
+    pub fn take_call_wanted(&self) -> bool {
+        self.claims.take_call_wanted()
+    }
+
+    /// Why the ring is broken, if it is.
+    pub fn broken(&self) -> Option<Broken> {
+        self.broken.get()
+    }
+
+    /// Entries of the ring.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The answer to GET_VRING_BASE, once every poll thread has let go of the queue.
+    pub fn base(&self) -> u32 {
+        self.ring.base(self.published())
+    }
+}
+
+/// What became of one buffer.
+enum Added {
+    /// It takes this many bytes of the frame.
+    Bytes(u32),
+    /// It cannot be used and goes back with length 0.
+    Returned,
+    /// Shorter than the frame, without mergeable buffers; it stays where it is.
+    TooSmall,
+    /// Not available after all.
+    Nothing,
+}

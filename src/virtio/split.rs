@@ -1,0 +1,198 @@
+//! The split virtqueue as the device sees it (virtio 1.2 §2.7).
+//!
+//! Only what touches the ring in guest memory; positions, claims and completions are kept by
+//! [`super::ReceiveQueue`] and [`super::TransmitQueue`]. Our own `used.idx` is read once, at ring start: a guest
+//! can rewrite it, so the 64-bit position is kept privately.
+
+use std::sync::atomic::{Ordering, fence};
+
+use super::chain::{Collector, Direction, Windows, walk_split};
+use super::claim::Publish;
+use super::{Broken, Chain, Head, RingSetup, SetupError};
+use crate::memory::{GuestMemory, PinnedWindow};
+use std::sync::Arc;
+
+/// Offset of `idx` in the available and the used ring.
+const IDX: usize = 2;
+/// Offset of the first entry in both.
+const ENTRIES: usize = 4;
+/// `used.flags`: the device needs no kicks (§2.7.10).
+const F_NO_NOTIFY: u16 = 1;
+/// `avail.flags`: the driver needs no calls (§2.7.7).
+const F_NO_INTERRUPT: u16 = 1;
+
+/// Sizes in bytes of descriptor table, available ring and used ring of a split virtqueue (§2.7).
+///
+/// The event words at the end count only where EVENT_IDX was negotiated.
+pub fn layout(size: u16, event_idx: bool) -> (u64, u64, u64) {
+    let (size, event) = (u64::from(size), if event_idx { 2 } else { 0 });
+    (16 * size, 4 + 2 * size + event, 4 + 8 * size + event)
+}
+
+/// A started split ring.
+#[derive(Debug)]
+pub struct SplitRing {
+    descriptors: PinnedWindow,
+    available: PinnedWindow,
+    used: PinnedWindow,
+    memory: Arc<GuestMemory>,
+    size: u16,
+    event_idx: bool,
+    indirect: bool,
+}
+
+impl SplitRing {
+    /// Checks the geometry, and returns the ring with the position it starts at: `used.idx` as found in memory,
+    /// whatever SET_VRING_BASE said. That is exact for QEMU, for cloud-hypervisor with IN_ORDER (it sends `avail_idx`)
+    /// and for DPDK's virtio-user (it sends 0).
+    pub fn start(setup: &RingSetup) -> Result<(Self, u64), SetupError> {
+        if !setup.size.is_power_of_two() {
+            return Err(SetupError::Size(setup.size));
+        }
+        let (descriptors, available, used) = layout(setup.size, setup.features.event_idx);
+        for (window, len, align) in [
+            (&setup.descriptors, descriptors, 16),
+            (&setup.available, available, 2),
+            (&setup.used, used, 4),
+        ] {
+            let window = window.window();
+            if (window.len() as u64) < len {
+                return Err(SetupError::Short);
+            }
+            if !window.address().is_multiple_of(align) {
+                return Err(SetupError::Alignment);
+            }
+        }
+        let ring = SplitRing {
+            descriptors: setup.descriptors.clone(),
+            available: setup.available.clone(),
+            used: setup.used.clone(),
+            memory: setup.memory.clone(),
+            size: setup.size,
+            event_idx: setup.features.event_idx,
+            indirect: setup.features.indirect,
+        };
+        let start = ring.used.window().load_u16(IDX, Ordering::Acquire);
+        Ok((ring, u64::from(start)))
+    }
+
+    #[inline(always)]
+    fn slot(&self, position: u64) -> usize {
+        position as usize & (usize::from(self.size) - 1)
+    }
+
+    /// The position up to which buffers are available, seen from `position`.
+    ///
+    /// Acquire pairs with the driver's write barrier before it stores `avail.idx` (§2.7.13.3): entries and
+    /// descriptors behind the index are visible. Read once a burst, not once a frame: the line is the driver's.
+    #[inline(always)]
+    pub fn available_to(&self, position: u64) -> Result<u64, Broken> {
+        let idx = self.available.window().load_u16(IDX, Ordering::Acquire);
+        let ahead = idx.wrapping_sub(position as u16);
+        if ahead > self.size {
+            return Err(Broken::AvailableIndex {
+                ahead,
+                size: self.size,
+            });
+        }
+        Ok(position + u64::from(ahead))
+    }
+
+    /// Reads the chain at `position`, which [`SplitRing::available_to`] said is available.
+    #[inline(always)]
+    pub fn read_chain<'m, const N: usize>(
+        &'m self,
+        position: u64,
+        direction: Direction,
+        wanted: u32,
+        windows: &mut Windows<'m, N>,
+    ) -> Result<Chain, Broken> {
+        let entry = ENTRIES + 2 * self.slot(position);
+        let head = self.available.window().load_u16(entry, Ordering::Relaxed);
+        if head >= self.size {
+            // Cannot be returned: there is no such buffer.
+            return Err(Broken::Head {
+                head,
+                size: self.size,
+            });
+        }
+        let mut collector = Collector::new(&self.memory, direction, wanted, windows);
+        let table = self.descriptors.window();
+        let len = walk_split(
+            table,
+            u32::from(self.size),
+            head,
+            self.indirect,
+            &mut collector,
+        );
+        Ok(Chain {
+            head: Head { id: head, span: 1 },
+            len,
+        })
+    }
+
+    /// Asks for the cache lines that the chain at `position` will be read from.
+    #[inline(always)]
+    pub fn prefetch(&self, position: u64) {
+        let entry = ENTRIES + 2 * self.slot(position);
+        let head = self.available.window().load_u16(entry, Ordering::Relaxed);
+        self.descriptors.window().prefetch(usize::from(head) * 16);
+    }
+
+    /// Writes the used element of `position`; the driver sees it after the next publish.
+    #[inline(always)]
+    pub fn write_used(&self, position: u64, head: Head, len: u32) {
+        let element = u64::from(head.id) | u64::from(len) << 32;
+        let offset = ENTRIES + 8 * self.slot(position);
+        self.used
+            .window()
+            .write_bytes(offset, &element.to_le_bytes());
+    }
+
+    /// Asks the driver for kicks (when about to sleep) or to leave them out (while polling), from `position` on.
+    ///
+    /// The caller looks for available buffers once more after asking: the full barrier pairs with the driver's between
+    /// its index and its look at our word (§2.7.13.4.1).
+    pub fn want_kicks(&self, wanted: bool, position: u64) {
+        let used = self.used.window();
+        if self.event_idx {
+            // Only the event counts; without one in reach the driver does not kick. Flags must be 0 (§2.7.10.1).
+            if wanted {
+                let event = ENTRIES + 8 * usize::from(self.size);
+                used.store_u16(event, position as u16, Ordering::Relaxed);
+            }
+        } else {
+            used.store_u16(0, if wanted { 0 } else { F_NO_NOTIFY }, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+    }
+}
+
+impl Publish for SplitRing {
+    #[inline(always)]
+    fn publish(&self, _from: u64, to: u64) {
+        // Release: the elements before the index (§2.7.8.2).
+        self.used
+            .window()
+            .store_u16(IDX, to as u16, Ordering::Release);
+    }
+
+    #[inline(always)]
+    fn wants_call(&self, from: u64, to: u64) -> bool {
+        let available = self.available.window();
+        if self.event_idx {
+            // §2.7.7.2: call when the event lies in [from, to). Both sides of the comparison are distances back from
+            // `to` in 16 bits, so that it holds across the wrap:
+            //
+            //     from = 65534, to = 2 (wrapped), event = 65535:  2 - 65535 - 1 = 2  <  2 - 65534 = 4   call
+            //     from = 65534, to = 2,           event = 65533:  2 - 65533 - 1 = 4  <  4               no call
+            //
+            // `event >= from && event < to` is the tempting form, and wrong at the wrap.
+            let event = available.load_u16(ENTRIES + 2 * usize::from(self.size), Ordering::Relaxed);
+            let to = to as u16;
+            to.wrapping_sub(event).wrapping_sub(1) < to.wrapping_sub(from as u16)
+        } else {
+            available.load_u16(0, Ordering::Relaxed) & F_NO_INTERRUPT == 0
+        }
+    }
+}

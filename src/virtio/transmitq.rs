@@ -1,0 +1,198 @@
+//! A transmitq: chains that the driver made available, taken and completed by one poll thread at a time.
+//!
+//! Its state is relaxed atomics, not fields behind `&mut`: the queue moves between poll threads by two
+//! topology publications (without an owner, acknowledged, then with the new one), whose barriers order it.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+
+use super::chain::{ChainError, Direction, Windows};
+use super::claim::Publish;
+use super::{Broken, BrokenMark, Head, Ring, RingSetup, SetupError};
+
+/// What a take found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// Nothing available.
+    Nothing,
+    /// A chain of this many bytes; its buffers were appended.
+    Chain {
+        /// Sum of the buffers' lengths, in bytes.
+        len: u32,
+    },
+    /// A chain that cannot be used; it is returned with length 0 in its turn like any other.
+    Malformed(ChainError),
+}
+
+/// A started transmitq.
+#[derive(Debug)]
+pub struct TransmitQueue {
+    ring: Ring,
+    /// Next position to take.
+    next: AtomicU64,
+    /// Positions before this one are returned to the driver.
+    completed: AtomicU64,
+    /// Taken chains by position: id and span.
+    taken: Box<[AtomicU32]>,
+    call_wanted: AtomicBool,
+    broken: BrokenMark,
+}
+
+impl TransmitQueue {
+    /// Starts the ring. The driver is called once: it may sleep on work finished before a restart.
+    pub fn start(setup: &RingSetup) -> Result<Self, SetupError> {
+        let (ring, position) = Ring::start(setup)?;
+        ring.want_kicks(false, position);
+        Ok(TransmitQueue {
+            ring,
+            next: AtomicU64::new(position),
+            completed: AtomicU64::new(position),
+            taken: (0..setup.size).map(|_| AtomicU32::new(0)).collect(),
+            call_wanted: AtomicBool::new(true),
+            broken: BrokenMark::default(),
+        })
+    }
+
+    #[inline(always)]
+    fn slot(&self, position: u64) -> &AtomicU32 {
+        let size = self.taken.len() as u64;
+        let index = if size.is_power_of_two() {
+            position & (size - 1)
+        } else {
+            position % size
+        };
+        &self.taken[index as usize]
+    }
+
+    /// Next position to take.
+    #[inline(always)]
+    pub fn position(&self) -> u64 {
+        self.next.load(Ordering::Relaxed)
+    }
+
+    /// The end of what is available now: one acquire load of the driver's line, once a burst.
+    ///
+    /// At most one ring beyond what is completed, or a driver that raises its index without waiting for
+    /// used entries would make us forget chains in flight.
+    #[inline(always)]
+    pub fn available_to(&self) -> u64 {
+        let next = self.position();
+        if self.broken.is_set() {
+            return next;
+        }
+        match self.ring.available_to(next) {
+            Ok(end) => end.min(self.completed() + self.taken.len() as u64),
+            Err(broken) => {
+                self.broken.set(broken);
+                next
+            }
+        }
+    }
+
+    /// Takes the next chain before `end` (from [`TransmitQueue::available_to`]), appending its buffers.
+    #[inline(always)]
+    pub fn take<'m, const N: usize>(&'m self, end: u64, windows: &mut Windows<'m, N>) -> Taken {
+        let position = self.position();
+        if position >= end {
+            return Taken::Nothing;
+        }
+        match self
+            .ring
+            .read_chain(position, Direction::Read, u32::MAX, windows)
+        {
+            Ok(Some(chain)) => {
+                // A packed chain may reach past `end`, which counts descriptors.
+                let head = chain.head;
+                self.slot(position).store(head.pack(), Ordering::Relaxed);
+                self.next
+                    .store(position + u64::from(head.span), Ordering::Relaxed);
+                match chain.len {
+                    Ok(len) => Taken::Chain { len },
+                    Err(error) => Taken::Malformed(error),
+                }
+            }
+            Ok(None) => Taken::Nothing,
+            Err(broken) => {
+                self.broken.set(broken);
+                Taken::Nothing
+            }
+        }
+    }
+
+    /// Asks for the lines of the descriptor at `ahead` positions from the next one, if before `end`.
+    #[inline(always)]
+    pub fn prefetch(&self, ahead: u64, end: u64) {
+        let position = self.position() + ahead;
+        if position < end {
+            self.ring.prefetch(position);
+        }
+    }
+
+    /// Positions before this one are returned to the driver.
+    #[inline(always)]
+    pub fn completed(&self) -> u64 {
+        self.completed.load(Ordering::Relaxed)
+    }
+
+    /// Returns every chain before `end` to the driver, in available order, with one store of the used index.
+    pub fn complete(&self, end: u64) {
+        let start = self.completed();
+        if end <= start {
+            return;
+        }
+        let mut position = start;
+        while position < end {
+            let head = Head::unpack(self.slot(position).load(Ordering::Relaxed));
+            self.ring.write_used(position, head, 0);
+            position += u64::from(head.span);
+        }
+        self.ring.publish(start, end);
+        self.completed.store(end, Ordering::Relaxed);
+        // Full barrier between the used index and the driver's event word, as in `Claims::try_publish`.
+        fence(Ordering::SeqCst);
+        if self.ring.wants_call(start, end) {
+            self.call_wanted.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the driver is to be called now.
+    #[inline(always)]
+    pub fn take_call_wanted(&self) -> bool {
+        self.call_wanted.load(Ordering::Relaxed) && self.call_wanted.swap(false, Ordering::Relaxed)
+    }
+
+    /// Asks for kicks, and says whether it is safe to sleep: nothing became available meanwhile.
+    pub fn arm(&self) -> bool {
+        if self.broken.is_set() {
+            return true;
+        }
+        let next = self.position();
+        self.ring.want_kicks(true, next);
+        match self.ring.has_available(next) {
+            Ok(available) => !available,
+            Err(broken) => {
+                self.broken.set(broken);
+                true
+            }
+        }
+    }
+
+    /// Takes [`TransmitQueue::arm`] back.
+    pub fn disarm(&self) {
+        self.ring.want_kicks(false, self.position());
+    }
+
+    /// Why the ring is broken, if it is.
+    pub fn broken(&self) -> Option<Broken> {
+        self.broken.get()
+    }
+
+    /// Entries of the ring.
+    pub fn size(&self) -> u16 {
+        self.taken.len() as u16
+    }
+
+    /// The answer to GET_VRING_BASE, once every poll thread has let go of the queue.
+    pub fn base(&self) -> u32 {
+        self.ring.base(self.completed())
+    }
+}

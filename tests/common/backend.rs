@@ -1,0 +1,127 @@
+//! The backend that a frontend test attaches to: Pollux, unless `POLLUX_TEST_BACKEND` names one of
+//! the starters in `benches/backends` (`testpmd`, `ovs`).
+//!
+//! That variable serves to check the tests themselves: what they demand of Pollux, another
+//! implementation must be able to pass.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use super::daemon::{Daemon, DaemonOptions};
+use super::process::Process;
+use super::{cpus, short_tempdir, socket_path};
+
+/// A running backend with ports `p0`, `p1`, ….
+#[derive(Debug)]
+pub(crate) enum Backend {
+    /// The program under test.
+    Pollux(Daemon),
+    /// Another implementation.
+    Other(Starter),
+}
+
+/// A starter of `benches/backends`, which stops its backend on SIGTERM.
+#[derive(Debug)]
+pub(crate) struct Starter {
+    process: Process,
+    /// Where the sockets are; kept until the backend has ended.
+    _dir: tempfile::TempDir,
+    sockets: Vec<PathBuf>,
+}
+
+impl Starter {
+    fn start(name: &str, dir: tempfile::TempDir, ports: usize, client: bool) -> Starter {
+        let starter = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("benches/backends")
+            .join(name);
+        let mut command = Command::new(starter);
+        command.arg("--dir").arg(dir.path());
+        command.args(["--ports", &ports.to_string()]);
+        command.args(["--cpu", &cpus().0.to_string()]);
+        command.args(["--mode", if client { "client" } else { "server" }]);
+        let process = Process::spawn(name, &mut command);
+        let ready = process.out.wait("ready\n", 0, Duration::from_secs(60));
+        assert!(ready.is_some(), "{name} is not ready{}", process.words());
+        Starter {
+            process,
+            sockets: (0..ports).map(|n| socket_path(dir.path(), n)).collect(),
+            _dir: dir,
+        }
+    }
+
+    fn stop(mut self) {
+        let words = self.process.words();
+        assert!(self.process.ended().is_none(), "it died{words}");
+        self.process.signal(Signal::TERM);
+        let status = self.process.wait(Duration::from_secs(20));
+        let code = status.and_then(|status| status.code());
+        assert_eq!(code, Some(0), "its stop{}", self.process.words());
+    }
+}
+
+impl Drop for Starter {
+    fn drop(&mut self) {
+        // Killed, it could not stop what it started.
+        if self.process.ended().is_none() {
+            self.process.signal(Signal::TERM);
+            self.process.wait(Duration::from_secs(20));
+        }
+    }
+}
+
+impl Backend {
+    /// Starts a backend that listens on `ports` sockets.
+    pub(crate) fn listening(ports: usize) -> Backend {
+        Backend::start(short_tempdir(), ports, false)
+    }
+
+    /// Starts a backend that connects to frontends listening on `p0.sock`, … in `dir`.
+    pub(crate) fn connecting(dir: tempfile::TempDir, ports: usize) -> Backend {
+        Backend::start(dir, ports, true)
+    }
+
+    fn start(dir: tempfile::TempDir, ports: usize, client: bool) -> Backend {
+        if let Ok(name) = std::env::var("POLLUX_TEST_BACKEND") {
+            return Backend::Other(Starter::start(&name, dir, ports, client));
+        }
+        let options = DaemonOptions {
+            ports,
+            client,
+            args: vec!["--poll-cpus".to_string(), cpus().0.to_string()],
+            ..DaemonOptions::default()
+        };
+        Backend::Pollux(Daemon::start_in(dir, &options))
+    }
+
+    /// The sockets of its ports.
+    pub(crate) fn sockets(&self) -> &[PathBuf] {
+        match self {
+            Backend::Pollux(daemon) => daemon.sockets(),
+            Backend::Other(starter) => &starter.sockets,
+        }
+    }
+
+    /// Pollux counted no drop at all; other backends are not asked.
+    pub(crate) fn assert_no_drops(&self) {
+        let Backend::Pollux(daemon) = self else {
+            return;
+        };
+        for n in 0..daemon.sockets().len() {
+            let counted = daemon.drops(&format!("p{n}"));
+            assert!(!counted.is_empty(), "port p{n} shows no drop counters");
+            let nonzero: Vec<_> = counted.iter().filter(|(_, drops)| *drops != 0).collect();
+            assert!(nonzero.is_empty(), "port p{n} dropped: {nonzero:?}");
+        }
+    }
+
+    /// Stops it; it must still have been alive, and end in order.
+    pub(crate) fn stop(self) {
+        match self {
+            Backend::Pollux(daemon) => daemon.stop(),
+            Backend::Other(starter) => starter.stop(),
+        }
+    }
+}

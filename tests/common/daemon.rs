@@ -1,0 +1,185 @@
+//! The `pollux` binary under test, with its ports in a directory of its own.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use super::process::Process;
+use super::{short_tempdir, socket_path};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_pollux");
+
+/// How to start a daemon.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct DaemonOptions {
+    /// Ports `p0`, `p1`, …, with sockets of the same names.
+    pub(crate) ports: usize,
+    /// Queue pairs of each port; 0 is the default.
+    pub(crate) queues: u16,
+    /// Pollux connects, the frontends listen.
+    pub(crate) client: bool,
+    /// Further arguments of `pollux run`.
+    pub(crate) args: Vec<String>,
+}
+
+/// A running daemon; killed on drop.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    process: Process,
+    dir: tempfile::TempDir,
+    sockets: Vec<PathBuf>,
+}
+
+impl Daemon {
+    /// Starts it and waits until its API answers.
+    pub(crate) fn start(options: &DaemonOptions) -> Daemon {
+        Daemon::start_in(short_tempdir(), options)
+    }
+
+    /// The same in a directory that a frontend may already listen in.
+    pub(crate) fn start_in(dir: tempfile::TempDir, options: &DaemonOptions) -> Daemon {
+        let mut command = Command::new(BINARY);
+        command.arg("run").arg("--api-socket");
+        command.arg(dir.path().join("api.sock"));
+        let sockets: Vec<PathBuf> = (0..options.ports)
+            .map(|n| socket_path(dir.path(), n))
+            .collect();
+        for (n, socket) in sockets.iter().enumerate() {
+            let mode = if options.client { "client" } else { "server" };
+            command.arg("--port").arg(format!(
+                "p{n},socket={},mode={mode},queues={}",
+                socket.display(),
+                options.queues.max(1)
+            ));
+        }
+        command.args(&options.args);
+        let mut daemon = Daemon {
+            process: Process::spawn("pollux", &mut command),
+            dir,
+            sockets,
+        };
+        daemon.wait_for_api();
+        daemon
+    }
+
+    fn wait_for_api(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !self.pollux(&["port", "list", "--json"]).status.success() {
+            self.assert_alive();
+            assert!(
+                Instant::now() < deadline,
+                "the API does not answer after 10 s{}",
+                self.process.words()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Runs a client command against this daemon.
+    pub(crate) fn pollux(&self, args: &[&str]) -> Output {
+        Command::new(BINARY)
+            .args(args)
+            .arg("--api-socket")
+            .arg(self.dir.path().join("api.sock"))
+            .output()
+            .expect("pollux runs")
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        let output = self.pollux(args);
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success(),
+            "pollux {args:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{args:?}: {error}: {text}"))
+    }
+
+    /// `pollux port list --json`, parsed.
+    pub(crate) fn ports(&self) -> Vec<Value> {
+        match self.json(&["port", "list", "--json"]) {
+            Value::Array(ports) => ports,
+            other => panic!("not an array: {other}"),
+        }
+    }
+
+    /// `pollux port show NAME --json`, parsed.
+    pub(crate) fn port(&self, name: &str) -> Value {
+        self.json(&["port", "show", name, "--json"])
+    }
+
+    /// All drops of a port, whatever the direction and the reason, with their names.
+    pub(crate) fn drops(&self, name: &str) -> Vec<(String, u64)> {
+        let mut found = Vec::new();
+        collect_drops("", false, &self.port(name), &mut found);
+        found
+    }
+
+    /// The sockets of its ports, in order.
+    pub(crate) fn sockets(&self) -> &[PathBuf] {
+        &self.sockets
+    }
+
+    /// The directory with its sockets.
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The daemon's process id, for looking into `/proc`.
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Its log so far.
+    pub(crate) fn log(&self) -> String {
+        self.process.err.text()
+    }
+
+    /// Fails with the end of the log if the daemon has ended.
+    pub(crate) fn assert_alive(&mut self) {
+        if let Some(status) = self.process.ended() {
+            panic!("pollux ended ({status}){}", self.process.words());
+        }
+    }
+
+    /// SIGTERM: ends within two seconds, with exit code 0 and without leaving a socket behind.
+    pub(crate) fn stop(mut self) {
+        self.assert_alive();
+        self.process.signal(Signal::TERM);
+        let status = self.process.wait(Duration::from_secs(2));
+        let words = self.process.words();
+        let status = status.unwrap_or_else(|| panic!("still there 2 s after SIGTERM{words}"));
+        assert_eq!(status.code(), Some(0), "exit code after SIGTERM{words}");
+        let left: Vec<PathBuf> = std::fs::read_dir(self.dir.path())
+            .expect("our directory")
+            .map(|entry| entry.expect("an entry").path())
+            .filter(|path| path.extension().is_some_and(|end| end == "sock"))
+            .collect();
+        assert_eq!(left, Vec::<PathBuf>::new(), "sockets left behind");
+    }
+}
+
+/// Every number at or below a key that speaks of drops.
+fn collect_drops(path: &str, inside: bool, value: &Value, found: &mut Vec<(String, u64)>) {
+    match value {
+        Value::Object(map) => {
+            for (key, value) in map {
+                let inside = inside || key.contains("drop");
+                collect_drops(&format!("{path}/{key}"), inside, value, found);
+            }
+        }
+        Value::Array(values) => {
+            for (n, value) in values.iter().enumerate() {
+                collect_drops(&format!("{path}/{n}"), inside, value, found);
+            }
+        }
+        Value::Number(number) if inside => {
+            found.push((path.to_string(), number.as_u64().unwrap_or(u64::MAX)));
+        }
+        _ => {}
+    }
+}

@@ -1,0 +1,388 @@
+//! DPDK's virtio-user driver, an independent implementation of the frontend, through Pollux.
+//!
+//! *Closed loop*: testpmd sends a fixed number of frames on each of its two ports and sends back
+//! whatever arrives. The loop holds fewer frames than a ring has buffers, so no ring can fill up
+//! and nothing may ever be dropped. After the run testpmd only receives: what was in flight must
+//! arrive, in exactly the number that was put in, and over the whole run each port must have
+//! received what the other one sent. That shows: none of millions of frames lost and none
+//! duplicated (a loss and a duplication that cancel out would go unnoticed), none of another
+//! length. It says nothing of contents and order.
+//!
+//! *Journey*: numbered frames from a pcap file go in at one port, into a pcap file at the other, in
+//! both directions at once; the files are compared. That shows: each frame once, unchanged, in
+//! order within its flow, at all lengths.
+//!
+//! Three seconds for each closed loop, 30 with `POLLUX_LONG=1`.
+
+mod common;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use common::backend::Backend;
+use common::frames::{Plan, assert_same, read_pcap, write_pcap};
+use common::short_tempdir;
+use common::testpmd::{Counters, Testpmd, TestpmdOptions, VirtioUser, counter, mac};
+
+/// Frames of testpmd's first bursts.
+const BURST: u64 = 32;
+/// Frames in flight in each direction: half of what a ring holds, so that none can run full, even
+/// while the driver has not yet posted its buffers again.
+const WINDOW: u64 = 512;
+
+/// Each test uses both cores.
+fn exclusive() -> MutexGuard<'static, ()> {
+    static EXCLUSIVE: Mutex<()> = Mutex::new(());
+    EXCLUSIVE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn long() -> bool {
+    std::env::var_os("POLLUX_LONG").is_some_and(|value| value != "0")
+}
+
+fn run_time() -> Duration {
+    Duration::from_secs(if long() { 30 } else { 3 })
+}
+
+/// testpmd with two ports of this kind that send to each other.
+fn loop_options(port: &VirtioUser, sockets: &[std::path::PathBuf]) -> TestpmdOptions {
+    TestpmdOptions {
+        vdevs: (0..2).map(|n| port.vdev(n, &sockets[n])).collect(),
+        queues: port.queues,
+        txd: port.queue_size,
+        rxd: port.queue_size,
+        args: vec![
+            format!("--eth-peer=0,{}", mac(1)),
+            format!("--eth-peer=1,{}", mac(0)),
+        ],
+        ..TestpmdOptions::default()
+    }
+}
+
+fn received(ports: &[Counters]) -> Vec<u64> {
+    ports
+        .iter()
+        .map(|port| counter(port, "RX-packets"))
+        .collect()
+}
+
+/// The first frames may come before the other port's rings are running; from one full burst in both
+/// directions on, nothing may be lost.
+fn warm_up(testpmd: &mut Testpmd) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    testpmd.command("set fwd rxonly");
+    loop {
+        testpmd.command("clear port stats all");
+        testpmd.command("start tx_first 1");
+        sleep(Duration::from_millis(200));
+        testpmd.stop_forwarding();
+        let got = received(&testpmd.stats());
+        if got == [BURST, BURST] {
+            return;
+        }
+        assert!(Instant::now() < deadline, "no burst passes: {got:?}");
+    }
+}
+
+/// One closed loop with frames of `size` bytes, `window` of them in flight in each direction.
+fn closed_loop(testpmd: &mut Testpmd, size: u64, window: u64, time: Duration) {
+    testpmd.command(&format!("set txpkts {size}"));
+    warm_up(testpmd);
+    testpmd.command("clear port stats all");
+    testpmd.command("clear port xstats all");
+    testpmd.command("set fwd mac");
+    testpmd.command(&format!("start tx_first {}", window / BURST));
+    sleep(time);
+    let forwarding = testpmd.stop_forwarding();
+    let at_stop = testpmd.stats();
+
+    testpmd.command("set fwd rxonly");
+    testpmd.command("start");
+    sleep(Duration::from_millis(300));
+    testpmd.stop_forwarding();
+    let at_end = testpmd.stats();
+    let by_size = testpmd.xstats();
+
+    for (n, port) in forwarding.iter().enumerate() {
+        assert_eq!(counter(port, "RX-dropped"), 0, "testpmd, port {n}");
+        assert_eq!(counter(port, "TX-dropped"), 0, "testpmd, port {n}");
+    }
+    for n in 0..2 {
+        let rounds = counter(&at_stop[n], "RX-packets") / window;
+        assert!(rounds >= 20, "port {n}: the loop went round {rounds} times");
+        let drained = counter(&at_end[n], "RX-packets") - counter(&at_stop[n], "RX-packets");
+        assert_eq!(drained, window, "port {n}, {size} bytes: frames in flight");
+        assert_eq!(
+            counter(&at_end[n], "RX-packets"),
+            counter(&at_end[1 - n], "TX-packets"),
+            "port {n}, {size} bytes: received here, sent by the other"
+        );
+        assert_eq!(
+            counter(&at_end[n], "RX-bytes"),
+            counter(&at_end[n], "RX-packets") * size,
+            "port {n}: bytes"
+        );
+        for error in ["RX-missed", "RX-errors", "RX-nombuf", "TX-errors"] {
+            assert_eq!(counter(&at_end[n], error), 0, "port {n}: {error}");
+        }
+        assert_eq!(
+            counter(&by_size[n], &size_class(size)),
+            counter(&by_size[n], "rx_q0_good_packets"),
+            "port {n}: frames of the class of {size} bytes"
+        );
+    }
+    let total: u64 = received(&at_stop).iter().sum();
+    let rate = total as f64 / time.as_secs_f64() / 1e6;
+    println!("{size} bytes: {total} frames, {rate:.2} Mpps, none lost");
+}
+
+/// The driver's own histogram of lengths.
+fn size_class(size: u64) -> String {
+    let class = match size {
+        64 => "64",
+        65..=127 => "65_127",
+        128..=255 => "128_255",
+        256..=511 => "256_511",
+        512..=1023 => "512_1023",
+        1024..=1518 => "1024_1518",
+        _ => "1519_max",
+    };
+    format!("rx_q0_size_{class}_packets")
+}
+
+/// Closed loops of all sizes through one pair of ports, Pollux listening.
+fn closed_loops(port: &VirtioUser, time: Duration) {
+    let backend = Backend::listening(2);
+    let mut testpmd = Testpmd::start(&loop_options(port, backend.sockets()));
+    for size in [64, 300, 1500] {
+        let window = WINDOW.min(u64::from(port.queue_size) / 2);
+        closed_loop(&mut testpmd, size, window, time);
+    }
+    backend.assert_no_drops();
+    testpmd.quit();
+    backend.stop();
+}
+
+#[test]
+fn a_closed_loop_loses_nothing() {
+    let _guard = exclusive();
+    closed_loops(&VirtioUser::default(), run_time());
+}
+
+#[test]
+fn a_closed_loop_with_mergeable_buffers_loses_nothing() {
+    let _guard = exclusive();
+    let port = VirtioUser {
+        mergeable: true,
+        ..VirtioUser::default()
+    };
+    closed_loops(&port, run_time());
+}
+
+#[test]
+fn a_closed_loop_of_the_in_order_driver_loses_nothing() {
+    let _guard = exclusive();
+    let port = VirtioUser {
+        in_order: true,
+        ..VirtioUser::default()
+    };
+    closed_loops(&port, Duration::from_secs(1));
+}
+
+#[test]
+fn a_closed_loop_of_the_vectorized_driver_loses_nothing() {
+    let _guard = exclusive();
+    let port = VirtioUser {
+        vectorized: true,
+        ..VirtioUser::default()
+    };
+    closed_loops(&port, Duration::from_secs(1));
+}
+
+#[test]
+fn a_closed_loop_loses_nothing_where_the_frontend_listens() {
+    let _guard = exclusive();
+    let dir = short_tempdir();
+    let port = VirtioUser {
+        server: true,
+        ..VirtioUser::default()
+    };
+    let sockets: Vec<_> = (0..2).map(|n| common::socket_path(dir.path(), n)).collect();
+    // It listens on its first socket and opens the second once the first is connected.
+    let mut testpmd = Testpmd::spawn(&loop_options(&port, &sockets));
+    let backend = Backend::connecting(dir, 2);
+    testpmd.wait_ready();
+    closed_loop(&mut testpmd, 64, WINDOW, run_time());
+    backend.assert_no_drops();
+    testpmd.quit();
+    backend.stop();
+}
+
+#[test]
+fn a_frontend_comes_back_after_a_clean_end_and_after_a_kill() {
+    let _guard = exclusive();
+    let backend = Backend::listening(2);
+    let options = loop_options(&VirtioUser::default(), backend.sockets());
+    for clean in [true, false, true] {
+        let mut testpmd = Testpmd::start(&options);
+        closed_loop(&mut testpmd, 64, WINDOW, Duration::from_millis(500));
+        testpmd.command("set fwd mac");
+        testpmd.command("start tx_first 1");
+        if clean {
+            testpmd.stop_forwarding();
+            testpmd.quit();
+        } else {
+            testpmd.kill();
+        }
+    }
+    backend.stop();
+}
+
+/// Numbered frames of `sizes` through two ports, in both directions at once.
+fn journey(port: &VirtioUser, sizes: (usize, usize), small_buffers: bool) {
+    // With small buffers, no more than one receive ring takes at four buffers each: the driver takes
+    // up to 32 buffers out of it in a turn, but sends 32 frames.
+    let count = match (small_buffers, long()) {
+        (true, _) => 250,
+        (false, true) => 400_000,
+        (false, false) => 40_000,
+    };
+    let plans = [0, 1].map(|n: u8| Plan {
+        to: [0x52, 0x54, 0, 0, 0, 2 - n],
+        from: [0x52, 0x54, 0, 0, 0, 1 + n],
+        flows: 7,
+        count,
+        sizes,
+    });
+    let sent = plans.map(|plan| plan.frames());
+    let files = short_tempdir();
+    let file = |name: &str, n: usize| files.path().join(format!("{name}{n}.pcap"));
+    for (n, frames) in sent.iter().enumerate() {
+        write_pcap(&file("in", n), frames);
+    }
+
+    let backend = Backend::listening(2);
+    let pcap = |n: usize| {
+        let (rx, tx) = (file("in", n), file("out", n));
+        format!(
+            "net_pcap{n},rx_pcap={},tx_pcap={}",
+            rx.display(),
+            tx.display()
+        )
+    };
+    let virtio = |n: usize| port.vdev(n, &backend.sockets()[n]);
+    let mut testpmd = Testpmd::start(&TestpmdOptions {
+        // In pairs: in0/out0 with the first virtio port, the second one with in1/out1.
+        vdevs: vec![virtio(0), pcap(0), virtio(1), pcap(1)],
+        forward_mode: "io",
+        // What waits in a transmit queue always fits into the receive queue behind it.
+        txd: 256,
+        rxd: 1024,
+        args: if small_buffers {
+            // 128 bytes of each are headroom: a frame of 1514 bytes takes four of them.
+            vec!["--mbuf-size=512".into(), "--disable-device-start".into()]
+        } else {
+            Vec::new()
+        },
+        ..TestpmdOptions::default()
+    });
+    let (virtio_ports, pcap_ports) = port_numbers(&mut testpmd);
+    if small_buffers {
+        // The command line could ask for it on all ports only, and pcap has no such offload.
+        for n in &virtio_ports {
+            testpmd.command(&format!("port config {n} rx_offload scatter on"));
+        }
+        testpmd.command("port start all");
+    }
+    // Open vSwitch needs this long after the negotiation until a port forwards.
+    sleep(Duration::from_secs(1));
+    // A full transmit queue makes the sender wait, not drop.
+    testpmd.command("set fwd io retry");
+    testpmd.command("set burst tx delay 10 retry 1000000");
+    testpmd.command("start");
+    let deadline = Instant::now() + Duration::from_secs(if long() { 120 } else { 30 });
+    while Instant::now() < deadline {
+        let stats = testpmd.stats();
+        let arrived = |n: &usize| counter(&stats[*n], "RX-packets") >= u64::from(count);
+        if virtio_ports.iter().all(arrived) {
+            break;
+        }
+        sleep(Duration::from_millis(100));
+    }
+    // What is one too many would still come.
+    sleep(Duration::from_millis(200));
+    testpmd.stop_forwarding();
+    let stats = testpmd.stats();
+    for n in pcap_ports.iter().chain(&virtio_ports) {
+        assert_eq!(counter(&stats[*n], "TX-errors"), 0, "testpmd's port {n}");
+    }
+    backend.assert_no_drops();
+    testpmd.quit();
+    for (n, frames) in sent.iter().enumerate() {
+        assert_same(frames, &read_pcap(&file("out", 1 - n)));
+    }
+    backend.stop();
+}
+
+/// Which ports are virtio-user's and which are pcap's: DPDK numbers them in the order it likes.
+fn port_numbers(testpmd: &mut Testpmd) -> (Vec<usize>, Vec<usize>) {
+    let summary = testpmd.command("show port summary all");
+    let of = |driver: &str| -> Vec<usize> {
+        summary
+            .lines()
+            .filter(|line| line.contains(driver))
+            .filter_map(|line| line.split_whitespace().next()?.parse().ok())
+            .collect()
+    };
+    let found = (of("net_virtio_user"), of("net_pcap"));
+    assert_eq!((found.0.len(), found.1.len()), (2, 2), "{summary}");
+    found
+}
+
+#[test]
+fn frames_of_all_lengths_arrive_unchanged_and_in_order() {
+    let _guard = exclusive();
+    journey(&VirtioUser::default(), (60, 1514), false);
+}
+
+#[test]
+fn frames_of_all_lengths_arrive_unchanged_in_mergeable_buffers() {
+    let _guard = exclusive();
+    let port = VirtioUser {
+        mergeable: true,
+        ..VirtioUser::default()
+    };
+    journey(&port, (60, 1514), false);
+}
+
+#[test]
+fn frames_that_span_several_mergeable_buffers_arrive_unchanged() {
+    let _guard = exclusive();
+    let port = VirtioUser {
+        mergeable: true,
+        ..VirtioUser::default()
+    };
+    journey(&port, (60, 1514), true);
+}
+
+/// Every path of the driver with rings of several sizes.
+#[test]
+#[ignore = "several minutes: tests/run --matrix"]
+fn a_closed_loop_loses_nothing_in_any_variant_of_the_driver() {
+    let _guard = exclusive();
+    for bits in 0..16 {
+        for queue_size in [256, 1024] {
+            let port = VirtioUser {
+                mergeable: bits & 1 != 0,
+                in_order: bits & 2 != 0,
+                packed: bits & 4 != 0,
+                vectorized: bits & 8 != 0,
+                queue_size,
+                ..VirtioUser::default()
+            };
+            println!("{port:?}");
+            closed_loops(&port, Duration::from_secs(1));
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! A daemon in memory: what the API and the commands are tested against.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use crossbeam_channel::Receiver;
+use pollux::api::types::*;
+use pollux::api::{Control, ControlError, EventHub, Server, What};
+use pollux::config::PortSpec;
+
+#[derive(Default)]
+pub(crate) struct Model {
+    specs: Mutex<Vec<PortSpec>>,
+    fdb: Mutex<Vec<FdbEntry>>,
+    pub(crate) hub: EventHub,
+    pub(crate) delay: Mutex<Duration>,
+}
+
+fn view(spec: &PortSpec) -> PortView {
+    let drops = BTreeMap::from([("ring_full".to_string(), 3)]);
+    PortView {
+        name: spec.name.clone(),
+        socket: spec.socket.display().to_string(),
+        mode: spec.mode,
+        queues: spec.queues,
+        state: PortState::Negotiating,
+        reason: Some("driver not ready: \x1b[31mno ring is enabled".into()),
+        session: Some(SessionView {
+            features: vec!["VERSION_1".into()],
+            memory_regions: 2,
+            memory_bytes: 512 << 20,
+            rings: vec![RingView {
+                queue: 0,
+                direction: RingDirection::Tx,
+                kind: RingKind::Split,
+                size: 256,
+                state: RingState::Broken,
+                broken_reason: Some("avail.idx 300 ahead".into()),
+                enabled: true,
+                position: 12,
+            }],
+            ..SessionView::default()
+        }),
+        statistics: PortStatistics {
+            rx: DirectionStatistics {
+                frames: 10,
+                bytes: 640,
+                drops: BTreeMap::new(),
+            },
+            tx: DirectionStatistics {
+                frames: 7,
+                bytes: 448,
+                drops,
+            },
+        },
+    }
+}
+
+impl Model {
+    pub(crate) fn event(&self, kind: EventKind, message: &str) {
+        let event = Event::new(SystemTime::now(), kind, message);
+        self.hub.publish(&event.of_port("vm1"));
+    }
+}
+
+impl Control for Model {
+    fn add_port(&self, spec: PortSpec, may_exist: bool) -> Result<PortView, ControlError> {
+        let mut specs = self.specs.lock().unwrap();
+        match specs.iter().find(|other| other.name == spec.name) {
+            Some(other) if may_exist && *other == spec => {}
+            Some(other) => {
+                return Err(ControlError::Conflict {
+                    text: format!("port {:?} exists, on {:?}", other.name, other.socket),
+                });
+            }
+            None => specs.push(spec.clone()),
+        }
+        Ok(view(&spec))
+    }
+
+    fn remove_port(&self, name: &str) -> Result<(), ControlError> {
+        let mut specs = self.specs.lock().unwrap();
+        let at = specs.iter().position(|spec| spec.name == name);
+        specs.remove(at.ok_or_else(|| ControlError::no_port(name))?);
+        Ok(())
+    }
+
+    fn set_port(&self, name: &str, patch: PortPatch) -> Result<PortView, ControlError> {
+        let mut specs = self.specs.lock().unwrap();
+        let spec = specs.iter_mut().find(|spec| spec.name == name);
+        let spec = spec.ok_or_else(|| ControlError::no_port(name))?;
+        if let Some(queues) = patch.queues {
+            spec.queues = queues;
+        }
+        spec.validate()?;
+        Ok(view(spec))
+    }
+
+    fn ports(&self) -> Result<Vec<PortView>, ControlError> {
+        std::thread::sleep(*self.delay.lock().unwrap());
+        Ok(self.specs.lock().unwrap().iter().map(view).collect())
+    }
+
+    fn port(&self, name: &str) -> Result<PortView, ControlError> {
+        match name {
+            "panics" => panic!("as asked"),
+            "gone" => Err(ControlError::Gone {
+                what: What::Port(name.into()),
+            }),
+            _ => {
+                let specs = self.specs.lock().unwrap();
+                let spec = specs.iter().find(|spec| spec.name == name);
+                spec.map(view).ok_or_else(|| ControlError::no_port(name))
+            }
+        }
+    }
+
+    fn fdb(&self) -> Result<Vec<FdbEntry>, ControlError> {
+        Ok(self.fdb.lock().unwrap().clone())
+    }
+
+    fn fdb_add(&self, entry: FdbAdd) -> Result<FdbEntry, ControlError> {
+        self.port(&entry.port)?;
+        let entry = FdbEntry {
+            vlan: entry.vlan,
+            mac: entry.mac,
+            port: entry.port,
+            age_seconds: 0.0,
+            is_static: true,
+        };
+        self.fdb.lock().unwrap().push(entry.clone());
+        Ok(entry)
+    }
+
+    fn fdb_remove(&self, key: FdbKey) -> Result<(), ControlError> {
+        let mut fdb = self.fdb.lock().unwrap();
+        let at = fdb
+            .iter()
+            .position(|e| e.mac == key.mac && e.vlan == key.vlan);
+        fdb.remove(at.ok_or(ControlError::NotFound {
+            what: What::Address(key),
+        })?);
+        Ok(())
+    }
+
+    fn fdb_flush(&self, port: Option<&str>) -> Result<u64, ControlError> {
+        match port {
+            Some(port) => self.port(port).map(|_| 1),
+            None => Ok(2),
+        }
+    }
+
+    fn poll_threads(&self) -> Result<Vec<PollThreadView>, ControlError> {
+        Ok(vec![PollThreadView {
+            thread: 0,
+            cpu: Some(2),
+            numa_node: Some(0),
+            tid: 1234,
+            state: PollState::Asleep,
+            passes: 1_000_000,
+            busy_ratio: 0.25,
+            frames: 17,
+            sleeps: 5,
+            generation: 4,
+            acknowledged_generation: 4,
+            queues: vec![QueueRef {
+                port: "vm1".into(),
+                queue: 0,
+            }],
+            pass_length: Some(Latency {
+                count: 9,
+                p50_seconds: 1e-6,
+                p99_seconds: 5e-6,
+                max_seconds: 1e-4,
+            }),
+            acknowledge_latency: None,
+        }])
+    }
+
+    fn stats(&self) -> Result<StatsView, ControlError> {
+        let ports = self.ports()?.into_iter().map(|port| PortCounters {
+            name: port.name,
+            state: port.state,
+            statistics: port.statistics,
+        });
+        Ok(StatsView {
+            uptime_seconds: 12.5,
+            generation: 4,
+            ports: ports.collect(),
+            poll_threads: self.poll_threads()?,
+            ..StatsView::default()
+        })
+    }
+
+    fn subscribe(&self) -> Receiver<Event> {
+        self.hub.subscribe()
+    }
+
+    fn version(&self) -> VersionView {
+        VersionView::current()
+    }
+}
+
+/// A model behind a server on a socket of its own.
+pub(crate) struct Served {
+    pub(crate) model: Arc<Model>,
+    pub(crate) server: Option<Server>,
+    pub(crate) socket: PathBuf,
+    pub(crate) dir: tempfile::TempDir,
+}
+
+pub(crate) fn serve() -> Served {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("api.sock");
+    let model = Arc::new(Model::default());
+    let server = Server::start(&socket, None, model.clone()).unwrap();
+    Served {
+        model,
+        server: Some(server),
+        socket,
+        dir,
+    }
+}
+
+impl Served {
+    pub(crate) fn spec(&self, name: &str) -> PortSpec {
+        let socket = self.dir.path().join(format!("{name}.sock"));
+        format!("{name},socket={}", socket.display())
+            .parse()
+            .unwrap()
+    }
+}
