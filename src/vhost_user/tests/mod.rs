@@ -186,7 +186,7 @@ impl Peer {
 
     fn started(&self, ring: usize) -> bool {
         let pair = self.pair(ring / 2);
-        if ring % 2 == 0 {
+        if ring.is_multiple_of(2) {
             pair.receive.is_some()
         } else {
             pair.transmit.is_some()
