@@ -142,7 +142,7 @@
 //! | `main` | parse, run, exit code | `cli`, `bench`, `config`, `daemon` |
 //! | [`cli`] | arguments and client commands | `api`, `bench`, `config` |
 //! | [`daemon`] | composition root: control, registry, sessions' glue, reaper | `api`, `bench`, `config`, `memory`, `poll`, `port`, `stats`, `switch`, `sys`, `topology`, `vhost_user`, `wire` |
-//! | [`bench`] | the load generator: guests that measure a switch | `config`, `memory`, `virtio` |
+//! | [`mod@bench`] | the load generator: guests that measure a switch | `config`, `memory`, `virtio` |
 //! | [`api`] | HTTP/JSON: types, server, client | `config`, `sys` |
 //! | [`vhost_user`] | the protocol with one frontend | `memory`, `port`, `sys`, `virtio` |
 //! | [`poll`] | poll thread: pass, delivery, idle policy | `config`, `frame`, `memory`, `stats`, `switch`, `sys`, `topology`, `virtio`, `wire` |
@@ -150,7 +150,7 @@
 //! | [`port`] | a port's two halves | `config`, `memory`, `stats`, `switch`, `sys`, `virtio` |
 //! | [`switch`] | decisions and FDB; no clock, thread or I/O | `stats`, `wire` |
 //! | [`frame`] | header snapshot, burst | `memory`, `stats`, `virtio`, `wire` |
-//! | [`virtio`] | rings, chains, claims; and the driver's side for [`bench`] and tests | `memory`, `sync` |
+//! | [`virtio`] | rings, chains, claims; and the driver's side for `bench` and tests | `memory`, `sync` |
 //! | [`memory`] | regions, windows, SIGBUS fence | `sys` |
 //! | [`sys`] | thin wrappers over Linux; snapshots | `sync` |
 //! | [`stats`] | counters, drop reasons | – |
