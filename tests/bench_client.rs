@@ -4,6 +4,8 @@
 //! side), one frame after the other and driven by kicks only, so that a kick that the client owes and does not
 //! give stops the run.
 
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
+
 use std::io::{self, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
