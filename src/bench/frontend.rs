@@ -5,6 +5,7 @@
 //! of QEMU or of cloud-hypervisor. Nothing waits longer than the time-out given at the start. Dropping the
 //! frontend disconnects.
 
+mod error;
 mod wire;
 
 use std::fs;
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use error::AttachError;
 pub use wire::WireError;
 
 use crate::memory::SharedMemory;
@@ -54,59 +56,6 @@ const FEATURE_NAMES: [(u64, &str); 7] = [
 
 /// How often a socket that refuses is tried again within the time-out.
 const RETRY: Duration = Duration::from_millis(50);
-
-/// Why a frontend could not attach.
-#[derive(Debug, thiserror::Error)]
-pub enum AttachError {
-    /// No such file.
-    #[error("{0}: there is no such socket; is the backend running, and is the path the same?")]
-    Missing(PathBuf),
-    /// The file is there, and nobody listens.
-    #[error("{0}: nobody listens on this socket; a backend that has ended may have left it behind")]
-    Refused(PathBuf),
-    /// Connecting or listening failed otherwise.
-    #[error("{path}: cannot use this socket")]
-    Socket {
-        /// The socket.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// In server mode, nobody came.
-    #[error("{path}: no backend connected within {seconds} s")]
-    NobodyCame {
-        /// The socket.
-        path: PathBuf,
-        /// How long was waited.
-        seconds: u64,
-    },
-    /// The conversation failed.
-    #[error("{path}: cannot talk vhost-user with the backend")]
-    Wire {
-        /// The socket.
-        path: PathBuf,
-        /// What went wrong.
-        source: WireError,
-    },
-    /// The backend does not offer what was asked for.
-    #[error("{path}: the backend does not offer {name}")]
-    FeatureMissing {
-        /// The socket.
-        path: PathBuf,
-        /// The feature, and the option that avoids it.
-        name: &'static str,
-    },
-    /// The backend has fewer queue pairs.
-    #[error("{path}: the backend has {offered} queue pairs, {wanted} are wanted (--queues)")]
-    TooFewQueues {
-        /// The socket.
-        path: PathBuf,
-        /// As answered to GET_QUEUE_NUM.
-        offered: u64,
-        /// As asked for.
-        wanted: u64,
-    },
-}
 
 /// Whose message order to follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

@@ -5,12 +5,15 @@
 //! ring first and their lines are prefetched together, since each lies in another core's cache: one after the
 //! other they would cost several times as much.
 
+mod window;
+
 use std::io;
 use std::sync::atomic::Ordering;
 
 use arrayvec::ArrayVec;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::window::{Budget, Outgoing};
 use super::frame::{self, Checker, MIN_SIZE};
 use super::memory::{BufferArea, GUEST_BASE, GuestRam, NET_HDR, QueuePlace};
 use super::plan::{FlowCounters, FlowSpec, Plan};
@@ -22,8 +25,6 @@ use crate::virtio::driver::{Buffer, DriverRing, RingAreas, RingFault, RingLayout
 pub const BURST: usize = 64;
 /// Offset of num_buffers in the virtio-net header.
 const NUM_BUFFERS: usize = 10;
-/// Silence after which a window is refilled.
-const SILENCE_NS: u64 = 500_000_000;
 
 /// What sending meets with, besides frames sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,18 +33,6 @@ pub struct SendCounts {
     pub refills: u64,
     /// Frames that an open loop could not send in time for want of a free buffer.
     pub held_back: u64,
-}
-
-/// A flow as its sender sees it.
-#[derive(Debug)]
-struct Outgoing {
-    flow: u16,
-    /// Sequence number of the next frame, and so the number sent.
-    next: u64,
-    /// Frames given up after a silence.
-    written_off: u64,
-    /// What the receiver had counted when the window was found full, and since when.
-    blocked: Option<(u64, u64)>,
 }
 
 /// A queue's memory and ring.
@@ -112,6 +101,8 @@ pub struct Transmit<'m> {
     flows: Vec<Outgoing>,
     /// Sums of each buffer's constant words, `phases` for each.
     sums: Vec<u64>,
+    /// Each buffer's flow: a table, since a division takes longer than all the rest.
+    flow_of: Vec<u16>,
     phases: usize,
     frame_len: u32,
     /// Free buffers, first in first out: `taken` and `returned` only grow.
@@ -147,6 +138,9 @@ impl<'m> Transmit<'m> {
         });
         Transmit {
             flows: outgoing.collect(),
+            flow_of: (0..count)
+                .map(|i| (i % flows.len().max(1)) as u16)
+                .collect(),
             sums,
             phases: checker.phases(),
             frame_len: (NET_HDR + plan.size) as u32,
@@ -190,7 +184,7 @@ impl<'m> Transmit<'m> {
         let mut sent = 0;
         while sent < limit {
             let slot = self.free[self.taken & mask];
-            let at = slot as usize % self.flows.len();
+            let at = usize::from(self.flow_of[slot as usize]);
             if windowed && !budget.take(at, self.window, &mut self.flows[at], counters, now_ns) {
                 break;
             }
@@ -250,7 +244,7 @@ impl<'m> Transmit<'m> {
         };
         if let (Some(flow), Some(frame)) = (
             self.flows
-                .get(used.token as usize % self.flows.len().max(1)),
+                .get(usize::from(self.flow_of[used.token as usize])),
             self.port.window(used.token).sub(NET_HDR, plan.size),
         ) {
             let spec = specs[usize::from(flow.flow)];
@@ -259,63 +253,6 @@ impl<'m> Transmit<'m> {
             checker.prefill(&frame, route, salt);
         }
         true
-    }
-}
-
-/// What is left of the flows' windows in one burst. With one flow, the usual case, the receiver's counter is
-/// read once.
-#[derive(Debug, Default)]
-struct Budget {
-    last: Option<(usize, u64)>,
-    refilled: bool,
-}
-
-impl Budget {
-    #[inline(always)]
-    fn take(
-        &mut self,
-        at: usize,
-        window: u64,
-        flow: &mut Outgoing,
-        counters: &[FlowCounters],
-        now_ns: u64,
-    ) -> bool {
-        let left = match self.last {
-            Some((last, left)) if last == at => left,
-            _ => self.look(window, flow, counters, now_ns),
-        };
-        self.last = Some((at, left.saturating_sub(1)));
-        left != 0
-    }
-
-    #[inline(always)]
-    fn look(
-        &mut self,
-        window: u64,
-        flow: &mut Outgoing,
-        counters: &[FlowCounters],
-        now_ns: u64,
-    ) -> u64 {
-        let received = counters[usize::from(flow.flow)]
-            .received
-            .load(Ordering::Relaxed);
-        // Frames that come after all once they were written off make this less than nothing.
-        let in_flight = flow.next.saturating_sub(received + flow.written_off);
-        if in_flight < window {
-            flow.blocked = None;
-            return window - in_flight;
-        }
-        match flow.blocked {
-            Some((seen, since)) if seen == received => {
-                if now_ns.saturating_sub(since) >= SILENCE_NS {
-                    flow.written_off += in_flight;
-                    flow.blocked = None;
-                    self.refilled = true;
-                }
-            }
-            _ => flow.blocked = Some((received, now_ns)),
-        }
-        0
     }
 }
 

@@ -155,9 +155,8 @@ impl NullPeer<'_> {
     }
 
     fn move_one(&mut self) -> bool {
-        let size = usize::from(self.to.0.areas.size);
-        let room = self.to.0.available(size.min(MAX_BUFFERS));
         let frame = self.from.0.take();
+        let room = self.to.0.available(frame.len.div_ceil(MIN_BUFFER));
         let mut done = NET_HDR;
         let mut first = None;
         let mut buffers = 0u16;
@@ -193,5 +192,5 @@ impl NullPeer<'_> {
     }
 }
 
-/// Most receive buffers of one frame.
-const MAX_BUFFERS: usize = 64;
+/// Receive buffers have at least this many bytes.
+const MIN_BUFFER: usize = 1024;

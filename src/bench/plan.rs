@@ -67,6 +67,7 @@ pub enum Pattern {
     /// Guests 0 and 1, 2 and 3, … in both directions; a single guest to itself.
     Pairs,
     /// All others to guest 0.
+    #[value(name = "n-to-1")]
     NTo1,
     /// Everyone to everyone else.
     All,

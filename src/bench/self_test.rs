@@ -6,6 +6,7 @@
 use std::fmt;
 use std::io;
 
+use hdrhistogram::Histogram;
 use quanta::Clock;
 use serde::Serialize;
 
@@ -86,35 +87,49 @@ pub fn measure(plan: &Plan) -> io::Result<Cost> {
     let clock = Clock::new();
     let start = clock.raw();
     let limit = plan.duration.as_nanos() as u64;
-    let mut cost = [0u64; 3];
+    let mut cost = [new_histogram()?, new_histogram()?, new_histogram()?];
     loop {
         let mut last = clock.raw();
         let now_ns = clock.delta_as_nanos(start, last);
         if now_ns >= limit {
             break;
         }
-        let mut lap = |part: usize| {
+        let mut lap = |part: usize, frames: usize| {
             let now = clock.raw();
-            cost[part] += clock.delta_as_nanos(last, now);
+            let ns = clock.delta_as_nanos(last, now);
+            if frames != 0 {
+                cost[part].saturating_record(ns * RESOLUTION / frames as u64);
+            }
             last = now;
         };
-        for guest in &mut guests {
-            guest.transmit[0].send(&checker, &counters, BURST, true, now_ns);
-        }
-        lap(0);
-        peers.iter_mut().for_each(|peer| {
-            peer.step(BURST);
-        });
-        lap(1);
-        for guest in &mut guests {
-            guest.receive(&checker, now_ns);
-        }
-        lap(2);
+        let sent = guests
+            .iter_mut()
+            .map(|guest| guest.transmit[0].send(&checker, &counters, BURST, true, now_ns));
+        lap(0, sent.sum());
+        let moved = peers.iter_mut().map(|peer| peer.step(BURST));
+        lap(1, moved.sum());
+        let came = guests
+            .iter_mut()
+            .map(|guest| guest.receive(&checker, now_ns));
+        lap(2, came.sum());
     }
-    Ok(result(&plan, &guests, &counters, cost))
+    Ok(result(&plan, &guests, &counters, &cost))
 }
 
-fn result(plan: &Plan, guests: &[Guest<'_>], counters: &[FlowCounters], cost: [u64; 3]) -> Cost {
+/// Parts of a nanosecond that are told apart.
+const RESOLUTION: u64 = 16;
+
+fn new_histogram() -> io::Result<Histogram<u64>> {
+    Histogram::new_with_bounds(1, 1 << 40, 2).map_err(io::Error::other)
+}
+
+/// The median over bursts: the mean would count every time slice that other programs took.
+fn result(
+    plan: &Plan,
+    guests: &[Guest<'_>],
+    counters: &[FlowCounters],
+    cost: &[Histogram<u64>; 3],
+) -> Cost {
     let mut frames = 0;
     let mut intact = true;
     for guest in guests {
@@ -128,14 +143,14 @@ fn result(plan: &Plan, guests: &[Guest<'_>], counters: &[FlowCounters], cost: [u
         .iter()
         .map(|flow| flow.sent.load(std::sync::atomic::Ordering::Relaxed))
         .sum();
-    let each = |ns: u64| ns as f64 / 1e9 / frames.max(1) as f64;
+    let each = |part: usize| cost[part].value_at_quantile(0.5) as f64 / RESOLUTION as f64 / 1e9;
     Cost {
         size: plan.size,
         packed: plan.packed,
         frames,
-        send_seconds: each(cost[0]),
-        receive_seconds: each(cost[2]),
-        peer_seconds: each(cost[1]),
+        send_seconds: each(0),
+        receive_seconds: each(2),
+        peer_seconds: each(1),
         // Everything sent was moved and received in the same turn, up to what waits for room.
         intact: intact && frames > 0 && sent - frames <= 2 * plan.window() as u64,
     }

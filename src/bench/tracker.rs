@@ -80,6 +80,7 @@ impl<'s> Tracker<'s> {
                 self.counts.foreign += 1;
                 return;
             }
+            Seen::Announcement => return,
         };
         let Some(state) = self.flows.get_mut(usize::from(flow)).filter(|s| s.mine) else {
             self.counts.foreign += 1;

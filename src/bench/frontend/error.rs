@@ -1,0 +1,59 @@
+//! Why attaching to a backend failed, in sentences that say what to do.
+
+use std::io;
+use std::path::PathBuf;
+
+use super::WireError;
+
+/// Why a frontend could not attach.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// No such file.
+    #[error("{0}: there is no such socket; is the backend running, and is the path the same?")]
+    Missing(PathBuf),
+    /// The file is there, and nobody listens.
+    #[error("{0}: nobody listens on this socket; a backend that has ended may have left it behind")]
+    Refused(PathBuf),
+    /// Connecting or listening failed otherwise.
+    #[error("{path}: cannot use this socket")]
+    Socket {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// In server mode, nobody came.
+    #[error("{path}: no backend connected within {seconds} s")]
+    NobodyCame {
+        /// The socket.
+        path: PathBuf,
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// The conversation failed.
+    #[error("{path}: cannot talk vhost-user with the backend")]
+    Wire {
+        /// The socket.
+        path: PathBuf,
+        /// What went wrong.
+        source: WireError,
+    },
+    /// The backend does not offer what was asked for.
+    #[error("{path}: the backend does not offer {name}")]
+    FeatureMissing {
+        /// The socket.
+        path: PathBuf,
+        /// The feature, and the option that avoids it.
+        name: &'static str,
+    },
+    /// The backend has fewer queue pairs.
+    #[error("{path}: the backend has {offered} queue pairs, {wanted} are wanted (--queues)")]
+    TooFewQueues {
+        /// The socket.
+        path: PathBuf,
+        /// As answered to GET_QUEUE_NUM.
+        offered: u64,
+        /// As asked for.
+        wanted: u64,
+    },
+}

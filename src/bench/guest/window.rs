@@ -1,0 +1,77 @@
+//! Windows: how many frames of a flow may be in flight, and what happens when nothing comes back.
+
+use std::sync::atomic::Ordering;
+
+use super::super::plan::FlowCounters;
+
+/// Silence after which a window is refilled.
+const SILENCE_NS: u64 = 500_000_000;
+
+/// A flow as its sender sees it.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    pub(super) flow: u16,
+    /// Sequence number of the next frame, and so the number sent.
+    pub(super) next: u64,
+    /// Frames given up after a silence.
+    pub(super) written_off: u64,
+    /// What the receiver had counted when the window was found full, and since when.
+    pub(super) blocked: Option<(u64, u64)>,
+}
+
+/// What is left of the flows' windows in one burst. With one flow, the usual case, the receiver's counter is
+/// read once.
+#[derive(Debug, Default)]
+pub(super) struct Budget {
+    last: Option<(usize, u64)>,
+    pub(super) refilled: bool,
+}
+
+impl Budget {
+    #[inline(always)]
+    pub(super) fn take(
+        &mut self,
+        at: usize,
+        window: u64,
+        flow: &mut Outgoing,
+        counters: &[FlowCounters],
+        now_ns: u64,
+    ) -> bool {
+        let left = match self.last {
+            Some((last, left)) if last == at => left,
+            _ => self.look(window, flow, counters, now_ns),
+        };
+        self.last = Some((at, left.saturating_sub(1)));
+        left != 0
+    }
+
+    #[inline(always)]
+    fn look(
+        &mut self,
+        window: u64,
+        flow: &mut Outgoing,
+        counters: &[FlowCounters],
+        now_ns: u64,
+    ) -> u64 {
+        let received = counters[usize::from(flow.flow)]
+            .received
+            .load(Ordering::Relaxed);
+        // Frames that come after all once they were written off make this less than nothing.
+        let in_flight = flow.next.saturating_sub(received + flow.written_off);
+        if in_flight < window {
+            flow.blocked = None;
+            return window - in_flight;
+        }
+        match flow.blocked {
+            Some((seen, since)) if seen == received => {
+                if now_ns.saturating_sub(since) >= SILENCE_NS {
+                    flow.written_off += in_flight;
+                    flow.blocked = None;
+                    self.refilled = true;
+                }
+            }
+            _ => flow.blocked = Some((received, now_ns)),
+        }
+        0
+    }
+}
