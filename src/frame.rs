@@ -29,14 +29,15 @@ const BURST_WINDOWS: usize = 768;
 const NUM_BUFFERS: usize = 10;
 
 /// One frame of a burst.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Frame {
     /// The receiver's virtio-net header and the frame's first bytes: one copy delivers both.
     head: [u8; NET_HDR_SIZE + HEAD_BYTES],
     /// Bytes of the frame.
     pub len: u32,
-    /// Windows of the payload behind the head, in the burst's arena.
-    payload: (u16, u16),
+    /// Windows in the burst's arena, first and number: the whole chain, and once the head is loaded the
+    /// payload behind it.
+    windows: (u16, u16),
     /// Number of the queue it came from, in the thread's plan.
     pub ingress: u16,
     /// Its chain's position in that queue.
@@ -44,6 +45,19 @@ pub struct Frame {
 }
 
 impl Frame {
+    const EMPTY: Frame = {
+        let mut head = [0; NET_HDR_SIZE + HEAD_BYTES];
+        head[NUM_BUFFERS] = 1;
+        Frame {
+            head,
+            len: 0,
+            windows: (0, 0),
+            ingress: 0,
+            position: 0,
+        }
+    };
+
+    #[inline(always)]
     fn head_len(&self) -> usize {
         HEAD_BYTES.min(self.len as usize)
     }
@@ -54,28 +68,40 @@ impl Frame {
         &self.head[NET_HDR_SIZE..NET_HDR_SIZE + self.head_len()]
     }
 
-    /// The virtio-net header for a receiver and the first bytes of the frame.
+    /// The virtio-net header for a receiver (`num_buffers` is 1) and the first bytes of the frame.
     #[inline(always)]
     pub fn with_header(&self) -> &[u8] {
         &self.head[..NET_HDR_SIZE + self.head_len()]
     }
 
+    /// Ethernet addresses, destination first: what decides where the frame goes.
     #[inline(always)]
-    fn payload(&self) -> Range<usize> {
-        usize::from(self.payload.0)..usize::from(self.payload.0) + usize::from(self.payload.1)
+    pub fn addresses(&self) -> [u8; 12] {
+        let mut addresses = [0; 12];
+        addresses.copy_from_slice(&self.head[NET_HDR_SIZE..NET_HDR_SIZE + 12]);
+        addresses
+    }
+
+    #[inline(always)]
+    fn range(&self) -> Range<usize> {
+        usize::from(self.windows.0)..usize::from(self.windows.0) + usize::from(self.windows.1)
     }
 }
 
-/// The `num_buffers` field of a header copied by [`Frame::with_header`] is 1; this is where another number goes.
-pub fn num_buffers_at() -> usize {
-    NUM_BUFFERS
-}
+/// Where `num_buffers` stands in the header that [`Frame::with_header`] gives.
+pub const NUM_BUFFERS_AT: usize = NUM_BUFFERS;
 
 /// Frames handled together, gathered from one or several queues.
+///
+/// Taking is in two steps, so that the cache misses of a burst overlap: [`Burst::note`] for each chain (which asks for
+/// the frame's first lines), then [`Burst::load_heads`] for all of them.
 #[derive(Debug)]
 pub struct Burst<'t> {
-    frames: ArrayVec<Frame, BURST_FRAMES>,
-    /// Payloads. While a chain is taken, its windows are appended here.
+    frames: [Frame; BURST_FRAMES],
+    count: usize,
+    /// Frames whose heads are loaded.
+    loaded: usize,
+    /// Buffers of the chains.
     windows: ArrayVec<Window<'t>, BURST_WINDOWS>,
     bytes: u32,
 }
@@ -90,7 +116,9 @@ impl<'t> Burst<'t> {
     /// An empty burst, to be reused.
     pub fn new() -> Self {
         Burst {
-            frames: ArrayVec::new(),
+            frames: [Frame::EMPTY; BURST_FRAMES],
+            count: 0,
+            loaded: 0,
             windows: ArrayVec::new(),
             bytes: 0,
         }
@@ -99,15 +127,14 @@ impl<'t> Burst<'t> {
     /// Forgets all frames.
     #[inline(always)]
     pub fn clear(&mut self) {
-        self.frames.clear();
         self.windows.clear();
-        self.bytes = 0;
+        (self.count, self.loaded, self.bytes) = (0, 0, 0);
     }
 
     /// Whether another chain of any legal form fits.
     #[inline(always)]
     pub fn has_room(&self) -> bool {
-        !self.frames.is_full()
+        self.count < BURST_FRAMES
             && self.windows.remaining_capacity() >= MAX_CHAIN_WINDOWS
             && self.bytes < BURST_BYTES
     }
@@ -115,7 +142,7 @@ impl<'t> Burst<'t> {
     /// The frames, in the order in which they were taken.
     #[inline(always)]
     pub fn frames(&self) -> &[Frame] {
-        &self.frames
+        &self.frames[..self.count]
     }
 
     /// The arena that a take appends its windows to.
@@ -124,110 +151,123 @@ impl<'t> Burst<'t> {
         &mut self.windows
     }
 
-    /// Forgets the windows from `mark` on: a chain that becomes no frame.
-    #[inline(always)]
-    pub fn forget(&mut self, mark: usize) {
-        self.windows.truncate(mark);
-    }
-
     /// Windows taken so far: where the next chain's begin.
     #[inline(always)]
     pub fn mark(&self) -> usize {
         self.windows.len()
     }
 
+    /// Forgets the windows from `mark` on: a chain that becomes no frame.
+    #[inline(always)]
+    pub fn forget(&mut self, mark: usize) {
+        self.windows.truncate(mark);
+    }
+
     /// The payload of a frame of this burst behind its head.
     #[inline(always)]
     pub fn payload(&self, frame: &Frame) -> &[Window<'t>] {
-        &self.windows[frame.payload()]
+        &self.windows[frame.range()]
     }
 
-    /// Turns the chain of `len` bytes whose windows begin at `mark` into a frame; or says why not, and forgets it.
+    /// Notes the chain of `len` bytes whose windows begin at `mark` as a frame; or says why not, and forgets it.
     #[inline(always)]
-    pub fn admit(
+    pub fn note(
         &mut self,
         mark: usize,
         len: u32,
         ingress: u16,
         position: u64,
     ) -> Result<(), DropReason> {
-        let Some(frame_len) = len.checked_sub(NET_HDR_SIZE as u32) else {
+        const HDR: u32 = NET_HDR_SIZE as u32;
+        if !(HDR + HEADER_LEN as u32..=HDR + MAX_FRAME).contains(&len) {
             self.windows.truncate(mark);
-            return Err(DropReason::RxMalformedChain);
-        };
-        if frame_len < HEADER_LEN as u32 || frame_len > MAX_FRAME {
-            self.windows.truncate(mark);
-            let long = frame_len > MAX_FRAME;
-            return Err(if long {
-                DropReason::RxTooLong
-            } else {
-                DropReason::RxShortFrame
+            return Err(match len {
+                0..HDR => DropReason::RxMalformedChain,
+                _ if len > HDR + MAX_FRAME => DropReason::RxTooLong,
+                _ => DropReason::RxShortFrame,
             });
         }
-        let mut frame = Frame {
-            head: [0; NET_HDR_SIZE + HEAD_BYTES],
-            len: frame_len,
-            payload: (mark as u16, 0),
-            ingress,
-            position,
-        };
-        frame.head[NUM_BUFFERS] = 1;
-        let head_len = frame.head_len();
-        let target = &mut frame.head[NET_HDR_SIZE..NET_HDR_SIZE + head_len];
-        let first = self.windows[mark];
-        if first.len() >= NET_HDR_SIZE + head_len {
-            first.read_bytes(NET_HDR_SIZE, target);
-            self.skip(mark, mark, NET_HDR_SIZE + head_len);
-        } else {
-            self.gather(mark, target);
+        // The sender's core has just written these lines: each would cost about 100 ns when needed, and a few
+        // nanoseconds while others are on their way too.
+        for window in &self.windows[mark..] {
+            window.prefetch(0);
+            window.prefetch(NET_HDR_SIZE + 63);
         }
-        frame.payload.1 = (self.windows.len() - mark) as u16;
-        self.bytes += frame_len;
-        self.frames.push(frame);
+        let frame = &mut self.frames[self.count];
+        frame.len = len - HDR;
+        frame.windows = (mark as u16, (self.windows.len() - mark) as u16);
+        frame.ingress = ingress;
+        frame.position = position;
+        self.bytes += frame.len;
+        self.count += 1;
         Ok(())
     }
 
-    /// Keeps from window `at` on, without its first `bytes`, as the windows from `mark` on.
+    /// Copies the heads of all frames noted since the last time.
     #[inline(always)]
-    fn skip(&mut self, mark: usize, at: usize, bytes: usize) {
-        let mut keep = at;
-        if let Some(rest) = self.windows[at].sub(bytes, self.windows[at].len() - bytes) {
-            self.windows[at] = rest;
-            keep += usize::from(rest.is_empty());
+    pub fn load_heads(&mut self) {
+        let Burst {
+            frames,
+            windows,
+            count,
+            loaded,
+            ..
+        } = self;
+        for frame in &mut frames[*loaded..*count] {
+            let head_len = frame.head_len();
+            let target = &mut frame.head[NET_HDR_SIZE..NET_HDR_SIZE + head_len];
+            let first = usize::from(frame.windows.0);
+            let end = first + usize::from(frame.windows.1);
+            let (at, bytes) = match windows[first] {
+                whole if whole.len() >= NET_HDR_SIZE + head_len => {
+                    whole.read_bytes(NET_HDR_SIZE, target);
+                    (first, NET_HDR_SIZE + head_len)
+                }
+                _ => gather(&windows[first..end], first, target),
+            };
+            // What is left of the window that the head ended in, and those behind it, are the payload.
+            let rest = windows[at]
+                .sub(bytes, windows[at].len() - bytes)
+                .unwrap_or(windows[at]);
+            windows[at] = rest;
+            let start = at + usize::from(rest.is_empty());
+            frame.windows = (start as u16, (end - start) as u16);
         }
-        if keep > mark {
-            self.windows.drain(mark..keep);
-        }
-    }
-
-    /// Reads a head that is spread over several windows (a header in a buffer of its own, or pieces of one byte).
-    fn gather(&mut self, mark: usize, target: &mut [u8]) {
-        let (mut to_skip, mut filled) = (NET_HDR_SIZE, 0);
-        for at in mark..self.windows.len() {
-            let window = self.windows[at];
-            let start = to_skip.min(window.len());
-            to_skip -= start;
-            let bytes = (window.len() - start).min(target.len() - filled);
-            window.read_bytes(start, &mut target[filled..filled + bytes]);
-            filled += bytes;
-            if filled == target.len() {
-                return self.skip(mark, at, start + bytes);
-            }
-        }
-        // The caller's length is the sum of the windows, so the loop always ends above.
-        self.windows.truncate(mark);
+        *loaded = *count;
     }
 
     /// Copies a frame of another burst into this one; `false` if it does not fit.
     pub fn adopt(&mut self, from: &Burst<'t>, frame: &Frame) -> bool {
         let payload = from.payload(frame);
-        if self.frames.is_full() || self.windows.remaining_capacity() < payload.len() {
+        if self.count == BURST_FRAMES || self.windows.remaining_capacity() < payload.len() {
             return false;
         }
-        let mut copy = frame.clone();
-        copy.payload.0 = self.windows.len() as u16;
+        self.frames[self.count] = *frame;
+        self.frames[self.count].windows.0 = self.windows.len() as u16;
+        self.count += 1;
+        self.loaded = self.count;
         self.windows.extend(payload.iter().copied());
-        self.frames.push(copy);
         true
     }
+}
+
+/// Reads a head that is spread over several windows (a header in a buffer of its own, or pieces of one byte).
+/// Returns the window in which it ended, counted from `first` on, and the bytes used of that one.
+fn gather(windows: &[Window<'_>], first: usize, target: &mut [u8]) -> (usize, usize) {
+    let (mut to_skip, mut filled) = (NET_HDR_SIZE, 0);
+    for (at, window) in windows.iter().enumerate() {
+        let start = to_skip.min(window.len());
+        to_skip -= start;
+        let bytes = (window.len() - start).min(target.len() - filled);
+        window.read_bytes(start, &mut target[filled..filled + bytes]);
+        filled += bytes;
+        if filled == target.len() && to_skip == 0 {
+            return (first + at, start + bytes);
+        }
+    }
+    // The frame's length is the sum of its windows, so the loop has ended above.
+    (
+        first + windows.len() - 1,
+        windows.last().map_or(0, Window::len),
+    )
 }

@@ -31,12 +31,11 @@ pub(super) fn execute(command: Command, socket: PathBuf) -> Result<(), Failure> 
             |threads: &Vec<PollThreadView>| views::poll_threads(threads),
         ),
         Command::Events(output) => events(&client, output),
-        Command::Run(_)
-        | Command::Bench(_)
-        | Command::Completions { .. }
-        | Command::Man { .. } => Err(
-            Failure::internal("this command needs no daemon and was sent to one"),
-        ),
+        Command::Run(_) | Command::Bench(_) | Command::Completions { .. } | Command::Man { .. } => {
+            Err(Failure::internal(
+                "this command needs no daemon and was sent to one",
+            ))
+        }
     }
 }
 

@@ -27,7 +27,10 @@ pub fn start(ports: usize, queue_pairs: u16) -> Result<EmbeddedSwitch<Embedded>,
     crate::memory::fence::install()?;
     let dir = std::env::temp_dir().join(format!("pollux-bench-{}", std::process::id()));
     std::fs::create_dir_all(&dir)?;
-    let mut switch = Embedded { daemon: None, dir: dir.clone() };
+    let mut switch = Embedded {
+        daemon: None,
+        dir: dir.clone(),
+    };
     let specs: Vec<PortSpec> = (0..ports)
         .map(|port| PortSpec {
             name: format!("guest{port}"),
@@ -39,7 +42,11 @@ pub fn start(ports: usize, queue_pairs: u16) -> Result<EmbeddedSwitch<Embedded>,
         })
         .collect();
     let sockets = specs.iter().map(|spec| spec.socket.clone()).collect();
-    let config = DaemonConfig { ports: specs, idle: IdlePolicy::Busy, ..DaemonConfig::default() };
+    let config = DaemonConfig {
+        ports: specs,
+        idle: IdlePolicy::Busy,
+        ..DaemonConfig::default()
+    };
     switch.daemon = Some(Daemon::start(&config)?);
     Ok(EmbeddedSwitch { sockets, switch })
 }

@@ -203,4 +203,19 @@ impl<'m> Window<'m> {
             }
         }
     }
+
+    /// The same for writing: the line comes exclusively, so that the store need not ask for it again.
+    #[inline(always)]
+    pub fn prefetch_write(&self, offset: usize) {
+        if offset < self.len {
+            #[cfg(target_arch = "x86_64")]
+            {
+                use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+                let place = self.ptr.as_ptr().wrapping_add(offset).cast::<i8>();
+                // SAFETY: a prefetch has no architectural effect, whatever the address; where the processor
+                // has no such instruction it does nothing.
+                unsafe { _mm_prefetch(place, _MM_HINT_ET0) }
+            }
+        }
+    }
 }

@@ -3,7 +3,7 @@
 //! Claims are made as late as possible, after decision and lengths, because an open claim of a descheduled thread
 //! delays what that queue's driver sees: at most 32 frames or 64 KiB, one open claim a thread.
 
-use crate::frame::{Burst, Frame, num_buffers_at};
+use crate::frame::{Burst, Frame, NUM_BUFFERS_AT};
 use crate::memory::Window;
 use crate::stats::{DropReason, PortCounters};
 use crate::topology::{Egress, EgressQueue};
@@ -146,8 +146,7 @@ fn fill_whole(target: &Window<'_>, frame: &Frame, payload: &[Window<'_>]) {
 /// A buffer of several pieces, or a frame over several buffers.
 fn fill_pieces(claim: &Claim<'_>, index: usize, frame: &Frame, payload: &[Window<'_>]) {
     let mut header = [0_u8; NET_HDR_SIZE];
-    let number = num_buffers_at();
-    header[number..number + 2].copy_from_slice(&claim.buffers(index).to_le_bytes());
+    header[NUM_BUFFERS_AT..NUM_BUFFERS_AT + 2].copy_from_slice(&claim.buffers(index).to_le_bytes());
     let head = frame.head();
     let mut sources = payload.iter().copied();
     let mut source: Option<Window<'_>> = None;

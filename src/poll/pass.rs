@@ -87,7 +87,7 @@ impl<'t, 'p> Pass<'t, 'p> {
                     self.burst.forget(mark);
                     Err(DropReason::RxDisabledQueue)
                 }
-                Taken::Chain { len } => self.burst.admit(mark, len, number, position),
+                Taken::Chain { len } => self.burst.note(mark, len, number, position),
             };
             taken += 1;
             if let Err(reason) = admitted {
@@ -113,6 +113,7 @@ impl<'t, 'p> Pass<'t, 'p> {
             self.burst.clear();
             return;
         }
+        self.burst.load_heads();
         let mut egress = [NOWHERE; BURST_FRAMES];
         let flooding = self.decide(&mut egress, now_s);
         self.delivery.dispatch(&self.burst, &egress, flooding);
@@ -132,18 +133,28 @@ impl<'t, 'p> Pass<'t, 'p> {
         };
         let fdb = &*context.topology.fdb;
         let (mut flooding, mut counted) = (false, Counted::default());
+        // Frames of one flow follow each other: addresses, ingress and verdict of the last frame.
+        let mut last = None;
         for (frame, egress) in self.burst.frames().iter().zip(egress) {
             let ingress = context.ingress(frame.ingress);
             counted.add(frame, context);
-            let Some(ethernet) = EthernetFrame::parse(frame.head()) else {
-                continue;
+            let key = (frame.addresses(), frame.ingress);
+            let verdict = match last {
+                Some((same, verdict)) if same == key => verdict,
+                _ => {
+                    let Some(ethernet) = EthernetFrame::parse(frame.head()) else {
+                        continue;
+                    };
+                    let head = FrameHead {
+                        dst: ethernet.dst(),
+                        src: ethernet.src(),
+                        len: frame.len,
+                    };
+                    decide(&head, ingress.reference, fdb, &generation, now_s)
+                }
             };
-            let head = FrameHead {
-                dst: ethernet.dst(),
-                src: ethernet.src(),
-                len: frame.len,
-            };
-            match decide(&head, ingress.reference, fdb, &generation, now_s) {
+            last = Some((key, verdict));
+            match verdict {
                 Verdict::Unicast(slot) => *egress = slot,
                 Verdict::Flood => {
                     *egress = EVERYWHERE;

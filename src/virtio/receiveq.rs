@@ -337,6 +337,11 @@ impl ReceiveQueue {
             Ok(len) if len >= MIN_BUFFER => len.min(left),
             _ => 0,
         };
+        // The receiver's core has read these lines last: see `Burst::note`.
+        if let Some(window) = claim.windows.get(first) {
+            window.prefetch_write(0);
+            window.prefetch_write(NET_HDR_SIZE + 63);
+        }
         claim.span += chain.head.span;
         let windows = (claim.windows.len() - first) as u16;
         claim.heads.push(ClaimedHead {
