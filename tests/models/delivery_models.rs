@@ -32,6 +32,8 @@ pub struct Scenario {
     pub producers: &'static [&'static [u64]],
     /// Times that the driver looks before it gives up without sleeping.
     pub driver_rounds: usize,
+    /// The driver offers more than it may: buffers that were not returned, again and again.
+    pub hasty: bool,
     pub fault: Fault,
 }
 
@@ -42,6 +44,7 @@ pub const TWO: Scenario = Scenario {
     start: 2,
     producers: &[&[2], &[1]],
     driver_rounds: 2,
+    hasty: false,
     fault: Fault::None,
 };
 
@@ -94,4 +97,14 @@ fn two_producers_go_round_the_ring_packed() {
 #[test]
 fn three_producers_and_a_driver_packed() {
     explore(2, || delivery::run(&packed(THREE)));
+}
+
+#[test]
+fn a_driver_that_offers_too_much() {
+    const HASTY: Scenario = Scenario {
+        hasty: true,
+        driver_rounds: 0,
+        ..LAPS
+    };
+    explore(2, || delivery::run(&HASTY));
 }
