@@ -78,9 +78,7 @@ impl Ring {
     fn is_used(&self, position: u64) -> bool {
         match self.kind {
             Kind::Split => self.used.load(Ordering::Acquire) > position,
-            Kind::Packed => {
-                self.flags[self.slot(position)].load(Ordering::Acquire) == position + 1
-            }
+            Kind::Packed => self.flags[self.slot(position)].load(Ordering::Acquire) == position + 1,
         }
     }
 
@@ -90,10 +88,7 @@ impl Ring {
             Kind::Packed => {
                 let element = self.elements[self.slot(position)].get();
                 // The data, too, not only the used element.
-                assert_eq!(
-                    self.entries[self.slot(position)].get().frame,
-                    element.frame
-                );
+                assert_eq!(self.entries[self.slot(position)].get().frame, element.frame);
                 element
             }
         }
@@ -195,7 +190,10 @@ impl Driver {
     fn consume(&mut self, ring: &Ring) {
         while ring.is_used(self.next) {
             let first = ring.element(self.next);
-            assert_eq!(first.first, self.next, "a claim begins where the last ended");
+            assert_eq!(
+                first.first, self.next,
+                "a claim begins where the last ended"
+            );
             for position in self.next..self.next + first.count {
                 assert!(ring.is_used(position), "a claim is visible as a whole");
                 let entry = ring.element(position);
@@ -261,7 +259,11 @@ pub fn run(scenario: &Scenario) {
         "the driver sleeps on work, and nobody called"
     );
     driver.consume(&ring);
-    assert_eq!(driver.next, claims.published(), "the driver found all of it");
+    assert_eq!(
+        driver.next,
+        claims.published(),
+        "the driver found all of it"
+    );
     let mut received = driver.frames;
     received.sort_unstable();
     sent.sort_unstable();

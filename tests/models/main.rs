@@ -9,9 +9,9 @@
 //! | `registry.rs` | (d) a session that enables its rings against the removal of its port |
 //! | `mutants.rs` | the same models with a deliberate error, each of which must be found |
 //!
-//! No RUSTFLAGS: the included files take their atomics from `crate::sync`, which is loom's here. Bounds: two
-//! threads and the driver with 3 preemptions, three producers with 2; the claims stop at two or three a thread. A model is
-//! exhaustive within its bound. `cargo test --release --test models`.
+//! No RUSTFLAGS: the included files take their atomics from `crate::sync`, which is loom's here. A model is exhaustive within
+//! its bound of preemptions, the first argument of `explore`: 1 for three producers, 2 or 3 for two, 2 to 4 for views. One or
+//! two claims a producer. `cargo test --release --test models` takes two to three minutes on two cores.
 #![allow(unsafe_code, reason = "shared cells, whose accesses loom checks")]
 
 mod delivery_models;

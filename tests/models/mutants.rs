@@ -177,7 +177,9 @@ fn a_sleeper_that_keeps_its_borrow() {
 #[test]
 #[should_panic]
 fn a_queue_moved_by_one_publication() {
-    explore(2, || production::views::hand_over(MoveFault::OnePublication));
+    explore(2, || {
+        production::views::hand_over(MoveFault::OnePublication)
+    });
 }
 
 #[test]

@@ -153,7 +153,10 @@ impl Claims {
                 // looks at the index (virtio 1.2 §2.7.7.2); without the barrier both sides may miss the other.
                 fence(Ordering::SeqCst);
                 if ring.wants_call(old, end) {
-                    self.call_wanted.store(true, Ordering::Release);
+                    // An RMW, so that whoever takes the wish has acquired every publication before it, whichever
+                    // publisher's write it finds. (A store would do, as all are made under the token, but only by an
+                    // argument that the model checker cannot follow.) The call itself costs far more.
+                    self.call_wanted.swap(true, Ordering::AcqRel);
                 }
             }
             self.token.store(false, Ordering::Release);
