@@ -13,4 +13,6 @@ pub mod peer;
 pub mod sched;
 pub mod signal;
 pub mod snapshot;
+#[cfg(test)]
+mod snapshot_tests;
 pub mod wake;

@@ -15,6 +15,8 @@
 
 pub mod chain;
 pub mod claim;
+#[cfg(test)]
+mod claim_tests;
 pub mod packed;
 mod receiveq;
 pub mod split;

@@ -1,0 +1,33 @@
+//! Model checking of the lock-free parts with loom: every interleaving, and every value that the memory model allows
+//! a load to see, up to a stated number of preemptions.
+//!
+//! | file | what |
+//! |---|---|
+//! | `production.rs` | `virtio/claim.rs` and `sys/snapshot.rs` as they stand, over loom's atomics |
+//! | `delivery.rs` | (a) claim, fill, commit, publish: producers and a driver, split and packed |
+//! | `views.rs` | (b) publish, acknowledge, retire; (c) a transmit queue changes its poll thread |
+//! | `registry.rs` | (d) a session that enables its rings against the removal of its port |
+//! | `mutants.rs` | the same models with a deliberate error, each of which must be found |
+//!
+//! No RUSTFLAGS: the included files take their atomics from `crate::sync`, which is loom's here. A model is exhaustive within
+//! its bound of preemptions, the first argument of `explore`: 1 for three producers, 2 or 3 for two, 2 to 4 for views. One or
+//! two claims a producer. `cargo test --release --test models` takes two to three minutes on two cores.
+#![allow(unsafe_code, reason = "shared cells, whose accesses loom checks")]
+
+mod delivery_models;
+mod mutants;
+mod production;
+mod registry;
+mod sync;
+mod view_models;
+
+/// Runs `model` in every interleaving with at most `preemptions` preemptions.
+fn explore(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(preemptions);
+    builder.max_branches = 10_000;
+    builder.check(move || {
+        sync::start_iteration();
+        model();
+    });
+}

@@ -1,0 +1,189 @@
+//! The same models with one deliberate error each: a model that does not find it proves nothing.
+//!
+//! Errors in the production files are copies under `mutants/` that differ in one place;
+//! [`copies_differ_in_one_place_only`] keeps them from drifting (`POLLUX_WRITE_MUTANTS=1` writes them anew).
+
+use crate::delivery_models::{Fault, LAPS, Scenario, TWO, packed};
+use crate::explore;
+use crate::production;
+use crate::view_models::{MoveFault, ReadFault};
+
+macro_rules! claim_mutant {
+    ($name:ident) => {
+        mod $name {
+            #[allow(dead_code, reason = "a copy")]
+            pub mod claim;
+            #[path = "../../delivery.rs"]
+            pub mod delivery;
+        }
+    };
+}
+
+macro_rules! snapshot_mutant {
+    ($name:ident) => {
+        mod $name {
+            #[allow(dead_code, reason = "a copy")]
+            pub mod snapshot;
+            #[allow(dead_code, reason = "not every model is run")]
+            #[path = "../../views.rs"]
+            pub mod views;
+        }
+    };
+}
+
+claim_mutant!(token_stored);
+claim_mutant!(one_round);
+claim_mutant!(no_barrier);
+claim_mutant!(no_room);
+snapshot_mutant!(acknowledges_unread);
+snapshot_mutant!(wakes_without_barrier);
+
+/// Copy, text of the original, and what is replaced by what.
+const COPIES: &[(&str, &str, &str, &str)] = &[
+    (
+        "token_stored/claim.rs",
+        include_str!("../../src/virtio/claim.rs"),
+        "self.token.swap(false, Ordering::AcqRel);",
+        "self.token.store(false, Ordering::Release);",
+    ),
+    (
+        "one_round/claim.rs",
+        include_str!("../../src/virtio/claim.rs"),
+        "if self.filled_from(end) == end {",
+        "if self.filled_from(end) >= end {",
+    ),
+    (
+        "no_barrier/claim.rs",
+        include_str!("../../src/virtio/claim.rs"),
+        "fence(Ordering::SeqCst);",
+        "fence(Ordering::Release);",
+    ),
+    (
+        "no_room/claim.rs",
+        include_str!("../../src/virtio/claim.rs"),
+        "(self.published() + self.size()).saturating_sub(p)",
+        "(u64::MAX / 2).saturating_sub(p)",
+    ),
+    (
+        "acknowledges_unread/snapshot.rs",
+        include_str!("../../src/sys/snapshot.rs"),
+        "self.word().store(view.generation, Ordering::Release);",
+        "self.word()\n            .store(self.shared.generation.load(Ordering::Acquire), Ordering::Release);",
+    ),
+    (
+        "wakes_without_barrier/snapshot.rs",
+        include_str!("../../src/sys/snapshot.rs"),
+        "// Pairs with the barrier in `Publisher::publish`.\n            fence(Ordering::SeqCst);",
+        "// Pairs with the barrier in `Publisher::publish`.\n            fence(Ordering::Release);",
+    ),
+];
+
+#[test]
+fn copies_differ_in_one_place_only() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/models/mutants/");
+    for (copy, original, from, to) in COPIES {
+        assert_eq!(original.matches(from).count(), 1, "{copy}: {from}");
+        let mutant = original.replacen(from, to, 1);
+        let path = format!("{folder}{copy}");
+        if std::env::var_os("POLLUX_WRITE_MUTANTS").is_some() {
+            std::fs::write(&path, &mutant).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), mutant, "{copy}");
+    }
+}
+
+fn with(scenario: Scenario, fault: Fault) -> impl Fn() + Sync + Send {
+    let scenario = Scenario { fault, ..scenario };
+    move || production::delivery::run(&scenario)
+}
+
+#[test]
+#[should_panic]
+fn commit_before_fill() {
+    explore(3, with(TWO, Fault::CommitFirst));
+}
+
+#[test]
+#[should_panic]
+fn used_index_without_release() {
+    explore(3, with(TWO, Fault::RelaxedIndex));
+}
+
+#[test]
+#[should_panic]
+fn packed_first_flags_first() {
+    explore(3, with(packed(TWO), Fault::FirstFlagsFirst));
+}
+
+#[test]
+#[should_panic]
+fn packed_event_test_per_own_range() {
+    explore(3, with(packed(TWO), Fault::OwnRange));
+}
+
+#[test]
+#[should_panic]
+fn token_released_by_a_store() {
+    explore(3, || token_stored::delivery::run(&TWO));
+}
+
+#[test]
+#[should_panic]
+fn one_publish_round_only() {
+    explore(3, || one_round::delivery::run(&TWO));
+}
+
+#[test]
+#[should_panic]
+fn no_barrier_before_the_event() {
+    explore(3, || no_barrier::delivery::run(&TWO));
+}
+
+#[test]
+#[should_panic]
+fn claims_beyond_what_is_published() {
+    const EAGER: Scenario = Scenario {
+        hasty: true,
+        driver_rounds: 0,
+        ..LAPS
+    };
+    explore(3, || no_room::delivery::run(&EAGER));
+}
+
+#[test]
+#[should_panic]
+fn acknowledgement_before_the_switch_of_view() {
+    explore(3, || {
+        acknowledges_unread::views::publish_and_retire(1, 2, ReadFault::None);
+    });
+}
+
+#[test]
+#[should_panic]
+fn waking_without_a_barrier() {
+    explore(3, || {
+        wakes_without_barrier::views::publish_and_retire(1, 2, ReadFault::None);
+    });
+}
+
+#[test]
+#[should_panic]
+fn a_sleeper_that_keeps_its_borrow() {
+    explore(3, || {
+        production::views::publish_and_retire(1, 2, ReadFault::KeepsItsBorrow);
+    });
+}
+
+#[test]
+#[should_panic]
+fn a_queue_moved_by_one_publication() {
+    explore(2, || {
+        production::views::hand_over(MoveFault::OnePublication)
+    });
+}
+
+#[test]
+#[should_panic]
+fn asleep_without_a_second_look() {
+    explore(2, || production::views::hand_over(MoveFault::NoSecondLook));
+}

@@ -1,0 +1,203 @@
+//! Claim, fill, commit, publish: how several threads deliver into one receive queue without a lock.
+//!
+//! This file holds the protocol's private atomics and nothing else, so that a model checker can run it
+//! as it stands (`tests/models`). What the protocol needs of the ring in guest memory is the two calls of
+//! [`Publish`].
+//!
+//! A *position* counts ring entries (split) or descriptors (packed) from the start of the ring, in 64 bits;
+//! it never wraps and never comes from guest memory. Every claim takes the positions `[p, p + n)`, and
+//! those are the used positions too: DPDK's vectorised driver ignores `used.id`, and QEMU resumes at
+//! `used.idx` after a crash, so used entries must stand in available order.
+//!
+//! What it costs: a thread that is descheduled between [`Claims::try_claim`] and the end of
+//! [`Claims::try_publish`] delays what this one queue's driver sees. Nobody waits for it, nobody loops.
+//!
+//! Rejected simpler forms: a boolean per slot (a late reset wipes the next lap's flag; hence tags with the
+//! position), releasing the token with a store (a loser's tag can be missed; hence the swap), one
+//! publish round (whoever loses the token after the last look would be forgotten; hence `Again`).
+
+use crossbeam_utils::CachePadded;
+
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+
+/// What the publisher does to the ring in guest memory. Called by the holder of the token only.
+pub trait Publish {
+    /// Makes the used entries of positions `[from, to)` visible to the driver, with release ordering:
+    /// a driver that sees the entries must see the data (virtio 1.2 §2.7.8.2).
+    fn publish(&self, from: u64, to: u64);
+
+    /// Whether the driver asked to be called for any position in `[from, to)`, read after a full barrier
+    /// (virtio 1.2 §2.7.7, §2.8.10).
+    fn wants_call(&self, from: u64, to: u64) -> bool;
+}
+
+/// How a try to publish ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Published {
+    /// Everything that was complete is visible, or the token's holder will make it so.
+    Clean,
+    /// Work was still visible after the last round: try again before the pass ends, and until clean
+    /// before sleeping or acknowledging a topology.
+    Again,
+}
+
+/// Bits of a tag that hold the count; the other 48 hold the position plus one.
+const COUNT_BITS: u32 = 16;
+const COUNT_MASK: u64 = (1 << COUNT_BITS) - 1;
+
+/// The private state of one receive queue between one start and the next stop.
+///
+/// A new object for every start: tags of an earlier start would publish buffers that nobody filled.
+#[derive(Debug)]
+pub struct Claims {
+    /// Next position to claim.
+    claim: CachePadded<AtomicU64>,
+    /// Every position before this one is visible to the driver.
+    published: CachePadded<AtomicU64>,
+    /// Taken by whoever publishes.
+    token: CachePadded<AtomicBool>,
+    /// The driver wants a call; swapped by every thread that delivered, at the end of its pass.
+    call_wanted: CachePadded<AtomicBool>,
+    /// One tag an entry: (position + 1, count) of the claim that starts there, once it is filled.
+    tags: Box<[AtomicU64]>,
+}
+
+impl Claims {
+    /// A queue of `size` entries (1 to 32768) that starts at `position`.
+    pub fn new(size: u16, position: u64) -> Self {
+        Claims {
+            claim: CachePadded::new(AtomicU64::new(position)),
+            published: CachePadded::new(AtomicU64::new(position)),
+            token: CachePadded::new(AtomicBool::new(false)),
+            call_wanted: CachePadded::new(AtomicBool::new(false)),
+            tags: (0..size).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    fn size(&self) -> u64 {
+        self.tags.len() as u64
+    }
+
+    #[inline(always)]
+    fn tag(&self, position: u64) -> &AtomicU64 {
+        // A mask for sizes that are a power of two; a division otherwise (packed rings may have 320
+        // entries), once a claim and once a published run, not once a frame.
+        let size = self.size();
+        let index = if size.is_power_of_two() {
+            position & (size - 1)
+        } else {
+            position % size
+        };
+        &self.tags[index as usize]
+    }
+
+    /// The position that the next claim would start at.
+    #[inline(always)]
+    pub fn next(&self) -> u64 {
+        self.claim.load(Ordering::Relaxed)
+    }
+
+    /// Everything before this position is visible to the driver.
+    ///
+    /// Acquire pairs with the release in `try_publish`.
+    #[inline(always)]
+    pub fn published(&self) -> u64 {
+        self.published.load(Ordering::Acquire)
+    }
+
+    /// How many positions from `p` on may be claimed without lapping what is not published yet.
+    ///
+    /// The driver's available index alone is not enough: a guest may raise it without waiting for used
+    /// entries, two open claims would share a tag, and the queue would stick. Acquire (in `published`) orders the
+    /// publisher's reading of a tag before our writing of it one lap later.
+    #[inline(always)]
+    pub fn room(&self, p: u64) -> u64 {
+        (self.published() + self.size()).saturating_sub(p)
+    }
+
+    /// Takes `[p, p + n)` if nobody took anything since `p` was read.
+    ///
+    /// Relaxed: the swap only divides positions among us; the data of the available entries was acquired with the
+    /// available index, and what we write is released by the commit.
+    #[inline(always)]
+    pub fn try_claim(&self, p: u64, n: u16) -> bool {
+        let (old, new) = (p, p + u64::from(n));
+        self.claim
+            .compare_exchange(old, new, Ordering::Relaxed, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// Declares the claim `[p, p + n)` filled. The release pairs with the publisher's acquire of the tag.
+    #[inline(always)]
+    pub fn commit(&self, p: u64, n: u16) {
+        self.tag(p).store(tag_of(p, n), Ordering::Release);
+    }
+
+    /// Makes every filled claim visible that nothing unfilled stands before, unless another thread is at it.
+    ///
+    /// At most two rounds: with more, one thread could be kept publishing for the others for ever.
+    #[inline(always)]
+    pub fn try_publish(&self, ring: &impl Publish) -> Published {
+        for _ in 0..2 {
+            // A loser may leave: the holder's swap below reads this one (or a later one), so it synchronises with
+            // it, and its look at the tags after the release sees ours.
+            if self.token.swap(true, Ordering::AcqRel) {
+                return Published::Clean;
+            }
+            let old = self.published.load(Ordering::Relaxed);
+            let end = self.filled_from(old);
+            if end != old {
+                ring.publish(old, end);
+                self.published.store(end, Ordering::Release);
+                // Full barrier between the used index and the driver's event word: the driver stores its event, then
+                // looks at the index (virtio 1.2 §2.7.7.2); without the barrier both sides may miss the other.
+                fence(Ordering::Release);
+                if ring.wants_call(old, end) {
+                    // An RMW, so that whoever takes the wish has acquired every publication before it, whichever
+                    // publisher's write it finds. (A store would do, as all are made under the token, but only by an
+                    // argument that the model checker cannot follow.) The call itself costs far more.
+                    self.call_wanted.swap(true, Ordering::AcqRel);
+                }
+            }
+            self.token.swap(false, Ordering::AcqRel);
+            if self.filled_from(end) == end {
+                return Published::Clean;
+            }
+        }
+        Published::Again
+    }
+
+    /// The end of the unbroken run of filled claims from `from` on, at most one lap.
+    #[inline(always)]
+    fn filled_from(&self, from: u64) -> u64 {
+        let mut end = from;
+        loop {
+            let tag = self.tag(end).load(Ordering::Acquire);
+            let count = tag & COUNT_MASK;
+            if count == 0 || tag != tag_of(end, count as u16) {
+                return end;
+            }
+            end += count;
+        }
+    }
+
+    /// Asks for a call whatever the driver's event says.
+    pub fn want_call(&self) {
+        self.call_wanted.store(true, Ordering::Release);
+    }
+
+    /// Whether the driver is to be called now; the caller that gets `true` signals.
+    ///
+    /// The load first keeps the line shared among threads while nobody wants a call.
+    #[inline(always)]
+    pub fn take_call_wanted(&self) -> bool {
+        self.call_wanted.load(Ordering::Acquire) && self.call_wanted.swap(false, Ordering::AcqRel)
+    }
+}
+
+#[inline(always)]
+fn tag_of(position: u64, count: u16) -> u64 {
+    // The position keeps its low 48 bits: equal tags are 2^48 positions apart, a month at 100 Mpps, and no
+    // thread stands still across a whole lap of them.
+    ((position + 1) << COUNT_BITS) | u64::from(count)
+}
