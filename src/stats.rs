@@ -58,8 +58,6 @@ drop_reasons! {
     /// The descriptor chain breaks a rule of the ring: index or range out of bounds, a loop, wrong
     /// direction, too short for the virtio-net header.
     RxMalformedChain = "rx_malformed_chain", Rx;
-    /// The virtio-net header asks for an offload that was not negotiated or does not fit the frame.
-    RxBadOffload = "rx_bad_offload", Rx;
     /// Shorter than an Ethernet header (14 bytes).
     RxShortFrame = "rx_short_frame", Rx;
     /// Longer than the switch takes from any guest.
@@ -82,12 +80,8 @@ drop_reasons! {
     EgressContended = "egress_contended", Tx;
     /// Longer than the receiver's buffers or its ring can ever take.
     EgressTooLong = "egress_too_long", Tx;
-    /// The port was removed or its queue disabled after the decision.
-    EgressPortGone = "egress_port_gone", Tx;
     /// No receive queue of the port is started and enabled.
     EgressNotReady = "egress_not_ready", Tx;
-    /// The receiver's chain is malformed: it cannot hold a frame.
-    EgressMalformedChain = "egress_malformed_chain", Tx;
     /// The receiver's memory could not be written, because its file was truncated.
     EgressMemoryFault = "egress_memory_fault", Tx;
 }
@@ -129,10 +123,8 @@ pub struct PortCounters {
     pub tx_frames: Counter,
     /// Their bytes, without virtio-net headers.
     pub tx_bytes: Counter,
-    /// Frames among `rx_frames` that went to all ports.
-    pub rx_flooded: Counter,
-    /// Times the driver was called (notified).
-    pub calls: Counter,
+    /// Receive buffers returned unused: a malformed chain, or one too small for any frame.
+    pub bad_buffers: Counter,
     drops: [Counter; DropReason::ALL.len()],
 }
 
@@ -190,8 +182,7 @@ impl PortStats {
             totals.rx_bytes += block.rx_bytes.get();
             totals.tx_frames += block.tx_frames.get();
             totals.tx_bytes += block.tx_bytes.get();
-            totals.rx_flooded += block.rx_flooded.get();
-            totals.calls += block.calls.get();
+            totals.bad_buffers += block.bad_buffers.get();
         }
         for reason in DropReason::ALL {
             let n = self.threads.iter().map(|block| block.drops(reason)).sum();
@@ -208,7 +199,7 @@ impl PortStats {
 /// A port's numbers at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct PortTotals {
-    /// Frames that entered the switch here and got a verdict other than a drop.
+    /// Well-formed frames that entered the switch here, whatever became of them.
     pub rx_frames: u64,
     /// Their bytes.
     pub rx_bytes: u64,
@@ -216,10 +207,8 @@ pub struct PortTotals {
     pub tx_frames: u64,
     /// Their bytes.
     pub tx_bytes: u64,
-    /// Frames among `rx_frames` that went to all ports.
-    pub rx_flooded: u64,
-    /// Times the driver was called (notified).
-    pub calls: u64,
+    /// Receive buffers returned unused.
+    pub bad_buffers: u64,
     /// Drops counted on entry, all reasons.
     pub rx_dropped: u64,
     /// Drops counted on the way out, all reasons.

@@ -6,6 +6,8 @@
 //!
 //! This reads lines, not syntax, and relies on rustfmt: an item ends at the brace in its own column.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};

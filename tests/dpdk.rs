@@ -14,6 +14,8 @@
 //!
 //! Three seconds for each closed loop, 30 with `POLLUX_LONG=1`.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

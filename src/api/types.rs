@@ -203,6 +203,9 @@ pub struct PortStatistics {
     pub rx: DirectionStatistics,
     /// From the switch to the guest.
     pub tx: DirectionStatistics,
+    /// Receive buffers of the guest that could hold no frame and went back unused.
+    #[serde(default)]
+    pub bad_buffers: u64,
 }
 
 /// Counters of one direction.

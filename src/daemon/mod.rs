@@ -13,6 +13,7 @@ mod control;
 pub mod embedded;
 mod handle;
 mod link;
+mod operations;
 mod pollers;
 mod port;
 mod registry;

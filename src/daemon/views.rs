@@ -161,6 +161,7 @@ fn statistics(port: &PortShared) -> PortStatistics {
             bytes: totals.tx_bytes,
             drops: drops(Direction::Tx),
         },
+        bad_buffers: totals.bad_buffers,
     }
 }
 

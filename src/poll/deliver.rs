@@ -73,6 +73,9 @@ pub(super) fn deliver<'t>(
         }
         let done = fill(context, burst, egress, claim, mask, counters);
         touched.note(queue, queue.queue.commit(claim));
+        if claim.bad_buffers() > 0 {
+            counters.bad_buffers.add(u64::from(claim.bad_buffers()));
+        }
         if queue.queue.published() < claim.end() {
             for number in numbers(mask & done) {
                 let frame = &frames[number];

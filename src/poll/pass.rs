@@ -75,6 +75,10 @@ impl<'t, 'p> Pass<'t, 'p> {
     /// Takes what there is in one queue, into the burst.
     #[inline(always)]
     fn take(&mut self, ingress: &'t Ingress, number: u16) -> bool {
+        // Its session is about to be cut off.
+        if ingress.memory.faulted() {
+            return false;
+        }
         let queue = &*ingress.queue;
         let end = queue.available_to();
         let mut taken = 0;
@@ -95,6 +99,8 @@ impl<'t, 'p> Pass<'t, 'p> {
             }
             // The pages may have gone while we read them (the file was truncated): zeros came instead.
             if ingress.memory.faulted() {
+                self.context()
+                    .drop_taken(ingress, DropReason::RxMemoryFault);
                 break;
             }
         }
@@ -177,9 +183,12 @@ impl<'t, 'p> Pass<'t, 'p> {
 
     /// Asks every driver of the plan for kicks; says whether the thread may sleep.
     pub(super) fn arm(&self) -> bool {
-        // All of them, also after one had work: `disarm` undoes all.
-        let queues = self.context().plan.queues.iter();
-        queues.fold(true, |quiet, ingress| ingress.queue.arm() && quiet)
+        let mut quiet = true;
+        for ingress in &self.context().plan.queues {
+            // All of them, also after one had work: `disarm` undoes all.
+            quiet &= ingress.queue.arm();
+        }
+        quiet
     }
 
     /// Takes [`Pass::arm`] back.

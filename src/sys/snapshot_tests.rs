@@ -21,7 +21,7 @@ fn a_view_is_retired_once_every_reader_moved_on() {
 #[test]
 fn a_sleeper_holds_nothing_back() {
     let (mut publisher, mut readers) = snapshots(1, 1);
-    drop(readers[0].borrow());
+    readers[0].borrow();
     let generation = publisher.publish(2);
     assert!(!publisher.acknowledgements().reached(generation));
     readers[0].sleep();
@@ -33,7 +33,7 @@ fn a_sleeper_holds_nothing_back() {
 #[test]
 fn a_reader_that_goes_away_holds_nothing_back() {
     let (mut publisher, mut readers) = snapshots(1, 1);
-    drop(readers[0].borrow());
+    readers[0].borrow();
     publisher.publish(2);
     drop(readers);
     assert_eq!(publisher.retire().len(), 1);
@@ -50,7 +50,6 @@ fn readers_and_publisher_race_without_losing_a_view() {
                     let view = reader.borrow();
                     assert!(**view >= last);
                     last = **view;
-                    drop(view);
                     if last % 3 == 0 {
                         reader.sleep();
                     }

@@ -57,6 +57,8 @@ pub struct Claim<'m> {
     span: u16,
     heads: ArrayVec<ClaimedHead, CLAIM_HEADS>,
     windows: Windows<'m, CLAIM_WINDOWS>,
+    /// Heads that go back unused.
+    bad: u16,
     /// Heads of each frame, in order: first and number.
     frames: ArrayVec<(u16, u16), CLAIM_FRAMES>,
 }
@@ -67,6 +69,7 @@ impl<'m> Claim<'m> {
         Claim {
             position: 0,
             span: 0,
+            bad: 0,
             heads: ArrayVec::new(),
             windows: ArrayVec::new(),
             frames: ArrayVec::new(),
@@ -75,6 +78,7 @@ impl<'m> Claim<'m> {
 
     fn clear(&mut self) {
         self.span = 0;
+        self.bad = 0;
         self.heads.clear();
         self.windows.clear();
         self.frames.clear();
@@ -84,6 +88,12 @@ impl<'m> Claim<'m> {
     #[inline(always)]
     pub fn frames(&self) -> usize {
         self.frames.len()
+    }
+
+    /// Number of buffers that go back unused, because no frame fits them.
+    #[inline(always)]
+    pub fn bad_buffers(&self) -> u16 {
+        self.bad
     }
 
     /// End of the claimed positions: published once [`ReceiveQueue::published`] reaches it.
@@ -303,6 +313,7 @@ impl ReceiveQueue {
     fn give_up_heads(&self, first: usize, claim: &mut Claim<'_>) {
         for head in &mut claim.heads[first..] {
             head.written = 0;
+            claim.bad += 1;
         }
     }
 

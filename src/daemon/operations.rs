@@ -1,0 +1,154 @@
+//! What an operator does to ports, on the control thread.
+
+use std::time::Instant;
+
+use event_manager::{EventOps, EventSet, Events};
+
+use super::control::{Control, LISTENER};
+use super::port::{Door, PortRecord};
+use super::socket::Listener;
+use super::views;
+use crate::api::ControlError;
+use crate::api::types::{EventKind, PortPatch, PortView};
+use crate::config::{MAX_PORTS, PortSpec, SocketMode};
+use crate::port::PortShared;
+
+impl Control {
+    pub(super) fn add_port(
+        &mut self,
+        spec: PortSpec,
+        may_exist: bool,
+        ops: &mut EventOps,
+    ) -> Result<PortView, ControlError> {
+        spec.validate()?;
+        if let Some(record) = self.registry.find(&spec.name) {
+            if may_exist && record.shared.spec == spec {
+                return Ok(views::port(record));
+            }
+            return Err(ControlError::Conflict {
+                text: format!("port {:?} exists already", spec.name),
+            });
+        }
+        if let Some(other) = self
+            .registry
+            .ports
+            .iter()
+            .find(|port| port.shared.spec.socket == spec.socket)
+        {
+            return Err(ControlError::Conflict {
+                text: format!(
+                    "{:?} is the socket of port {:?}",
+                    spec.socket,
+                    other.shared.name()
+                ),
+            });
+        }
+        if self.registry.ports.len() >= MAX_PORTS {
+            return Err(ControlError::Conflict {
+                text: format!("{MAX_PORTS} ports are the most there can be"),
+            });
+        }
+        let door = match spec.mode {
+            SocketMode::Server => {
+                let listener = Listener::bind(&spec).map_err(|error| ControlError::Conflict {
+                    text: error.to_string(),
+                })?;
+                Door::Listening(listener)
+            }
+            SocketMode::Client => Door::Connecting(Instant::now()),
+        };
+        self.build_port(spec, door, ops)
+    }
+
+    fn build_port(
+        &mut self,
+        spec: PortSpec,
+        door: Door,
+        ops: &mut EventOps,
+    ) -> Result<PortView, ControlError> {
+        let reference = self.registry.free_slot();
+        let queues = spec.queues;
+        let shared = PortShared::new(spec, reference);
+        if let Door::Listening(listener) = &door {
+            let data = LISTENER + u32::from(reference.slot);
+            let events = Events::with_data(listener, data, EventSet::IN);
+            ops.add(events)
+                .map_err(|error| ControlError::Internal(error.to_string()))?;
+        }
+        let record = PortRecord {
+            shared: shared.clone(),
+            door,
+            placement: self.registry.place(reference, queues),
+            queues,
+            session: None,
+            waiting: None,
+            device: None,
+            last_end: None,
+            reported_state: None,
+        };
+        let view = views::port(&record);
+        self.registry.register(record);
+        let text = format!(
+            "port added on {:?}, mode {}",
+            shared.spec.socket, shared.spec.mode
+        );
+        self.report.port(&shared, EventKind::PortAdded, text);
+        Ok(view)
+    }
+
+    pub(super) fn remove_port(
+        &mut self,
+        name: &str,
+        ops: &mut EventOps,
+    ) -> Result<(), ControlError> {
+        let record = self
+            .registry
+            .unregister(name)
+            .ok_or_else(|| ControlError::no_port(name))?;
+        if let Door::Listening(listener) = &record.door {
+            // Before the descriptor closes: epoll would report it under a name that means somebody else by then.
+            let data = LISTENER + u32::from(record.shared.reference.slot);
+            let _ = ops.remove(Events::with_data(listener, data, EventSet::IN));
+        }
+        if let Some(session) = &record.session {
+            session.stopper.stop();
+        }
+        self.report
+            .port(&record.shared, EventKind::PortRemoved, "port removed");
+        Ok(())
+    }
+
+    pub(super) fn set_port(
+        &mut self,
+        name: &str,
+        patch: &PortPatch,
+    ) -> Result<PortView, ControlError> {
+        let report = self.report.clone();
+        let placement = match self.registry.find(name) {
+            None => return Err(ControlError::no_port(name)),
+            Some(record) => record.shared.reference,
+        };
+        let queues = patch.queues;
+        let placed = queues.map(|queues| self.registry.place(placement, queues));
+        let record = self
+            .registry
+            .find(name)
+            .ok_or_else(|| ControlError::no_port(name))?;
+        if let Some(queues) = queues {
+            let spec = PortSpec {
+                queues,
+                ..record.shared.spec.clone()
+            };
+            spec.validate()?;
+            record.queues = queues;
+            if let Some(placed) = placed {
+                // A running session keeps the threads of the pairs it has.
+                let keep = record.placement.len().min(placed.len());
+                record.placement.extend_from_slice(&placed[keep..]);
+            }
+            let text = format!("{queues} queue pairs are offered from the next session on");
+            report.port(&record.shared, EventKind::PortChanged, text);
+        }
+        Ok(views::port(record))
+    }
+}
