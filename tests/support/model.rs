@@ -54,6 +54,7 @@ fn view(spec: &PortSpec) -> PortView {
                 bytes: 448,
                 drops,
             },
+            bad_buffers: 0,
         },
     }
 }
