@@ -17,6 +17,7 @@
     clippy::duplicate_mod,
     reason = "a model is compiled once for every mutant"
 )]
+#![allow(clippy::drop_non_drop, reason = "where a borrow ends is the point")]
 #![allow(unsafe_code, reason = "shared cells, whose accesses loom checks")]
 
 mod delivery_models;
