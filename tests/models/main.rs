@@ -12,6 +12,7 @@
 //! No RUSTFLAGS: the included files take their atomics from `crate::sync`, which is loom's here. A model is exhaustive within
 //! its bound of preemptions, the first argument of `explore`: 1 for three producers, 2 or 3 for two, 2 to 4 for views. One or
 //! two claims a producer. `cargo test --release --test models` takes two to three minutes on two cores.
+#![allow(unreachable_pub, reason = "modules of a test target")]
 #![allow(clippy::unwrap_used, reason = "test code")]
 #![allow(
     clippy::duplicate_mod,
