@@ -91,7 +91,7 @@ fn two_producers_and_a_driver_packed() {
 
 #[test]
 fn two_producers_go_round_the_ring_packed() {
-    explore(1, || delivery::run(&packed(LAPS)));
+    explore(2, || delivery::run(&packed(LAPS)));
 }
 
 #[test]

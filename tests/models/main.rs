@@ -12,7 +12,13 @@
 //! No RUSTFLAGS: the included files take their atomics from `crate::sync`, which is loom's here. A model is exhaustive within
 //! its bound of preemptions, the first argument of `explore`: 1 for three producers, 2 or 3 for two, 2 to 4 for views. One or
 //! two claims a producer. `cargo test --release --test models` takes two to three minutes on two cores.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(unreachable_pub, reason = "modules of a test target")]
+#![allow(clippy::unwrap_used, reason = "test code")]
+#![allow(
+    clippy::duplicate_mod,
+    reason = "a model is compiled once for every mutant"
+)]
+#![allow(clippy::drop_non_drop, reason = "where a borrow ends is the point")]
 #![allow(unsafe_code, reason = "shared cells, whose accesses loom checks")]
 
 mod delivery_models;

@@ -98,49 +98,49 @@ fn with(scenario: Scenario, fault: Fault) -> impl Fn() + Sync + Send {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "Causality violation")]
 fn commit_before_fill() {
     explore(3, with(TWO, Fault::CommitFirst));
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "Causality violation")]
 fn used_index_without_release() {
     explore(3, with(TWO, Fault::RelaxedIndex));
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "visible as a whole")]
 fn packed_first_flags_first() {
     explore(3, with(packed(TWO), Fault::FirstFlagsFirst));
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "nobody called")]
 fn packed_event_test_per_own_range() {
     explore(3, with(packed(TWO), Fault::OwnRange));
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "everything is published")]
 fn token_released_by_a_store() {
     explore(3, || token_stored::delivery::run(&TWO));
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "everything is published")]
 fn one_publish_round_only() {
     explore(3, || one_round::delivery::run(&TWO));
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "nobody called")]
 fn no_barrier_before_the_event() {
     explore(3, || no_barrier::delivery::run(&TWO));
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "Causality violation")]
 fn claims_beyond_what_is_published() {
     const EAGER: Scenario = Scenario {
         hasty: true,
@@ -151,7 +151,7 @@ fn claims_beyond_what_is_published() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "Causality violation")]
 fn acknowledgement_before_the_switch_of_view() {
     explore(3, || {
         acknowledges_unread::views::publish_and_retire(1, 2, ReadFault::None);
@@ -159,7 +159,7 @@ fn acknowledgement_before_the_switch_of_view() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "Causality violation")]
 fn waking_without_a_barrier() {
     explore(3, || {
         wakes_without_barrier::views::publish_and_retire(1, 2, ReadFault::None);
@@ -167,7 +167,7 @@ fn waking_without_a_barrier() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "Causality violation")]
 fn a_sleeper_that_keeps_its_borrow() {
     explore(3, || {
         production::views::publish_and_retire(1, 2, ReadFault::KeepsItsBorrow);
@@ -175,7 +175,7 @@ fn a_sleeper_that_keeps_its_borrow() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "Causality violation")]
 fn a_queue_moved_by_one_publication() {
     explore(2, || {
         production::views::hand_over(MoveFault::OnePublication)
@@ -183,7 +183,7 @@ fn a_queue_moved_by_one_publication() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "no kick came")]
 fn asleep_without_a_second_look() {
     explore(2, || production::views::hand_over(MoveFault::NoSecondLook));
 }

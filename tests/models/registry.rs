@@ -137,13 +137,13 @@ fn a_removed_port_does_not_come_back() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "came back")]
 fn mutant_the_session_posts_unchecked() {
     explore(2, || remove(Fault::PostUnchecked));
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "came back")]
 fn mutant_control_applies_a_stale_turn() {
     explore(2, || remove(Fault::StaleTurn));
 }
