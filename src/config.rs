@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 pub const MAX_PORT_NAME: usize = 63;
 /// Longest socket path the kernel takes (`sun_path` less the terminating zero).
 pub const MAX_SOCKET_PATH: usize = 107;
-/// Most queue pairs of one port.
-pub const MAX_QUEUE_PAIRS: u16 = 256;
+/// Most queue pairs of one port: SET_VRING_KICK and SET_VRING_CALL name a ring in 8 bits.
+pub const MAX_QUEUE_PAIRS: u16 = 128;
 /// Most ports of one daemon.
 pub const MAX_PORTS: usize = 4096;
 
@@ -51,7 +51,7 @@ pub struct PortSpec {
     /// Who listens.
     #[serde(default)]
     pub mode: SocketMode,
-    /// Queue pairs offered to the frontend, 1 to 256.
+    /// Queue pairs offered to the frontend, 1 to 128.
     #[serde(default = "one")]
     pub queues: u16,
     /// Permission bits of the socket file (server mode only).
@@ -148,7 +148,7 @@ impl PortSpec {
                 name: self.name.clone(),
                 key: "queues",
                 value: self.queues.to_string(),
-                expected: "1 to 256 queue pairs",
+                expected: "1 to 128 queue pairs",
             });
         }
         if self.socket_mode.is_some_and(|mode| mode > 0o777) {
@@ -181,7 +181,7 @@ impl PortSpec {
             "queues" => {
                 self.queues = value
                     .parse()
-                    .map_err(|_| bad("queues", "1 to 256 queue pairs"))?
+                    .map_err(|_| bad("queues", "1 to 128 queue pairs"))?
             }
             "socket-mode" => {
                 let bits = u32::from_str_radix(value, 8)
@@ -363,8 +363,8 @@ mod tests {
             ("a b,socket=/x", "port name"),
             ("vm1", "a socket is needed"),
             ("vm1,socket=/x,mode=both", "server or client"),
-            ("vm1,socket=/x,queues=0", "1 to 256"),
-            ("vm1,socket=/x,queues=257", "1 to 256"),
+            ("vm1,socket=/x,queues=0", "1 to 128"),
+            ("vm1,socket=/x,queues=129", "1 to 128"),
             ("vm1,socket=/x,socket-mode=999", "octal"),
             ("vm1,socket=/x,colour=red", "unknown option"),
             ("vm1,socket=/x,socket=/y", "given twice"),

@@ -99,7 +99,7 @@ fn wrong_requests_are_refused_and_named() {
         (json!({"name": "a b", "socket": "/x"}), "port name"),
         (
             json!({"name": "vm1", "socket": "/x", "queues": 0}),
-            "1 to 256",
+            "1 to 128",
         ),
         (at("relative"), "absolute"),
         (at(&format!("/{}", "x".repeat(200))), "at most 107"),

@@ -230,7 +230,7 @@ impl DirectionStatistics {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PortPatch {
-    /// Queue pairs offered, 1 to 256; a connected frontend sees it when it reconnects.
+    /// Queue pairs offered, 1 to 128; a connected frontend sees it when it reconnects.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
 }

@@ -322,7 +322,7 @@ mod tests {
             ),
             ("pollux port set vm1", "KEY=VALUE"),
             ("pollux port set vm1 colour=red", "known is queues=N"),
-            ("pollux port set vm1 queues=0", "1 to 256"),
+            ("pollux port set vm1 queues=0", "1 to 128"),
             ("pollux port", "Usage"),
             ("pollux frobnicate", "unrecognized"),
         ] {
