@@ -185,8 +185,8 @@
 //! - **The FDB evicts nobody.** A full table and a port over its quota refuse newcomers, whose frames are flooded.
 //! - **One receive queue a port carries traffic.** Frames are taken from all transmit queues, but delivered into
 //!   the first receive queue that is started and enabled. Spreading flows over several is not built yet.
-//! - **Packed rings are not offered** by sessions, although the rings are implemented: a restart of the switch would lose
-//!   their position, which QEMU does not keep.
+//! - **Packed rings are offered**, although QEMU keeps no position for them: after a restart of the switch a guest with
+//!   packed rings resets its device. Guests that must not notice a restart use split rings.
 //! - **The receive queue's memory, not a second copy of its state, holds used elements of split rings** while
 //!   a claim is filled: nobody reads them before `used.idx` passes. Packed rings note them privately, since their flags are what
 //!   makes them visible.

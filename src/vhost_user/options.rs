@@ -12,7 +12,6 @@ const fn bit(number: u32) -> u64 {
 }
 
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-const PACKED: u64 = bit(VIRTIO_F_RING_PACKED);
 const MQ: u64 = bit(VIRTIO_NET_F_MQ);
 
 /// What is offered unless the operator asks for something else.
@@ -21,10 +20,11 @@ pub const OFFERED_FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
     | bit(VIRTIO_RING_F_INDIRECT_DESC)
     | bit(VIRTIO_RING_F_EVENT_IDX)
     | bit(VIRTIO_F_IN_ORDER)
+    | bit(VIRTIO_F_RING_PACKED)
     | PROTOCOL_FEATURES;
 
 /// Everything that may be offered.
-pub const SUPPORTED_FEATURES: u64 = OFFERED_FEATURES | PACKED | MQ;
+pub const SUPPORTED_FEATURES: u64 = OFFERED_FEATURES | MQ;
 
 /// Protocol features: several queues, acknowledgements, single memory regions, reset.
 pub(super) const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ

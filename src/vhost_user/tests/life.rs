@@ -346,14 +346,16 @@ fn more_queues_than_offered_are_told_so() {
 
 #[test]
 fn packed_rings_only_where_offered() {
-    let packed = 1 << 34;
-    let options = SessionOptions {
+    let split_only = SessionOptions {
         queue_pairs: 1,
-        features: OFFERED_FEATURES | packed,
+        features: OFFERED_FEATURES & !PACKED,
     };
-    let mut peer = Peer::with(options);
-    let features = peer.negotiate();
-    assert_ne!(features & packed, 0);
+    let peer = Peer::with(split_only);
+    assert_eq!(peer.frontend.get_features().unwrap() & PACKED, 0);
+    peer.leave();
+    let mut peer = Peer::new();
+    assert_ne!(peer.frontend.get_features().unwrap() & PACKED, 0);
+    let features = peer.negotiate() | PACKED;
     peer.frontend.set_features(features).unwrap();
     peer.share_memory();
     peer.frontend.set_vring_num(0, 200).unwrap();

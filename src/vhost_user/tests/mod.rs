@@ -34,6 +34,8 @@ const AVAILABLE: u64 = 0x4000;
 const USED: u64 = 0x8000;
 const ENTRIES: u16 = 256;
 const NEED_REPLY: u32 = 8;
+/// VIRTIO_F_RING_PACKED.
+const PACKED: u64 = 1 << 34;
 
 /// The daemon, as far as a session sees it.
 #[derive(Default)]
@@ -101,13 +103,14 @@ impl Peer {
     }
 
     /// GET and SET_PROTOCOL_FEATURES and what comes before; every message is acknowledged from then on.
+    /// Returns what a driver with split rings takes of the features.
     fn negotiate(&mut self) -> u64 {
         let features = self.frontend.get_features().unwrap();
         let protocol = self.frontend.get_protocol_features().unwrap();
         self.frontend.set_protocol_features(protocol).unwrap();
         self.frontend.set_owner().unwrap();
         self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        features
+        features & !PACKED
     }
 
     fn region(&self, guest: u64, offset: u64, size: u64) -> VhostUserMemoryRegionInfo {
