@@ -23,8 +23,8 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser};
 use tracing_subscriber::EnvFilter;
 
-use crate::api::ServerError;
 use crate::api::client::ClientError;
+use crate::api::{ControlError, ServerError};
 use crate::bench;
 use crate::config::{ConfigError, DaemonConfig, MAX_PORTS};
 
@@ -155,6 +155,14 @@ fn code_of(error: &(dyn Error + 'static)) -> u8 {
     while let Some(error) = next {
         if error.is::<ConfigError>() {
             return EXIT_BAD_ARGUMENTS;
+        }
+        match error.downcast_ref::<ControlError>() {
+            Some(ControlError::BadArgument(_)) => return EXIT_BAD_ARGUMENTS,
+            Some(ControlError::Conflict { .. }) => return EXIT_REFUSED,
+            Some(ControlError::NotFound { .. } | ControlError::Gone { .. }) => {
+                return EXIT_NOT_FOUND;
+            }
+            Some(ControlError::Internal(_)) | None => {}
         }
         match error.downcast_ref::<ServerError>() {
             Some(ServerError::Path { .. } | ServerError::Group(_)) => return EXIT_BAD_ARGUMENTS,
