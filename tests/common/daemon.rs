@@ -112,6 +112,20 @@ impl Daemon {
         self.json(&["port", "show", name, "--json"])
     }
 
+    /// Waits until every poll thread works with everything that frontends have asked for so far: an attachment is
+    /// answered before that.
+    pub(crate) fn settle(&self) {
+        // What is answered first comes after the frontends' messages, and before its own turn's publication.
+        self.ports();
+        super::wait_for("the poll threads", || {
+            let threads = self.json(&["poll", "list", "--json"]);
+            let threads = threads.as_array().expect("an array");
+            threads
+                .iter()
+                .all(|thread| thread["generation"] == thread["acknowledged_generation"])
+        });
+    }
+
     /// All drops of a port, whatever the direction and the reason, with their names.
     pub(crate) fn drops(&self, name: &str) -> Vec<(String, u64)> {
         let mut found = Vec::new();

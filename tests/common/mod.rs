@@ -6,6 +6,7 @@
 //!   `benches/backends`;
 //! - [`testpmd`]: DPDK's virtio-user driver, an independent frontend that needs no VM;
 //! - [`process`]: what they share;
+//! - [`guest`], [`traffic`]: scripted guests, and numbered frames between them in closed loops;
 //! - [`frames`]: numbered frames in pcap files, and their comparison after a journey.
 
 // Each test binary compiles this module anew and uses its own part of it.
@@ -14,10 +15,13 @@
 pub(crate) mod backend;
 pub(crate) mod daemon;
 pub(crate) mod frames;
+pub(crate) mod guest;
 pub(crate) mod process;
 pub(crate) mod testpmd;
+pub(crate) mod traffic;
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// A directory in `/tmp`, for the 107 bytes that a unix socket's path may have; removed on drop.
 pub(crate) fn short_tempdir() -> tempfile::TempDir {
@@ -36,4 +40,29 @@ pub(crate) fn socket_path(dir: &Path, n: usize) -> PathBuf {
 pub(crate) fn cpus() -> (usize, usize) {
     let count = std::thread::available_parallelism().map_or(1, |n| n.get());
     (0, usize::from(count > 1))
+}
+
+/// How long anything may take that should happen soon: tests share their CPUs with each other.
+const SOON: Duration = Duration::from_secs(20);
+
+/// Gives the CPU to whoever is waited for.
+pub(crate) fn pause() {
+    std::thread::sleep(Duration::from_micros(50));
+}
+
+/// Waits until `condition` holds; fails past a generous deadline.
+pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + SOON;
+    while !condition() {
+        assert!(
+            Instant::now() < deadline,
+            "{SOON:?} were not enough for {what}"
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// `POLLUX_LONG=1`: the figures of the acceptance, else those that fit into every run.
+pub(crate) fn long() -> bool {
+    std::env::var_os("POLLUX_LONG").is_some_and(|value| value == "1")
 }

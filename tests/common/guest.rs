@@ -1,0 +1,376 @@
+//! A scripted guest: memory, one queue pair and its driver, and a frontend that attaches them.
+//!
+//! It does what a VMM and a virtio-net driver do, one step at a time, so that a test decides what happens when.
+//! Rings keep their state over a disconnection, as those of a running guest do, and an attachment resumes them by the
+//! rules of the VMM whose message order it follows: QEMU sends the used index that it finds in memory,
+//! cloud-hypervisor the available index.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use pollux::bench::frontend::{
+    AttachError, EVENT_IDX, Frontend, IN_ORDER, INDIRECT_DESC, MRG_RXBUF, Order, Queue,
+    RING_PACKED, Region, VERSION_1,
+};
+use pollux::memory::{SharedMemory, Window};
+use pollux::virtio::RingFeatures;
+use pollux::virtio::driver::{Buffer, DriverRing, RingAreas, RingLayout, Used};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::pause;
+
+/// Where guest memory starts for the guest; not where it lies here.
+const GUEST_BASE: u64 = 0x4000_0000;
+/// virtio_net_hdr of VIRTIO_F_VERSION_1.
+const HEADER: usize = 12;
+/// Offset of num_buffers in it.
+const NUM_BUFFERS: usize = 10;
+/// Bytes of a transmit buffer: a jumbo frame and its header.
+const TRANSMIT_LEN: usize = 10_240;
+/// Bytes set aside for each ring.
+const RING_SPACE: usize = 64 * 1024;
+/// For a backend's answer; generous, because tests share their CPUs.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// The receiveq and the transmitq, as vring indices.
+pub(crate) const RECEIVE: usize = 0;
+pub(crate) const TRANSMIT: usize = 1;
+
+/// What kind of guest to play.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GuestOptions {
+    pub(crate) order: Order,
+    pub(crate) packed: bool,
+    pub(crate) mergeable: bool,
+    pub(crate) in_order: bool,
+    pub(crate) event_idx: bool,
+    /// The memory file cannot shrink; QEMU's cannot, cloud-hypervisor's can.
+    pub(crate) sealed: bool,
+    /// Calls are wanted; else the guest only polls.
+    pub(crate) calls: bool,
+    pub(crate) entries: u16,
+    /// Bytes of a receive buffer, header included.
+    pub(crate) receive_len: usize,
+}
+
+impl Default for GuestOptions {
+    fn default() -> Self {
+        GuestOptions {
+            order: Order::Qemu,
+            packed: false,
+            mergeable: true,
+            in_order: false,
+            event_idx: true,
+            sealed: true,
+            calls: false,
+            entries: 256,
+            receive_len: 2048,
+        }
+    }
+}
+
+impl GuestOptions {
+    /// A guest of cloud-hypervisor: its order, its features, its memory.
+    pub(crate) fn cloud_hypervisor() -> Self {
+        GuestOptions {
+            order: Order::CloudHypervisor,
+            in_order: true,
+            sealed: false,
+            ..GuestOptions::default()
+        }
+    }
+
+    fn features(&self) -> u64 {
+        let when = |wanted: bool, bit: u64| if wanted { bit } else { 0 };
+        VERSION_1
+            | INDIRECT_DESC
+            | when(self.packed, RING_PACKED)
+            | when(self.mergeable, MRG_RXBUF)
+            | when(self.in_order, IN_ORDER)
+            | when(self.event_idx, EVENT_IDX)
+    }
+
+    fn ring_features(&self) -> RingFeatures {
+        RingFeatures {
+            packed: self.packed,
+            event_idx: self.event_idx,
+            indirect: true,
+            in_order: self.in_order,
+            version_1: true,
+            mergeable: self.mergeable,
+        }
+    }
+}
+
+/// A guest's memory; outlives the guest that uses it.
+#[derive(Debug)]
+pub(crate) struct Ram {
+    pub(crate) memory: SharedMemory,
+    options: GuestOptions,
+}
+
+impl Ram {
+    pub(crate) fn new(options: GuestOptions) -> Ram {
+        let entries = usize::from(options.entries);
+        let len = 2 * RING_SPACE + entries * (options.receive_len + TRANSMIT_LEN);
+        let memory = SharedMemory::create(len.next_multiple_of(4096), options.sealed);
+        Ram {
+            memory: memory.expect("shared memory"),
+            options,
+        }
+    }
+
+    fn buffer(&self, which: usize, token: u32) -> (usize, usize) {
+        let receive_len = self.options.receive_len;
+        let receive_area = usize::from(self.options.entries) * receive_len;
+        let n = token as usize;
+        match which {
+            RECEIVE => (2 * RING_SPACE + n * receive_len, receive_len),
+            _ => (
+                2 * RING_SPACE + receive_area + n * TRANSMIT_LEN,
+                TRANSMIT_LEN,
+            ),
+        }
+    }
+
+    fn window(&self, which: usize, token: u32) -> Window<'_> {
+        let (offset, len) = self.buffer(which, token);
+        self.memory.window(offset, len).expect("inside the memory")
+    }
+}
+
+/// One guest.
+#[derive(Debug)]
+pub(crate) struct Guest<'m> {
+    ram: &'m Ram,
+    options: GuestOptions,
+    areas: [RingAreas<'m>; 2],
+    rings: [DriverRing<'m>; 2],
+    /// Where packed rings start; nothing in memory says where they stand later.
+    start_bases: [u32; 2],
+    pub(crate) kicks: [EventFd; 2],
+    pub(crate) calls: [EventFd; 2],
+    /// Transmit buffers that the switch does not have.
+    free: VecDeque<u32>,
+    /// The attachment, if there is one.
+    pub(crate) frontend: Option<Frontend>,
+}
+
+impl<'m> Guest<'m> {
+    /// A guest that has just started: empty rings, all receive buffers posted.
+    pub(crate) fn new(ram: &'m Ram) -> Guest<'m> {
+        let options = ram.options;
+        let layout = RingLayout::new(options.entries, options.packed);
+        let areas = [RECEIVE, TRANSMIT].map(|which| {
+            let memory = ram.memory.window(which * RING_SPACE, layout.len);
+            RingAreas::zeroed(memory.expect("room for a ring"), &layout).expect("room for a ring")
+        });
+        let rings = areas.map(|areas| {
+            let mut ring = DriverRing::new(areas, options.ring_features());
+            if !options.calls {
+                ring.suppress_calls();
+            }
+            ring
+        });
+        let event = |_| EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        let mut guest = Guest {
+            ram,
+            options,
+            areas,
+            start_bases: [rings[RECEIVE].base(), rings[TRANSMIT].base()],
+            rings,
+            kicks: [RECEIVE, TRANSMIT].map(event),
+            calls: [RECEIVE, TRANSMIT].map(event),
+            free: (0..u32::from(options.entries)).collect(),
+            frontend: None,
+        };
+        for token in 0..u32::from(options.entries) {
+            guest.post_receive(token);
+        }
+        guest.publish(RECEIVE);
+        guest
+    }
+
+    fn post_receive(&mut self, token: u32) {
+        let (offset, len) = self.ram.buffer(RECEIVE, token);
+        let buffer = Buffer::writable(GUEST_BASE + offset as u64, len as u32);
+        assert!(self.rings[RECEIVE].post_one(buffer, token), "receive ring");
+    }
+
+    fn publish(&mut self, which: usize) {
+        self.rings[which].publish();
+        if self.rings[which].needs_kick() {
+            // A full eventfd says all there is to say.
+            let _ = self.kicks[which].write(1);
+        }
+    }
+
+    // ---- attachment ------------------------------------------------------------------------------
+
+    /// Connects to a port and starts both rings.
+    pub(crate) fn attach(&mut self, socket: &Path) {
+        if let Err(error) = self.try_attach(socket) {
+            panic!("a guest cannot attach to {socket:?}: {error:?}");
+        }
+    }
+
+    /// The same, with its failure for the test to judge.
+    pub(crate) fn try_attach(&mut self, socket: &Path) -> Result<(), AttachError> {
+        let mut frontend = self.negotiate(socket)?;
+        self.start(&mut frontend)?;
+        self.frontend = Some(frontend);
+        Ok(())
+    }
+
+    /// Connects, and agrees on features without setting them yet.
+    pub(crate) fn negotiate(&self, socket: &Path) -> Result<Frontend, AttachError> {
+        let mut frontend = Frontend::connect(socket, ANSWER)?;
+        frontend.negotiate(self.options.order, self.options.features(), 0, 1)?;
+        Ok(frontend)
+    }
+
+    /// Features, memory, rings.
+    pub(crate) fn start(&self, frontend: &mut Frontend) -> Result<(), AttachError> {
+        let queues = [self.queue(RECEIVE), self.queue(TRANSMIT)];
+        frontend.start(self.options.order, &[self.region()], &queues)
+    }
+
+    /// All of guest memory.
+    pub(crate) fn region(&self) -> Region {
+        Region::whole(&self.ram.memory, GUEST_BASE)
+    }
+
+    /// A ring as a message describes it.
+    pub(crate) fn queue(&self, which: usize) -> Queue<'_> {
+        let areas = &self.areas[which];
+        Queue {
+            index: which as u32,
+            size: self.options.entries,
+            descriptors: areas.descriptors.address() as u64,
+            available: areas.available.address() as u64,
+            used: areas.used.address() as u64,
+            base: self.base(which),
+            kick: &self.kicks[which],
+            call: &self.calls[which],
+        }
+    }
+
+    fn base(&self, which: usize) -> u32 {
+        // The index follows the flags in either ring.
+        let index = |window: &Window<'_>| u32::from(window.load_u16(2, Ordering::Acquire));
+        match (self.options.packed, self.options.order) {
+            (true, _) => self.start_bases[which],
+            (false, Order::Qemu) => index(&self.areas[which].used),
+            (false, Order::CloudHypervisor) => index(&self.areas[which].available),
+        }
+    }
+
+    /// Closes the connection; the rings stay as they are.
+    pub(crate) fn detach(&mut self) {
+        self.frontend = None;
+    }
+
+    /// Whether the switch has closed the connection.
+    pub(crate) fn is_cut_off(&self) -> bool {
+        self.frontend.as_ref().is_none_or(Frontend::is_closed)
+    }
+
+    // ---- frames ----------------------------------------------------------------------------------
+
+    /// Sends a frame if a buffer is free.
+    pub(crate) fn try_send(&mut self, frame: &[u8]) -> bool {
+        while let Some(used) = self.rings[TRANSMIT].reap() {
+            self.free.push_back(used.token);
+        }
+        self.assert_sound();
+        let Some(token) = self.free.pop_front() else {
+            return false;
+        };
+        let window = self.ram.window(TRANSMIT, token);
+        window.write_bytes(0, &[0; HEADER]);
+        window.write_bytes(HEADER, frame);
+        let (offset, _) = self.ram.buffer(TRANSMIT, token);
+        let buffer = Buffer::readable(
+            GUEST_BASE + offset as u64,
+            u32::try_from(HEADER + frame.len()).expect("a short frame"),
+        );
+        assert!(
+            self.rings[TRANSMIT].post_one(buffer, token),
+            "transmit ring"
+        );
+        self.publish(TRANSMIT);
+        true
+    }
+
+    /// Sends a frame; there is a buffer for it soon.
+    pub(crate) fn send(&mut self, frame: &[u8]) {
+        let deadline = Instant::now() + ANSWER;
+        while !self.try_send(frame) {
+            assert!(Instant::now() < deadline, "no transmit buffer comes back");
+            pause();
+        }
+    }
+
+    /// The next frame that has come, put together from its buffers.
+    pub(crate) fn try_receive(&mut self) -> Option<Vec<u8>> {
+        let first = self.rings[RECEIVE].reap();
+        self.assert_sound();
+        let first = first?;
+        let mut header = [0; HEADER];
+        self.ram
+            .window(RECEIVE, first.token)
+            .read_bytes(0, &mut header);
+        let buffers = u16::from_le_bytes([header[NUM_BUFFERS], header[NUM_BUFFERS + 1]]);
+        assert!(buffers >= 1, "num_buffers is always written");
+        let mut frame = self.take(first, HEADER);
+        for _ in 1..buffers {
+            let next = self.rings[RECEIVE].reap();
+            let next = next.expect("a frame over several buffers becomes visible whole");
+            frame.extend(self.take(next, 0));
+        }
+        self.publish(RECEIVE);
+        Some(frame)
+    }
+
+    /// A used buffer's bytes behind `skip`; the buffer is posted again.
+    fn take(&mut self, used: Used, skip: usize) -> Vec<u8> {
+        let mut bytes = vec![0; used.len as usize - skip];
+        self.ram
+            .window(RECEIVE, used.token)
+            .read_bytes(skip, &mut bytes);
+        self.post_receive(used.token);
+        bytes
+    }
+
+    /// Waits for the next frame.
+    pub(crate) fn receive(&mut self, limit: Duration) -> Option<Vec<u8>> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(frame) = self.try_receive() {
+                return Some(frame);
+            }
+            if Instant::now() > deadline {
+                return None;
+            }
+            pause();
+        }
+    }
+
+    /// Transmit buffers that the switch has not returned.
+    pub(crate) fn in_flight(&mut self) -> u16 {
+        while let Some(used) = self.rings[TRANSMIT].reap() {
+            self.free.push_back(used.token);
+        }
+        self.assert_sound();
+        self.rings[TRANSMIT].outstanding()
+    }
+
+    /// No buffer was returned twice, or without having been posted.
+    fn assert_sound(&self) {
+        for ring in &self.rings {
+            assert_eq!(ring.fault(), None, "the switch broke a ring");
+        }
+    }
+}
