@@ -161,13 +161,25 @@ impl Daemon {
     }
 
     /// SIGTERM: ends within two seconds, with exit code 0 and without leaving a socket behind.
-    pub(crate) fn stop(mut self) {
+    pub(crate) fn stop(self) {
+        self.stop_by(Signal::TERM);
+    }
+
+    /// SIGKILL; what it leaves in its directory stays there.
+    pub(crate) fn kill(self) -> tempfile::TempDir {
+        let Daemon { process, dir, .. } = self;
+        drop(process);
+        dir
+    }
+
+    /// The same as [`Daemon::stop`] by another signal.
+    pub(crate) fn stop_by(mut self, signal: Signal) {
         self.assert_alive();
-        self.process.signal(Signal::TERM);
+        self.process.signal(signal);
         let status = self.process.wait(Duration::from_secs(2));
         let words = self.process.words();
-        let status = status.unwrap_or_else(|| panic!("still there 2 s after SIGTERM{words}"));
-        assert_eq!(status.code(), Some(0), "exit code after SIGTERM{words}");
+        let status = status.unwrap_or_else(|| panic!("still there 2 s after {signal:?}{words}"));
+        assert_eq!(status.code(), Some(0), "exit code after {signal:?}{words}");
         let left: Vec<PathBuf> = std::fs::read_dir(self.dir.path())
             .expect("our directory")
             .map(|entry| entry.expect("an entry").path())

@@ -1,0 +1,594 @@
+//! Guests and ports that come, go, die and misbehave, while bystanders exchange frames and must not lose one.
+//!
+//! `POLLUX_LONG=1` runs as many cycles as the acceptance asks for.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "helpers of tests fail by panicking, like tests"
+)]
+
+mod common;
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::daemon::{Daemon, DaemonOptions};
+use common::guest::{Guest, GuestOptions, RECEIVE, Ram, TRANSMIT};
+use common::process::Process;
+use common::traffic::{Bystanders, Exchange, frame, mac, read};
+use common::{long, pause, wait_for};
+use pollux::bench::frontend::Frontend;
+use rustix::process::Signal;
+use vhost::vhost_user::message::FrontendReq;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Ports 0 and 1 are the bystanders', 2 the victim's, 3 its correspondent's.
+const VICTIM: usize = 2;
+const SINK: usize = 3;
+/// Socket and kind of the guest that a child of the test plays.
+const VICTIM_SOCKET: &str = "POLLUX_TEST_VICTIM";
+const VICTIM_CYCLE: &str = "POLLUX_TEST_VICTIM_CYCLE";
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn daemon() -> Daemon {
+    Daemon::start(&DaemonOptions {
+        ports: 4,
+        ..DaemonOptions::default()
+    })
+}
+
+fn bystanders(daemon: &Daemon) -> Bystanders {
+    Bystanders::start([&daemon.sockets()[0], &daemon.sockets()[1]])
+}
+
+/// What a client command answered: exit code and everything it said.
+fn pollux(daemon: &Daemon, arguments: &[&str]) -> (i32, String) {
+    let output = daemon.pollux(arguments);
+    let said = [output.stdout, output.stderr].concat();
+    (
+        output.status.code().unwrap(),
+        String::from_utf8(said).unwrap(),
+    )
+}
+
+fn state(daemon: &Daemon, port: &str) -> String {
+    daemon.port(port)["state"].as_str().unwrap().to_string()
+}
+
+fn reason(daemon: &Daemon, port: &str) -> String {
+    daemon.port(port)["reason"]
+        .as_str()
+        .unwrap_or_default()
+        .to_string()
+}
+
+/// What the daemon holds: descriptors, threads, mappings of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Holdings {
+    fds: usize,
+    threads: usize,
+    mappings: usize,
+}
+
+impl Holdings {
+    fn of(daemon: &Daemon) -> Holdings {
+        let proc = PathBuf::from(format!("/proc/{}", daemon.pid()));
+        let count = |name: &str| fs::read_dir(proc.join(name)).unwrap().count();
+        let maps = fs::read_to_string(proc.join("maps")).unwrap();
+        Holdings {
+            fds: count("fd"),
+            threads: count("task"),
+            mappings: maps.lines().filter(|l| l.contains("pollux-guest")).count(),
+        }
+    }
+
+    /// Waits until the daemon holds no more than this again; its API's helpers end some seconds after a request.
+    fn wait_for_return(self, daemon: &Daemon) {
+        let deadline = Instant::now() + 2 * LIMIT;
+        loop {
+            let now = Holdings::of(daemon);
+            if now.fds <= self.fds && now.threads <= self.threads && now.mappings == self.mappings {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "the daemon holds {now:?}, before it was {self:?}"
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// xorshift64: enough for moments of death.
+struct Random(u64);
+
+impl Random {
+    fn new() -> Random {
+        let now = std::time::SystemTime::now();
+        let since = now.duration_since(std::time::UNIX_EPOCH).unwrap();
+        let seed = std::env::var("POLLUX_SEED")
+            .ok()
+            .and_then(|s| s.parse().ok());
+        let seed = seed.unwrap_or(since.as_nanos() as u64 | 1);
+        println!("POLLUX_SEED={seed}");
+        Random(seed)
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+/// Every kind of guest in turn.
+fn kind(cycle: usize) -> GuestOptions {
+    match cycle % 4 {
+        0 => GuestOptions::default(),
+        1 => GuestOptions::cloud_hypervisor(),
+        2 => GuestOptions {
+            packed: true,
+            ..GuestOptions::default()
+        },
+        _ => GuestOptions {
+            mergeable: false,
+            event_idx: false,
+            calls: true,
+            ..GuestOptions::default()
+        },
+    }
+}
+
+// ---- frontends that die ------------------------------------------------------------------------------
+
+/// The body of the child that [`killed_guests_leave_nothing_behind`] kills; no test by itself.
+#[test]
+fn victim() {
+    let Some(socket) = std::env::var_os(VICTIM_SOCKET) else {
+        return;
+    };
+    let cycle: usize = std::env::var(VICTIM_CYCLE).unwrap().parse().unwrap();
+    let ram = Ram::new(kind(cycle));
+    let mut guest = Guest::new(&ram);
+    guest.attach(Path::new(&socket));
+    // Talks until it is killed, and at most 16 frames ahead of its correspondent.
+    let (mut sent, mut answered) = (0, 0);
+    let mut last = Instant::now();
+    loop {
+        let from = cycle as u64 * 1_000_000;
+        while let Some(bytes) = guest.try_receive() {
+            let label = read(&bytes);
+            if label.from == mac(4) && label.sequence >= from {
+                answered = answered.max(label.sequence - from + 1);
+                last = Instant::now();
+            }
+        }
+        // Until the switch has taken the port over, frames may get lost.
+        if last.elapsed() > Duration::from_millis(100) {
+            sent = answered;
+            last = Instant::now();
+        }
+        if sent < answered + 16 {
+            guest.try_send(&frame(mac(4), mac(3), from + sent, 300));
+            sent += 1;
+        } else {
+            pause();
+        }
+    }
+}
+
+fn start_victim(socket: &Path, cycle: usize) -> Process {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "victim", "--nocapture"]);
+    command.env(VICTIM_SOCKET, socket);
+    command.env(VICTIM_CYCLE, cycle.to_string());
+    Process::spawn("victim", &mut command)
+}
+
+/// Sends back what comes from the victim, and returns the newest number.
+fn answer(sink: &mut Guest<'_>) -> Option<u64> {
+    let mut newest = None;
+    while let Some(bytes) = sink.try_receive() {
+        let label = read(&bytes);
+        if label.from == mac(3) && label.to == mac(4) {
+            sink.try_send(&frame(mac(3), mac(4), label.sequence, 300));
+            newest = newest.max(Some(label.sequence));
+        }
+    }
+    newest
+}
+
+#[test]
+fn killed_guests_leave_nothing_behind() {
+    let cycles = if long() { 200 } else { 20 };
+    let mut random = Random::new();
+    let mut daemon = daemon();
+    let bystanders = bystanders(&daemon);
+    let ram = Ram::new(GuestOptions::default());
+    let mut sink = Guest::new(&ram);
+    sink.attach(&daemon.sockets()[SINK]);
+    wait_for("the sink", || state(&daemon, "p3") == "running");
+    let before = Holdings::of(&daemon);
+    for cycle in 0..cycles {
+        let mut victim = start_victim(&daemon.sockets()[VICTIM], cycle);
+        let first = cycle as u64 * 1_000_000;
+        wait_for("a frame of the victim", || {
+            assert_eq!(victim.ended(), None, "{}", victim.words());
+            answer(&mut sink).is_some_and(|number| number >= first)
+        });
+        // In the middle of its traffic, a random while later.
+        let end = Instant::now() + Duration::from_micros(random.below(20_000));
+        while Instant::now() < end {
+            answer(&mut sink);
+        }
+        drop(victim);
+        bystanders.go_on(20);
+    }
+    daemon.assert_alive();
+    before.wait_for_return(&daemon);
+    bystanders.finish();
+    drop(sink);
+    daemon.stop();
+}
+
+#[test]
+fn a_frontend_may_reconnect_every_100_ms_for_ever() {
+    let daemon = daemon();
+    let bystanders = bystanders(&daemon);
+    let sink_ram = Ram::new(GuestOptions::default());
+    let mut sink = Guest::new(&sink_ram);
+    sink.attach(&daemon.sockets()[SINK]);
+    let ram = Ram::new(GuestOptions::cloud_hypervisor());
+    let mut guest = Guest::new(&ram);
+    for round in 0..if long() { 300 } else { 20 } {
+        let began = Instant::now();
+        // The predecessor may not be cleaned up yet: the next one waits, and is served.
+        guest.detach();
+        guest.attach(&daemon.sockets()[VICTIM]);
+        let mut sent = 0;
+        wait_for("a frame after a reconnection", || {
+            sent += u64::from(guest.try_send(&frame(mac(4), mac(3), round, 100)));
+            answer(&mut sink) == Some(round)
+        });
+        assert!(sent > 0);
+        while began.elapsed() < Duration::from_millis(100) {
+            pause();
+        }
+    }
+    bystanders.finish();
+    drop((guest, sink));
+    daemon.stop();
+}
+
+#[test]
+fn a_second_live_frontend_is_refused_and_the_first_goes_on() {
+    let daemon = daemon();
+    let rams = [(); 3].map(|()| Ram::new(GuestOptions::default()));
+    let guests = rams[..2].iter().zip(daemon.sockets()).map(|(ram, socket)| {
+        let mut guest = Guest::new(ram);
+        guest.attach(socket);
+        guest
+    });
+    let mut exchange = Exchange::new(guests.collect(), 1, &[(0, 1), (1, 0)], 8, 100);
+    exchange.meet();
+    let mut second = Guest::new(&rams[2]);
+    let refused = second.try_attach(&daemon.sockets()[0]);
+    assert!(refused.is_err());
+    assert!(daemon.log().contains("a second frontend was refused"));
+    exchange.exchange(1000);
+    exchange.drain();
+    drop((exchange, second));
+    daemon.stop();
+}
+
+// ---- ports that come and go --------------------------------------------------------------------------
+
+/// How far a frontend has come when its port is removed.
+const STAGES: [&str; 6] = [
+    "connected",
+    "negotiated",
+    "features",
+    "memory",
+    "one ring",
+    "running",
+];
+
+/// Brings a frontend to a stage.
+fn advance(guest: &mut Guest<'_>, socket: &Path, stage: &str) {
+    if stage == "running" {
+        return guest.attach(socket);
+    }
+    let frontend = if stage == "connected" {
+        Frontend::connect(socket, LIMIT).unwrap()
+    } else {
+        guest.negotiate(socket).unwrap()
+    };
+    guest.frontend = Some(frontend);
+    let features = guest.frontend.as_ref().unwrap().features();
+    let region = guest.region();
+    let reached = STAGES.iter().position(|name| *name == stage).unwrap();
+    if reached >= 2 {
+        guest
+            .frontend
+            .as_mut()
+            .unwrap()
+            .set_features(features)
+            .unwrap();
+    }
+    let frontend = guest.frontend.as_ref().unwrap();
+    if reached >= 3 {
+        frontend.set_mem_table(&[region]).unwrap();
+    }
+    if reached >= 4 {
+        let queue = guest.queue(TRANSMIT);
+        frontend
+            .set_vring_num(queue.index, u32::from(queue.size))
+            .unwrap();
+        frontend.set_vring_base(queue.index, queue.base).unwrap();
+        frontend.set_vring_addr(&queue).unwrap();
+        frontend.set_vring_kick(queue.index, queue.kick).unwrap();
+        frontend.set_vring_enable(queue.index, true).unwrap();
+    }
+}
+
+#[test]
+fn a_port_is_removed_in_every_stage_and_its_name_and_socket_are_free_at_once() {
+    let daemon = daemon();
+    let bystanders = bystanders(&daemon);
+    let sink_ram = Ram::new(GuestOptions::default());
+    let mut sink = Guest::new(&sink_ram);
+    sink.attach(&daemon.sockets()[SINK]);
+    let socket = &daemon.sockets()[VICTIM];
+    let spec = format!("p{VICTIM},socket={}", socket.display());
+    let before = Holdings::of(&daemon);
+    for cycle in 0..if long() { 20 } else { 2 } {
+        for stage in STAGES {
+            let ram = Ram::new(kind(cycle));
+            let mut guest = Guest::new(&ram);
+            advance(&mut guest, socket, stage);
+            // Traffic to the port, as far as it takes any.
+            for number in 0..50 {
+                sink.try_send(&frame(mac(3), mac(4), number, 300));
+            }
+            assert_eq!(pollux(&daemon, &["port", "remove", "p2"]).0, 0, "{stage}");
+            assert_eq!(pollux(&daemon, &["port", "show", "p2"]).0, 4, "{stage}");
+            assert!(!socket.exists(), "{stage}");
+            let (code, said) = pollux(&daemon, &["port", "add", &spec]);
+            assert_eq!(code, 0, "{stage}: {said}");
+            wait_for("the session to be cut off", || guest.is_cut_off());
+            // The next tenant of name, socket and slot works.
+            let ram = Ram::new(GuestOptions::default());
+            let mut next = Guest::new(&ram);
+            next.attach(socket);
+            wait_for("a frame of the next tenant", || {
+                next.try_send(&frame(mac(4), mac(3), 7, 100));
+                answer(&mut sink) == Some(7)
+            });
+        }
+        bystanders.go_on(20);
+    }
+    before.wait_for_return(&daemon);
+    bystanders.finish();
+    drop(sink);
+    daemon.stop();
+}
+
+#[test]
+fn ports_come_and_go_a_hundred_times_under_traffic() {
+    let daemon = daemon();
+    let bystanders = bystanders(&daemon);
+    let before = Holdings::of(&daemon);
+    for n in 0..if long() { 1000 } else { 100 } {
+        let name = format!("extra{}", n % 3);
+        let socket = daemon.dir().join(&name);
+        let spec = format!("{name},socket={}", socket.display());
+        assert_eq!(pollux(&daemon, &["port", "add", &spec]).0, 0);
+        assert_eq!(pollux(&daemon, &["port", "remove", &name]).0, 0);
+    }
+    before.wait_for_return(&daemon);
+    bystanders.finish();
+    daemon.stop();
+}
+
+// ---- hostile frontends -------------------------------------------------------------------------------
+
+#[test]
+fn guest_memory_that_is_truncated_costs_its_port_only() {
+    let mut daemon = daemon();
+    let bystanders = bystanders(&daemon);
+    let sink_ram = Ram::new(GuestOptions::default());
+    let mut sink = Guest::new(&sink_ram);
+    sink.attach(&daemon.sockets()[SINK]);
+    let ram = Ram::new(GuestOptions::cloud_hypervisor());
+    let mut guest = Guest::new(&ram);
+    guest.attach(&daemon.sockets()[VICTIM]);
+    wait_for("a frame of the victim", || {
+        guest.try_send(&frame(mac(4), mac(3), 1, 100));
+        answer(&mut sink) == Some(1)
+    });
+    // From here on this process must not touch that memory either.
+    ram.memory.file().set_len(0).unwrap();
+    let mut number = 0;
+    wait_for("the session to be cut off", || {
+        number += 1;
+        sink.try_send(&frame(mac(3), mac(4), number, 300));
+        guest.is_cut_off()
+    });
+    wait_for("the reason", || reason(&daemon, "p2").contains("truncated"));
+    assert!(daemon.log().contains("truncated"), "{}", daemon.log());
+    assert_eq!(state(&daemon, "p2"), "waiting");
+    daemon.assert_alive();
+    bystanders.go_on(100);
+    // A frontend whose memory is whole is served again.
+    let whole_ram = Ram::new(GuestOptions::default());
+    let mut whole = Guest::new(&whole_ram);
+    whole.attach(&daemon.sockets()[VICTIM]);
+    wait_for("a frame after the recovery", || {
+        whole.try_send(&frame(mac(4), mac(3), 2, 100));
+        answer(&mut sink) == Some(2)
+    });
+    bystanders.finish();
+    drop((guest, whole, sink));
+    daemon.stop();
+}
+
+#[test]
+fn a_call_descriptor_that_blocks_stops_nobody() {
+    let mut daemon = daemon();
+    let bystanders = bystanders(&daemon);
+    let sink_ram = Ram::new(GuestOptions::default());
+    let mut sink = Guest::new(&sink_ram);
+    sink.attach(&daemon.sockets()[SINK]);
+    let before = Holdings::of(&daemon);
+    let ram = Ram::new(GuestOptions {
+        calls: true,
+        event_idx: false,
+        ..GuestOptions::default()
+    });
+    let mut guest = Guest::new(&ram);
+    // Full, and without O_NONBLOCK: whoever writes to it sleeps for ever.
+    guest.calls = [(); 2].map(|()| {
+        let call = EventFd::new(0).unwrap();
+        call.write(u64::MAX - 1).unwrap();
+        call
+    });
+    guest.attach(&daemon.sockets()[VICTIM]);
+    // Each of these wants a call.
+    for number in 0..200 {
+        let mut came = false;
+        wait_for("a frame over the port with the full call", || {
+            came |= guest.try_send(&frame(mac(4), mac(3), number, 100));
+            answer(&mut sink) == Some(number)
+        });
+    }
+    bystanders.go_on(200);
+    assert_eq!(state(&daemon, "p2"), "running");
+    daemon.assert_alive();
+    drop(guest);
+    before.wait_for_return(&daemon);
+    bystanders.finish();
+    drop(sink);
+    daemon.stop();
+}
+
+#[test]
+fn notification_descriptors_that_are_no_eventfds_are_refused() {
+    let daemon = daemon();
+    let (reader, writer) = std::io::pipe().unwrap();
+    let file = fs::File::create(daemon.dir().join("file")).unwrap();
+    let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let ram = Ram::new(GuestOptions::default());
+    let guest = Guest::new(&ram);
+    for fd in [reader.as_fd(), writer.as_fd(), file.as_fd(), socket.as_fd()] {
+        for request in [FrontendReq::SET_VRING_CALL, FrontendReq::SET_VRING_KICK] {
+            let frontend = guest.negotiate(&daemon.sockets()[VICTIM]).unwrap();
+            let body = (RECEIVE as u64).to_le_bytes();
+            let refused = frontend.tell(request, &body, &[fd.as_raw_fd()]);
+            let refused = format!("{:?}", refused.unwrap_err());
+            assert!(refused.contains("Refused"), "{request:?}: {refused}");
+            // The session goes on.
+            assert!(frontend.get_features().is_ok(), "{request:?}");
+        }
+    }
+    assert!(daemon.log().contains("only eventfds are taken"));
+    daemon.stop();
+}
+
+// ---- the daemon itself -------------------------------------------------------------------------------
+
+#[test]
+fn signals_end_the_daemon_quickly_with_guests_attached() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let daemon = daemon();
+        let rams = [(); 2].map(|()| Ram::new(GuestOptions::default()));
+        let guests = rams.iter().zip(daemon.sockets()).map(|(ram, socket)| {
+            let mut guest = Guest::new(ram);
+            guest.attach(socket);
+            guest
+        });
+        let mut exchange = Exchange::new(guests.collect(), 1, &[(0, 1), (1, 0)], 8, 100);
+        exchange.meet();
+        exchange.exchange(100);
+        // One that has only connected, and one in the middle of a message.
+        let silent = Frontend::connect(&daemon.sockets()[VICTIM], LIMIT).unwrap();
+        let half = Frontend::connect(&daemon.sockets()[SINK], LIMIT).unwrap();
+        std::io::Write::write_all(&mut half.stream(), &[1, 0, 0, 0, 1]).unwrap();
+        daemon.stop_by(signal);
+        drop((exchange, silent, half));
+    }
+}
+
+#[test]
+fn a_second_daemon_is_refused_by_the_name_of_the_socket() {
+    let daemon = daemon();
+    let api = daemon.dir().join("api.sock");
+    let run = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_pollux"))
+            .arg("run")
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        (
+            output.status.code().unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    let (code, said) = run(&["--api-socket", api.to_str().unwrap()]);
+    assert_eq!(code, 5, "{said}");
+    assert!(said.contains(api.to_str().unwrap()), "{said}");
+    let other = daemon.dir().join("other.sock");
+    let port = format!("x,socket={}", daemon.sockets()[0].display());
+    let (code, said) = run(&["--api-socket", other.to_str().unwrap(), "--port", &port]);
+    assert_eq!(code, 5, "{said}");
+    assert!(
+        said.contains(daemon.sockets()[0].to_str().unwrap()),
+        "{said}"
+    );
+    assert!(said.contains("another process listens"), "{said}");
+    // The first one has lost neither.
+    assert_eq!(pollux(&daemon, &["port", "list"]).0, 0);
+    assert!(!other.exists());
+    daemon.stop();
+}
+
+/// Clock ticks of user and system time.
+fn ticks(daemon: &Daemon) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).unwrap();
+    let rest = stat.rsplit_once(')').unwrap().1;
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    // Fields 14 and 15 of proc(5); the rest begins with the third.
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn silent_guests_cost_next_to_nothing_and_the_next_frame_arrives() {
+    let daemon = daemon();
+    let rams = [(); 2].map(|()| Ram::new(GuestOptions::default()));
+    let guests = rams.iter().zip(daemon.sockets()).map(|(ram, socket)| {
+        let mut guest = Guest::new(ram);
+        guest.attach(socket);
+        guest
+    });
+    let mut exchange = Exchange::new(guests.collect(), 1, &[(0, 1), (1, 0)], 8, 100);
+    exchange.meet();
+    for _ in 0..3 {
+        exchange.exchange(100);
+        exchange.drain();
+        let (before, began) = (ticks(&daemon), Instant::now());
+        std::thread::sleep(Duration::from_secs(2));
+        let used =
+            (ticks(&daemon) - before) as f64 / rustix::param::clock_ticks_per_second() as f64;
+        let share = used / began.elapsed().as_secs_f64();
+        assert!(share < 0.02, "{:.1} % of a core", share * 100.0);
+        exchange.forgive_silence();
+    }
+    exchange.exchange(1);
+    exchange.drain();
+    drop(exchange);
+    daemon.stop();
+}
