@@ -153,7 +153,7 @@ impl Control {
         self.registry.age();
         self.sessions.retain(|thread| !thread.is_finished());
         for record in &mut self.registry.ports {
-            let Some(session) = &record.session else {
+            let Some(session) = &mut record.session else {
                 continue;
             };
             // A session that lost its memory is cut off: its frontend comes back with memory that is whole.
@@ -168,6 +168,7 @@ impl Control {
                         .port(&record.shared, EventKind::RingBroken, lost);
                     record.reported_state = Some(lost.to_string());
                 }
+                session.cut_off = Some(lost);
                 session.stopper.stop();
             }
         }
@@ -285,6 +286,7 @@ impl Control {
                     stopper,
                     stream: probe,
                     since,
+                    cut_off: None,
                 });
                 self.sessions.push(thread);
                 self.report
@@ -306,7 +308,8 @@ impl Control {
         if !record.is_session(link) {
             return;
         }
-        record.session = None;
+        let cut_off = record.session.take().and_then(|session| session.cut_off);
+        let reason = cut_off.map_or(reason, str::to_string);
         record.last_end = Some(reason.clone());
         if record.device.take().is_some() {
             self.registry.touch();

@@ -28,6 +28,8 @@ pub(super) struct SessionHandle {
     /// The same socket, to see whether the frontend has hung up.
     pub(super) stream: UnixStream,
     pub(super) since: Instant,
+    /// Why control ended it; the session itself only sees its socket closed.
+    pub(super) cut_off: Option<&'static str>,
 }
 
 /// Everything control keeps of a port.
