@@ -17,6 +17,7 @@ fn run(config: DaemonConfig) -> Result<(), Box<dyn Error>> {
         DaemonError::Pin(source) => bad_argument(format!("--poll-cpus: {source}")),
         DaemonError::TooManyThreads(_) | DaemonError::Fdb(_) => bad_argument(error.to_string()),
         DaemonError::Port(source) => source.into(),
+        DaemonError::Api(source) => source.into(),
         other => other.into(),
     })
 }
