@@ -262,3 +262,62 @@ fn version_and_help_name_the_essentials() {
     assert_eq!(code, 0);
     assert!(out.contains("Exit codes") && out.contains("3  no daemon"));
 }
+
+#[test]
+fn a_daemon_that_cannot_start_says_what_is_wrong_and_where() {
+    let dir = tempfile::tempdir_in("/tmp").unwrap();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let (live, file, api) = (at("live.sock"), at("file"), at("api.sock"));
+    let _listener = UnixListener::bind(&live).unwrap();
+    fs::write(&file, "mine").unwrap();
+    let long = at(&"x".repeat(120));
+    let missing = at("missing/p.sock");
+    let good = at("good.sock");
+    for (arguments, code, parts) in [
+        (
+            format!("--port p,socket={long}"),
+            2,
+            vec!["port p", "at most 107"],
+        ),
+        (
+            format!("--port p,socket={live}"),
+            5,
+            vec![live.as_str(), "another process"],
+        ),
+        (
+            format!("--port p,socket={file}"),
+            5,
+            vec![file.as_str(), "not a socket"],
+        ),
+        (
+            format!("--port p,socket={missing}"),
+            5,
+            vec!["missing", "does not exist"],
+        ),
+        (
+            format!("--port p,socket={good} --port p,socket={good}2"),
+            2,
+            vec!["\"p\"", "two ports"],
+        ),
+        (
+            format!("--port p,socket={good} --poll-cpus 4000"),
+            2,
+            vec!["--poll-cpus", "CPU 4000"],
+        ),
+        (
+            format!("--port p,socket={good},socket-group=nosuchgroup"),
+            5,
+            vec!["nosuchgroup", good.as_str()],
+        ),
+    ] {
+        let (found, out, err) = run(Path::new(&api), &format!("run {arguments}"));
+        assert_eq!((found, out.as_str()), (code, ""), "{arguments}: {err}");
+        for part in parts {
+            assert!(err.contains(part), "{arguments}: {err}");
+        }
+        // Nothing is left behind, and nobody else's file is touched.
+        assert!(!Path::new(&api).exists() && !Path::new(&good).exists());
+    }
+    assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
+    assert!(Path::new(&live).exists());
+}

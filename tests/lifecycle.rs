@@ -12,7 +12,7 @@ mod common;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, DaemonOptions};
@@ -21,7 +21,6 @@ use common::process::Process;
 use common::traffic::{Bystanders, Exchange, frame, mac, read};
 use common::{long, pause, wait_for};
 use pollux::bench::frontend::Frontend;
-use rustix::process::Signal;
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -324,14 +323,7 @@ fn advance(guest: &mut Guest<'_>, socket: &Path, stage: &str) {
         frontend.set_mem_table(&[region]).unwrap();
     }
     if reached >= 4 {
-        let queue = guest.queue(TRANSMIT);
-        frontend
-            .set_vring_num(queue.index, u32::from(queue.size))
-            .unwrap();
-        frontend.set_vring_base(queue.index, queue.base).unwrap();
-        frontend.set_vring_addr(&queue).unwrap();
-        frontend.set_vring_kick(queue.index, queue.kick).unwrap();
-        frontend.set_vring_enable(queue.index, true).unwrap();
+        guest.start_ring(frontend, TRANSMIT).unwrap();
     }
 }
 
@@ -495,100 +487,5 @@ fn notification_descriptors_that_are_no_eventfds_are_refused() {
         }
     }
     assert!(daemon.log().contains("only eventfds are taken"));
-    daemon.stop();
-}
-
-// ---- the daemon itself -------------------------------------------------------------------------------
-
-#[test]
-fn signals_end_the_daemon_quickly_with_guests_attached() {
-    for signal in [Signal::TERM, Signal::INT] {
-        let daemon = daemon();
-        let rams = [(); 2].map(|()| Ram::new(GuestOptions::default()));
-        let guests = rams.iter().zip(daemon.sockets()).map(|(ram, socket)| {
-            let mut guest = Guest::new(ram);
-            guest.attach(socket);
-            guest
-        });
-        let mut exchange = Exchange::new(guests.collect(), 1, &[(0, 1), (1, 0)], 8, 100);
-        exchange.meet();
-        exchange.exchange(100);
-        // One that has only connected, and one in the middle of a message.
-        let silent = Frontend::connect(&daemon.sockets()[VICTIM], LIMIT).unwrap();
-        let half = Frontend::connect(&daemon.sockets()[SINK], LIMIT).unwrap();
-        std::io::Write::write_all(&mut half.stream(), &[1, 0, 0, 0, 1]).unwrap();
-        daemon.stop_by(signal);
-        drop((exchange, silent, half));
-    }
-}
-
-#[test]
-fn a_second_daemon_is_refused_by_the_name_of_the_socket() {
-    let daemon = daemon();
-    let api = daemon.dir().join("api.sock");
-    let run = |arguments: &[&str]| {
-        let output = Command::new(env!("CARGO_BIN_EXE_pollux"))
-            .arg("run")
-            .args(arguments)
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
-        (
-            output.status.code().unwrap(),
-            String::from_utf8(output.stderr).unwrap(),
-        )
-    };
-    let (code, said) = run(&["--api-socket", api.to_str().unwrap()]);
-    assert_eq!(code, 5, "{said}");
-    assert!(said.contains(api.to_str().unwrap()), "{said}");
-    let other = daemon.dir().join("other.sock");
-    let port = format!("x,socket={}", daemon.sockets()[0].display());
-    let (code, said) = run(&["--api-socket", other.to_str().unwrap(), "--port", &port]);
-    assert_eq!(code, 5, "{said}");
-    assert!(
-        said.contains(daemon.sockets()[0].to_str().unwrap()),
-        "{said}"
-    );
-    assert!(said.contains("another process listens"), "{said}");
-    // The first one has lost neither.
-    assert_eq!(pollux(&daemon, &["port", "list"]).0, 0);
-    assert!(!other.exists());
-    daemon.stop();
-}
-
-/// Clock ticks of user and system time.
-fn ticks(daemon: &Daemon) -> u64 {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).unwrap();
-    let rest = stat.rsplit_once(')').unwrap().1;
-    let fields: Vec<&str> = rest.split_whitespace().collect();
-    // Fields 14 and 15 of proc(5); the rest begins with the third.
-    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
-}
-
-#[test]
-fn silent_guests_cost_next_to_nothing_and_the_next_frame_arrives() {
-    let daemon = daemon();
-    let rams = [(); 2].map(|()| Ram::new(GuestOptions::default()));
-    let guests = rams.iter().zip(daemon.sockets()).map(|(ram, socket)| {
-        let mut guest = Guest::new(ram);
-        guest.attach(socket);
-        guest
-    });
-    let mut exchange = Exchange::new(guests.collect(), 1, &[(0, 1), (1, 0)], 8, 100);
-    exchange.meet();
-    for _ in 0..3 {
-        exchange.exchange(100);
-        exchange.drain();
-        let (before, began) = (ticks(&daemon), Instant::now());
-        std::thread::sleep(Duration::from_secs(2));
-        let used =
-            (ticks(&daemon) - before) as f64 / rustix::param::clock_ticks_per_second() as f64;
-        let share = used / began.elapsed().as_secs_f64();
-        assert!(share < 0.02, "{:.1} % of a core", share * 100.0);
-        exchange.forgive_silence();
-    }
-    exchange.exchange(1);
-    exchange.drain();
-    drop(exchange);
     daemon.stop();
 }

@@ -231,6 +231,37 @@ impl<'m> Guest<'m> {
         Ok(frontend)
     }
 
+    /// Connects and starts the receiveq only: others can send to this guest before it sends itself.
+    pub(crate) fn attach_receiving(&mut self, socket: &Path) {
+        let start = || {
+            let mut frontend = self.negotiate(socket)?;
+            frontend.set_features(frontend.features())?;
+            frontend.set_mem_table(&[self.region()])?;
+            self.start_ring(&frontend, RECEIVE)?;
+            Ok::<_, AttachError>(frontend)
+        };
+        let frontend = start();
+        self.frontend = Some(frontend.expect("the receiveq starts"));
+    }
+
+    /// Starts the transmitq after [`Guest::attach_receiving`].
+    pub(crate) fn attach_transmitting(&self) {
+        let frontend = self.frontend.as_ref().expect("attached");
+        let started = self.start_ring(frontend, TRANSMIT);
+        started.expect("the transmitq starts");
+    }
+
+    /// Everything about one ring.
+    pub(crate) fn start_ring(&self, frontend: &Frontend, which: usize) -> Result<(), AttachError> {
+        let queue = self.queue(which);
+        frontend.set_vring_num(queue.index, u32::from(queue.size))?;
+        frontend.set_vring_base(queue.index, queue.base)?;
+        frontend.set_vring_addr(&queue)?;
+        frontend.set_vring_kick(queue.index, queue.kick)?;
+        frontend.set_vring_call(queue.index, queue.call)?;
+        frontend.set_vring_enable(queue.index, true)
+    }
+
     /// Features, memory, rings.
     pub(crate) fn start(&self, frontend: &mut Frontend) -> Result<(), AttachError> {
         let queues = [self.queue(RECEIVE), self.queue(TRANSMIT)];
@@ -269,7 +300,10 @@ impl<'m> Guest<'m> {
 
     /// Closes the connection; the rings stay as they are.
     pub(crate) fn detach(&mut self) {
-        self.frontend = None;
+        if let Some(frontend) = self.frontend.take() {
+            // Hangs up at once, also while another test's fork still holds the descriptor.
+            let _ = frontend.stream().shutdown(std::net::Shutdown::Both);
+        }
     }
 
     /// Whether the switch has closed the connection.

@@ -1,0 +1,189 @@
+//! The daemon's own life: signals, a second instance, silence, and its death while guests keep their rings.
+//!
+//! `POLLUX_LONG=1` runs as many cycles as the acceptance asks for.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "helpers of tests fail by panicking, like tests"
+)]
+
+mod common;
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::daemon::{Daemon, DaemonOptions};
+use common::guest::{Guest, GuestOptions, Ram};
+use common::traffic::Exchange;
+use common::{long, short_tempdir};
+use pollux::bench::frontend::Frontend;
+use rustix::process::Signal;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn options(ports: usize) -> DaemonOptions {
+    DaemonOptions {
+        ports,
+        ..DaemonOptions::default()
+    }
+}
+
+#[test]
+fn signals_end_the_daemon_quickly_with_guests_attached() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let daemon = Daemon::start(&options(4));
+        let rams = [(); 2].map(|()| Ram::new(GuestOptions::default()));
+        let guests = rams.iter().zip(daemon.sockets()).map(|(ram, socket)| {
+            let mut guest = Guest::new(ram);
+            guest.attach(socket);
+            guest
+        });
+        let mut exchange = Exchange::new(guests.collect(), 1, &[(0, 1), (1, 0)], 8, 100);
+        exchange.meet();
+        exchange.exchange(100);
+        // One that has only connected, and one in the middle of a message.
+        let silent = Frontend::connect(&daemon.sockets()[2], LIMIT).unwrap();
+        let half = Frontend::connect(&daemon.sockets()[3], LIMIT).unwrap();
+        std::io::Write::write_all(&mut half.stream(), &[1, 0, 0, 0, 1]).unwrap();
+        daemon.stop_by(signal);
+        drop((exchange, silent, half));
+    }
+}
+
+#[test]
+fn a_second_daemon_is_refused_by_the_name_of_the_socket() {
+    let daemon = Daemon::start(&options(4));
+    let api = daemon.dir().join("api.sock");
+    let run = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_pollux"))
+            .arg("run")
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        (
+            output.status.code().unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    let (code, said) = run(&["--api-socket", api.to_str().unwrap()]);
+    assert_eq!(code, 5, "{said}");
+    assert!(said.contains(api.to_str().unwrap()), "{said}");
+    let other = daemon.dir().join("other.sock");
+    let port = format!("x,socket={}", daemon.sockets()[0].display());
+    let (code, said) = run(&["--api-socket", other.to_str().unwrap(), "--port", &port]);
+    assert_eq!(code, 5, "{said}");
+    assert!(
+        said.contains(daemon.sockets()[0].to_str().unwrap()),
+        "{said}"
+    );
+    assert!(said.contains("another process listens"), "{said}");
+    // The first one has lost neither.
+    assert_eq!(daemon.ports().len(), 4);
+    assert!(!other.exists());
+    daemon.stop();
+}
+
+/// Clock ticks of user and system time.
+fn ticks(daemon: &Daemon) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).unwrap();
+    let rest = stat.rsplit_once(')').unwrap().1;
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    // Fields 14 and 15 of proc(5); the rest begins with the third.
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn silent_guests_cost_next_to_nothing_and_the_next_frame_arrives() {
+    let daemon = Daemon::start(&options(4));
+    let rams = [(); 2].map(|()| Ram::new(GuestOptions::default()));
+    let guests = rams.iter().zip(daemon.sockets()).map(|(ram, socket)| {
+        let mut guest = Guest::new(ram);
+        guest.attach(socket);
+        guest
+    });
+    let mut exchange = Exchange::new(guests.collect(), 1, &[(0, 1), (1, 0)], 8, 100);
+    exchange.meet();
+    for _ in 0..3 {
+        exchange.exchange(100);
+        exchange.drain();
+        let (before, began) = (ticks(&daemon), Instant::now());
+        std::thread::sleep(Duration::from_secs(2));
+        let used =
+            (ticks(&daemon) - before) as f64 / rustix::param::clock_ticks_per_second() as f64;
+        let share = used / began.elapsed().as_secs_f64();
+        assert!(share < 0.02, "{:.1} % of a core", share * 100.0);
+        exchange.forgive_silence();
+    }
+    exchange.exchange(1);
+    exchange.drain();
+    drop(exchange);
+    daemon.stop();
+}
+
+// ---- death and resurrection --------------------------------------------------------------------------
+
+/// Three guests, two of which send into the third, keep their rings while their daemon is killed and started anew.
+///
+/// A frame that was delivered but not completed comes again; none is lost, and no buffer is returned twice (the
+/// guests check that at every step).
+fn survive_the_daemon(guest: GuestOptions, args: &[&str], cycles: u32) {
+    let options = DaemonOptions {
+        args: args.iter().map(|arg| arg.to_string()).collect(),
+        ..options(3)
+    };
+    let mut daemon = Daemon::start_in(short_tempdir(), &options);
+    let rams = [(); 3].map(|()| Ram::new(guest));
+    let guests = rams.iter().zip(daemon.sockets()).map(|(ram, socket)| {
+        let mut guest = Guest::new(ram);
+        guest.attach(socket);
+        guest
+    });
+    let flows = [(0, 1), (2, 1), (1, 0)];
+    let mut exchange = Exchange::new(guests.collect(), 1, &flows, 16, 200);
+    exchange.may_repeat = true;
+    exchange.meet();
+    for cycle in 0..cycles {
+        exchange.exchange(500 + u64::from(cycle) * 37 % 200);
+        daemon = Daemon::start_in(daemon.kill(), &options);
+        for (guest, socket) in exchange.guests.iter_mut().zip(daemon.sockets()) {
+            guest.detach();
+            guest.attach_receiving(socket);
+        }
+        // A switch drops what is sent to a port without a guest: all are there before one sends.
+        daemon.settle();
+        exchange.guests.iter().for_each(Guest::attach_transmitting);
+        exchange.forgive_silence();
+    }
+    exchange.exchange(500);
+    exchange.drain();
+    for flow in &exchange.flows {
+        assert_eq!(flow.received, flow.sent);
+    }
+    println!("{:?}", exchange.flows);
+    drop(exchange);
+    daemon.stop();
+}
+
+fn cycles() -> u32 {
+    if long() { 100 } else { 10 }
+}
+
+#[test]
+fn guests_of_qemu_lose_nothing_when_the_daemon_is_killed() {
+    survive_the_daemon(GuestOptions::default(), &[], cycles());
+}
+
+#[test]
+fn guests_of_cloud_hypervisor_lose_nothing_when_the_daemon_is_killed() {
+    survive_the_daemon(GuestOptions::cloud_hypervisor(), &[], cycles());
+}
+
+#[test]
+fn two_poll_threads_into_one_receiver_lose_nothing_when_the_daemon_is_killed() {
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
+    if cpus > 1 {
+        survive_the_daemon(GuestOptions::default(), &["--poll-cpus", "0,1"], cycles());
+    }
+}
