@@ -6,7 +6,7 @@
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, compiler_fence};
 
 /// A piece of guest memory: where it is mapped here, and how many bytes were checked.
 ///
@@ -92,6 +92,9 @@ impl<'m> Window<'m> {
         // no Rust reference to guest memory exists (`from_raw`). A guest that writes meanwhile makes the bytes
         // arbitrary, which is what callers expect of them anyway.
         unsafe { std::ptr::copy_nonoverlapping(src, to.as_mut_ptr(), to.len()) }
+        // What was read is what stays: without this a compiler might copy from guest memory again
+        // where the local copy is used.
+        compiler_fence(Ordering::AcqRel);
     }
 
     /// Copies `from` into guest memory at `offset`. Panics outside the window.
