@@ -258,7 +258,8 @@ def pollux_bench(backend, cpu, size, ring, mergeable, mode, seconds):
 
 def bench_result(report, mode):
     if mode == "rtt":
-        rtt = report["rtt"]
-        return dict(p50_us=rtt["p50_us"], p99_us=rtt["p99_us"], p999_us=rtt["p999_us"],
+        trip = report["round_trip"]
+        micros = {key: trip[f"{key}_seconds"] * 1e6 for key in ("p50", "p99", "p999")}
+        return dict(p50_us=micros["p50"], p99_us=micros["p99"], p999_us=micros["p999"],
                     lost=report.get("lost", 0))
     return dict(mpps=report["mpps"], lost=report["lost"])

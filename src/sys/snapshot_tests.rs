@@ -64,3 +64,10 @@ fn readers_and_publisher_race_without_losing_a_view() {
     publisher.retire();
     assert!(!publisher.has_retained());
 }
+
+#[test]
+fn a_reader_that_outlives_the_publisher_still_borrows() {
+    let (publisher, mut readers) = snapshots(String::from("view"), 1);
+    drop(publisher);
+    assert_eq!(*readers[0].borrow(), "view");
+}
