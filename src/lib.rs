@@ -116,6 +116,8 @@
 //! virtio-user (which sends 0). A packed ring starts where SET_VRING_BASE says. Every start is a new queue object, and
 //! calls its driver once: it may be asleep on work that was finished before a restart. A ring starts as soon as
 //! size, addresses, kick, features and memory are known, in whatever order they came.
+//! Frames on a disabled ring are discarded, as the protocol says, but a transmitq that was never told waits for its
+//! first SET_VRING_ENABLE: frontends send it last, and a guest's pending frames must survive a restart of the switch.
 //!
 //! # Guest memory
 //!

@@ -98,7 +98,7 @@ impl DeviceState {
     }
 
     fn enabled(&self, ring: &Vring) -> bool {
-        ring.enable || !self.features.is_some_and(has_enable)
+        ring.enable == Some(true) || !self.features.is_some_and(has_enable)
     }
 
     // ---- what poll threads see -------------------------------------------------------------------
@@ -175,7 +175,10 @@ impl DeviceState {
                 let enabled = self.enabled(ring);
                 if ring.name.is_receiveq() {
                     pair.receive = ring.receive(enabled);
-                } else {
+                } else if enabled || ring.enable.is_some() {
+                    // Frames on a disabled ring are discarded (vhost-user, "Ring states"). But frontends start rings
+                    // before they enable them for the first time, and what a guest had in its ring when its last
+                    // backend died must not get lost in between: until then the ring waits.
                     pair.transmit = ring.transmit(enabled);
                 }
             }
@@ -350,9 +353,9 @@ impl DeviceState {
             other => return Err(SessionError::EnableValue(other)),
         };
         let ring = self.ring(index)?;
-        let before = std::mem::replace(&mut ring.enable, enable);
+        let before = ring.enable.replace(enable);
         let running = ring.running.is_some();
-        if before == enable {
+        if before == Some(enable) {
             return Ok(());
         }
         if !running {

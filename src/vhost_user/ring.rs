@@ -143,8 +143,8 @@ pub(super) struct Vring {
     pub(super) kicked: bool,
     pub(super) kick: Option<Arc<KickFd>>,
     pub(super) call: Option<Arc<CallFd>>,
-    /// SET_VRING_ENABLE.
-    pub(super) enable: bool,
+    /// SET_VRING_ENABLE, once it has come.
+    pub(super) enable: Option<bool>,
     pub(super) running: Option<Running>,
     /// Why it does not run, found at the last try.
     pub(super) refusal: Option<Refusal>,
@@ -162,7 +162,7 @@ impl Vring {
             kicked: false,
             kick: None,
             call: None,
-            enable: false,
+            enable: None,
             running: None,
             refusal: Some(Refusal::NoFeatures),
             broken_reported: false,

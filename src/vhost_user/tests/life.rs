@@ -262,7 +262,9 @@ fn what_does_not_concern_a_ring_leaves_it_alone() {
     peer.frontend.set_vring_enable(0, false).unwrap();
     assert!(peer.pair(0).receive.is_some_and(|ring| !ring.enabled));
     peer.frontend.set_vring_enable(0, true).unwrap();
-    peer.frontend.set_features(OFFERED_FEATURES).unwrap();
+    peer.frontend
+        .set_features(OFFERED_FEATURES & !PACKED)
+        .unwrap();
     let after = peer.pair(0);
     let (before, after) = (before.receive.unwrap(), after.receive.unwrap());
     assert!(Arc::ptr_eq(&before.queue, &after.queue));
@@ -323,6 +325,7 @@ fn several_pairs_are_offered_with_mq() {
     peer.share_memory();
     for ring in 0..8 {
         peer.start_ring(ring, 0);
+        peer.frontend.set_vring_enable(ring, true).unwrap();
         assert!(peer.started(ring));
     }
     peer.leave();
@@ -391,4 +394,25 @@ fn a_removed_port_ends_its_session() {
     peer.sink.gone.store(true, Ordering::SeqCst);
     assert!(peer.frontend.get_vring_base(0).is_err());
     assert!(matches!(peer.ended(), SessionEnd::PortGone));
+}
+
+#[test]
+fn a_transmitq_waits_for_its_first_enable_and_is_discarded_from_only_when_disabled() {
+    let mut peer = Peer::new();
+    let features = peer.negotiate();
+    peer.frontend.set_features(features).unwrap();
+    peer.share_memory();
+    for ring in 0..2 {
+        peer.start_ring(ring, 0);
+    }
+    let transmit = |peer: &Peer| {
+        let device = peer.device().unwrap();
+        device.pairs[0].transmit.as_ref().map(|queue| queue.enabled)
+    };
+    assert_eq!(transmit(&peer), None);
+    peer.frontend.set_vring_enable(1, true).unwrap();
+    assert_eq!(transmit(&peer), Some(true));
+    peer.frontend.set_vring_enable(1, false).unwrap();
+    assert_eq!(transmit(&peer), Some(false));
+    peer.leave();
 }
