@@ -327,10 +327,13 @@ impl ReceiveQueue {
         claim: &mut Claim<'m>,
     ) -> Result<Added, Broken> {
         let first = claim.windows.len();
+        // Never fewer than make a buffer usable: the walk stops at the bytes wanted, and a chain whose first pieces hold
+        // the rest of a frame would be taken for one of that length.
+        let wanted = left.max(MIN_BUFFER);
         let chain =
             match self
                 .ring
-                .read_chain(position, Direction::Write, left, &mut claim.windows)?
+                .read_chain(position, Direction::Write, wanted, &mut claim.windows)?
             {
                 Some(chain) => chain,
                 None => return Ok(Added::Nothing),
