@@ -18,7 +18,7 @@ use std::ops::Deref;
 use crossbeam_utils::CachePadded;
 
 use crate::sync::Arc;
-use crate::sync::atomic::{AtomicPtr, AtomicU64, Ordering, fence};
+use crate::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
 
 /// Acknowledgement of a reader that holds no view.
 const ASLEEP: u64 = u64::MAX;
@@ -36,6 +36,8 @@ struct Shared<T> {
     /// Generation of `current`; stored after it, so readers can poll this one word.
     generation: CachePadded<AtomicU64>,
     acknowledged: Box<[CachePadded<AtomicU64>]>,
+    /// Readers that can still borrow.
+    readers: AtomicUsize,
 }
 
 /// The publishing side; there is one.
@@ -111,6 +113,7 @@ pub fn snapshots<T: Send + Sync>(first: T, readers: usize) -> (Publisher<T>, Vec
         acknowledged: (0..readers)
             .map(|_| CachePadded::new(AtomicU64::new(ASLEEP)))
             .collect(),
+        readers: AtomicUsize::new(readers),
     });
     let readers = (0..readers)
         .map(|index| Reader {
@@ -256,6 +259,18 @@ impl<T: Send + Sync> Reader<T> {
 impl<T> Drop for Reader<T> {
     fn drop(&mut self) {
         self.shared.acknowledged[self.index].store(ASLEEP, Ordering::Release);
+        // Release: whatever was borrowed is let go before the publisher may free it.
+        self.shared.readers.fetch_sub(1, Ordering::Release);
+    }
+}
+
+impl<T> Drop for Publisher<T> {
+    /// A reader that is left may still borrow the current view, so it is leaked rather than freed under it. Whoever owns
+    /// both ends the readers first.
+    fn drop(&mut self) {
+        if self.shared.readers.load(Ordering::Acquire) != 0 {
+            self.retained.drain(..).for_each(std::mem::forget);
+        }
     }
 }
 
