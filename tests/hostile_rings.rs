@@ -136,7 +136,7 @@ fn receive_lives(guest: &Guest, queue: &ReceiveQueue, driver: &mut Driver<'_>) {
     for tag in 0..guest.size() / 2 * 3 {
         let id = driver.post(&[writable(GOOD, ROOM)]);
         let frame = frame(tag as u8, 64);
-        assert_eq!(deliver(queue, &[frame.clone()]), (1, None));
+        assert_eq!(deliver(queue, std::slice::from_ref(&frame)), (1, None));
         assert_eq!(driver.reap_all(), [(id, 76)]);
         assert_eq!(guest.read(GOOD + HEADER as u64, 64), frame);
     }
@@ -216,6 +216,30 @@ fn chains_offered_again_before_they_came_back_are_not_taken_again() {
         assert_eq!(take_burst(&queue), [], "packed: {packed}");
         queue.complete(queue.position());
         assert_eq!(driver.reap_all().len(), usize::from(SIZE));
+        assert_eq!(queue.broken(), None);
+    }
+}
+
+#[test]
+fn buffers_offered_again_while_claims_are_open_are_not_claimed_again() {
+    for packed in KINDS {
+        let guest = Guest::new(SIZE, features(packed));
+        let queue = start_receive(&guest);
+        let mut driver = guest.driver();
+        let ids: Vec<u16> = (0..SIZE)
+            .map(|_| driver.post(&[writable(GOOD, ROOM)]))
+            .collect();
+        let lengths = std::iter::repeat_n(60, usize::from(SIZE));
+        let mut open = Claim::new();
+        queue.claim(lengths.clone(), &mut open).unwrap();
+        offer_everything_again(&guest, &mut driver);
+        // Two claims of the same slots would stick, and the queue with them.
+        let refused = queue.claim(lengths, &mut Claim::new());
+        assert_eq!(refused, Err(NoClaim::Full), "packed: {packed}");
+        queue.commit(&open);
+        assert_eq!(queue.published(), open.end());
+        let used: Vec<(u16, u32)> = ids.iter().map(|&id| (id, 72)).collect();
+        assert_eq!(driver.reap_all(), used);
         assert_eq!(queue.broken(), None);
     }
 }
@@ -537,7 +561,7 @@ fn a_buffer_across_two_regions_is_copied_in_two_pieces() {
             let queue = start_receive(&guest);
             let mut driver = guest.driver();
             let id = driver.post(&[writable(SEAM - before, 300)]);
-            assert_eq!(deliver(&queue, &[bytes.clone()]), (1, None));
+            assert_eq!(deliver(&queue, std::slice::from_ref(&bytes)), (1, None));
             assert_eq!(driver.reap_all(), [(id, 112)]);
             assert_eq!(guest.read(SEAM - before + 12, 100), bytes);
             receive_lives(&guest, &queue, &mut driver);
@@ -628,14 +652,14 @@ fn a_frame_that_needs_more_buffers_than_are_posted_publishes_nothing() {
         let long = frame(5, 288);
         for _ in 0..3 {
             assert_eq!(
-                deliver(&queue, &[long.clone()]),
+                deliver(&queue, std::slice::from_ref(&long)),
                 (0, Some(NoClaim::Full)),
                 "packed: {packed}"
             );
             assert_eq!(driver.reap(), None);
         }
         ids.push(post(&mut driver, 2));
-        assert_eq!(deliver(&queue, &[long.clone()]), (1, None));
+        assert_eq!(deliver(&queue, std::slice::from_ref(&long)), (1, None));
         let used: Vec<(u16, u32)> = ids.iter().map(|&id| (id, 100)).collect();
         assert_eq!(driver.reap_all(), used);
         assert_eq!(guest.read(DATA + 10, 2), [3, 0], "num_buffers");

@@ -250,11 +250,20 @@ impl<'m> Device<'m> {
         }
     }
 
+    pub(crate) fn has_available(&self) -> bool {
+        let head = flags_at(&self.areas.descriptors, self.next.slot);
+        (head & AVAIL != 0) == self.next.wrap && (head & USED != 0) != self.next.wrap
+    }
+
+    /// The next place to take.
+    pub(crate) fn next(&self) -> Place {
+        self.next
+    }
+
     /// Takes the next available chain of a well-behaved driver; `memory` is the guest's.
     pub(crate) fn pop(&mut self, memory: impl Fn(u64, u32) -> Window<'m>) -> Option<Chain> {
         let ring = &self.areas.descriptors;
-        let head = flags_at(ring, self.next.slot);
-        if (head & AVAIL != 0) != self.next.wrap || (head & USED != 0) == self.next.wrap {
+        if !self.has_available() {
             return None;
         }
         let mut buffers = Vec::new();

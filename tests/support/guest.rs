@@ -109,19 +109,31 @@ impl Guest {
         self.memory.window(offset as usize, len as usize).unwrap()
     }
 
+    /// `len` bytes from `addr` on, in the one or two pieces that the regions make of them.
+    fn pieces(&self, addr: u64, len: usize) -> [Window<'_>; 2] {
+        let seam = START + self.len;
+        let before = if addr < seam {
+            len.min((seam - addr) as usize)
+        } else {
+            len
+        };
+        let rest = if before == len { addr } else { seam };
+        let second = self.at(rest, (len - before) as u32);
+        [self.at(addr, before as u32), second]
+    }
+
     pub(crate) fn write(&self, addr: u64, bytes: &[u8]) {
-        for (i, byte) in bytes.iter().enumerate() {
-            self.at(addr + i as u64, 1).write_bytes(0, &[*byte]);
-        }
+        let [first, second] = self.pieces(addr, bytes.len());
+        first.write_bytes(0, &bytes[..first.len()]);
+        second.write_bytes(0, &bytes[first.len()..]);
     }
 
     pub(crate) fn read(&self, addr: u64, len: u32) -> Vec<u8> {
-        let byte = |i| {
-            let mut byte = [0];
-            self.at(addr + u64::from(i), 1).read_bytes(0, &mut byte);
-            byte[0]
-        };
-        (0..len).map(byte).collect()
+        let mut bytes = vec![0; len as usize];
+        let [first, second] = self.pieces(addr, bytes.len());
+        first.read_bytes(0, &mut bytes[..first.len()]);
+        second.read_bytes(0, &mut bytes[first.len()..]);
+        bytes
     }
 
     pub(crate) fn areas(&self) -> RingAreas<'_> {
@@ -185,10 +197,24 @@ impl Guest {
     }
 
     pub(crate) fn driver(&self) -> Driver<'_> {
-        if self.features.packed {
-            Driver::Packed(packed_reference::Driver::new(self.areas(), Place::FIRST))
+        let base = if self.features.packed {
+            Place::FIRST.word()
         } else {
-            Driver::Split(SplitDriver::new(self.areas(), 0))
+            0
+        };
+        self.driver_at(base)
+    }
+
+    /// A driver whose ring starts at `base`: an index, or a place's word.
+    pub(crate) fn driver_at(&self, base: u16) -> Driver<'_> {
+        if self.features.packed {
+            let place = Place {
+                slot: base & 0x7fff,
+                wrap: base & 0x8000 != 0,
+            };
+            Driver::Packed(packed_reference::Driver::new(self.areas(), place))
+        } else {
+            Driver::Split(SplitDriver::new(self.areas(), base))
         }
     }
 }
@@ -223,6 +249,11 @@ impl<'m> SplitDriver<'m> {
 
     pub(crate) fn free(&self) -> u16 {
         self.free.len() as u16
+    }
+
+    /// The head of the next chain.
+    pub(crate) fn next_head(&self) -> u16 {
+        self.free[0]
     }
 
     pub(crate) fn write_raw(&self, index: u16, piece: Piece, flags: u16, next: u16) {
