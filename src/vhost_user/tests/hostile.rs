@@ -218,18 +218,15 @@ fn only_eventfds_are_taken() {
     // The crate's frontend sends only its eventfd type, so one is turned into a pipe.
     let disguised = EventFd::new(0).unwrap();
     let number = disguised.as_raw_fd();
-    assert_eq!(dup_over(reader.as_raw_fd(), number), number);
+    assert_eq!(
+        crate::sys::eventfd::dup_over(reader.as_raw_fd(), number),
+        number
+    );
     assert!(peer.frontend.set_vring_call(0, &disguised).is_err());
     assert!(peer.frontend.set_vring_kick(0, &disguised).is_err());
     assert!(peer.frontend.set_vring_err(0, &disguised).is_ok());
     assert!(peer.said("only eventfds are taken"));
     peer.leave();
-}
-
-#[allow(unsafe_code)]
-fn dup_over(from: i32, to: i32) -> i32 {
-    // SAFETY: both descriptors are open and owned by the caller.
-    unsafe { libc::dup2(from, to) }
 }
 
 #[test]
