@@ -92,9 +92,13 @@ pub enum Command {
 /// `pollux run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// A port: NAME,socket=PATH[,mode=server|client][,queues=N][,socket-mode=0660]
-    /// [,socket-group=NAME]; may be given again
-    #[arg(long = "port", value_name = "SPEC")]
+    /// Ports to start with.
+    #[arg(
+        long = "port",
+        value_name = "SPEC",
+        help = "A port: NAME,socket=PATH[,mode=server|client][,queues=N][,socket-mode=0660]\
+                [,socket-group=NAME]; may be given again"
+    )]
     pub ports: Vec<PortSpec>,
     /// One poll thread pinned to each of these CPUs, such as 0,2-3 [default: one, unpinned]
     #[arg(long, value_name = "LIST")]

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `poll-N` | passes over its transmit queues; delivers into any port | never |
 //! | `session-NAME` | the vhost-user conversation with one frontend | yes, only its own VM waits |
-//! | control (the caller of [`Daemon::run`]) | sockets, timers, signals, commands; the only publisher | briefly |
+//! | control (the caller of [`run`]) | sockets, timers, signals, commands; the only publisher | briefly |
 //! | `reaper` | drops retired views: munmap, close | yes |
 //! | `api` | HTTP on a unix socket | yes |
 

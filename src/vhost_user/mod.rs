@@ -2,7 +2,7 @@
 //!
 //! [`serve`] is the whole life of a session thread. It reads messages, keeps what they said in a
 //! `DeviceState`, and after each message that changes something hands a new immutable
-//! [`Device`](crate::port::Device) to a [`DeviceSink`]. It knows nothing of a switch, of topologies or of
+//! [`Device`] to a [`DeviceSink`]. It knows nothing of a switch, of topologies or of
 //! poll threads: "nobody uses the old device any more" is all it ever waits for, through
 //! [`DeviceSink::settle`].
 //!

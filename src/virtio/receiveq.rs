@@ -196,6 +196,8 @@ impl ReceiveQueue {
         lengths: impl Iterator<Item = u32> + Clone,
         claim: &mut Claim<'m>,
     ) -> Result<(), NoClaim> {
+        // A claim of nothing would carry a tag of count 0, which is no tag.
+        debug_assert!(lengths.clone().next().is_some(), "a claim is for frames");
         for _ in 0..CLAIM_TRIES {
             if self.broken.is_set() {
                 return Err(NoClaim::Broken);

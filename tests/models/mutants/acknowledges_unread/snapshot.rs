@@ -5,7 +5,7 @@
 //! nobody. The publisher keeps every view until each reader has acknowledged a newer one or sleeps, so a reader
 //! is never the last owner. This is read-copy-update with `Arc` as the reference count.
 //!
-//! A sleeping reader counts as acknowledged: it drops its borrow *before* it stores [`ASLEEP`] (or a dead guest's
+//! A sleeping reader counts as acknowledged: it drops its borrow *before* it stores `ASLEEP` (or a dead guest's
 //! memory would stay mapped for hours). When it wakes, it stores "awake", then a full barrier, then loads the view; the
 //! publisher stores the view, then a full barrier, then loads the reader's word. So either the publisher sees the
 //! reader awake and waits for it, or the reader sees the new view.
