@@ -74,9 +74,10 @@ pub fn supplementary_groups(socket: impl AsFd) -> io::Result<Vec<u32>> {
     }
 }
 
-/// The number of a group, or `None` where there is none of that name.
+/// The number of a group, or `None` where there is none of that name. A number stands for itself unless a group has it
+/// for a name, as with `chgrp`.
 pub fn group_id(name: &str) -> io::Result<Option<u32>> {
-    look_up(name, |name, buffer| {
+    let found = look_up(name, |name, buffer| {
         // SAFETY: all zeroes is a valid group (null pointers, gid 0).
         let mut entry: libc::group = unsafe { std::mem::zeroed() };
         let mut found = std::ptr::null_mut();
@@ -84,7 +85,8 @@ pub fn group_id(name: &str) -> io::Result<Option<u32>> {
         // SAFETY: all pointers are valid for the call; `buffer` for writing its length.
         let code = unsafe { libc::getgrnam_r(name.as_ptr(), &mut entry, place, len, &mut found) };
         (code, (!found.is_null()).then_some(entry.gr_gid))
-    })
+    })?;
+    Ok(found.or_else(|| name.parse().ok()))
 }
 
 /// The number of a user, or `None` where there is none of that name.
