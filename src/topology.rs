@@ -77,6 +77,8 @@ pub struct Start {
     pub index: u16,
     /// Address of the ring object, to tell a restarted ring from the one before.
     pub address: usize,
+    /// Address of the call descriptor, to tell when another one came.
+    pub call: usize,
 }
 
 /// A port for [`Topology::build`].
@@ -180,6 +182,10 @@ fn egress(entry: &PortEntry, number: &mut u32, mut start: impl FnMut(u16, Start)
                 slot: entry.shared.reference.slot,
                 index,
                 address,
+                call: receive
+                    .call
+                    .as_ref()
+                    .map_or(0, |call| Arc::as_ptr(call).addr()),
             },
         );
         queues.push(EgressQueue {

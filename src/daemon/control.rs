@@ -29,6 +29,8 @@ const RECONNECT: Duration = Duration::from_millis(100);
 const RETIRE: Duration = Duration::from_millis(1);
 /// Time between looks at what changes by itself: ages, broken rings.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
+/// Longest wait for sessions at the end.
+const SHUTDOWN: Duration = Duration::from_secs(2);
 /// Frontends accepted on one port in one turn: a storm of connections delays nobody else's commands for long.
 const ACCEPTS: usize = 8;
 
@@ -273,8 +275,10 @@ impl Control {
             .name(format!("session-{}", port.name()))
             .spawn(move || {
                 let sink = Arc::new(Sink(thread_link.clone()));
-                let end = vhost_user::serve(stream, options, sink, thread_status);
-                thread_link.ended(end.to_string());
+                // However the thread ends: a port whose session is forgotten would take no other frontend.
+                let mut end =
+                    Farewell(thread_link, "the session failed; this is a bug".to_string());
+                end.1 = vhost_user::serve(stream, options, sink, thread_status).to_string();
             });
         match spawned {
             Ok(thread) => {
@@ -344,11 +348,31 @@ impl Control {
             }
         }
         // Sessions wait for acknowledgements, so they go first.
-        for thread in self.sessions.drain(..) {
-            let _ = thread.join();
+        // Not for ever: a descriptor that a frontend sent may belong to a file system that does not answer.
+        let deadline = Instant::now() + SHUTDOWN;
+        while Instant::now() < deadline && self.sessions.iter().any(|thread| !thread.is_finished())
+        {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let (ended, stuck): (Vec<_>, Vec<_>) = self
+            .sessions
+            .drain(..)
+            .partition(|thread| thread.is_finished());
+        ended.into_iter().for_each(|thread| drop(thread.join()));
+        if !stuck.is_empty() {
+            tracing::warn!("{} sessions did not end in time", stuck.len());
         }
         self.registry.polls.stop();
         self.registry.retire();
+    }
+}
+
+/// Tells control why a session ended, when its thread does.
+struct Farewell(Arc<Link>, String);
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        self.0.ended(std::mem::take(&mut self.1));
     }
 }
 

@@ -27,6 +27,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use crossbeam_channel::unbounded;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::api::{Control as _, ControlError, Server, ServerError};
 use crate::config::{DaemonConfig, PortSpec};
@@ -72,8 +73,21 @@ pub enum DaemonError {
 
 /// Installs what must be there before any thread: the SIGBUS fence, and signals as events of the control loop.
 pub fn prepare_process() -> io::Result<Signals> {
+    raise_descriptor_limit();
     fence::install()?;
     Signals::block()
+}
+
+/// A port with one queue pair holds about eight descriptors: the usual soft limit of 1024 would be few ports.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!("the limit of open descriptors stays as it is: {error}");
+    }
 }
 
 /// Runs the switch in the foreground until SIGTERM or SIGINT.
@@ -105,8 +119,9 @@ pub fn run(config: DaemonConfig) -> Result<(), DaemonError> {
     }
     let _ = reaper.join();
     match first_error.try_recv() {
-        Ok(error) => Err(DaemonError::Port(error)),
-        Err(_) => ended,
+        // A signal that came while ports were being added makes the adding fail: no error of its own.
+        Ok(error) if !matches!(error, ControlError::Internal(_)) => Err(DaemonError::Port(error)),
+        _ => ended,
     }
 }
 

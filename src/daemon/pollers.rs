@@ -137,7 +137,10 @@ fn work_of(plan: &Plan) -> Vec<(usize, usize, bool)> {
             .map_or(0, |call| Arc::as_ptr(call).addr());
         (Arc::as_ptr(&queue.queue).addr(), call, queue.enabled)
     });
-    let starts = plan.starts.iter().map(|start| (start.address, 0, true));
+    let starts = plan
+        .starts
+        .iter()
+        .map(|start| (start.address, start.call, true));
     queues.chain(starts).collect()
 }
 

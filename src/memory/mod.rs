@@ -33,8 +33,9 @@ pub use window::Window;
 /// Regions one guest may have: what KVM gives a VM, and what GET_MAX_MEM_SLOTS should answer.
 pub const MAX_REGIONS: usize = 509;
 
-/// Address space one guest may take of ours, of the 2^47 bytes there are.
-pub const MAX_GUEST_BYTES: u64 = 1 << 46;
+/// Address space one guest may take of ours: 4 TiB of the 128 there are. A sparse file costs its owner nothing, so
+/// more would let a few frontends use up what all share.
+pub const MAX_GUEST_BYTES: u64 = 1 << 42;
 
 /// Why a piece of memory was not accepted. The frontend's fault, except for `FenceFull`.
 #[derive(Debug, thiserror::Error)]

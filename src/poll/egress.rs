@@ -227,6 +227,12 @@ impl<'t, 'p> Delivery<'t, 'p> {
         }
     }
 
+    /// Whether something of ours waits to be made visible.
+    #[inline(always)]
+    pub(super) fn is_behind(&self) -> bool {
+        !self.touched.0.is_empty()
+    }
+
     /// Makes room for one more delivery: calls after many copies, owed chains before their list is full.
     #[inline(always)]
     fn make_room(&mut self, copies: u32) {
@@ -318,9 +324,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
             let Some(queue) = port.queues.first() else {
                 continue;
             };
-            if !self.owed.has_room() {
-                self.wait_published();
-            }
+            self.make_room(mask.count_ones());
             let Delivery {
                 context,
                 claim,
@@ -363,17 +367,18 @@ impl<'t, 'p> Delivery<'t, 'p> {
     #[inline(always)]
     fn notify(&mut self) {
         let mut fds: ArrayVec<BorrowedFd<'t>, { 2 * TOUCHED }> = ArrayVec::new();
+        // The wish is taken only where there is somebody to call: a call descriptor may come later.
         for (queue, _) in &self.touched.0 {
-            if queue.queue.take_call_wanted()
-                && let Some(call) = &queue.call
+            if let Some(call) = &queue.call
+                && queue.queue.take_call_wanted()
             {
                 fds.push(call.as_fd());
             }
         }
         self.touched.0.retain(|(_, again)| *again);
         for ingress in &self.context.plan.queues {
-            if ingress.queue.take_call_wanted()
-                && let Some(call) = &ingress.call
+            if let Some(call) = &ingress.call
+                && ingress.queue.take_call_wanted()
             {
                 if fds.is_full() {
                     self.signal(&fds);

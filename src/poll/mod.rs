@@ -125,13 +125,13 @@ impl Poller {
                 pass.settle();
                 return Left::OutOfDate;
             }
-            if worked {
-                last_work = ended;
-                continue;
-            }
             if shared.stop.load(Ordering::Relaxed) {
                 pass.settle();
                 return Left::Stop;
+            }
+            if worked {
+                last_work = ended;
+                continue;
             }
             match *idle {
                 IdlePolicy::Adaptive(spin)

@@ -7,6 +7,7 @@
 
 use arrayvec::ArrayVec;
 
+use crate::frame::BURST_FRAMES;
 use crate::topology::Plan;
 use crate::virtio::ReceiveQueue;
 
@@ -38,9 +39,9 @@ impl<'t> Owed<'t> {
         self.used
     }
 
-    /// Whether another entry fits.
+    /// Whether the entries of another delivery fit: at most one a frame.
     pub(super) fn has_room(&self) -> bool {
-        !self.blocked.is_full()
+        self.blocked.remaining_capacity() >= BURST_FRAMES
     }
 
     /// The chain at `position` waits until `queue` is published up to `end`.

@@ -68,6 +68,9 @@ impl<'t, 'p> Pass<'t, 'p> {
                 0
             };
             self.delivery.settle();
+        } else if self.delivery.is_behind() {
+            // Claims that could not be made visible yet: nothing else may come that would.
+            self.delivery.settle();
         }
         worked
     }
@@ -84,9 +87,16 @@ impl<'t, 'p> Pass<'t, 'p> {
         let mut taken = 0;
         while taken < QUEUE_FRAMES && self.burst.has_room() {
             let (mark, position) = (self.burst.mark(), queue.position());
-            let admitted = match queue.take(end, self.burst.windows_mut()) {
+            let found = queue.take(end, self.burst.windows_mut());
+            // The pages may have gone while we read them (the file was truncated): zeros came instead.
+            let faulted = ingress.memory.faulted();
+            let admitted = match found {
                 Taken::Nothing => break,
                 Taken::Malformed(_) => Err(DropReason::RxMalformedChain),
+                Taken::Chain { .. } if faulted => {
+                    self.burst.forget(mark);
+                    Err(DropReason::RxMemoryFault)
+                }
                 Taken::Chain { .. } if !ingress.enabled => {
                     self.burst.forget(mark);
                     Err(DropReason::RxDisabledQueue)
@@ -186,7 +196,8 @@ impl<'t, 'p> Pass<'t, 'p> {
         let mut quiet = true;
         for ingress in &self.context().plan.queues {
             // All of them, also after one had work: `disarm` undoes all.
-            quiet &= ingress.queue.arm();
+            // A driver that never kicks (SET_VRING_KICK without a descriptor) must be polled.
+            quiet &= ingress.queue.arm() && ingress.kick.is_some();
         }
         quiet
     }

@@ -65,7 +65,9 @@ impl DeviceState {
         let call = file.map(CallFd::new).transpose();
         let call = call.map_err(|source| SessionError::Notification { ring: name, source })?;
         ring.call = call.map(Into::into);
-        if ring.running.is_some() {
+        if let Some(running) = &ring.running {
+            // A call made to the old descriptor may not have reached the driver; a spare one is legal.
+            running.want_call();
             self.update();
         }
         Ok(())

@@ -20,8 +20,9 @@ pub const F_INDIRECT: u16 = 4;
 pub const DESCRIPTOR_SIZE: usize = 16;
 /// Most pieces of memory of one chain. Linux uses at most 19 descriptors for a 64 KiB frame.
 pub const MAX_CHAIN_WINDOWS: usize = 64;
-/// Most entries of an indirect table that are looked at, whatever the ring's size.
-const MAX_INDIRECT: u32 = 1024;
+/// Most descriptors of one chain, and entries of one indirect table, whatever the ring's size. Empty ones give no buffer,
+/// so without this bound a ring full of loops of them would keep every sender busy for milliseconds.
+const MAX_HOPS: u32 = 256;
 
 /// One descriptor, copied out of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -203,7 +204,7 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
         let entries = len / DESCRIPTOR_SIZE as u32;
         let whole = len.is_multiple_of(DESCRIPTOR_SIZE as u32);
         // §2.7.5.3.1: not both INDIRECT and NEXT; §2.7.5.3.2: the device ignores WRITE here.
-        if !whole || entries == 0 || entries > MAX_INDIRECT || flags & F_NEXT != 0 {
+        if !whole || entries == 0 || entries > MAX_HOPS || flags & F_NEXT != 0 {
             return Err(ChainError::Indirect);
         }
         let table = self
@@ -259,7 +260,7 @@ fn follow_split<'m, const N: usize>(
             return collector.total();
         }
         hops += 1;
-        if hops >= entries {
+        if hops >= entries.min(MAX_HOPS) {
             return Err(ChainError::Loop);
         }
         if u32::from(next) >= entries {

@@ -92,9 +92,12 @@ impl Claims {
     }
 
     /// The position that the next claim would start at.
+    ///
+    /// Acquire, so that the available index which is then compared with it is read later: an older index beside a newer
+    /// position would look like an impossible ring.
     #[inline(always)]
     pub fn next(&self) -> u64 {
-        self.claim.load(Ordering::Relaxed)
+        self.claim.load(Ordering::Acquire)
     }
 
     /// Everything before this position is visible to the driver.
@@ -117,13 +120,12 @@ impl Claims {
 
     /// Takes `[p, p + n)` if nobody took anything since `p` was read.
     ///
-    /// Relaxed: the swap only divides positions among us; the data of the available entries was acquired with the
-    /// available index, and what we write is released by the commit.
+    /// Release pairs with the acquire of `next`; what we write is released by the commit.
     #[inline(always)]
     pub fn try_claim(&self, p: u64, n: u16) -> bool {
         let (old, new) = (p, p + u64::from(n));
         self.claim
-            .compare_exchange(old, new, Ordering::Relaxed, Ordering::Relaxed)
+            .compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
     }
 

@@ -228,14 +228,6 @@ impl Ring {
     }
 
     #[inline(always)]
-    fn prefetch(&self, position: u64) {
-        match self {
-            Ring::Split(ring) => ring.prefetch(position),
-            Ring::Packed(ring) => ring.prefetch(position),
-        }
-    }
-
-    #[inline(always)]
     fn write_used(&self, position: u64, head: Head, len: u32) {
         match self {
             Ring::Split(ring) => ring.write_used(position, head, len),

@@ -201,13 +201,6 @@ impl PackedRing {
         walk_packed_table(descriptor, collector)
     }
 
-    /// Asks for the line of the descriptor at `position`.
-    #[inline(always)]
-    pub fn prefetch(&self, position: u64) {
-        let (slot, _) = self.place(position);
-        self.descriptors.window().prefetch(slot * DESCRIPTOR_SIZE);
-    }
-
     /// Notes the used element of `position`; the publisher writes it.
     #[inline(always)]
     pub fn write_used(&self, position: u64, head: Head, len: u32) {

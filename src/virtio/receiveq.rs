@@ -234,7 +234,8 @@ impl ReceiveQueue {
         claim.clear();
         claim.position = position;
         let available = self.ring.available_to(position)?;
-        let end = available.min(position + self.claims.room(position));
+        let room = self.claims.room(position).min(u64::from(self.size));
+        let end = available.min(position + room);
         let mut bytes = 0;
         for len in lengths {
             if claim.frames.is_full() || (bytes > 0 && bytes + len > CLAIM_BYTES) {
@@ -395,6 +396,11 @@ impl ReceiveQueue {
     #[inline(always)]
     pub fn published(&self) -> u64 {
         self.claims.published()
+    }
+
+    /// Asks for a call whatever the driver's event says: its call descriptor has just come.
+    pub fn want_call(&self) {
+        self.claims.want_call();
     }
 
     /// Whether the driver is to be called now; the caller that gets `true` signals.

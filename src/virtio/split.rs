@@ -131,14 +131,6 @@ impl SplitRing {
         })
     }
 
-    /// Asks for the cache lines that the chain at `position` will be read from.
-    #[inline(always)]
-    pub fn prefetch(&self, position: u64) {
-        let entry = ENTRIES + 2 * self.slot(position);
-        let head = self.available.window().load_u16(entry, Ordering::Relaxed);
-        self.descriptors.window().prefetch(usize::from(head) * 16);
-    }
-
     /// Writes the used element of `position`; the driver sees it after the next publish.
     #[inline(always)]
     pub fn write_used(&self, position: u64, head: Head, len: u32) {

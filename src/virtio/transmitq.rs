@@ -118,15 +118,6 @@ impl TransmitQueue {
         }
     }
 
-    /// Asks for the lines of the descriptor at `ahead` positions from the next one, if before `end`.
-    #[inline(always)]
-    pub fn prefetch(&self, ahead: u64, end: u64) {
-        let position = self.position() + ahead;
-        if position < end {
-            self.ring.prefetch(position);
-        }
-    }
-
     /// Positions before this one are returned to the driver.
     #[inline(always)]
     pub fn completed(&self) -> u64 {
@@ -152,6 +143,11 @@ impl TransmitQueue {
         if self.ring.wants_call(start, end) {
             self.call_wanted.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Asks for a call whatever the driver's event says: its call descriptor has just come.
+    pub fn want_call(&self) {
+        self.call_wanted.store(true, Ordering::Relaxed);
     }
 
     /// Whether the driver is to be called now.
