@@ -99,8 +99,6 @@ pub const NUM_BUFFERS_AT: usize = NUM_BUFFERS;
 pub struct Burst<'t> {
     frames: [Frame; BURST_FRAMES],
     count: usize,
-    /// Frames whose heads are loaded.
-    loaded: usize,
     /// Buffers of the chains.
     windows: ArrayVec<Window<'t>, BURST_WINDOWS>,
     bytes: u32,
@@ -118,7 +116,6 @@ impl<'t> Burst<'t> {
         Burst {
             frames: [Frame::EMPTY; BURST_FRAMES],
             count: 0,
-            loaded: 0,
             windows: ArrayVec::new(),
             bytes: 0,
         }
@@ -128,7 +125,7 @@ impl<'t> Burst<'t> {
     #[inline(always)]
     pub fn clear(&mut self) {
         self.windows.clear();
-        (self.count, self.loaded, self.bytes) = (0, 0, 0);
+        (self.count, self.bytes) = (0, 0);
     }
 
     /// Whether another chain of any legal form fits.
@@ -203,17 +200,16 @@ impl<'t> Burst<'t> {
         Ok(())
     }
 
-    /// Copies the heads of all frames noted since the last time.
+    /// Copies the heads of all frames; once a burst, when every chain is noted.
     #[inline(always)]
     pub fn load_heads(&mut self) {
         let Burst {
             frames,
             windows,
             count,
-            loaded,
             ..
         } = self;
-        for frame in &mut frames[*loaded..*count] {
+        for frame in &mut frames[..*count] {
             let head_len = frame.head_len();
             let target = &mut frame.head[NET_HDR_SIZE..NET_HDR_SIZE + head_len];
             let first = usize::from(frame.windows.0);
@@ -233,7 +229,6 @@ impl<'t> Burst<'t> {
             let start = at + usize::from(rest.is_empty());
             frame.windows = (start as u16, (end - start) as u16);
         }
-        *loaded = *count;
     }
 
     /// Copies a frame of another burst into this one; `false` if it does not fit.
@@ -245,7 +240,6 @@ impl<'t> Burst<'t> {
         self.frames[self.count] = *frame;
         self.frames[self.count].windows.0 = self.windows.len() as u16;
         self.count += 1;
-        self.loaded = self.count;
         self.windows.extend(payload.iter().copied());
         true
     }

@@ -21,8 +21,6 @@ pub struct EgressQueue {
     pub queue: Arc<ReceiveQueue>,
     /// How its driver is called.
     pub call: Option<Arc<CallFd>>,
-    /// Number in [`Topology::receive_queues`] order, for per-thread marks.
-    pub number: u32,
 }
 
 /// A port as a place to deliver to.
@@ -99,8 +97,6 @@ pub struct Topology {
     pub flood: Box<[u16]>,
     /// Work by poll thread.
     pub plans: Box<[Plan]>,
-    /// Number of [`EgressQueue`]s.
-    pub receive_queues: u32,
     /// The forwarding data base; the same object in every topology.
     pub fdb: Arc<Fdb>,
 }
@@ -121,10 +117,9 @@ impl Topology {
         ports.resize_with(slots.unwrap_or(0), || None);
         let mut plans: Vec<(Vec<Ingress>, Vec<Start>)> = Vec::new();
         plans.resize_with(threads, Default::default);
-        let mut number = 0;
         for entry in entries {
             let slot = entry.shared.reference.slot;
-            let egress = egress(entry, &mut number, |pair, start| {
+            let egress = egress(entry, |pair, start| {
                 if let Some(thread) = owner(&entry.shared, pair) {
                     plans[thread].1.push(start);
                 }
@@ -152,7 +147,6 @@ impl Topology {
                 })
                 .collect(),
             ports: ports.into(),
-            receive_queues: number,
             fdb,
         }
     }
@@ -164,7 +158,7 @@ impl Topology {
     }
 }
 
-fn egress(entry: &PortEntry, number: &mut u32, mut start: impl FnMut(u16, Start)) -> Egress {
+fn egress(entry: &PortEntry, mut start: impl FnMut(u16, Start)) -> Egress {
     let mut queues = Vec::new();
     for (pair, queue) in entry
         .device
@@ -191,9 +185,7 @@ fn egress(entry: &PortEntry, number: &mut u32, mut start: impl FnMut(u16, Start)
         queues.push(EgressQueue {
             queue: receive.queue.clone(),
             call: receive.call.clone(),
-            number: *number,
         });
-        *number += 1;
     }
     Egress {
         reference: entry.shared.reference,
