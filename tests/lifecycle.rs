@@ -277,7 +277,7 @@ fn a_second_live_frontend_is_refused_and_the_first_goes_on() {
     let mut second = Guest::new(&rams[2]);
     let refused = second.try_attach(&daemon.sockets()[0]);
     assert!(refused.is_err());
-    assert!(daemon.log().contains("a second frontend was refused"));
+    daemon.assert_logged("a second frontend was refused");
     exchange.exchange(1000);
     exchange.drain();
     drop((exchange, second));
@@ -411,7 +411,7 @@ fn guest_memory_that_is_truncated_costs_its_port_only() {
         guest.is_cut_off()
     });
     wait_for("the reason", || reason(&daemon, "p2").contains("truncated"));
-    assert!(daemon.log().contains("truncated"), "{}", daemon.log());
+    daemon.assert_logged("truncated");
     assert_eq!(state(&daemon, "p2"), "waiting");
     daemon.assert_alive();
     bystanders.go_on(100);
@@ -486,6 +486,6 @@ fn notification_descriptors_that_are_no_eventfds_are_refused() {
             assert!(frontend.get_features().is_ok(), "{request:?}");
         }
     }
-    assert!(daemon.log().contains("only eventfds are taken"));
+    daemon.assert_logged("only eventfds are taken");
     daemon.stop();
 }

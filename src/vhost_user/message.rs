@@ -30,7 +30,8 @@ pub(super) struct Arrived {
     pub(super) request: Request,
     flags: u32,
     pub(super) size: u32,
-    /// It carries file descriptors.
+    /// It carries file descriptors. Unknown, and said to be false, where the sender wrote more than this message at
+    /// once.
     pub(super) has_files: bool,
 }
 
@@ -43,7 +44,7 @@ impl Arrived {
         HEADER + self.size as usize
     }
 
-    fn parse(header: &[u8; HEADER], has_files: bool) -> Result<Self, SessionError> {
+    fn parse(header: &[u8]) -> Result<Self, SessionError> {
         let word = |at: usize| {
             u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
         };
@@ -62,7 +63,7 @@ impl Arrived {
             request,
             flags,
             size,
-            has_files,
+            has_files: false,
         })
     }
 }
@@ -85,22 +86,23 @@ pub(super) fn wait(
         return Ok(Waited::Idle);
     }
     let begun = Instant::now();
-    let arrived = loop {
-        let (bytes, header, has_files) = peek(stream)?;
+    let (mut arrived, may_have_files) = loop {
+        let mut header = [0; HEADER];
+        // Without room for descriptors, which leaves them where they are.
+        let nowhere = &mut RecvAncillaryBuffer::default();
+        let (bytes, truncated) = peek(stream, &mut header, nowhere)?;
         match bytes {
             0 => return Err(SessionError::Disconnected),
-            HEADER => break Arrived::parse(&header, has_files)?,
+            HEADER => break (Arrived::parse(&header)?, truncated),
             // A peek ends behind the bytes that carry descriptors, however many follow.
-            _ if has_files && queued(stream)? >= HEADER => return Err(SessionError::SplitHeader),
+            _ if truncated && queued(stream)? >= HEADER => return Err(SessionError::SplitHeader),
             _ => wait_for_more(stream, begun, deadline, bytes)?,
         }
     };
     loop {
         let queued = queued(stream)?;
         if queued >= arrived.len() {
-            if arrived.has_files {
-                count_files(stream)?;
-            }
+            arrived.has_files = may_have_files && own_files(stream, arrived.len())?;
             return Ok(Waited::Message(arrived));
         }
         wait_for_more(stream, begun, deadline, queued)?;
@@ -190,22 +192,20 @@ fn queued(stream: &UnixStream) -> Result<usize, SessionError> {
     Ok(usize::try_from(bytes).unwrap_or(usize::MAX))
 }
 
-/// The header as far as it has come, and whether descriptors come with it. Peeking without room for
-/// descriptors leaves them where they are.
-fn peek(stream: &UnixStream) -> Result<(usize, [u8; HEADER], bool), SessionError> {
-    let mut header = [0; HEADER];
-    let (bytes, has_files) = peek_into(stream, &mut header, &mut RecvAncillaryBuffer::default())?;
-    Ok((bytes, header, has_files))
-}
-
-/// Refuses more descriptors than the crate has room for: it would take the message for not received, and wait for it
-/// again. Peeking with room makes copies of them, closed with the buffer.
-fn count_files(stream: &UnixStream) -> Result<(), SessionError> {
+/// Whether the message of `len` bytes, which is there as a whole, carries descriptors.
+///
+/// Refuses more of them than the crate has room for: it would take the message for not received, and wait for it again.
+/// Peeking with room makes copies of them, closed with the buffer.
+///
+/// A peek goes on to what was sent next, even where it has all the bytes it asked for, and stops only behind what
+/// carries descriptors. So it asks for a byte more than the message has: with that byte, they are the next message's.
+fn own_files(stream: &UnixStream, len: usize) -> Result<bool, SessionError> {
     // One more, for alignment may leave room for it.
     let mut space =
         [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_ATTACHED_FD_ENTRIES + 1))];
     let mut files = RecvAncillaryBuffer::new(&mut space);
-    let (_, truncated) = peek_into(stream, &mut [0; HEADER], &mut files)?;
+    let mut bytes = [0; HEADER + MAX_MSG_SIZE + 1];
+    let (seen, truncated) = peek(stream, &mut bytes[..=len], &mut files)?;
     let count: usize = files
         .drain()
         .map(|message| match message {
@@ -218,22 +218,61 @@ fn count_files(stream: &UnixStream) -> Result<(), SessionError> {
             max: MAX_ATTACHED_FD_ENTRIES,
         });
     }
-    Ok(())
+    Ok(count > 0 && seen <= len)
 }
 
 /// Peeks; the bytes seen, and whether `files` had no room for all descriptors that come with them.
-fn peek_into(
+fn peek(
     stream: &UnixStream,
-    header: &mut [u8; HEADER],
+    bytes: &mut [u8],
     files: &mut RecvAncillaryBuffer<'_>,
 ) -> Result<(usize, bool), SessionError> {
     loop {
         let flags = RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC;
-        match recvmsg(stream, &mut [IoSliceMut::new(header)], files, flags) {
+        match recvmsg(stream, &mut [IoSliceMut::new(bytes)], files, flags) {
             Ok(message) => return Ok((message.bytes, message.flags.contains(ReturnFlags::CTRUNC))),
             Err(Errno::INTR) => {}
             Err(Errno::CONNRESET) => return Err(SessionError::Disconnected),
             Err(errno) => return Err(SessionError::io(errno)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+    use vhost::vhost_user::message::FrontendReq;
+    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+    fn message(request: FrontendReq) -> Vec<u8> {
+        let header = [request as u32, VERSION, 8].map(u32::to_ne_bytes).concat();
+        [header, vec![0; 8]].concat()
+    }
+
+    fn next(stream: &UnixStream) -> Arrived {
+        match wait(stream, None, Duration::from_secs(1)).unwrap() {
+            Waited::Message(arrived) => arrived,
+            Waited::Idle => panic!("no message"),
+        }
+    }
+
+    #[test]
+    fn descriptors_of_the_next_message_are_not_this_ones() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let enable = message(FrontendReq::SET_VRING_ENABLE);
+        let call = message(FrontendReq::SET_VRING_CALL);
+        for _ in 0..2 {
+            (&theirs).write_all(&enable).unwrap();
+        }
+        theirs
+            .send_with_fd(&call[..], std::io::stdin().as_raw_fd())
+            .unwrap();
+        (&theirs).write_all(&enable).unwrap();
+        for with_files in [false, false, true, false] {
+            let arrived = next(&ours);
+            assert_eq!(arrived.has_files, with_files, "{:?}", arrived.request);
+            take(&ours, &arrived).unwrap();
         }
     }
 }

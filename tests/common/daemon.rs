@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use super::process::Process;
-use super::{short_tempdir, socket_path};
+use super::{short_tempdir, socket_path, wait_for};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_pollux");
 
@@ -151,6 +151,11 @@ impl Daemon {
     /// Its log so far.
     pub(crate) fn log(&self) -> String {
         self.process.err.text()
+    }
+
+    /// Waits until the daemon has logged this: its log comes through a pipe, later than what it did.
+    pub(crate) fn assert_logged(&self, text: &str) {
+        wait_for(text, || self.log().contains(text));
     }
 
     /// Fails with the end of the log if the daemon has ended.
