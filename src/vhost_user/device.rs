@@ -135,7 +135,12 @@ impl DeviceState {
                 Ok((setup, base)) => {
                     (ring.refusal, any) = (None, true);
                     let packed = setup.features.packed;
-                    let differs = asked.filter(|asked| !packed && *asked & 0xffff != base);
+                    // A packed ring's base has two halves, and one of them counts; a split ring knows better than any.
+                    let believed = |asked: &u32| match packed {
+                        true => *asked == base,
+                        false => *asked & 0xffff == base,
+                    };
+                    let differs = asked.filter(|asked| !believed(asked));
                     let started = SessionEvent::RingStarted {
                         ring: name,
                         size: setup.size,
@@ -146,6 +151,7 @@ impl DeviceState {
                         Some(started),
                         differs.map(|asked| SessionEvent::BaseDiffers {
                             ring: name,
+                            packed,
                             asked,
                             found: base,
                         }),

@@ -65,10 +65,13 @@ pub enum SessionEvent {
         /// Position it starts at, as GET_VRING_BASE would answer it.
         base: u32,
     },
-    /// A split ring's used index, where it starts, is not what SET_VRING_BASE said.
+    /// A ring does not start where SET_VRING_BASE said: a split ring starts at its used index, a packed ring where
+    /// both halves of its base should have said (virtio-user's upper half is always 0).
     BaseDiffers {
         /// Which.
         ring: RingName,
+        /// Packed, not split.
+        packed: bool,
         /// What SET_VRING_BASE said.
         asked: u32,
         /// Where it starts.
@@ -130,10 +133,23 @@ impl fmt::Display for SessionEvent {
                 let kind = if *packed { "packed" } else { "split" };
                 write!(f, "{ring} started: {kind}, {size} entries, at {base:#x}")
             }
-            SessionEvent::BaseDiffers { ring, asked, found } => {
+            SessionEvent::BaseDiffers {
+                ring,
+                packed: false,
+                asked,
+                found,
+            } => {
                 write!(
                     f,
                     "{ring} starts at its used index {found}, not at the base {asked} given"
+                )
+            }
+            SessionEvent::BaseDiffers {
+                ring, asked, found, ..
+            } => {
+                write!(
+                    f,
+                    "{ring} starts at {found:#x}, not at the base {asked:#x} given"
                 )
             }
             SessionEvent::RingRefused { ring, reason } => write!(f, "{ring} not started: {reason}"),

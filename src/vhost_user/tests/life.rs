@@ -416,3 +416,44 @@ fn a_transmitq_waits_for_its_first_enable_and_is_discarded_from_only_when_disabl
     assert_eq!(transmit(&peer), Some(false));
     peer.leave();
 }
+
+/// virtio 1.2 §2.8.1, vhost-user "GET_VRING_BASE": slot and wrap counter of what is available, then of what is used.
+#[test]
+fn both_halves_of_a_packed_base() {
+    let start = |base: u32| {
+        let mut peer = Peer::new();
+        let features = peer.negotiate() | PACKED;
+        peer.frontend.set_features(features).unwrap();
+        peer.share_memory();
+        for ring in 0..2 {
+            peer.start_ring(ring, 0);
+            let asked = [ring as u32, base].map(u32::to_ne_bytes).concat();
+            // At a stop, and again before the next start.
+            peer.frontend.get_vring_base(ring).unwrap();
+            peer.send(FrontendReq::SET_VRING_BASE as u32, NEED_REPLY, &asked);
+            assert_eq!(peer.reply(), Some(0));
+            peer.frontend
+                .set_vring_kick(ring, &peer.calls[ring + 8])
+                .unwrap();
+        }
+        peer
+    };
+    // As virtio-user says it, with the wrap counter of what is used left out; and slot 5 in a later lap.
+    for (asked, found) in [
+        (0x8000, 0x8000_8000),
+        (5, 0x0005_0005),
+        (0x7_8007, 0x8007_8007),
+    ] {
+        let peer = start(asked);
+        for (ring, name) in ["receiveq 0", "transmitq 0"].iter().enumerate() {
+            let expected = format!("{name} starts at {found:#x}, not at the base {asked:#x}");
+            assert_eq!(peer.said(&expected), asked != found, "{asked:#x}");
+            assert_eq!(base_of(ring, &peer), found);
+        }
+        peer.leave();
+    }
+    let peer = start(0x8003_8003);
+    assert!(!peer.said("not at the base"));
+    assert_eq!(base_of(0, &peer), 0x8003_8003);
+    peer.leave();
+}
