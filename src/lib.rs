@@ -131,7 +131,9 @@
 //! Guest to switch: suppressed while polling; armed, looked at again, then slept upon. `busy` never sleeps, `adaptive`
 //! (default) spins 50 µs first. Kicks are eventfds in an edge-triggered epoll and never read: a frontend could make
 //! the read block. Switch to guest: a plain `write` to a call eventfd can be made to block for ever by whoever
-//! else holds it, so calls are the completions of kernel AIO requests, one `io_submit` a pass ([`sys::aio`]).
+//! else holds it, so calls are the completions of kernel AIO requests, one `io_submit` a pass ([`sys::aio`]). A frontend can
+//! still make a signal slow by hanging thousands of waiters on it: each batch is timed, and a port whose slow signals
+//! have cost 0.5 ms leaves its calls to its session ([`sys::call`]).
 //!
 //! # Modules
 //!
@@ -199,8 +201,8 @@
 //!   threads whose work changed.
 //! - **GET_QUEUE_NUM answers at least 2**: QEMU compares it with queue pairs, cloud-hypervisor with rings. Rings of
 //!   pairs that are not offered are remembered and never started.
-//! - **Calls are not demoted.** A frontend that hangs thousands of waiters on its call eventfd makes signalling slow
-//!   for the poll threads that deliver to it; moving such a port's calls to its own session thread is not built yet.
+//! - **Slow calls are demoted by the port, by cost, for a minute of calm** ([`sys::call`]). Not by the descriptor or the
+//!   session, which a frontend renews at will; not at the first slow one, which may be noise; not for ever.
 
 pub mod api;
 pub mod bench;

@@ -11,7 +11,8 @@ use crate::memory::GuestMemory;
 use crate::port::{Device, PortShared};
 use crate::switch::PortRef;
 use crate::switch::fdb::Fdb;
-use crate::sys::eventfd::{CallFd, KickFd};
+use crate::sys::call::CallFd;
+use crate::sys::eventfd::KickFd;
 use crate::virtio::{ReceiveQueue, TransmitQueue};
 
 /// A receive queue that frames may be delivered into.

@@ -122,8 +122,22 @@ pub struct PortView {
     pub reason: Option<String>,
     /// The connected frontend; null without one.
     pub session: Option<SessionView>,
+    /// Who signals its drivers.
+    #[serde(default)]
+    pub calls: CallMode,
     /// What went through.
     pub statistics: PortStatistics,
+}
+
+/// Who signals a port's drivers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CallMode {
+    /// Poll threads, at the end of a pass.
+    #[default]
+    Direct,
+    /// The port's session, because signalling its descriptors is slow.
+    Deferred,
 }
 
 /// What a connected frontend has set up.
@@ -206,6 +220,12 @@ pub struct PortStatistics {
     /// Receive buffers of the guest that could hold no frame and went back unused.
     #[serde(default)]
     pub bad_buffers: u64,
+    /// Slow calls (over 50 µs) that poll threads made; more than a few, and the session makes them.
+    #[serde(default)]
+    pub slow_calls: u64,
+    /// Calls that the port's sessions made.
+    #[serde(default)]
+    pub deferred_calls: u64,
 }
 
 /// Counters of one direction.

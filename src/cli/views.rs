@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use super::text::{Table, escape, seconds, short, timestamp};
 use crate::api::types::{
-    DirectionStatistics, Event, FdbEntry, Latency, PollState, PollThreadView, PortStatistics,
-    PortView, RingDirection, RingKind, RingState, RingView, SessionView, StatsView,
+    CallMode, DirectionStatistics, Event, FdbEntry, Latency, PollState, PollThreadView,
+    PortStatistics, PortView, RingDirection, RingKind, RingState, RingView, SessionView, StatsView,
 };
 
 /// `pollux port list`.
@@ -39,6 +39,7 @@ pub(super) fn port(port: &PortView) -> String {
     line("socket", &port.socket);
     line("mode", &port.mode.to_string());
     line("queues", &port.queues.to_string());
+    line("calls", &calls(port));
     if let Some(session) = &port.session {
         session_lines(session, &mut line);
     }
@@ -49,6 +50,18 @@ pub(super) fn port(port: &PortView) -> String {
     text.push('\n');
     text.push_str(&counters(&port.statistics));
     text
+}
+
+fn calls(port: &PortView) -> String {
+    let statistics = &port.statistics;
+    match port.calls {
+        CallMode::Direct if statistics.slow_calls == 0 => "direct".to_string(),
+        CallMode::Direct => format!("direct, {} were slow", statistics.slow_calls),
+        CallMode::Deferred => format!(
+            "deferred to the session, because {} were slow; it made {}",
+            statistics.slow_calls, statistics.deferred_calls
+        ),
+    }
 }
 
 fn session_lines(session: &SessionView, line: &mut impl FnMut(&str, &str)) {

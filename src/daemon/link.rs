@@ -11,6 +11,7 @@ use crossbeam_channel::Sender;
 use super::command::Command;
 use super::report::Report;
 use crate::port::{Device, PortShared};
+use crate::sys::call::CallGuard;
 use crate::sys::snapshot::Acknowledgements;
 use crate::sys::wake::Wake;
 use crate::topology::Topology;
@@ -164,6 +165,10 @@ impl DeviceSink for Sink {
         drop(mailbox);
         self.0.wait_acknowledged(generation);
         if gone { Err(Gone) } else { Ok(()) }
+    }
+
+    fn calls(&self) -> Arc<CallGuard> {
+        self.0.port.calls.clone()
     }
 
     fn event(&self, event: SessionEvent) {

@@ -68,7 +68,8 @@ impl Control {
     ) -> Result<PortView, ControlError> {
         let reference = self.registry.free_slot();
         let queues = spec.queues;
-        let shared = PortShared::new(spec, reference);
+        let no_descriptor = |error: std::io::Error| ControlError::Internal(error.to_string());
+        let shared = PortShared::new(spec, reference).map_err(no_descriptor)?;
         if let Door::Listening(listener) = &door {
             let data = LISTENER + u32::from(reference.slot);
             let events = Events::with_data(listener, data, EventSet::IN);

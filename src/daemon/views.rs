@@ -9,14 +9,15 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use super::port::{Door, PortRecord};
 use super::registry::Registry;
 use crate::api::types::{
-    DirectionStatistics, FdbAdd, FdbEntry, FdbKey, FdbStatistics, Latency, MacAddr, PollState,
-    PollThreadView, PortCounters, PortState, PortStatistics, PortView, QueueRef, RingDirection,
-    RingKind, RingState, RingView, SessionView, StatsView,
+    CallMode, DirectionStatistics, FdbAdd, FdbEntry, FdbKey, FdbStatistics, Latency, MacAddr,
+    PollState, PollThreadView, PortCounters, PortState, PortStatistics, PortView, QueueRef,
+    RingDirection, RingKind, RingState, RingView, SessionView, StatsView,
 };
 use crate::api::{ControlError, What};
 use crate::port::PortShared;
 use crate::stats::{Direction, DropReason, Histogram};
 use crate::sys::affinity;
+use crate::sys::call::Way;
 use crate::vhost_user::{RingStatus, StatusSnapshot};
 use crate::wire::Mac;
 
@@ -37,6 +38,10 @@ pub(super) fn port(record: &PortRecord) -> PortView {
         reason,
         session: status
             .map(|(session, snapshot)| self::session(session.since.elapsed(), &snapshot)),
+        calls: match record.shared.calls.way() {
+            Way::Deferred => CallMode::Deferred,
+            Way::Batch | Way::Alone => CallMode::Direct,
+        },
         statistics: statistics(&record.shared),
     }
 }
@@ -162,6 +167,8 @@ fn statistics(port: &PortShared) -> PortStatistics {
             drops: drops(Direction::Tx),
         },
         bad_buffers: totals.bad_buffers,
+        slow_calls: port.calls.slow(),
+        deferred_calls: port.calls.deferred(),
     }
 }
 

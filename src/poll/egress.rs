@@ -1,23 +1,23 @@
 //! From verdicts to receive queues: grouping by egress, retries, completions, calls.
 
-use std::os::fd::{AsFd, BorrowedFd};
-
 use arrayvec::ArrayVec;
 
 use crate::frame::{BURST_FRAMES, Burst};
 use crate::stats::{DropReason, ThreadStats};
 use crate::sys::aio::Caller;
+use crate::sys::call::CallFd;
 use crate::topology::{Egress, EgressQueue, Ingress, Plan, Topology};
 use crate::virtio::claim::Published;
 use crate::virtio::{Claim, NoClaim};
 
 use super::deliver::{Left, Mask, deliver};
+use super::notify::{CALLS, signal};
 use super::owed::Owed;
 
 /// Copies of one pass after which calls are made before it goes on: a flood to 500 ports is 500.
 const PASS_COPIES: u32 = 4096;
 /// Receive queues delivered to before their calls are made.
-const TOUCHED: usize = 128;
+pub(super) const TOUCHED: usize = 128;
 /// Longest wait for another thread's open claim before chains are completed all the same, in nanoseconds.
 const OWED_WAIT_NS: u64 = 100_000;
 /// In place of a slot: the frame is dropped.
@@ -366,13 +366,13 @@ impl<'t, 'p> Delivery<'t, 'p> {
     /// Signals every driver that asked for it, with one system call; none at all while drivers poll.
     #[inline(always)]
     fn notify(&mut self) {
-        let mut fds: ArrayVec<BorrowedFd<'t>, { 2 * TOUCHED }> = ArrayVec::new();
+        let mut calls: ArrayVec<&'t CallFd, CALLS> = ArrayVec::new();
         // The wish is taken only where there is somebody to call: a call descriptor may come later.
         for (queue, _) in &self.touched.0 {
             if let Some(call) = &queue.call
                 && queue.queue.take_call_wanted()
             {
-                fds.push(call.as_fd());
+                calls.push(call);
             }
         }
         self.touched.0.retain(|(_, again)| *again);
@@ -380,25 +380,16 @@ impl<'t, 'p> Delivery<'t, 'p> {
             if let Some(call) = &ingress.call
                 && ingress.queue.take_call_wanted()
             {
-                if fds.is_full() {
-                    self.signal(&fds);
-                    fds.clear();
+                if calls.is_full() {
+                    signal(&mut self.tools, &calls);
+                    calls.clear();
                 }
-                fds.push(call.as_fd());
+                calls.push(call);
             }
         }
-        if !fds.is_empty() {
-            self.signal(&fds);
+        if !calls.is_empty() {
+            signal(&mut self.tools, &calls);
         }
-    }
-
-    #[cold]
-    fn signal(&mut self, fds: &[BorrowedFd<'t>]) {
-        let stats = self.tools.stats;
-        self.tools
-            .caller
-            .signal(fds.iter().copied(), |_, _| stats.calls_refused.add(1));
-        stats.calls.add(fds.len() as u64);
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod deliver;
 mod egress;
+mod notify;
 mod owed;
 mod pass;
 

@@ -6,6 +6,7 @@
 //! and no other thread ever runs an munmap.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -13,7 +14,8 @@ use crate::config::PortSpec;
 use crate::memory::GuestMemory;
 use crate::stats::PortStats;
 use crate::switch::PortRef;
-use crate::sys::eventfd::{CallFd, KickFd};
+use crate::sys::call::{CallFd, CallGuard};
+use crate::sys::eventfd::KickFd;
 use crate::virtio::{ReceiveQueue, TransmitQueue};
 
 /// The half of a port that anybody may hold.
@@ -25,18 +27,21 @@ pub struct PortShared {
     pub reference: PortRef,
     /// Counters, one block for each poll thread.
     pub stats: PortStats,
+    /// Who makes its calls.
+    pub calls: Arc<CallGuard>,
     gone: AtomicBool,
 }
 
 impl PortShared {
-    /// A port that is not registered yet.
-    pub fn new(spec: PortSpec, reference: PortRef) -> Arc<Self> {
-        Arc::new(PortShared {
+    /// A port that is not registered yet. Fails where no descriptor is left.
+    pub fn new(spec: PortSpec, reference: PortRef) -> io::Result<Arc<Self>> {
+        Ok(Arc::new(PortShared {
             spec,
             reference,
             stats: PortStats::new(),
+            calls: CallGuard::new()?,
             gone: AtomicBool::new(false),
-        })
+        }))
     }
 
     /// Its name.

@@ -95,13 +95,18 @@ impl std::fmt::Debug for Caller {
 }
 
 impl Caller {
+    /// A caller for batches of up to [`BATCH`]: a poll thread's.
+    pub fn new() -> io::Result<Caller> {
+        Caller::for_batches(BATCH)
+    }
+
     /// Makes a context of the kernel. Fails where AIO is switched off (seccomp, CONFIG_AIO) or
     /// `/proc/sys/fs/aio-max-nr` is used up.
-    pub fn new() -> io::Result<Caller> {
+    pub fn for_batches(batch: usize) -> io::Result<Caller> {
         let null = OpenOptions::new().write(true).open("/dev/null")?;
         let mut context: libc::c_ulong = 0;
         // SAFETY: `context` is valid for writing and zero, as io_setup demands.
-        check(unsafe { libc::syscall(libc::SYS_io_setup, BATCH as libc::c_ulong, &mut context) })?;
+        check(unsafe { libc::syscall(libc::SYS_io_setup, batch as libc::c_ulong, &mut context) })?;
         let iocb = Iocb {
             opcode: IOCB_CMD_PWRITE,
             fd: null.as_raw_fd().unsigned_abs(),
@@ -113,8 +118,8 @@ impl Caller {
         Ok(Caller {
             context,
             ring: known_ring(context),
-            iocbs: vec![iocb; BATCH].into_boxed_slice(),
-            pointers: vec![std::ptr::null_mut(); BATCH].into_boxed_slice(),
+            iocbs: vec![iocb; batch].into_boxed_slice(),
+            pointers: vec![std::ptr::null_mut(); batch].into_boxed_slice(),
             _null: null,
         })
     }

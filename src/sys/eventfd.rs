@@ -3,7 +3,7 @@
 //! The protocol would allow pipes and anything else. Only eventfds are taken: a call is signalled
 //! through kernel AIO, which knows nothing else, and a pipe's reader could stall us. They stay the
 //! frontend's: it holds the same file description, and may fill it or make it blocking at any time.
-//! So nobody reads or writes one directly. A call is signalled by [`super::aio::Caller`], and a kick
+//! So nobody reads or writes one directly. A call ([`super::call`]) is signalled by [`super::aio::Caller`], and a kick
 //! is watched by [`super::epoll::Sleeper`].
 
 use std::fs::File;
@@ -34,7 +34,7 @@ pub enum NotEventFd {
     },
 }
 
-fn eventfd(file: File) -> Result<OwnedFd, NotEventFd> {
+pub(super) fn eventfd(file: File) -> Result<OwnedFd, NotEventFd> {
     let fd = file.as_raw_fd();
     let target = rustix::fs::readlink(format!("/proc/self/fd/{fd}"), Vec::new())
         .map_err(|source| NotEventFd::Unknown { fd, source })?;
@@ -42,23 +42,6 @@ fn eventfd(file: File) -> Result<OwnedFd, NotEventFd> {
         Ok(file.into())
     } else {
         Err(NotEventFd::Other { fd })
-    }
-}
-
-/// The eventfd by which the device calls the driver.
-#[derive(Debug)]
-pub struct CallFd(OwnedFd);
-
-impl CallFd {
-    /// Takes the descriptor if it is an eventfd, closes it if not.
-    pub fn new(file: File) -> Result<Self, NotEventFd> {
-        eventfd(file).map(CallFd)
-    }
-}
-
-impl AsFd for CallFd {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
     }
 }
 
@@ -95,7 +78,7 @@ mod tests {
     fn an_eventfd_is_taken() {
         let plain = make(0, EventfdFlags::CLOEXEC).unwrap();
         let semaphore = make(0, EventfdFlags::SEMAPHORE).unwrap();
-        assert!(CallFd::new(plain.into()).is_ok());
+        assert!(KickFd::new(plain.into()).is_ok());
         assert!(KickFd::new(semaphore.into()).is_ok());
     }
 
@@ -113,7 +96,7 @@ mod tests {
             epoll.unwrap(),
         ] {
             assert!(matches!(
-                CallFd::new(fd.into()),
+                KickFd::new(fd.into()),
                 Err(NotEventFd::Other { .. })
             ));
         }

@@ -1,11 +1,12 @@
 //! Thin wrappers over Linux: one small file per facility, no policy.
 //!
-//! Callers are the poll threads (`aio`, `epoll`, `affinity`), sessions (`eventfd`, `peer`) and the
+//! Callers are the poll threads (`aio`, `epoll`, `affinity`), sessions (`eventfd`, `call`, `peer`) and the
 //! control side (`wake`, `signal`, `sched`). What has a safe wrapper in `rustix` or `vmm-sys-util` uses
 //! it; the rest calls `libc`. Nothing here knows of rings, ports or messages.
 
 pub mod affinity;
 pub mod aio;
+pub mod call;
 pub mod epoll;
 pub mod eventfd;
 pub mod memfd;

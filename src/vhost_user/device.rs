@@ -16,11 +16,12 @@ use super::status::{RingEntry, SessionStatus};
 use super::{DeviceSink, Gone};
 use crate::memory::{FaultMark, GuestMemory};
 use crate::port::{Device, QueuePair};
+use crate::sys::call::CallFd;
 
 /// The state of one conversation.
 pub(super) struct DeviceState {
     pub(super) options: SessionOptions,
-    sink: Arc<dyn DeviceSink>,
+    pub(super) sink: Arc<dyn DeviceSink>,
     status: Arc<SessionStatus>,
     reporter: Reporter,
     /// GET_FEATURES was answered: from then on the crate acknowledges what asks for it.
@@ -82,6 +83,11 @@ impl DeviceState {
 
     pub(super) fn is_running(&self) -> bool {
         self.rings.iter().any(|ring| ring.running.is_some())
+    }
+
+    /// Where the drivers are called.
+    pub(super) fn calls(&self) -> impl Iterator<Item = &CallFd> {
+        self.rings.iter().filter_map(|ring| ring.call.as_deref())
     }
 
     pub(super) fn memory(&self) -> &Arc<GuestMemory> {

@@ -98,6 +98,15 @@ pub enum SessionEvent {
         /// What.
         reason: Broken,
     },
+    /// Signalling the frontend's call descriptors is slow: this session does it from now on.
+    CallsDeferred,
+    /// It is fast again: poll threads do it.
+    CallsDirect,
+    /// The system refuses what this session needs for its calls; it tries on.
+    CallsImpossible {
+        /// Why, in words.
+        reason: Arc<str>,
+    },
     /// A message was answered with an error.
     MessageRefused {
         /// Why, in words.
@@ -155,6 +164,11 @@ impl fmt::Display for SessionEvent {
             SessionEvent::RingRefused { ring, reason } => write!(f, "{ring} not started: {reason}"),
             SessionEvent::RingStopped { ring, base } => write!(f, "{ring} stopped at {base:#x}"),
             SessionEvent::RingBroken { ring, reason } => write!(f, "{ring} broken: {reason}"),
+            SessionEvent::CallsDeferred => f.write_str(
+                "calls are slow: many wait on the frontend's descriptors, so its session signals them from now on",
+            ),
+            SessionEvent::CallsDirect => f.write_str("calls are fast again: poll threads make them"),
+            SessionEvent::CallsImpossible { reason } => write!(f, "calls cannot be made: {reason}"),
             SessionEvent::MessageRefused { reason } => write!(f, "message refused: {reason}"),
             SessionEvent::Suppressed { count } => write!(f, "{count} more events not shown"),
         }

@@ -19,7 +19,8 @@ use super::error::{Request, SessionError};
 use super::options::PROTOCOL;
 use super::ring::Addresses;
 use crate::memory::{MAX_REGIONS, RegionSpec};
-use crate::sys::eventfd::{CallFd, KickFd};
+use crate::sys::call::CallFd;
+use crate::sys::eventfd::KickFd;
 
 impl DeviceState {
     /// Keeps the reason of a refusal, which the crate's error cannot carry.
@@ -60,9 +61,10 @@ impl DeviceState {
     }
 
     fn set_call(&mut self, index: u8, file: Option<File>) -> Result<(), SessionError> {
+        let guard = self.sink.calls();
         let ring = self.ring(index.into())?;
         let name = ring.name;
-        let call = file.map(CallFd::new).transpose();
+        let call = file.map(|file| CallFd::new(file, guard)).transpose();
         let call = call.map_err(|source| SessionError::Notification { ring: name, source })?;
         ring.call = call.map(Into::into);
         if let Some(running) = &ring.running {

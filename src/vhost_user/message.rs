@@ -16,6 +16,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFl
 use vhost::vhost_user::message::{MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE, VhostUserHeaderFlag};
 
 use super::error::{Request, SessionError};
+use crate::sys::wake::Wake;
 
 /// Bytes of a header: request, flags, size.
 pub(super) const HEADER: usize = 12;
@@ -74,16 +75,21 @@ pub(super) enum Waited {
     Message(Arrived),
     /// `idle` went by without a byte.
     Idle,
+    /// The bell was rung.
+    Bell,
 }
 
-/// Waits for the next message. With `idle`, returns after that time without one.
+/// Waits for the next message or for the bell. With `idle`, returns after that time without either.
 pub(super) fn wait(
     stream: &UnixStream,
+    bell: &Wake,
     idle: Option<Duration>,
     deadline: Duration,
 ) -> Result<Waited, SessionError> {
-    if !ready(stream, PollFlags::IN, idle)? {
-        return Ok(Waited::Idle);
+    match first_ready(stream, bell, idle)? {
+        None => return Ok(Waited::Idle),
+        Some(Ready::Bell) => return Ok(Waited::Bell),
+        Some(Ready::Stream) => {}
     }
     let begun = Instant::now();
     let (mut arrived, may_have_files) = loop {
@@ -143,6 +149,29 @@ pub(super) fn acknowledge(
     Ok(stream.write_all(&bytes)?)
 }
 
+/// What there is to do first. The bell goes before messages, or a chatty frontend would have no calls.
+enum Ready {
+    Bell,
+    Stream,
+}
+
+fn first_ready(
+    stream: &UnixStream,
+    bell: &Wake,
+    timeout: Option<Duration>,
+) -> Result<Option<Ready>, SessionError> {
+    let mut fds = [
+        PollFd::new(bell, PollFlags::IN),
+        PollFd::new(stream, PollFlags::IN),
+    ];
+    let count = poll_for(&mut fds, timeout)?;
+    Ok(match count {
+        0 => None,
+        _ if bell.drain() => Some(Ready::Bell),
+        _ => Some(Ready::Stream),
+    })
+}
+
 /// Polls for one event; false when the time is over. Errors and hang-ups count as events: the call after this one
 /// finds them.
 fn ready(
@@ -150,11 +179,15 @@ fn ready(
     events: PollFlags,
     timeout: Option<Duration>,
 ) -> Result<bool, SessionError> {
+    Ok(poll_for(&mut [PollFd::new(stream, events)], timeout)? > 0)
+}
+
+fn poll_for(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> Result<usize, SessionError> {
     let end = timeout.map(|timeout| Instant::now() + timeout);
     loop {
         let left = end.map(|end| timespec(end.saturating_duration_since(Instant::now())));
-        match poll(&mut [PollFd::new(stream, events)], left.as_ref()) {
-            Ok(count) => return Ok(count > 0),
+        match poll(fds, left.as_ref()) {
+            Ok(count) => return Ok(count),
             Err(Errno::INTR) => {}
             Err(errno) => return Err(SessionError::io(errno)),
         }
@@ -251,9 +284,9 @@ mod tests {
     }
 
     fn next(stream: &UnixStream) -> Arrived {
-        match wait(stream, None, Duration::from_secs(1)).unwrap() {
+        match wait(stream, &Wake::new().unwrap(), None, Duration::from_secs(1)).unwrap() {
             Waited::Message(arrived) => arrived,
-            Waited::Idle => panic!("no message"),
+            _ => panic!("no message"),
         }
     }
 

@@ -20,6 +20,7 @@
 //!
 //! Left out: dirty logging, in-flight descriptors, vIOMMU, postcopy, device configuration space. None is offered.
 
+mod deferred;
 mod device;
 mod error;
 mod event;
@@ -40,6 +41,7 @@ pub use session::{Stopper, serve};
 pub use status::{RingStatus, SessionStatus, StatusSnapshot};
 
 use crate::port::Device;
+use crate::sys::call::CallGuard;
 
 /// Names one [`DeviceSink::post`]; later posts have larger numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,6 +60,9 @@ pub trait DeviceSink: Send + Sync {
 
     /// Blocks until every poll thread works with that post or a later one.
     fn settle(&self, ticket: Ticket) -> Result<(), Gone>;
+
+    /// Who makes the port's calls.
+    fn calls(&self) -> Arc<CallGuard>;
 
     /// Something worth a line in the log.
     fn event(&self, event: SessionEvent);

@@ -10,7 +10,8 @@ use super::event::RingName;
 use super::options::ring_features;
 use crate::memory::{GuestMemory, PinnedWindow};
 use crate::port::{Receive, Transmit};
-use crate::sys::eventfd::{CallFd, KickFd};
+use crate::sys::call::CallFd;
+use crate::sys::eventfd::KickFd;
 use crate::virtio::{
     Broken, MAX_RING_SIZE, ReceiveQueue, RingFeatures, RingSetup, SetupError, TransmitQueue,
     packed, split,

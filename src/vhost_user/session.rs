@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error as CrateError};
 
+use super::deferred::Deferred;
 use super::device::DeviceState;
 use super::error::{SessionEnd, SessionError};
 use super::message::{Arrived, Waited, acknowledge, take, wait, wait_writable};
@@ -94,6 +95,7 @@ struct Session {
     device: Arc<Mutex<DeviceState>>,
     handler: BackendReqHandler<Mutex<DeviceState>>,
     deadline: Duration,
+    deferred: Deferred,
 }
 
 impl Session {
@@ -104,12 +106,14 @@ impl Session {
     ) -> Result<Self, SessionError> {
         // The crate spins on a socket that does not block.
         stream.set_nonblocking(false)?;
+        let deferred = Deferred::new(lock(&device).sink.calls());
         let handler = BackendReqHandler::from_stream(stream.try_clone()?, Arc::clone(&device));
         Ok(Session {
             stream,
             device,
             handler,
             deadline,
+            deferred,
         })
     }
 
@@ -123,10 +127,18 @@ impl Session {
 
     fn turn(&mut self) -> Result<(), SessionError> {
         let idle = lock(&self.device).is_running().then_some(LOOK);
-        let arrived = match wait(&self.stream, idle, self.deadline)? {
+        let bell = self.deferred.bell();
+        let arrived = match wait(&self.stream, bell, idle, self.deadline)? {
             Waited::Message(arrived) => arrived,
             Waited::Idle => {
-                lock(&self.device).look(Instant::now());
+                let mut device = lock(&self.device);
+                device.look(Instant::now());
+                self.deferred.look(&mut device);
+                return Ok(());
+            }
+            Waited::Bell => {
+                let pause = self.deferred.make(&mut lock(&self.device));
+                std::thread::sleep(pause);
                 return Ok(());
             }
         };

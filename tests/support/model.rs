@@ -43,6 +43,7 @@ fn view(spec: &PortSpec) -> PortView {
             }],
             ..SessionView::default()
         }),
+        calls: CallMode::Deferred,
         statistics: PortStatistics {
             rx: DirectionStatistics {
                 frames: 10,
@@ -55,6 +56,8 @@ fn view(spec: &PortSpec) -> PortView {
                 drops,
             },
             bad_buffers: 0,
+            slow_calls: 3,
+            deferred_calls: 40,
         },
     }
 }

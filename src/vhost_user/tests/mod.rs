@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -45,6 +45,7 @@ struct Double {
     settled: AtomicU64,
     gone: AtomicBool,
     events: Mutex<Vec<String>>,
+    calls: OnceLock<Arc<CallGuard>>,
 }
 
 impl DeviceSink for Double {
@@ -61,6 +62,11 @@ impl DeviceSink for Double {
         } else {
             Ok(())
         }
+    }
+
+    fn calls(&self) -> Arc<CallGuard> {
+        let guard = self.calls.get_or_init(|| CallGuard::new().unwrap());
+        Arc::clone(guard)
     }
 
     fn event(&self, event: SessionEvent) {

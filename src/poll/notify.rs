@@ -1,0 +1,52 @@
+//! Making calls: one system call for all of a pass, and slow ones for their ports' sessions to make.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use arrayvec::ArrayVec;
+
+use super::egress::{TOUCHED, Tools};
+use crate::sys::call::{CallFd, SLOW, Way};
+use crate::sys::sched::own_cpu_time;
+
+/// Most calls of one batch.
+pub(super) const CALLS: usize = 2 * TOUCHED;
+/// What one call of a batch may take, in nanoseconds, beside [`SLOW`] for all of them: it wakes somebody.
+const EACH_NS: u64 = 3_000;
+
+/// Signals every driver of `calls`.
+#[cold]
+pub(super) fn signal(tools: &mut Tools<'_>, calls: &[&CallFd]) {
+    let mut batch: ArrayVec<BorrowedFd<'_>, CALLS> = ArrayVec::new();
+    for call in calls {
+        match call.guard().way() {
+            Way::Batch => batch.push(call.as_fd()),
+            Way::Alone => signal_alone(tools, call),
+            Way::Deferred => batch.extend(call.defer()),
+        }
+    }
+    let stats = tools.stats;
+    let begun = tools.clock.raw();
+    tools
+        .caller
+        .signal(batch.iter().copied(), |_, _| stats.calls_refused.add(1));
+    let ns = tools.clock.delta_as_nanos(begun, tools.clock.raw());
+    stats.calls.add(calls.len() as u64);
+    if ns > SLOW.as_nanos() as u64 + EACH_NS * batch.len() as u64 {
+        for guard in calls.iter().map(|call| call.guard()) {
+            if guard.way() == Way::Batch {
+                guard.suspect();
+            }
+        }
+    }
+}
+
+/// Signals one driver, and takes the time.
+fn signal_alone(tools: &mut Tools<'_>, call: &CallFd) {
+    let stats = tools.stats;
+    let begun = own_cpu_time();
+    tools
+        .caller
+        .signal([call.as_fd()], |_, _| stats.calls_refused.add(1));
+    call.guard()
+        .made_alone(own_cpu_time().saturating_sub(begun));
+}

@@ -1,0 +1,224 @@
+//! Calls to drivers, and who pays for slow ones.
+//!
+//! Signalling an eventfd takes as long as waking all that wait on it, and a frontend can hang twenty thousand waiters
+//! on its own (0.65 ms a signal). So poll threads time their batches. After a slow one its ports are suspects, whose
+//! calls are made one by one for a while, timed by the thread's CPU clock: being descheduled is nobody's fault. A port
+//! whose slow calls cost more than [`BUDGET_US`] has its calls *deferred*: poll threads ring the bell of
+//! its session, and that thread signals. A minute without a slow signal makes good for everything.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::eventfd::{NotEventFd, eventfd};
+use super::wake::Wake;
+
+/// A signal that takes longer is slow.
+pub const SLOW: Duration = Duration::from_micros(50);
+/// What a port's slow signals may cost poll threads, in microseconds, before its session makes them.
+pub const BUDGET_US: u32 = 500;
+/// Time without a slow signal after which everything is forgiven.
+const CALM: Duration = Duration::from_secs(60);
+
+/// How a call is to be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// In a batch with others.
+    Batch,
+    /// By itself, timed: the port is under suspicion.
+    Alone,
+    /// By the port's session.
+    Deferred,
+}
+
+/// What one port's calls have cost, over all of its sessions.
+#[derive(Debug)]
+pub struct CallGuard {
+    /// Microseconds of slow signals since the last calm; 1 is mere suspicion.
+    spent_us: AtomicU32,
+    /// The last slow signal, in milliseconds since `made`.
+    last_slow_ms: AtomicU64,
+    made: Instant,
+    slow: AtomicU64,
+    deferred: AtomicU64,
+    bell: Wake,
+}
+
+impl CallGuard {
+    /// For a port that nobody has called yet.
+    pub fn new() -> io::Result<Arc<Self>> {
+        Ok(Arc::new(CallGuard {
+            spent_us: AtomicU32::new(0),
+            last_slow_ms: AtomicU64::new(0),
+            made: Instant::now(),
+            slow: AtomicU64::new(0),
+            deferred: AtomicU64::new(0),
+            bell: Wake::new()?,
+        }))
+    }
+
+    /// Rung by poll threads when the session has calls to make.
+    pub fn bell(&self) -> &Wake {
+        &self.bell
+    }
+
+    /// How the port's calls are made now.
+    #[inline]
+    pub fn way(&self) -> Way {
+        match self.spent_us.load(Ordering::Relaxed) {
+            0 => Way::Batch,
+            1..=BUDGET_US => Way::Alone,
+            _ => Way::Deferred,
+        }
+    }
+
+    /// Slow signals that poll threads paid for, batches not counted.
+    pub fn slow(&self) -> u64 {
+        self.slow.load(Ordering::Relaxed)
+    }
+
+    /// Signals made by the port's sessions.
+    pub fn deferred(&self) -> u64 {
+        self.deferred.load(Ordering::Relaxed)
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.made.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// A batch with a call of this port was slow.
+    pub fn suspect(&self) {
+        self.last_slow_ms.store(self.now_ms(), Ordering::Relaxed);
+        self.spent_us.fetch_max(1, Ordering::Relaxed);
+    }
+
+    /// A poll thread made a call by itself, which cost this much CPU time.
+    pub fn made_alone(&self, cost: Duration) {
+        if cost <= SLOW {
+            return;
+        }
+        self.slow.fetch_add(1, Ordering::Relaxed);
+        self.last_slow_ms.store(self.now_ms(), Ordering::Relaxed);
+        let cost = u32::try_from(cost.as_micros()).unwrap_or(u32::MAX);
+        let add = |spent: u32| Some(spent.saturating_add(cost));
+        // The closure never refuses.
+        let _ = self
+            .spent_us
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
+    }
+
+    /// The session made `calls` calls, the dearest of which cost this much CPU time.
+    pub fn made_deferred(&self, calls: u64, cost: Duration) {
+        self.deferred.fetch_add(calls, Ordering::Relaxed);
+        if cost > SLOW {
+            self.last_slow_ms.store(self.now_ms(), Ordering::Relaxed);
+        }
+    }
+
+    /// Forgives everything after a calm; to be called now and then.
+    pub fn forgive(&self) {
+        let calm = self.now_ms() - self.last_slow_ms.load(Ordering::Relaxed).min(self.now_ms());
+        if self.way() != Way::Batch && u128::from(calm) >= CALM.as_millis() {
+            self.spent_us.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The eventfd by which the device calls the driver.
+#[derive(Debug)]
+pub struct CallFd {
+    fd: OwnedFd,
+    guard: Arc<CallGuard>,
+    /// A deferred call that the session has not made yet.
+    owed: AtomicBool,
+}
+
+impl CallFd {
+    /// Takes the descriptor if it is an eventfd, closes it if not.
+    pub fn new(file: File, guard: Arc<CallGuard>) -> Result<Self, NotEventFd> {
+        Ok(CallFd {
+            fd: eventfd(file)?,
+            guard,
+            owed: AtomicBool::new(false),
+        })
+    }
+
+    /// The guard of its port.
+    #[inline]
+    pub fn guard(&self) -> &CallGuard {
+        &self.guard
+    }
+
+    /// Leaves the call to the session. Returns the bell to signal, unless it has been rung for an earlier call.
+    pub fn defer(&self) -> Option<BorrowedFd<'_>> {
+        (!self.owed.swap(true, Ordering::AcqRel)).then(|| self.guard.bell.as_fd())
+    }
+
+    /// Whether a call was left to the session, which makes it now.
+    pub fn take_deferred(&self) -> bool {
+        self.owed.load(Ordering::Relaxed) && self.owed.swap(false, Ordering::AcqRel)
+    }
+}
+
+impl AsFd for CallFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd as make};
+
+    #[test]
+    fn slow_signals_lead_to_the_session_and_fast_ones_do_not() {
+        let guard = CallGuard::new().unwrap();
+        assert_eq!(guard.way(), Way::Batch);
+        guard.suspect();
+        guard.made_alone(SLOW);
+        assert_eq!((guard.way(), guard.slow()), (Way::Alone, 0));
+        // 60 µs each: eight are within the budget.
+        for _ in 0..8 {
+            guard.made_alone(Duration::from_micros(60));
+        }
+        assert_eq!((guard.way(), guard.slow()), (Way::Alone, 8));
+        guard.made_alone(Duration::from_micros(60));
+        assert_eq!(guard.way(), Way::Deferred);
+        guard.suspect();
+        assert_eq!(guard.way(), Way::Deferred);
+    }
+
+    #[test]
+    fn nothing_is_forgiven_before_a_calm() {
+        let mut guard = Arc::into_inner(CallGuard::new().unwrap()).unwrap();
+        guard.made_alone(Duration::from_secs(10_000));
+        guard.forgive();
+        assert_eq!(guard.way(), Way::Deferred);
+        guard.made -= CALM / 2;
+        guard.made_deferred(1, 2 * SLOW);
+        guard.made -= CALM / 2;
+        guard.forgive();
+        assert_eq!(guard.way(), Way::Deferred);
+        guard.made_deferred(1, SLOW);
+        guard.made -= CALM / 2;
+        guard.forgive();
+        assert_eq!((guard.way(), guard.deferred()), (Way::Batch, 2));
+    }
+
+    #[test]
+    fn deferred_calls_ring_once_until_they_are_made() {
+        let guard = CallGuard::new().unwrap();
+        let fd = make(0, EventfdFlags::NONBLOCK).unwrap();
+        let call = CallFd::new(fd.into(), guard.clone()).unwrap();
+        assert!(!call.take_deferred());
+        assert!(call.defer().is_some());
+        assert!(call.defer().is_none());
+        assert!(call.take_deferred());
+        assert!(!call.take_deferred());
+        assert!(call.defer().is_some());
+    }
+}

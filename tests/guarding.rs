@@ -1,0 +1,126 @@
+//! What one port can cost the others: slow calls, stuck threads, full rings, storms of messages and connections.
+//!
+//! `POLLUX_LONG=1` runs as many rounds as the acceptance asks for.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "helpers of tests fail by panicking, like tests"
+)]
+
+mod common;
+
+use std::os::fd::AsRawFd;
+
+use common::daemon::{Daemon, DaemonOptions};
+use common::guest::{Guest, GuestOptions, RECEIVE, Ram};
+use common::traffic::{Bystanders, frame, mac, read};
+use common::wait_for;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Ports 0 and 1 are the bystanders', 2 the victim's or culprit's, 3 its correspondent's.
+const CULPRIT: usize = 2;
+const SINK: usize = 3;
+
+fn daemon(args: &[&str]) -> Daemon {
+    Daemon::start(&DaemonOptions {
+        ports: 4,
+        args: args.iter().map(|arg| arg.to_string()).collect(),
+        ..DaemonOptions::default()
+    })
+}
+
+fn bystanders(daemon: &Daemon) -> Bystanders {
+    Bystanders::start([&daemon.sockets()[0], &daemon.sockets()[1]])
+}
+
+fn attached<'m>(daemon: &Daemon, ram: &'m Ram, port: usize) -> Guest<'m> {
+    let mut guest = Guest::new(ram);
+    guest.attach(&daemon.sockets()[port]);
+    guest
+}
+
+/// The numbers of the frames from `from` that have come.
+fn arrived(guest: &mut Guest<'_>, from: u8) -> Vec<u64> {
+    let frames = std::iter::from_fn(|| guest.try_receive());
+    let labels = frames.map(|bytes| read(&bytes));
+    let ours = labels.filter(|label| label.from == mac(from));
+    ours.map(|label| label.sequence).collect()
+}
+
+// ---- slow calls --------------------------------------------------------------------------------------
+
+/// Hangs `count * count` epoll waiters on a descriptor, as any holder of it can. They go with the result.
+fn hang_waiters(on: &EventFd, count: usize) -> (Vec<EventFd>, Vec<Epoll>) {
+    // Epoll tells registrations apart by descriptor number, so few descriptors make many waiters.
+    let names: Vec<EventFd> = (0..count).map(|_| on.try_clone().unwrap()).collect();
+    let beds: Vec<Epoll> = (0..count).map(|_| Epoll::new().unwrap()).collect();
+    for bed in &beds {
+        for name in &names {
+            let event = EpollEvent::new(EventSet::IN, 0);
+            bed.ctl(ControlOperation::Add, name.as_raw_fd(), event)
+                .unwrap();
+        }
+    }
+    (names, beds)
+}
+
+#[test]
+fn a_call_descriptor_with_20000_waiters_is_signalled_by_its_own_session() {
+    let mut daemon = daemon(&[]);
+    let bystanders = bystanders(&daemon);
+    let sink_ram = Ram::new(GuestOptions::default());
+    let mut sink = attached(&daemon, &sink_ram, SINK);
+    let ram = Ram::new(GuestOptions {
+        calls: true,
+        event_idx: false,
+        ..GuestOptions::default()
+    });
+    let mut guest = Guest::new(&ram);
+    let waiters = hang_waiters(&guest.calls[RECEIVE], 142);
+    guest.attach(&daemon.sockets()[CULPRIT]);
+    let mut number = 0;
+    // Each frame wants a call.
+    let mut exchange = |guest: &mut Guest<'_>, frames: u64| {
+        for _ in 0..frames {
+            number += 1;
+            wait_for("a frame to the port with the slow call", || {
+                sink.try_send(&frame(mac(3), mac(4), number, 100));
+                guest.try_send(&frame(mac(4), mac(3), number, 100));
+                arrived(&mut sink, 3);
+                arrived(guest, 4).contains(&number)
+            });
+        }
+    };
+    wait_for("the calls to be deferred", || {
+        exchange(&mut guest, 10);
+        daemon.port("p2")["calls"] == "deferred"
+    });
+    let count = |daemon: &Daemon, what: &str| daemon.port("p2")["statistics"][what].as_u64();
+    let slow = count(&daemon, "slow_calls").unwrap();
+    // A budget of 500 µs in signals of more than 50 µs each, and the one that exceeds it.
+    assert!((1..=11).contains(&slow), "{slow} slow calls");
+    daemon.assert_logged("calls are slow");
+    let shown = daemon.pollux(&["port", "show", "p2"]).stdout;
+    assert!(String::from_utf8_lossy(&shown).contains("deferred to the session"));
+    // From now on the poll thread pays nothing, and the driver is called all the same.
+    let deferred = count(&daemon, "deferred_calls").unwrap();
+    let _ = guest.calls[RECEIVE].read();
+    exchange(&mut guest, 300);
+    bystanders.go_on(200);
+    assert_eq!(count(&daemon, "slow_calls"), Some(slow));
+    wait_for("the deferred calls", || {
+        count(&daemon, "deferred_calls").unwrap() > deferred
+    });
+    wait_for("a call", || guest.calls[RECEIVE].read().is_ok());
+    // A new session of the same port does not begin anew.
+    guest.detach();
+    guest.attach(&daemon.sockets()[CULPRIT]);
+    exchange(&mut guest, 10);
+    assert_eq!(count(&daemon, "slow_calls"), Some(slow));
+    assert_eq!(daemon.port("p0")["calls"], "direct");
+    daemon.assert_alive();
+    bystanders.finish();
+    drop((guest, sink, waiters));
+    daemon.stop();
+}
