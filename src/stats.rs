@@ -217,11 +217,13 @@ pub struct PortTotals {
     pub drops: BTreeMap<String, u64>,
 }
 
-/// Buckets of a [`Histogram`].
-pub const HISTOGRAM_BUCKETS: usize = 40;
+/// Buckets of a power of two of a [`Histogram`]: its error is one eighth at most.
+const FINE: usize = 8;
+/// Buckets of a [`Histogram`]: up to two hours in nanoseconds.
+pub const HISTOGRAM_BUCKETS: usize = 40 * FINE;
 
-/// Counts values by their number of bits: bucket 0 holds zeros, bucket `i` the values of
-/// 2^(i−1) to 2^i − 1, the last one everything above. One writer.
+/// Counts values by their highest four bits: each power of two from 8 on has eight buckets, and the last bucket holds
+/// everything above. One writer.
 #[derive(Debug)]
 pub struct Histogram {
     buckets: [Counter; HISTOGRAM_BUCKETS],
@@ -241,14 +243,18 @@ impl Histogram {
     /// Counts one value.
     #[inline]
     pub fn record(&self, value: u64) {
-        let bits = (u64::BITS - value.leading_zeros()) as usize;
-        self.buckets[bits.min(HISTOGRAM_BUCKETS - 1)].add(1);
+        // Below 16 every value has a bucket of its own.
+        let shift = (u64::BITS - value.leading_zeros()).saturating_sub(4);
+        let bucket = FINE * shift as usize + (value >> shift) as usize;
+        self.buckets[bucket.min(HISTOGRAM_BUCKETS - 1)].add(1);
         self.sum.add(value);
     }
 
     /// The largest value that bucket `i` counts; `None` for the last bucket, which has no bound.
     pub fn upper_bound(i: usize) -> Option<u64> {
-        (i + 1 < HISTOGRAM_BUCKETS).then(|| (1 << i) - 1)
+        let shift = (i / FINE).saturating_sub(1);
+        let first = i - FINE * shift;
+        (i + 1 < HISTOGRAM_BUCKETS).then(|| ((first as u64 + 1) << shift) - 1)
     }
 
     /// The counts of all buckets.
@@ -293,9 +299,20 @@ pub struct ThreadStats {
     pub longest_pass_ns: Counter,
     /// Length of the passes that found work, in nanoseconds.
     pub pass_ns: Histogram,
+    /// From the publication of a topology to its acknowledgement, while the thread was awake, in nanoseconds.
+    pub acknowledge_ns: Histogram,
+    /// The longest of them.
+    pub longest_acknowledge_ns: Counter,
 }
 
 impl ThreadStats {
+    /// Counts a topology that was taken over `ns` nanoseconds after it (or one before it that was skipped) was published.
+    pub fn acknowledged(&self, ns: u64) {
+        self.topologies.add(1);
+        self.acknowledge_ns.record(ns);
+        self.longest_acknowledge_ns.raise_to(ns);
+    }
+
     /// Counts a pass of `ns` nanoseconds.
     #[inline]
     pub fn pass(&self, ns: u64, found_work: bool) {
@@ -353,15 +370,26 @@ mod tests {
 
     #[test]
     fn values_land_in_the_bucket_whose_bound_covers_them() {
-        let histogram = Histogram::default();
-        for value in [0, 1, 2, 3, 4, u64::MAX] {
+        for value in
+            (0..5_000).chain((12..43).flat_map(|bit| [(1 << bit) - 1, 1 << bit, 3 << (bit - 1)]))
+        {
+            let histogram = Histogram::default();
             histogram.record(value);
+            let at = histogram.counts().iter().position(|n| *n == 1).unwrap();
+            let (bound, below) = (Histogram::upper_bound(at), at.checked_sub(1));
+            assert!(bound.is_none_or(|bound| bound >= value && bound - value <= value / 8));
+            assert!(
+                below
+                    .and_then(Histogram::upper_bound)
+                    .is_none_or(|bound| bound < value)
+            );
         }
-        let counts = histogram.counts();
-        assert_eq!(counts[..4], [1, 1, 2, 1]);
-        assert_eq!(counts[HISTOGRAM_BUCKETS - 1], 1);
-        assert_eq!(Histogram::upper_bound(2), Some(3));
+        let histogram = Histogram::default();
+        histogram.record(u64::MAX);
+        assert_eq!(histogram.counts()[HISTOGRAM_BUCKETS - 1], 1);
         assert_eq!(Histogram::upper_bound(HISTOGRAM_BUCKETS - 1), None);
+        // A second is within range.
+        assert!(Histogram::upper_bound(HISTOGRAM_BUCKETS - 2).unwrap() > 3_600_000_000_000);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! one, and is then dropped on the reaper thread.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::memory::GuestMemory;
 use crate::port::{Device, PortShared};
@@ -100,13 +101,15 @@ pub struct Topology {
     pub plans: Box<[Plan]>,
     /// The forwarding data base; the same object in every topology.
     pub fdb: Arc<Fdb>,
+    /// By poll thread: since when there is something published that it has not acknowledged.
+    pub since: Box<[Instant]>,
 }
 
 impl Topology {
-    /// Builds the snapshot. `owner` says which poll thread owns a port's queue pair.
+    /// Builds the snapshot for as many poll threads as `since` has entries. `owner` says which poll thread owns a port's queue pair.
     pub fn build(
         entries: &[PortEntry],
-        threads: usize,
+        since: Box<[Instant]>,
         fdb: Arc<Fdb>,
         owner: impl Fn(&PortShared, u16) -> Option<usize>,
     ) -> Self {
@@ -117,7 +120,7 @@ impl Topology {
         let mut ports: Vec<Option<Egress>> = Vec::new();
         ports.resize_with(slots.unwrap_or(0), || None);
         let mut plans: Vec<(Vec<Ingress>, Vec<Start>)> = Vec::new();
-        plans.resize_with(threads, Default::default);
+        plans.resize_with(since.len(), Default::default);
         for entry in entries {
             let slot = entry.shared.reference.slot;
             let egress = egress(entry, |pair, start| {
@@ -149,6 +152,7 @@ impl Topology {
                 .collect(),
             ports: ports.into(),
             fdb,
+            since,
         }
     }
 

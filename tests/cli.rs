@@ -143,7 +143,10 @@ fn reads_are_tables_for_people_and_json_for_programs() {
             vec!["driver not ready", "broken: avail.idx", "ring_full"],
         ),
         ("fdb list", vec!["52:54:00:00:00:01", "static"]),
-        ("poll list", vec!["asleep", "25%", "vm1/0"]),
+        (
+            "poll list",
+            vec!["overdue 2.5s", "25%", "vm1/0", "TAKE-OVERS"],
+        ),
         ("stats", vec!["RX FRAMES", "vm1", "generation 4"]),
     ] {
         let (code, out, _) = run(socket, arguments);

@@ -10,9 +10,11 @@
 mod common;
 
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, RECEIVE, Ram};
+use common::park::Parked;
 use common::traffic::{Bystanders, frame, mac, read};
 use common::wait_for;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -123,4 +125,94 @@ fn a_call_descriptor_with_20000_waiters_is_signalled_by_its_own_session() {
     bystanders.finish();
     drop((guest, sink, waiters));
     daemon.stop();
+}
+
+// ---- acknowledgements --------------------------------------------------------------------------------
+
+/// How often `text` was logged.
+fn logged(daemon: &Daemon, text: &str) -> usize {
+    daemon.log().matches(text).count()
+}
+
+#[test]
+fn a_poll_thread_that_does_not_acknowledge_is_named_and_nothing_is_answered() {
+    let mut daemon = daemon(&["--idle", "busy"]);
+    let ram = Ram::new(GuestOptions::default());
+    let mut guest = attached(&daemon, &ram, CULPRIT);
+    daemon.settle();
+    let thread = daemon.poll_threads()[0].clone();
+    assert_eq!(thread["state"], "busy");
+    let parked = Parked::park(u32::try_from(thread["tid"].as_u64().unwrap()).unwrap()).unwrap();
+    let answered = AtomicBool::new(false);
+    let frontend = guest.frontend.take().unwrap();
+    std::thread::scope(|scope| {
+        // The switch may answer this only when nobody uses the ring any more.
+        scope.spawn(|| {
+            frontend.get_vring_base(RECEIVE as u32).unwrap();
+            answered.store(true, Ordering::SeqCst);
+        });
+        wait_for("the thread to be overdue", || {
+            daemon.poll_threads()[0]["state"] == "overdue"
+        });
+        daemon.assert_logged("poll-0 has not taken over");
+        let shown = daemon.pollux(&["poll", "list"]).stdout;
+        assert!(String::from_utf8_lossy(&shown).contains("overdue"));
+        let stats = daemon.stats();
+        assert!(
+            stats["poll_threads"][0]["overdue_seconds"]
+                .as_f64()
+                .unwrap()
+                >= 1.0
+        );
+        // The daemon goes on with everything else.
+        let spec = format!("p9,socket={}", daemon.dir().join("p9.sock").display());
+        assert!(daemon.pollux(&["port", "add", &spec]).status.success());
+        assert!(!answered.load(Ordering::SeqCst));
+        drop(parked);
+        wait_for("the answer", || answered.load(Ordering::SeqCst));
+    });
+    daemon.assert_logged("poll-0 has taken over again");
+    assert_eq!(logged(&daemon, "has not taken over"), 1);
+    assert_eq!(logged(&daemon, "has taken over again"), 1);
+    let thread = daemon.poll_threads()[0].clone();
+    assert_eq!(thread["state"], "busy");
+    assert!(thread["overdue_seconds"].is_null());
+    assert!(
+        thread["acknowledge_latency"]["max_seconds"]
+            .as_f64()
+            .unwrap()
+            >= 1.0
+    );
+    daemon.assert_alive();
+    drop(guest);
+    daemon.stop();
+}
+
+#[test]
+fn acknowledgements_are_timed_while_awake_only() {
+    let latency = |daemon: &Daemon| daemon.poll_threads()[0]["acknowledge_latency"].clone();
+    let change = |daemon: &Daemon| {
+        for n in 0..10 {
+            let name = format!("extra{n}");
+            let spec = format!("{name},socket={}", daemon.dir().join(&name).display());
+            assert!(daemon.pollux(&["port", "add", &spec]).status.success());
+            daemon.settle();
+        }
+    };
+    let asleep = daemon(&[]);
+    change(&asleep);
+    let seen = latency(&asleep);
+    let awake = daemon(&["--idle", "busy"]);
+    let before = latency(&awake)["count"].as_u64().unwrap_or(0);
+    change(&awake);
+    let after = latency(&awake);
+    assert_eq!(after["count"].as_u64().unwrap() - before, 10);
+    let value = |name: &str| after[name].as_f64().unwrap();
+    assert!(value("p50_seconds") > 0.0);
+    assert!(value("p50_seconds") <= value("p99_seconds"));
+    assert!(value("p99_seconds") <= value("max_seconds"));
+    // A thread without queues sleeps through all of it.
+    assert!(seen.is_null(), "{seen}");
+    asleep.stop();
+    awake.stop();
 }

@@ -168,7 +168,7 @@ pub(super) fn fdb(entries: &[FdbEntry]) -> String {
     table.render("")
 }
 
-/// `pollux poll list`.
+/// `pollux poll list`: what the threads do, and how fast they take over changes.
 pub(super) fn poll_threads(threads: &[PollThreadView]) -> String {
     let mut table = Table::new(&[
         ">THREAD",
@@ -179,31 +179,45 @@ pub(super) fn poll_threads(threads: &[PollThreadView]) -> String {
         ">PASSES",
         ">SLEEPS",
         ">P99 PASS",
-        ">BEHIND",
         "QUEUES",
     ]);
+    let mut taken_over = Table::new(&[">THREAD", ">TAKE-OVERS", ">P50", ">P99", ">MAX", ">BEHIND"]);
     for thread in threads {
         let p99 = |latency: &Latency| seconds(latency.p99_seconds);
-        let behind = thread
-            .generation
-            .saturating_sub(thread.acknowledged_generation);
         table.row([
             thread.thread.to_string(),
             thread.cpu.map_or("-".to_string(), |cpu| cpu.to_string()),
             match thread.state {
                 PollState::Busy => "busy".to_string(),
                 PollState::Asleep => "asleep".to_string(),
+                PollState::Overdue => {
+                    format!("overdue {}", seconds(thread.overdue_seconds.unwrap_or(0.0)))
+                }
             },
             format!("{:.0}%", thread.busy_ratio * 100.0),
             short(thread.frames as f64),
             short(thread.passes as f64),
             short(thread.sleeps as f64),
             thread.pass_length.as_ref().map_or("-".to_string(), p99),
-            behind.to_string(),
             queues(thread),
         ]);
+        let latency = thread.acknowledge_latency.as_ref();
+        let value = |of: fn(&Latency) -> f64| {
+            latency.map_or("-".to_string(), |latency| seconds(of(latency)))
+        };
+        let behind = thread
+            .generation
+            .saturating_sub(thread.acknowledged_generation);
+        taken_over.row([
+            thread.thread.to_string(),
+            latency.map_or(0, |latency| latency.count).to_string(),
+            value(|latency| latency.p50_seconds),
+            value(|latency| latency.p99_seconds),
+            value(|latency| latency.max_seconds),
+            behind.to_string(),
+        ]);
     }
-    table.render("")
+    format!("{}\n{}", table.render(""), taken_over.render(""))
 }
 
 /// The first few queues of a thread; all of them are in the JSON.

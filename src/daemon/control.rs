@@ -27,6 +27,9 @@ use crate::vhost_user::{self, SessionOptions, SessionStatus, Stopper};
 const RECONNECT: Duration = Duration::from_millis(100);
 /// Time between looks at acknowledgements while something is retired.
 const RETIRE: Duration = Duration::from_millis(1);
+/// Time after which a poll thread that has not acknowledged is reported. Nothing else happens then: it may still use
+/// what was taken from it, so whoever waits for it waits on.
+pub(super) const OVERDUE: Duration = Duration::from_secs(1);
 /// Time between looks at what changes by itself: ages, broken rings.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 /// Longest wait for sessions at the end.
@@ -120,9 +123,36 @@ impl Control {
         if self.registry.retire() {
             next = next.min(now + RETIRE);
         }
+        self.watch_acknowledgements(now);
         // Rounded up: a zero would spin until the moment comes.
         next.saturating_duration_since(now)
             .max(Duration::from_millis(1))
+    }
+
+    /// Names the poll threads that miss their acknowledgement, once, and once more when they have made it.
+    fn watch_acknowledgements(&mut self, now: Instant) {
+        for index in 0..self.registry.polls.threads.len() {
+            let since = self.registry.unacknowledged(index);
+            let thread = &mut self.registry.polls.threads[index];
+            let waited = |since: Instant| now.saturating_duration_since(since).as_secs_f64();
+            match (thread.overdue, since) {
+                (None, Some(since)) if now.saturating_duration_since(since) >= OVERDUE => {
+                    thread.overdue = Some(since);
+                    self.report.poll_thread(format!(
+                        "poll-{index} has not taken over the newest topology for {:.1} s; what waits for it waits on",
+                        waited(since)
+                    ));
+                }
+                (Some(since), None) => {
+                    thread.overdue = None;
+                    self.report.poll_thread(format!(
+                        "poll-{index} has taken over again, after {:.1} s",
+                        waited(since)
+                    ));
+                }
+                _ => {}
+            }
+        }
     }
 
     /// Tries to reach the frontends that listen; returns when the next attempt is due.

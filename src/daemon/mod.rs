@@ -200,7 +200,7 @@ fn assemble(
     let mut fdb_config = FdbConfig::with_capacity(config.fdb_size);
     fdb_config.ageing = config.mac_ageing;
     let fdb = Arc::new(Fdb::new(fdb_config)?);
-    let empty = Topology::build(&[], threads, fdb.clone(), |_, _| None);
+    let empty = Topology::build(&[], vec![epoch; threads].into(), fdb.clone(), |_, _| None);
     let (publisher, readers) = snapshots(empty, threads);
     let polls = PollThreads::start(readers, &config.poll_cpus, config.idle, epoch)?;
     let (reap, retired) = unbounded::<Retired<Topology>>();

@@ -26,6 +26,8 @@ pub(super) struct PollThread {
     handle: Option<JoinHandle<()>>,
     /// Kicks in the thread's epoll, by address of the object (which they keep alive).
     kicks: HashMap<usize, Arc<KickFd>>,
+    /// It was reported as overdue, for what was published then.
+    pub(super) overdue: Option<Instant>,
     /// What the last plan held, to see whether a new one brings work.
     work: Vec<(usize, usize, bool)>,
 }
@@ -184,6 +186,7 @@ fn start_one(
         tid,
         handle: Some(handle),
         kicks: HashMap::new(),
+        overdue: None,
         work: Vec::new(),
     })
 }

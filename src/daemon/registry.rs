@@ -171,8 +171,8 @@ impl Registry {
                 .find(|record| record.shared.reference == port.reference)?;
             record.placement.get(usize::from(pair)).copied()
         };
-        let threads = self.polls.threads.len();
-        let topology = Topology::build(&entries, threads, self.fdb.clone(), placement);
+        let since = self.waiting_since(Instant::now());
+        let topology = Topology::build(&entries, since, self.fdb.clone(), placement);
         self.polls.prepare(&topology);
         let generation = self.publisher.publish(topology);
         self.polls.wake(self.publisher.current());
@@ -182,6 +182,19 @@ impl Registry {
         if self.fdb_retired.is_none() {
             self.fdb_retired = self.fdb.retired().map(|mark| (mark, generation));
         }
+    }
+
+    /// Since when each poll thread has something to acknowledge, once a view is published `now`.
+    fn waiting_since(&self, now: Instant) -> Box<[Instant]> {
+        let since = |thread: usize| self.unacknowledged(thread).unwrap_or(now);
+        (0..self.polls.threads.len()).map(since).collect()
+    }
+
+    /// Since when a poll thread has not acknowledged what is published; `None` once it has, and while it sleeps.
+    pub(super) fn unacknowledged(&self, thread: usize) -> Option<Instant> {
+        // 0: it is just waking, and what it slept through it had not to acknowledge.
+        let seen = self.acknowledgements.of(thread).filter(|seen| *seen > 0)?;
+        (seen < self.generation()).then(|| self.publisher.current().since[thread])
     }
 
     /// Hands what nobody uses any more to the reaper. Returns whether something is still waited for.

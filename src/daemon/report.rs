@@ -35,6 +35,13 @@ impl Report {
             .publish(&Event::new(SystemTime::now(), kind, message));
     }
 
+    /// A poll thread that does not take over in time, or does so again.
+    pub(super) fn poll_thread(&self, message: String) {
+        tracing::warn!("{message}");
+        let event = Event::new(SystemTime::now(), EventKind::PollThread, message);
+        self.hub.publish(&event);
+    }
+
     /// Something that a session tells.
     pub(super) fn session(&self, port: &PortShared, event: &SessionEvent) {
         let kind = match event {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
+use super::control::OVERDUE;
 use super::port::{Door, PortRecord};
 use super::registry::Registry;
 use crate::api::types::{
@@ -265,6 +266,8 @@ fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
     let stats = &thread.shared.stats;
     let acknowledged = registry.acknowledgements.of(index);
     let total = stats.total_ns.get();
+    let waited = registry.unacknowledged(index).map(|since| since.elapsed());
+    let overdue = waited.filter(|waited| *waited >= OVERDUE);
     let mut queues = Vec::new();
     for port in &registry.ports {
         let pairs = port
@@ -289,11 +292,12 @@ fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
             .and_then(affinity::numa_node)
             .map(|node| node as u32),
         tid: thread.tid.load(Ordering::Relaxed),
-        state: if acknowledged.is_some() {
-            PollState::Busy
-        } else {
-            PollState::Asleep
+        state: match acknowledged {
+            None => PollState::Asleep,
+            Some(_) if overdue.is_some() => PollState::Overdue,
+            Some(_) => PollState::Busy,
         },
+        overdue_seconds: overdue.map(|waited| waited.as_secs_f64()),
         passes: stats.passes.get(),
         busy_ratio: if total == 0 {
             0.0
@@ -306,7 +310,7 @@ fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
         acknowledged_generation: acknowledged.unwrap_or(registry.generation()),
         queues,
         pass_length: latency(&stats.pass_ns, stats.longest_pass_ns.get()),
-        acknowledge_latency: None,
+        acknowledge_latency: latency(&stats.acknowledge_ns, stats.longest_acknowledge_ns.get()),
     }
 }
 

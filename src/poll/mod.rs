@@ -75,11 +75,13 @@ impl Poller {
 
     /// Runs until `PollShared::stop`.
     pub fn run(mut self) {
+        let mut awake = false;
         loop {
-            match self.serve() {
-                Left::OutOfDate => self.shared.stats.topologies.add(1),
+            match self.serve(awake) {
+                Left::OutOfDate => awake = true,
                 Left::Stop => break,
                 Left::Idle => {
+                    awake = false;
                     // No borrow is held here, so a sleeper keeps nobody's memory alive. The kicks are armed; a topology that
                     // gives this thread new work rings the bell.
                     self.reader.sleep();
@@ -91,8 +93,9 @@ impl Poller {
         }
     }
 
-    /// Works with one topology until it is out of date or there is nothing to do.
-    fn serve(&mut self) -> Left {
+    /// Works with one topology until it is out of date or there is nothing to do. `awake` says that it takes over from
+    /// an older one: a thread that slept had nothing to acknowledge.
+    fn serve(&mut self, awake: bool) -> Left {
         let Poller {
             shared,
             reader,
@@ -105,6 +108,10 @@ impl Poller {
         let thread = reader.index();
         let topology = reader.borrow();
         let stats = &shared.stats;
+        if awake {
+            let waited = topology.since[thread].elapsed().as_nanos();
+            stats.acknowledged(u64::try_from(waited).unwrap_or(u64::MAX));
+        }
         let tools = Tools {
             caller,
             stats,

@@ -112,13 +112,23 @@ impl Daemon {
         self.json(&["port", "show", name, "--json"])
     }
 
+    /// `pollux poll list --json`, parsed.
+    pub(crate) fn poll_threads(&self) -> Value {
+        self.json(&["poll", "list", "--json"])
+    }
+
+    /// `pollux stats --json`, parsed.
+    pub(crate) fn stats(&self) -> Value {
+        self.json(&["stats", "--json"])
+    }
+
     /// Waits until every poll thread works with everything that frontends have asked for so far: an attachment is
     /// answered before that.
     pub(crate) fn settle(&self) {
         // What is answered first comes after the frontends' messages, and before its own turn's publication.
         self.ports();
         super::wait_for("the poll threads", || {
-            let threads = self.json(&["poll", "list", "--json"]);
+            let threads = self.poll_threads();
             let threads = threads.as_array().expect("an array");
             threads
                 .iter()

@@ -5,7 +5,7 @@
 //! - [`backend`]: Pollux or, to check these tests themselves, one of the other backends in
 //!   `benches/backends`;
 //! - [`testpmd`]: DPDK's virtio-user driver, an independent frontend that needs no VM;
-//! - [`process`]: what they share;
+//! - [`process`]: what they share; [`park`]: a thread of a daemon, stopped;
 //! - [`guest`], [`traffic`]: scripted guests, and numbered frames between them in closed loops;
 //! - [`frames`]: numbered frames in pcap files, and their comparison after a journey.
 
@@ -16,6 +16,7 @@ pub(crate) mod backend;
 pub(crate) mod daemon;
 pub(crate) mod frames;
 pub(crate) mod guest;
+pub(crate) mod park;
 pub(crate) mod process;
 pub(crate) mod testpmd;
 pub(crate) mod traffic;

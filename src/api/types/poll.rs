@@ -1,0 +1,74 @@
+//! Poll threads, as they travel over the API.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Whether a poll thread is polling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PollState {
+    /// Polling.
+    Busy,
+    /// Waiting for a kick.
+    Asleep,
+    /// Has not taken over a published topology for too long. Whoever must wait for that waits on.
+    Overdue,
+}
+
+/// A poll thread and what it works on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PollThreadView {
+    /// Number of the thread, from 0.
+    pub thread: u32,
+    /// CPU it is pinned to; null if unpinned.
+    pub cpu: Option<u32>,
+    /// NUMA node of that CPU.
+    pub numa_node: Option<u32>,
+    /// Kernel thread id.
+    pub tid: u32,
+    /// Polling or asleep.
+    pub state: PollState,
+    /// Seconds for which it has not acknowledged, while it is overdue.
+    #[serde(default)]
+    pub overdue_seconds: Option<f64>,
+    /// Turns of the poll loop.
+    pub passes: u64,
+    /// Share of the time spent on frames, 0 to 1.
+    pub busy_ratio: f64,
+    /// Frames taken from its queues.
+    pub frames: u64,
+    /// Times it went to sleep.
+    pub sleeps: u64,
+    /// Generation published to it.
+    pub generation: u64,
+    /// Generation it has acknowledged.
+    pub acknowledged_generation: u64,
+    /// Transmit queues it owns.
+    pub queues: Vec<QueueRef>,
+    /// How long its passes take.
+    pub pass_length: Option<Latency>,
+    /// How long it takes to acknowledge a publication.
+    pub acknowledge_latency: Option<Latency>,
+}
+
+/// One queue of one port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct QueueRef {
+    /// The port.
+    pub port: String,
+    /// Its queue pair, from 0.
+    pub queue: u16,
+}
+
+/// A distribution of durations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Latency {
+    /// Durations seen.
+    pub count: u64,
+    /// Half of them were at most this long.
+    pub p50_seconds: f64,
+    /// 99 % of them were at most this long.
+    pub p99_seconds: f64,
+    /// The longest.
+    pub max_seconds: f64,
+}
