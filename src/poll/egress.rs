@@ -132,17 +132,30 @@ impl<'t, 'p> Delivery<'t, 'p> {
         }
     }
 
-    /// Makes the one call that every ring start owes its driver.
+    /// Makes the one call that every ring start and every new call descriptor owes its driver.
     pub(super) fn call_started(&mut self) {
-        for start in &self.context.plan.starts {
-            let egress = self.context.topology.port(start.slot);
+        let Context { topology, plan, .. } = self.context;
+        for start in &plan.starts {
+            let egress = topology.port(start.slot);
             let index = usize::from(start.index);
             if let Some(queue) = egress.and_then(|egress| egress.queues.get(index)) {
                 self.make_room(1);
                 self.touched.note(queue, Published::Clean);
+                self.call_fresh(queue.call.as_deref(), || queue.queue.take_call_wanted());
             }
         }
+        for ingress in &plan.queues {
+            self.call_fresh(ingress.call.as_deref(), || ingress.queue.take_call_wanted());
+        }
         self.notify();
+    }
+
+    /// Calls by a descriptor that is new, which answers the wish of a ring that has just started, too.
+    fn call_fresh(&mut self, call: Option<&'t CallFd>, take_wish: impl FnOnce() -> bool) {
+        if let Some(call) = call.filter(|call| call.take_fresh()) {
+            take_wish();
+            signal(&mut self.tools, &[call]);
+        }
     }
 
     /// Delivers the burst, egress by egress, each egress's frames in their order.

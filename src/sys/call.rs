@@ -134,6 +134,8 @@ pub struct CallFd {
     guard: Arc<CallGuard>,
     /// A deferred call that the session has not made yet.
     owed: AtomicBool,
+    /// Nobody was called by it yet.
+    fresh: AtomicBool,
 }
 
 impl CallFd {
@@ -143,7 +145,14 @@ impl CallFd {
             fd: eventfd(file)?,
             guard,
             owed: AtomicBool::new(false),
+            fresh: AtomicBool::new(true),
         })
+    }
+
+    /// True once: a call by the descriptor before this one may not have reached the driver, so whoever uses it first
+    /// makes a spare one. (A wish noted at the queue could still be taken for the descriptor before.)
+    pub fn take_fresh(&self) -> bool {
+        self.fresh.swap(false, Ordering::Relaxed)
     }
 
     /// The guard of its port.

@@ -67,9 +67,7 @@ impl DeviceState {
         let call = file.map(|file| CallFd::new(file, guard)).transpose();
         let call = call.map_err(|source| SessionError::Notification { ring: name, source })?;
         ring.call = call.map(Into::into);
-        if let Some(running) = &ring.running {
-            // A call made to the old descriptor may not have reached the driver; a spare one is legal.
-            running.want_call();
+        if ring.running.is_some() {
             self.update();
         }
         Ok(())

@@ -125,14 +125,6 @@ impl Running {
         }
     }
 
-    /// Has its driver called once.
-    pub(super) fn want_call(&self) {
-        match self {
-            Running::Receive(queue) => queue.want_call(),
-            Running::Transmit(queue) => queue.want_call(),
-        }
-    }
-
     pub(super) fn broken(&self) -> Option<Broken> {
         match self {
             Running::Receive(queue) => queue.broken(),

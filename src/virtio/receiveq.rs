@@ -398,11 +398,6 @@ impl ReceiveQueue {
         self.claims.published()
     }
 
-    /// Asks for a call whatever the driver's event says: its call descriptor has just come.
-    pub fn want_call(&self) {
-        self.claims.want_call();
-    }
-
     /// Whether the driver is to be called now; the caller that gets `true` signals.
     #[inline(always)]
     pub fn take_call_wanted(&self) -> bool {

@@ -145,11 +145,6 @@ impl TransmitQueue {
         }
     }
 
-    /// Asks for a call whatever the driver's event says: its call descriptor has just come.
-    pub fn want_call(&self) {
-        self.call_wanted.store(true, Ordering::Relaxed);
-    }
-
     /// Whether the driver is to be called now.
     #[inline(always)]
     pub fn take_call_wanted(&self) -> bool {
