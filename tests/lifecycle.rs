@@ -11,12 +11,13 @@ mod common;
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, RECEIVE, Ram, TRANSMIT};
+use common::holdings::Holdings;
 use common::process::Process;
 use common::traffic::{Bystanders, Exchange, frame, mac, read};
 use common::{long, pause, wait_for};
@@ -62,43 +63,6 @@ fn reason(daemon: &Daemon, port: &str) -> String {
         .as_str()
         .unwrap_or_default()
         .to_string()
-}
-
-/// What the daemon holds: descriptors, threads, mappings of guest memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Holdings {
-    fds: usize,
-    threads: usize,
-    mappings: usize,
-}
-
-impl Holdings {
-    fn of(daemon: &Daemon) -> Holdings {
-        let proc = PathBuf::from(format!("/proc/{}", daemon.pid()));
-        let count = |name: &str| fs::read_dir(proc.join(name)).unwrap().count();
-        let maps = fs::read_to_string(proc.join("maps")).unwrap();
-        Holdings {
-            fds: count("fd"),
-            threads: count("task"),
-            mappings: maps.lines().filter(|l| l.contains("pollux-guest")).count(),
-        }
-    }
-
-    /// Waits until the daemon holds no more than this again; its API's helpers end some seconds after a request.
-    fn wait_for_return(self, daemon: &Daemon) {
-        let deadline = Instant::now() + 2 * LIMIT;
-        loop {
-            let now = Holdings::of(daemon);
-            if now.fds <= self.fds && now.threads <= self.threads && now.mappings == self.mappings {
-                return;
-            }
-            assert!(
-                Instant::now() < deadline,
-                "the daemon holds {now:?}, before it was {self:?}"
-            );
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
 }
 
 /// xorshift64: enough for moments of death.

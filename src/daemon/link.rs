@@ -172,6 +172,10 @@ impl DeviceSink for Sink {
     }
 
     fn event(&self, event: SessionEvent) {
-        self.0.report.session(&self.0.port, &event);
+        // Under the lock, so that nothing is said of a port behind the word that it was removed.
+        let mailbox = self.0.mailbox();
+        if !mailbox.gone {
+            self.0.report.session(&self.0.port, &event);
+        }
     }
 }

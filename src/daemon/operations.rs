@@ -12,6 +12,7 @@ use crate::api::ControlError;
 use crate::api::types::{EventKind, PortPatch, PortView};
 use crate::config::{MAX_PORTS, PortSpec, SocketMode};
 use crate::port::PortShared;
+use crate::vhost_user;
 
 impl Control {
     pub(super) fn add_port(
@@ -113,6 +114,9 @@ impl Control {
         }
         if let Some(session) = &record.session {
             session.stopper.stop();
+            let text = format!("{}; its frontend is disconnected", vhost_user::Gone);
+            self.report
+                .port(&record.shared, EventKind::SessionDisconnected, text);
         }
         self.report
             .port(&record.shared, EventKind::PortRemoved, "port removed");

@@ -88,6 +88,14 @@ impl Daemon {
             .expect("pollux runs")
     }
 
+    /// The same for a command that may be refused: exit code, and everything it said.
+    pub(crate) fn try_pollux(&self, args: &[&str]) -> (i32, String) {
+        let output = self.pollux(args);
+        let said = [output.stdout, output.stderr].concat();
+        let code = output.status.code().expect("an exit code");
+        (code, String::from_utf8_lossy(&said).into_owned())
+    }
+
     fn json(&self, args: &[&str]) -> Value {
         let output = self.pollux(args);
         let text = String::from_utf8_lossy(&output.stdout);
@@ -120,6 +128,20 @@ impl Daemon {
     /// `pollux stats --json`, parsed.
     pub(crate) fn stats(&self) -> Value {
         self.json(&["stats", "--json"])
+    }
+
+    /// A port's state, and why it does not work, if it says so.
+    pub(crate) fn state(&self, name: &str) -> (String, String) {
+        let port = self.port(name);
+        let text = |key: &str| port[key].as_str().unwrap_or_default().to_string();
+        (text("state"), text("reason"))
+    }
+
+    /// One drop counter of a port: `direction` is `rx` or `tx`.
+    pub(crate) fn dropped(&self, name: &str, direction: &str, reason: &str) -> u64 {
+        let port = self.port(name);
+        let drops = &port["statistics"][direction]["drops"];
+        drops[reason].as_u64().unwrap_or(0)
     }
 
     /// Waits until every poll thread works with everything that frontends have asked for so far: an attachment is

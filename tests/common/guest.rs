@@ -193,7 +193,7 @@ impl<'m> Guest<'m> {
         guest
     }
 
-    fn post_receive(&mut self, token: u32) {
+    pub(crate) fn post_receive(&mut self, token: u32) {
         let (offset, len) = self.ram.buffer(RECEIVE, token);
         let buffer = Buffer::writable(GUEST_BASE + offset as u64, len as u32);
         assert!(self.rings[RECEIVE].post_one(buffer, token), "receive ring");
@@ -309,6 +309,72 @@ impl<'m> Guest<'m> {
     /// Whether the switch has closed the connection.
     pub(crate) fn is_cut_off(&self) -> bool {
         self.frontend.as_ref().is_none_or(Frontend::is_closed)
+    }
+
+    // ---- misdeeds --------------------------------------------------------------------------------
+
+    /// Guest address of a transmit buffer, and its length.
+    pub(crate) fn transmit_buffer(&self, token: u32) -> (u64, u32) {
+        let (offset, len) = self.ram.buffer(TRANSMIT, token);
+        (GUEST_BASE + offset as u64, len as u32)
+    }
+
+    /// Its memory.
+    pub(crate) fn transmit_memory(&self, token: u32) -> Window<'m> {
+        self.ram.window(TRANSMIT, token)
+    }
+
+    /// First guest address behind all memory.
+    pub(crate) fn hole(&self) -> u64 {
+        GUEST_BASE + self.ram.memory.len() as u64
+    }
+
+    /// A ring's memory, for a driver that writes what it likes.
+    pub(crate) fn areas(&self, which: usize) -> RingAreas<'m> {
+        self.areas[which]
+    }
+
+    /// Posts a chain of these buffers to the transmitq, whatever they are. `spoil` may rewrite the ring's memory before
+    /// the device sees it; it is told the chain's head, which means something in a split ring.
+    pub(crate) fn post_raw(
+        &mut self,
+        buffers: &[Buffer],
+        spoil: impl FnOnce(&RingAreas<'m>, u16),
+    ) -> u32 {
+        assert_eq!(self.in_flight(), 0);
+        let token = self.free.pop_front().expect("a token");
+        let areas = self.areas[TRANSMIT];
+        let slot = self.rings[TRANSMIT].base() as usize % usize::from(areas.size);
+        assert!(self.rings[TRANSMIT].post(buffers, token), "transmit ring");
+        let head = if self.options.packed {
+            0
+        } else {
+            areas.available.load_u16(4 + 2 * slot, Ordering::Relaxed)
+        };
+        spoil(&areas, head);
+        self.publish(TRANSMIT);
+        token
+    }
+
+    /// Waits for the next chain to come back.
+    pub(crate) fn returned(&mut self, which: usize) -> Used {
+        let deadline = Instant::now() + ANSWER;
+        loop {
+            if let Some(used) = self.rings[which].reap() {
+                if which == TRANSMIT {
+                    self.free.push_back(used.token);
+                }
+                return used;
+            }
+            self.assert_sound();
+            assert!(Instant::now() < deadline, "no buffer comes back");
+            pause();
+        }
+    }
+
+    /// Makes the device look at a ring whose memory was rewritten behind the driver's back.
+    pub(crate) fn kick(&self, which: usize) {
+        let _ = self.kicks[which].write(1);
     }
 
     // ---- frames ----------------------------------------------------------------------------------

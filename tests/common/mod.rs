@@ -7,6 +7,8 @@
 //! - [`testpmd`]: DPDK's virtio-user driver, an independent frontend that needs no VM;
 //! - [`process`]: what they share; [`park`]: a thread of a daemon, stopped;
 //! - [`guest`], [`traffic`]: scripted guests, and numbered frames between them in closed loops;
+//! - [`scene`]: bystanders that must notice nothing of what is done to a fourth port;
+//! - [`events`], [`holdings`]: what the daemon tells of itself, and what it holds of the system;
 //! - [`frames`]: numbered frames in pcap files, and their comparison after a journey.
 
 // Each test binary compiles this module anew and uses its own part of it.
@@ -14,10 +16,13 @@
 
 pub(crate) mod backend;
 pub(crate) mod daemon;
+pub(crate) mod events;
 pub(crate) mod frames;
 pub(crate) mod guest;
 pub(crate) mod park;
+pub(crate) mod holdings;
 pub(crate) mod process;
+pub(crate) mod scene;
 pub(crate) mod testpmd;
 pub(crate) mod traffic;
 
