@@ -34,7 +34,7 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    /// Starts it and waits until its API answers.
+    /// Starts it and waits until its API answers and knows all ports.
     pub(crate) fn start(options: &DaemonOptions) -> Daemon {
         Daemon::start_in(short_tempdir(), options)
     }
@@ -67,7 +67,13 @@ impl Daemon {
 
     fn wait_for_api(&mut self) {
         let deadline = Instant::now() + Duration::from_secs(10);
-        while !self.pollux(&["port", "list", "--json"]).status.success() {
+        loop {
+            let listed = self.pollux(&["port", "list", "--json"]);
+            let ports = serde_json::from_slice::<Vec<Value>>(&listed.stdout);
+            // They are added after the API has begun to answer.
+            if listed.status.success() && ports.is_ok_and(|p| p.len() >= self.sockets.len()) {
+                return;
+            }
             self.assert_alive();
             assert!(
                 Instant::now() < deadline,
