@@ -93,6 +93,13 @@ impl Poller {
         }
     }
 
+    /// Works on the caller's thread until there is nothing to do, instead of [`Poller::run`]: how the instructions of a
+    /// frame are counted. Needs [`IdlePolicy::Adaptive`].
+    #[inline(never)]
+    pub fn drain(&mut self) {
+        while let Left::OutOfDate = self.serve(false) {}
+    }
+
     /// Works with one topology until it is out of date or there is nothing to do. `awake` says that it takes over from
     /// an older one: a thread that slept had nothing to acknowledge.
     fn serve(&mut self, awake: bool) -> Left {

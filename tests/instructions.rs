@@ -1,0 +1,429 @@
+//! Instructions and atomic operations that a frame costs the switch, counted by valgrind and compared with
+//! `tests/instructions.txt`.
+//!
+//! Unlike times they are the same in every run on every machine, so a change that makes the data path longer is found
+//! before anybody measures. Counted is what this program's own code does inside `Poller::drain`: the C library is left
+//! out, because its copies depend on the processor. `POLLUX_BLESS=1` records new values.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "helpers of tests fail by panicking, like tests"
+)]
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use pollux::config::{IdlePolicy, PortSpec, SocketMode};
+use pollux::memory::{GuestMemory, RegionSpec, SharedMemory};
+use pollux::poll::{PollShared, Poller};
+use pollux::port::{Device, PortShared, QueuePair, Receive, Transmit};
+use pollux::stats::ThreadStats;
+use pollux::switch::PortRef;
+use pollux::switch::fdb::{Fdb, FdbConfig};
+use pollux::sys::epoll::Sleeper;
+use pollux::sys::eventfd::KickFd;
+use pollux::sys::snapshot::snapshots;
+use pollux::topology::{PortEntry, Topology};
+use pollux::virtio::driver::{Buffer, DriverRing, RingAreas, RingLayout};
+use pollux::virtio::{ReceiveQueue, RingFeatures, RingSetup, TransmitQueue};
+use rustix::event::EventfdFlags;
+
+/// Allowed difference from the recorded value.
+const TOLERANCE: f64 = 0.02;
+/// Frames that each sender sends before the switch gets to work.
+const BATCH: u32 = 128;
+const RING: u16 = 256;
+const HEADER: u32 = 12;
+
+/// One thing to count.
+#[derive(Clone, Copy)]
+struct Scenario {
+    name: &'static str,
+    packed: bool,
+    mergeable: bool,
+    /// Bytes of a frame and of a receive buffer with its header.
+    frame: u32,
+    buffer: u32,
+    ports: u16,
+    /// The first port alone sends, to everybody.
+    flood: bool,
+}
+
+const USUAL: Scenario = Scenario {
+    name: "split",
+    packed: false,
+    mergeable: false,
+    frame: 64,
+    buffer: 2048,
+    ports: 2,
+    flood: false,
+};
+
+const SCENARIOS: [Scenario; 7] = [
+    USUAL,
+    Scenario {
+        name: "packed",
+        packed: true,
+        ..USUAL
+    },
+    Scenario {
+        name: "split, mergeable",
+        mergeable: true,
+        ..USUAL
+    },
+    Scenario {
+        name: "split, 1500 bytes",
+        frame: 1500,
+        ..USUAL
+    },
+    Scenario {
+        name: "split, 1500 bytes in two buffers",
+        mergeable: true,
+        frame: 1500,
+        buffer: 1024,
+        ..USUAL
+    },
+    Scenario {
+        name: "packed, 1500 bytes in two buffers",
+        packed: true,
+        mergeable: true,
+        frame: 1500,
+        buffer: 1024,
+        ..USUAL
+    },
+    Scenario {
+        name: "split, flooded to seven ports",
+        ports: 8,
+        flood: true,
+        ..USUAL
+    },
+];
+
+/// A guest's memory: two rings, then a buffer of 2 KiB for each entry of each.
+struct Guest {
+    memory: SharedMemory,
+    map: Arc<GuestMemory>,
+    layout: RingLayout,
+    features: RingFeatures,
+}
+
+impl Guest {
+    fn new(scenario: &Scenario) -> Self {
+        let features = RingFeatures {
+            packed: scenario.packed,
+            mergeable: scenario.mergeable,
+            version_1: true,
+            ..RingFeatures::default()
+        };
+        let layout = RingLayout::new(RING, features.packed);
+        let len = 4 << 20;
+        let memory = SharedMemory::create(len, true).unwrap();
+        let region = RegionSpec {
+            guest_addr: 0,
+            user_addr: 0,
+            size: len as u64,
+            offset: 0,
+            file: memory.file().try_clone().unwrap(),
+        };
+        let map = GuestMemory::default().with_table(vec![region]).unwrap();
+        Guest {
+            memory,
+            map: Arc::new(map),
+            layout,
+            features,
+        }
+    }
+
+    fn ring_at(which: u64) -> u64 {
+        which << 16
+    }
+
+    fn buffer_at(which: u64, number: u32) -> u64 {
+        (1 << 20) * (1 + which) + u64::from(number % u32::from(RING)) * 2048
+    }
+
+    fn setup(&self, which: u64) -> RingSetup {
+        let pin = |at: usize, len: usize| {
+            let at = Guest::ring_at(which) + at as u64;
+            self.map.pinned_guest(at, len as u64).unwrap()
+        };
+        RingSetup {
+            size: RING,
+            descriptors: pin(0, self.layout.descriptors_len),
+            available: pin(self.layout.available, self.layout.available_len),
+            used: pin(self.layout.used, self.layout.used_len),
+            features: self.features,
+            base: if self.features.packed { 0x8000 } else { 0 },
+            memory: Arc::clone(&self.map),
+        }
+    }
+
+    fn driver(&self, which: u64) -> DriverRing<'_> {
+        let at = Guest::ring_at(which) as usize;
+        let window = self.memory.window(at, self.layout.len).unwrap();
+        let areas = RingAreas::zeroed(window, &self.layout).unwrap();
+        let mut ring = DriverRing::new(areas, self.features);
+        ring.suppress_calls();
+        ring
+    }
+
+    /// A port with this guest attached.
+    fn port(&self, slot: u16) -> PortEntry {
+        let spec = PortSpec {
+            name: format!("p{slot}"),
+            socket: PathBuf::from("/none"),
+            mode: SocketMode::default(),
+            queues: 1,
+            socket_mode: None,
+            socket_group: None,
+        };
+        let generation = 1;
+        let shared = PortShared::new(spec, PortRef { slot, generation }).unwrap();
+        let kick = rustix::event::eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let kick = KickFd::new(kick.into()).unwrap();
+        let pair = QueuePair {
+            transmit: Some(Transmit {
+                queue: Arc::new(TransmitQueue::start(&self.setup(TRANSMIT)).unwrap()),
+                kick: Some(Arc::new(kick)),
+                call: None,
+                enabled: true,
+            }),
+            receive: Some(Receive {
+                queue: Arc::new(ReceiveQueue::start(&self.setup(RECEIVE)).unwrap()),
+                call: None,
+                enabled: true,
+            }),
+        };
+        let device = Device {
+            memory: Arc::clone(&self.map),
+            features: 0,
+            pairs: vec![pair],
+        };
+        PortEntry {
+            shared,
+            device: Some(Arc::new(device)),
+        }
+    }
+}
+
+const RECEIVE: u64 = 0;
+const TRANSMIT: u64 = 1;
+
+/// Runs `rounds` rounds; returns the frames that arrived.
+fn run(scenario: &Scenario, rounds: u32) -> u64 {
+    let guests: Vec<_> = (0..scenario.ports).map(|_| Guest::new(scenario)).collect();
+    let mut drivers: Vec<_> = guests
+        .iter()
+        .map(|guest| [guest.driver(RECEIVE), guest.driver(TRANSMIT)])
+        .collect();
+    let entries: Vec<_> = (0..).zip(&guests).map(|(n, guest)| guest.port(n)).collect();
+    let fdb = Arc::new(Fdb::new(FdbConfig::with_capacity(1024)).unwrap());
+    let topology = Topology::build(&entries, [Instant::now()].into(), fdb, |_, _| Some(0));
+    let (_publisher, mut readers) = snapshots(topology, 1);
+    let shared = Arc::new(PollShared {
+        stats: ThreadStats::default(),
+        sleeper: Sleeper::new().unwrap(),
+        stop: AtomicBool::new(false),
+    });
+    let idle = IdlePolicy::Adaptive(Duration::ZERO);
+    let mut poller = Poller::new(shared, readers.remove(0), idle, Instant::now()).unwrap();
+    let mac = |n: u16| [2, 0, 0, 0, 0, n as u8];
+    for (n, guest) in (0..).zip(&guests) {
+        let to = if scenario.flood { [255; 6] } else { mac(n ^ 1) };
+        for number in 0..u32::from(RING) {
+            let at = Guest::buffer_at(TRANSMIT, number) as usize + HEADER as usize;
+            let window = guest.memory.window(at, 14).unwrap();
+            window.write_bytes(0, &[&to[..], &mac(n), &[8, 0]].concat());
+        }
+    }
+    let (mut sent, mut arrived) = (0_u32, 0_u64);
+    for _ in 0..rounds {
+        for (n, [receive, transmit]) in drivers.iter_mut().enumerate() {
+            for number in 0.. {
+                let buffer = Buffer::writable(Guest::buffer_at(RECEIVE, number), scenario.buffer);
+                if !receive.post_one(buffer, number) {
+                    break;
+                }
+            }
+            receive.publish();
+            if n > 0 && scenario.flood {
+                continue;
+            }
+            let frames = frames(scenario);
+            for number in sent..sent + frames {
+                let at = Guest::buffer_at(TRANSMIT, number);
+                assert!(
+                    transmit.post_one(Buffer::readable(at, HEADER + scenario.frame), number),
+                    "the switch returned too little"
+                );
+            }
+            transmit.publish();
+        }
+        sent += frames(scenario);
+        poller.drain();
+        for [receive, transmit] in &mut drivers {
+            let mut bytes = 0;
+            while let Some(used) = receive.reap() {
+                bytes += u64::from(used.len);
+            }
+            arrived += bytes / u64::from(HEADER + scenario.frame);
+            while transmit.reap().is_some() {}
+        }
+    }
+    let senders = if scenario.flood {
+        1
+    } else {
+        u64::from(scenario.ports)
+    };
+    let copies = if scenario.flood {
+        u64::from(scenario.ports) - 1
+    } else {
+        1
+    };
+    assert_eq!(
+        arrived,
+        u64::from(rounds * frames(scenario)) * senders * copies,
+        "frames were lost"
+    );
+    u64::from(rounds * frames(scenario)) * senders
+}
+
+/// Frames of one sender in one round: a full ring of receive buffers takes them all.
+fn frames(scenario: &Scenario) -> u32 {
+    let buffers = (HEADER + scenario.frame).div_ceil(scenario.buffer);
+    BATCH / buffers
+}
+
+/// What valgrind runs.
+#[test]
+#[ignore = "runs inside valgrind"]
+fn counted() {
+    let var = |name| std::env::var(name).unwrap();
+    let index: usize = var("POLLUX_SCENARIO").parse().unwrap();
+    println!(
+        "frames {}",
+        run(&SCENARIOS[index], var("POLLUX_ROUNDS").parse().unwrap())
+    );
+}
+
+/// Instructions and atomic operations of `rounds` rounds, and the frames.
+fn count(index: usize, rounds: u32, dir: &Path) -> [u64; 3] {
+    let out = dir.join(format!("callgrind.{index}.{rounds}"));
+    let result = Command::new("valgrind")
+        .args([
+            "--tool=callgrind",
+            "--collect-bus=yes",
+            "--collect-atstart=no",
+        ])
+        .args(["--toggle-collect=*Poller*drain*", "--compress-strings=no"])
+        .args(["--compress-pos=no", "--dump-line=no"])
+        .arg(format!("--callgrind-out-file={}", out.display()))
+        .arg(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "counted", "--nocapture"])
+        .env("POLLUX_SCENARIO", index.to_string())
+        .env("POLLUX_ROUNDS", rounds.to_string())
+        .output()
+        .expect("valgrind runs; Debian's package is called valgrind");
+    let text = String::from_utf8_lossy(&result.stdout);
+    assert!(
+        result.status.success(),
+        "{text}\n{}",
+        String::from_utf8_lossy(&result.stderr)
+    );
+    let frames = text
+        .lines()
+        .find_map(|line| line.strip_prefix("frames "))
+        .unwrap();
+    let [instructions, atomics] = own_costs(&std::fs::read_to_string(out).unwrap());
+    [instructions, atomics, frames.parse().unwrap()]
+}
+
+/// Adds up what functions of this program cost themselves, in callgrind's format: `ob=` names the object of the lines
+/// that follow, and the line behind `calls=` is what the callee cost.
+fn own_costs(text: &str) -> [u64; 2] {
+    let own = std::env::current_exe().unwrap();
+    let own = own.file_name().unwrap().to_str().unwrap();
+    let (mut counted, mut callee) = (false, false);
+    let mut sums = [0; 2];
+    for line in text.lines() {
+        if let Some(object) = line.strip_prefix("ob=") {
+            counted = object.ends_with(own);
+        } else if line.starts_with("calls=") {
+            callee = true;
+        } else if line.starts_with(|first: char| first.is_ascii_digit()) {
+            let mut words = line
+                .split(' ')
+                .skip(1)
+                .map(|word| word.parse::<u64>().unwrap());
+            if counted && !callee {
+                for sum in &mut sums {
+                    *sum += words.next().unwrap_or(0);
+                }
+            }
+            callee = false;
+        }
+    }
+    sums
+}
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "counts are of the release profile")]
+fn instructions_per_frame_are_as_recorded() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/instructions.txt");
+    let recorded = recorded(&path);
+    let mut text = String::from(
+        "# Per frame: instructions, atomic operations, what. POLLUX_BLESS=1 renews this.\n",
+    );
+    let mut wrong = String::new();
+    for (index, scenario) in SCENARIOS.iter().enumerate() {
+        // The difference of two runs is free of what a start costs.
+        let [few, many] = [4, 12].map(|rounds| count(index, rounds, dir.path()));
+        let frames = (many[2] - few[2]) as f64;
+        let [instructions, atomics] = [0, 1].map(|what| (many[what] - few[what]) as f64 / frames);
+        let name = scenario.name;
+        writeln!(text, "{instructions:8.1} {atomics:6.2}  {name}").unwrap();
+        let Some(before) = recorded.get(name) else {
+            writeln!(wrong, "{name}: not recorded").unwrap();
+            continue;
+        };
+        for (what, is, was) in [
+            ("instructions", instructions, before.0),
+            ("atomic operations", atomics, before.1),
+        ] {
+            if (is - was).abs() > was * TOLERANCE {
+                let change = 100.0 * (is / was - 1.0);
+                writeln!(
+                    wrong,
+                    "{name}: {is:.2} {what} a frame, recorded {was:.2} ({change:+.1} %)"
+                )
+                .unwrap();
+            }
+        }
+    }
+    if std::env::var_os("POLLUX_BLESS").is_some() {
+        std::fs::write(path, text).unwrap();
+    } else {
+        assert!(wrong.is_empty(), "{wrong}\nall of them:\n{text}");
+    }
+}
+
+fn recorded(path: &Path) -> BTreeMap<String, (f64, f64)> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(|line| {
+            let (instructions, rest) = line.trim().split_once(' ')?;
+            let (atomics, name) = rest.trim().split_once("  ")?;
+            Some((
+                name.to_string(),
+                (instructions.parse().ok()?, atomics.parse().ok()?),
+            ))
+        })
+        .collect()
+}
