@@ -16,6 +16,7 @@
 //!
 //! Left out: postcopy (userfaultfd) and a vIOMMU; neither is offered to frontends.
 
+mod array;
 pub mod fence;
 mod map;
 mod region;
@@ -24,6 +25,7 @@ mod window;
 
 use rustix::io::Errno;
 
+pub use array::{PinnedArray, Word};
 pub use fence::FaultMark;
 pub use map::GuestMemory;
 pub use region::{PinnedWindow, Region, RegionSpec};

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 
 use arrayvec::ArrayVec;
 
-use crate::memory::{GuestMemory, Window};
+use crate::memory::{GuestMemory, PinnedArray, Window};
 
 /// The chain goes on at `next`.
 pub const F_NEXT: u16 = 1;
@@ -75,6 +75,46 @@ pub enum ChainError {
 /// The pieces of memory of one or several chains.
 pub type Windows<'m, const N: usize> = ArrayVec<Window<'m>, N>;
 
+impl Descriptor {
+    /// Descriptor `index` of a ring's table, read once.
+    #[inline(always)]
+    pub fn of_ring(table: &PinnedArray<u64>, index: usize) -> Self {
+        // The second word first: the bounds of both are checked with it.
+        let rest = table.load(2 * index + 1, Ordering::Relaxed);
+        Descriptor::new(table.load(2 * index, Ordering::Relaxed), rest)
+    }
+
+    /// From its two words.
+    #[inline(always)]
+    pub fn new(addr: u64, rest: u64) -> Self {
+        Descriptor {
+            addr,
+            len: rest as u32,
+            third: (rest >> 32) as u16,
+            fourth: (rest >> 48) as u16,
+        }
+    }
+
+    /// Its buffer, where that is a chain of its own, of the right direction and in one region: how most are. Anything else,
+    /// and any error, is for the walk. `flags` are `third` or `fourth`.
+    #[inline(always)]
+    pub fn alone<'m>(
+        &self,
+        flags: u16,
+        direction: Direction,
+        memory: &'m GuestMemory,
+    ) -> Option<Window<'m>> {
+        let right = match direction {
+            Direction::Read => 0,
+            Direction::Write => F_WRITE,
+        };
+        if flags & (F_NEXT | F_WRITE | F_INDIRECT) != right || self.len == 0 {
+            return None;
+        }
+        memory.window(self.addr, self.len)
+    }
+}
+
 /// Reads descriptor `index` of `table` once. The index is checked by the caller against the table's entries.
 #[inline(always)]
 pub fn read_descriptor(table: &Window<'_>, index: usize) -> Descriptor {
@@ -92,12 +132,7 @@ pub fn read_descriptor(table: &Window<'_>, index: usize) -> Descriptor {
         let raw = u128::from_le_bytes(bytes);
         (raw as u64, (raw >> 64) as u64)
     };
-    Descriptor {
-        addr,
-        len: rest as u32,
-        third: (rest >> 32) as u16,
-        fourth: (rest >> 48) as u16,
-    }
+    Descriptor::new(addr, rest)
 }
 
 /// Collects a chain's buffers: translation, direction, sum of lengths.

@@ -32,7 +32,7 @@ use claim::Publish;
 pub use receiveq::{CLAIM_BYTES, CLAIM_FRAMES, Claim, NoClaim, ReceiveQueue};
 pub use transmitq::{Taken, TransmitQueue};
 
-use crate::memory::{GuestMemory, PinnedWindow};
+use crate::memory::{GuestMemory, PinnedWindow, Window};
 
 /// Largest ring (virtio 1.2 §2.7 and §2.8: at most 2^15 entries).
 pub const MAX_RING_SIZE: u32 = 32768;
@@ -210,8 +210,18 @@ impl Ring {
         }
     }
 
-    /// Reads the chain at a position before [`Ring::available_to`]; `None` if it is not available.
+    /// The chain at a position before [`Ring::available_to`], where it is available and one usable buffer: how most
+    /// are. Anything else is for [`Ring::read_chain`].
     #[inline(always)]
+    pub fn single(&self, position: u64, direction: Direction) -> Option<(Head, Window<'_>)> {
+        match self {
+            Ring::Split(ring) => ring.single(position, direction),
+            Ring::Packed(ring) => ring.single(position, direction),
+        }
+    }
+
+    /// Reads the chain at a position before [`Ring::available_to`]; `None` if it is not available.
+    #[inline(never)]
     pub fn read_chain<'m, const N: usize>(
         &'m self,
         position: u64,

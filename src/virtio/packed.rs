@@ -10,22 +10,19 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::chain::{
     ChainError, Collector, DESCRIPTOR_SIZE, Descriptor, Direction, F_INDIRECT, F_NEXT, F_WRITE,
-    Windows, read_descriptor, walk_packed_table,
+    Windows, walk_packed_table,
 };
 use super::claim::Publish;
 use super::{Broken, Chain, Head, RingSetup, SetupError};
-use crate::memory::{GuestMemory, PinnedWindow};
+use crate::memory::{GuestMemory, PinnedArray, PinnedWindow, Window};
 
 /// Descriptor flag: made available in a lap whose wrap counter equals the bit (§2.8.1).
 const F_AVAIL: u16 = 1 << 7;
 /// Descriptor flag: used, likewise.
 const F_USED: u16 = 1 << 15;
-/// Offset of the flags in a descriptor.
-const FLAGS: usize = 14;
-/// Offset of the length in a descriptor.
-const LEN: usize = 8;
-/// Offset of the buffer id in a descriptor.
-const ID: usize = 12;
+/// Where length, buffer id and flags stand in the second word of a descriptor.
+const ID_SHIFT: u32 = 32;
+const FLAGS_SHIFT: u32 = 48;
 
 /// Event suppression structure (§2.8.10): offset and wrap counter, then flags.
 const EVENT_FLAGS: usize = 2;
@@ -50,7 +47,7 @@ pub fn layout(size: u16) -> (u64, u64, u64) {
 /// A started packed ring.
 #[derive(Debug)]
 pub struct PackedRing {
-    descriptors: PinnedWindow,
+    descriptors: PinnedArray<u64>,
     driver_event: PinnedWindow,
     device_event: PinnedWindow,
     memory: Arc<GuestMemory>,
@@ -91,7 +88,7 @@ impl PackedRing {
         let wrapped = setup.base & 0x8000 != 0;
         let lap_start = if wrapped { 0 } else { u64::from(setup.size) };
         let ring = PackedRing {
-            descriptors: setup.descriptors.clone(),
+            descriptors: PinnedArray::new(&setup.descriptors).ok_or(SetupError::Alignment)?,
             driver_event: setup.available.clone(),
             device_event: setup.used.clone(),
             memory: setup.memory.clone(),
@@ -129,9 +126,24 @@ impl PackedRing {
     #[inline(always)]
     pub fn is_available(&self, position: u64) -> bool {
         let (slot, wrap) = self.place(position);
-        let at = slot * DESCRIPTOR_SIZE + FLAGS;
-        let flags = self.descriptors.window().load_u16(at, Ordering::Acquire);
-        (flags & F_AVAIL != 0) == wrap && (flags & F_USED != 0) != wrap
+        let rest = self.descriptors.load(2 * slot + 1, Ordering::Acquire);
+        is_available((rest >> FLAGS_SHIFT) as u16, wrap)
+    }
+
+    /// The chain at `position`, if it is available and one usable buffer.
+    #[inline(always)]
+    pub fn single(&self, position: u64, direction: Direction) -> Option<(Head, Window<'_>)> {
+        let (slot, wrap) = self.place(position);
+        // Acquire as in `is_available`; one load gives the flags and what they stand for.
+        let rest = self.descriptors.load(2 * slot + 1, Ordering::Acquire);
+        let addr = self.descriptors.load(2 * slot, Ordering::Relaxed);
+        let descriptor = Descriptor::new(addr, rest);
+        if !is_available(descriptor.fourth, wrap) {
+            return None;
+        }
+        let window = descriptor.alone(descriptor.fourth, direction, &self.memory)?;
+        let (id, span) = (descriptor.third, 1);
+        Some((Head { id, span }, window))
     }
 
     /// Reads the chain at `position`, or `None` if the driver has not made it available.
@@ -147,12 +159,11 @@ impl PackedRing {
             return Ok(None);
         }
         let (mut slot, _) = self.place(position);
-        let table = self.descriptors.window();
         let mut collector = Collector::new(&self.memory, direction, wanted, windows);
         let mut failed = None;
         let mut span = 0_u16;
         loop {
-            let descriptor = read_descriptor(&table, slot);
+            let descriptor = Descriptor::of_ring(&self.descriptors, slot);
             span += 1;
             // After an error the chain is only counted: it is returned whole.
             if failed.is_none() && !collector.satisfied() {
@@ -210,19 +221,17 @@ impl PackedRing {
         self.notes[slot].store(note, Ordering::Relaxed);
     }
 
-    /// Writes the used element at `position` without its flags; returns span, offset of the flags, and flags.
+    /// The used element that was noted for `position`: its span, and the second word of its descriptor with its place.
     #[inline(always)]
-    fn write_element(&self, position: u64) -> (u16, usize, u16) {
+    fn element(&self, position: u64) -> (u64, usize, u64) {
         let (slot, wrap) = self.place(position);
         let note = self.notes[slot].load(Ordering::Relaxed);
         let (head, len) = (Head::unpack((note >> 32) as u32), note as u32);
-        let table = self.descriptors.window();
-        let at = slot * DESCRIPTOR_SIZE;
-        table.store_u32(at + LEN, len, Ordering::Relaxed);
-        table.store_u16(at + ID, head.id, Ordering::Relaxed);
         let state = if wrap { F_AVAIL | F_USED } else { 0 };
         let written = if len == 0 { 0 } else { F_WRITE };
-        (head.span, at + FLAGS, state | written)
+        let flags = u64::from(state | written) << FLAGS_SHIFT;
+        let word = u64::from(len) | u64::from(head.id) << ID_SHIFT | flags;
+        (u64::from(head.span), 2 * slot + 1, word)
     }
 
     /// Asks the driver for kicks from `position` on, or to leave them out. The caller looks once more afterwards.
@@ -242,20 +251,25 @@ impl PackedRing {
     }
 }
 
+/// Whether a descriptor with these flags is available to a device whose wrap counter is `wrap` (§2.8.1).
+#[inline(always)]
+fn is_available(flags: u16, wrap: bool) -> bool {
+    (flags & F_AVAIL != 0) == wrap && (flags & F_USED != 0) != wrap
+}
+
 impl Publish for PackedRing {
-    /// Writes the run's elements, the flags of the first one last: the driver looks there, and finding it used must find
-    /// the whole run used (§2.8.21), a mergeable frame included.
+    /// Writes the run's elements, each with one store, the first one last: the driver looks there, and finding it used
+    /// must find the whole run used (§2.8.21), a mergeable frame included.
     fn publish(&self, from: u64, to: u64) {
-        let (span, first_at, first_flags) = self.write_element(from);
-        let mut position = from + u64::from(span);
-        let table = self.descriptors.window();
+        let (span, first_at, first) = self.element(from);
+        let mut position = from + span;
         while position < to {
-            let (span, at, flags) = self.write_element(position);
+            let (span, at, word) = self.element(position);
             // Release, not relaxed: a driver may look at a later element's flags when a first run ends inside a batch.
-            table.store_u16(at, flags, Ordering::Release);
-            position += u64::from(span.max(1));
+            self.descriptors.store(at, word, Ordering::Release);
+            position += span.max(1);
         }
-        table.store_u16(first_at, first_flags, Ordering::Release);
+        self.descriptors.store(first_at, first, Ordering::Release);
     }
 
     /// The test is against the whole newly visible run, never a thread's own claim: another thread's claim may have

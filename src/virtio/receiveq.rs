@@ -242,15 +242,45 @@ impl ReceiveQueue {
                 return Ok(None);
             }
             bytes += len;
-            if let Some(reason) = self.plan_frame(len + NET_HDR_SIZE as u32, end, claim)? {
+            let len = len + NET_HDR_SIZE as u32;
+            if self.plan_single(len, end, claim) {
+                continue;
+            }
+            if let Some(reason) = self.plan_frame(len, end, claim)? {
                 return Ok(Some(reason));
             }
         }
         Ok(None)
     }
 
-    /// Reads buffers for one frame of `len` bytes with header.
+    /// Reads a buffer for a frame of `len` bytes with header, in the usual case that one of one piece holds it.
     #[inline(always)]
+    fn plan_single<'m>(&'m self, len: u32, end: u64, claim: &mut Claim<'m>) -> bool {
+        let position = claim.position + u64::from(claim.span);
+        if position >= end || claim.heads.is_full() || claim.windows.is_full() {
+            return false;
+        }
+        let Some((head, window)) = self.ring.single(position, Direction::Write) else {
+            return false;
+        };
+        if window.len() < len.max(MIN_BUFFER) as usize {
+            return false;
+        }
+        prefetch(&window);
+        claim.frames.push((claim.heads.len() as u16, 1));
+        claim.heads.push(ClaimedHead {
+            head,
+            first: claim.windows.len() as u16,
+            windows: 1,
+            written: len,
+        });
+        claim.windows.push(window);
+        claim.span += head.span;
+        true
+    }
+
+    /// Reads buffers for one frame of `len` bytes with header.
+    #[inline(never)]
     fn plan_frame<'m>(
         &'m self,
         len: u32,
@@ -354,10 +384,8 @@ impl ReceiveQueue {
             Ok(len) if len >= MIN_BUFFER => len.min(left),
             _ => 0,
         };
-        // The receiver's core has read these lines last: see `Burst::note`.
         if let Some(window) = claim.windows.get(first) {
-            window.prefetch_write(0);
-            window.prefetch_write(NET_HDR_SIZE + 63);
+            prefetch(window);
         }
         claim.span += chain.head.span;
         let windows = (claim.windows.len() - first) as u16;
@@ -418,6 +446,13 @@ impl ReceiveQueue {
     pub fn base(&self) -> u32 {
         self.ring.base(self.published())
     }
+}
+
+/// Asks for the first lines of a buffer. The receiver's core has read them last: see `Burst::note`.
+#[inline(always)]
+fn prefetch(buffer: &Window<'_>) {
+    buffer.prefetch_write(0);
+    buffer.prefetch_write(NET_HDR_SIZE + 63);
 }
 
 /// What became of one buffer.

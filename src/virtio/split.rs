@@ -6,16 +6,20 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use super::chain::{Collector, Direction, Windows, walk_split};
+use super::chain::{Collector, Descriptor, Direction, Windows, walk_split};
 use super::claim::Publish;
 use super::{Broken, Chain, Head, RingSetup, SetupError};
-use crate::memory::{GuestMemory, PinnedWindow};
+use crate::memory::{GuestMemory, PinnedArray, Window};
 use std::sync::Arc;
 
-/// Offset of `idx` in the available and the used ring.
-const IDX: usize = 2;
-/// Offset of the first entry in both.
-const ENTRIES: usize = 4;
+/// Place of `flags` in the available and the used ring, in words of 16 bits.
+const FLAGS: usize = 0;
+/// Place of `idx` in both.
+const IDX: usize = 1;
+/// Place of the first entry in both.
+const ENTRIES: usize = 2;
+/// Place of the first element in the used ring, in words of 32 bits.
+const ELEMENTS: usize = 1;
 /// `used.flags`: the device needs no kicks (§2.7.10).
 const F_NO_NOTIFY: u16 = 1;
 /// `avail.flags`: the driver needs no calls (§2.7.7).
@@ -32,9 +36,11 @@ pub fn layout(size: u16, event_idx: bool) -> (u64, u64, u64) {
 /// A started split ring.
 #[derive(Debug)]
 pub struct SplitRing {
-    descriptors: PinnedWindow,
-    available: PinnedWindow,
-    used: PinnedWindow,
+    descriptors: PinnedArray<u64>,
+    available: PinnedArray<u16>,
+    used: PinnedArray<u16>,
+    /// The same place as `used`.
+    elements: PinnedArray<u32>,
     memory: Arc<GuestMemory>,
     size: u16,
     event_idx: bool,
@@ -64,15 +70,16 @@ impl SplitRing {
             }
         }
         let ring = SplitRing {
-            descriptors: setup.descriptors.clone(),
-            available: setup.available.clone(),
-            used: setup.used.clone(),
+            descriptors: PinnedArray::new(&setup.descriptors).ok_or(SetupError::Alignment)?,
+            available: PinnedArray::new(&setup.available).ok_or(SetupError::Alignment)?,
+            used: PinnedArray::new(&setup.used).ok_or(SetupError::Alignment)?,
+            elements: PinnedArray::new(&setup.used).ok_or(SetupError::Alignment)?,
             memory: setup.memory.clone(),
             size: setup.size,
             event_idx: setup.features.event_idx,
             indirect: setup.features.indirect,
         };
-        let start = ring.used.window().load_u16(IDX, Ordering::Acquire);
+        let start = ring.used.load(IDX, Ordering::Acquire);
         Ok((ring, u64::from(start)))
     }
 
@@ -87,7 +94,7 @@ impl SplitRing {
     /// descriptors behind the index are visible. Read once a burst, not once a frame: the line is the driver's.
     #[inline(always)]
     pub fn available_to(&self, position: u64) -> Result<u64, Broken> {
-        let idx = self.available.window().load_u16(IDX, Ordering::Acquire);
+        let idx = self.available.load(IDX, Ordering::Acquire);
         let ahead = idx.wrapping_sub(position as u16);
         if ahead > self.size {
             return Err(Broken::AvailableIndex {
@@ -98,8 +105,26 @@ impl SplitRing {
         Ok(position + u64::from(ahead))
     }
 
-    /// Reads the chain at `position`, which [`SplitRing::available_to`] said is available.
+    /// The first descriptor of the chain at `position`.
     #[inline(always)]
+    fn head(&self, position: u64) -> u16 {
+        let entry = ENTRIES + self.slot(position);
+        self.available.load(entry, Ordering::Relaxed)
+    }
+
+    /// The chain at `position`, which [`SplitRing::available_to`] said is available, if it is one usable buffer.
+    #[inline(always)]
+    pub fn single(&self, position: u64, direction: Direction) -> Option<(Head, Window<'_>)> {
+        let head = self.head(position);
+        if head >= self.size {
+            return None;
+        }
+        let descriptor = Descriptor::of_ring(&self.descriptors, usize::from(head));
+        let window = descriptor.alone(descriptor.third, direction, &self.memory)?;
+        Some((Head { id: head, span: 1 }, window))
+    }
+
+    /// Reads the chain at `position`, which [`SplitRing::available_to`] said is available.
     pub fn read_chain<'m, const N: usize>(
         &'m self,
         position: u64,
@@ -107,8 +132,7 @@ impl SplitRing {
         wanted: u32,
         windows: &mut Windows<'m, N>,
     ) -> Result<Chain, Broken> {
-        let entry = ENTRIES + 2 * self.slot(position);
-        let head = self.available.window().load_u16(entry, Ordering::Relaxed);
+        let head = self.head(position);
         if head >= self.size {
             // Cannot be returned: there is no such buffer.
             return Err(Broken::Head {
@@ -134,11 +158,10 @@ impl SplitRing {
     /// Writes the used element of `position`; the driver sees it after the next publish.
     #[inline(always)]
     pub fn write_used(&self, position: u64, head: Head, len: u32) {
-        let element = u64::from(head.id) | u64::from(len) << 32;
-        let offset = ENTRIES + 8 * self.slot(position);
-        self.used
-            .window()
-            .write_bytes(offset, &element.to_le_bytes());
+        let element = ELEMENTS + 2 * self.slot(position);
+        self.elements.store(element + 1, len, Ordering::Relaxed);
+        self.elements
+            .store(element, u32::from(head.id), Ordering::Relaxed);
     }
 
     /// Asks the driver for kicks (when about to sleep) or to leave them out (while polling), from `position` on.
@@ -146,15 +169,15 @@ impl SplitRing {
     /// The caller looks for available buffers once more after asking: the full barrier pairs with the driver's between
     /// its index and its look at our word (§2.7.13.4.1).
     pub fn want_kicks(&self, wanted: bool, position: u64) {
-        let used = self.used.window();
         if self.event_idx {
             // Only the event counts; without one in reach the driver does not kick. Flags must be 0 (§2.7.10.1).
             if wanted {
-                let event = ENTRIES + 8 * usize::from(self.size);
-                used.store_u16(event, position as u16, Ordering::Relaxed);
+                let event = ENTRIES + 4 * usize::from(self.size);
+                self.used.store(event, position as u16, Ordering::Relaxed);
             }
         } else {
-            used.store_u16(0, if wanted { 0 } else { F_NO_NOTIFY }, Ordering::Relaxed);
+            let flags = if wanted { 0 } else { F_NO_NOTIFY };
+            self.used.store(FLAGS, flags, Ordering::Relaxed);
         }
         fence(Ordering::SeqCst);
     }
@@ -164,14 +187,11 @@ impl Publish for SplitRing {
     #[inline(always)]
     fn publish(&self, _from: u64, to: u64) {
         // Release: the elements before the index (§2.7.8.2).
-        self.used
-            .window()
-            .store_u16(IDX, to as u16, Ordering::Release);
+        self.used.store(IDX, to as u16, Ordering::Release);
     }
 
     #[inline(always)]
     fn wants_call(&self, from: u64, to: u64) -> bool {
-        let available = self.available.window();
         if self.event_idx {
             // §2.7.7.2: call when the event lies in [from, to). Both sides of the comparison are distances back from
             // `to` in 16 bits, so that it holds across the wrap:
@@ -180,11 +200,12 @@ impl Publish for SplitRing {
             //     from = 65534, to = 2,           event = 65533:  2 - 65533 - 1 = 4  <  4               no call
             //
             // `event >= from && event < to` is the tempting form, and wrong at the wrap.
-            let event = available.load_u16(ENTRIES + 2 * usize::from(self.size), Ordering::Relaxed);
+            let event = ENTRIES + usize::from(self.size);
+            let event = self.available.load(event, Ordering::Relaxed);
             let to = to as u16;
             to.wrapping_sub(event).wrapping_sub(1) < to.wrapping_sub(from as u16)
         } else {
-            available.load_u16(0, Ordering::Relaxed) & F_NO_INTERRUPT == 0
+            self.available.load(FLAGS, Ordering::Relaxed) & F_NO_INTERRUPT == 0
         }
     }
 }

@@ -95,16 +95,29 @@ impl TransmitQueue {
         if position >= end {
             return Taken::Nothing;
         }
+        if let Some((head, window)) = self.ring.single(position, Direction::Read)
+            && windows.try_push(window).is_ok()
+        {
+            self.taken(position, head);
+            return Taken::Chain {
+                len: window.len() as u32,
+            };
+        }
+        self.take_chain(position, windows)
+    }
+
+    /// Takes a chain of several buffers, or what is none.
+    fn take_chain<'m, const N: usize>(
+        &'m self,
+        position: u64,
+        windows: &mut Windows<'m, N>,
+    ) -> Taken {
         match self
             .ring
             .read_chain(position, Direction::Read, u32::MAX, windows)
         {
             Ok(Some(chain)) => {
-                // A packed chain may reach past `end`, which counts descriptors.
-                let head = chain.head;
-                self.slot(position).store(head.pack(), Ordering::Relaxed);
-                self.next
-                    .store(position + u64::from(head.span), Ordering::Relaxed);
+                self.taken(position, chain.head);
                 match chain.len {
                     Ok(len) => Taken::Chain { len },
                     Err(error) => Taken::Malformed(error),
@@ -116,6 +129,14 @@ impl TransmitQueue {
                 Taken::Nothing
             }
         }
+    }
+
+    #[inline(always)]
+    fn taken(&self, position: u64, head: Head) {
+        self.slot(position).store(head.pack(), Ordering::Relaxed);
+        // A packed chain may reach past the `end` of a take, which counts descriptors.
+        self.next
+            .store(position + u64::from(head.span), Ordering::Relaxed);
     }
 
     /// Positions before this one are returned to the driver.
