@@ -136,6 +136,12 @@ impl<'t> Burst<'t> {
             && self.bytes < BURST_BYTES
     }
 
+    /// Bytes of the frames.
+    #[inline(always)]
+    pub fn bytes(&self) -> u32 {
+        self.bytes
+    }
+
     /// The frames, in the order in which they were taken.
     #[inline(always)]
     pub fn frames(&self) -> &[Frame] {

@@ -66,7 +66,8 @@
 //!    delivers another. The sender's virtio-net header is not passed on: the receiver's is made here.
 //! 3. **Decide** ([`switch`]): pure code, told the time: learn, look up, a verdict a frame.
 //! 4. **Deliver** (`poll::deliver`), egress by egress: claim, fill, commit, publish. No buffer: one retry at
-//!    the end of the pass, later frames to that port queue behind it, then the frame is dropped and counted.
+//!    the end of the pass (none while its driver returns nothing), the sender's later frames to that port behind it,
+//!    then the frame is dropped and counted.
 //!    The sender's ring always drains.
 //! 5. **Complete** the transmit chains whose frames are *published*, in available order. If the process is killed
 //!    in between, the guest's next attachment replays the frame instead of losing it. Behind another thread's
@@ -104,10 +105,11 @@
 //! - The price: a thread descheduled with an open claim delays what that one queue's driver sees. So claims
 //!   are late and small (32 frames, 64 KiB), one a thread; pin poll threads.
 //!
-//! **A full ring is first come, first served.** Nothing reserves a share of a receive ring for each sending port:
-//! a port that floods another one can take all its buffers, and third parties' frames to that port are
-//! dropped then (`egress_ring_full`, at the receiver). A share per sender would need state for each pair of ports in the
-//! claim; it is not built until a measurement shows what it costs and buys.
+//! **A full ring keeps a share for each sender.** For two laps after a ring had no buffer for somebody, its last
+//! eighth is kept back, and each sending port draws on that for at most 1/32 of what the ring delivers (`virtio::share`:
+//! one word a sender, touched only while the ring is short). So a port that floods another one cannot shut out a sender of
+//! little, on whichever threads. A ring that was never full is first come, first served to the last buffer, and
+//! so are senders of much among each other.
 //!
 //! # Start of a ring
 //!

@@ -82,6 +82,8 @@ drop_reasons! {
     EgressTooLong = "egress_too_long", Tx;
     /// No receive queue of the port is started and enabled.
     EgressNotReady = "egress_not_ready", Tx;
+    /// The receive queue's ring is impossible; nothing is delivered into it until its next start.
+    EgressRingBroken = "egress_ring_broken", Tx;
     /// The receiver's memory could not be written, because its file was truncated.
     EgressMemoryFault = "egress_memory_fault", Tx;
 }

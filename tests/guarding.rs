@@ -16,7 +16,8 @@ use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, RECEIVE, Ram};
 use common::park::Parked;
 use common::traffic::{Bystanders, frame, mac, read};
-use common::wait_for;
+use common::{long, wait_for};
+use pollux::virtio::driver::RingLayout;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -215,4 +216,145 @@ fn acknowledgements_are_timed_while_awake_only() {
     assert!(seen.is_null(), "{seen}");
     asleep.stop();
     awake.stop();
+}
+
+// ---- full and broken rings ---------------------------------------------------------------------------
+
+fn drops(daemon: &Daemon, port: &str, reason: &str) -> u64 {
+    let port = daemon.port(port);
+    port["statistics"]["tx"]["drops"][reason]
+        .as_u64()
+        .unwrap_or(0)
+}
+
+#[test]
+fn a_flooder_and_a_paced_sender_share_a_slow_receiver_across_poll_threads() {
+    let (first, second) = common::cpus();
+    let mut daemon = daemon(&["--poll-cpus", &format!("{first},{second}")]);
+    let rams = [(); 4].map(|()| Ram::new(GuestOptions::default()));
+    let mut receiver = attached(&daemon, &rams[0], 0);
+    // The slots decide: the flooder's queue is the first thread's, the paced one's the second thread's.
+    let mut flooder = attached(&daemon, &rams[2], 2);
+    let mut paced = attached(&daemon, &rams[3], 3);
+    daemon.settle();
+    let threads = daemon.poll_threads();
+    let owns = |thread: usize, port: &str| threads[thread]["queues"].to_string().contains(port);
+    assert!(owns(0, "p2") && owns(1, "p3") || first == second);
+    wait_for("the receiver to be known", || {
+        receiver.try_send(&frame([0xff; 6], mac(1), 0, 60));
+        !arrived(&mut flooder, 1).is_empty() && !arrived(&mut paced, 1).is_empty()
+    });
+    let flood = frame(mac(1), mac(3), 0, 60);
+    let rounds = if long() { 10_000 } else { 1000 };
+    let (mut received, mut sent, mut came) = (0, 0, 0);
+    while sent < rounds {
+        // Many more than the receiver takes, which is 16 a turn.
+        for _ in 0..64 {
+            flooder.try_send(&flood);
+        }
+        for _ in 0..16 {
+            let Some(bytes) = receiver.try_receive() else {
+                break;
+            };
+            received += 1;
+            came += u64::from(read(&bytes).from == mac(4));
+        }
+        // One in a hundred, once the flood stands.
+        if received > 1000 + 100 * sent && paced.try_send(&frame(mac(1), mac(4), sent, 60)) {
+            sent += 1;
+        }
+    }
+    // What comes behind the last one of them.
+    wait_for("what is on its way", || {
+        paced.try_send(&frame(mac(1), mac(4), rounds, 60));
+        let numbers = arrived(&mut receiver, 4);
+        came += numbers.iter().filter(|number| **number < rounds).count() as u64;
+        numbers.contains(&rounds)
+    });
+    let lost = rounds - came;
+    assert!(
+        lost * 100 < rounds,
+        "{lost} of {rounds} paced frames were lost"
+    );
+    assert!(drops(&daemon, "p0", "egress_ring_full") > 0, "no flood");
+    daemon.assert_alive();
+    drop((receiver, flooder, paced));
+    daemon.stop();
+}
+
+#[test]
+fn a_ring_that_its_driver_breaks_is_counted_logged_once_shown_and_healed() {
+    let daemon = daemon(&[]);
+    let bystanders = bystanders(&daemon);
+    let sink_ram = Ram::new(GuestOptions::default());
+    let mut sink = attached(&daemon, &sink_ram, SINK);
+    let ram = Ram::new(GuestOptions::default());
+    let mut guest = attached(&daemon, &ram, CULPRIT);
+    wait_for("the guests to meet", || {
+        guest.try_send(&frame(mac(4), mac(3), 1, 60));
+        sink.try_send(&frame(mac(3), mac(4), 1, 60));
+        let (there, back) = (arrived(&mut sink, 3), arrived(&mut guest, 4));
+        !there.is_empty() && !back.is_empty()
+    });
+    // More available entries than the ring has.
+    let index = RingLayout::new(256, false).available + 2;
+    let available = ram.memory.window(index, 2).unwrap();
+    let ahead = available.load_u16(0, Ordering::Acquire).wrapping_add(300);
+    available.store_u16(0, ahead, Ordering::Release);
+    wait_for("the frames to be counted", || {
+        sink.try_send(&frame(mac(3), mac(4), 2, 60));
+        drops(&daemon, "p2", "egress_ring_broken") > 100
+    });
+    wait_for("the state", || daemon.port("p2")["state"] == "broken");
+    let reason = daemon.port("p2")["reason"].to_string();
+    assert!(reason.contains("receiveq 0: available index"), "{reason}");
+    daemon.assert_logged("receiveq 0 broken");
+    bystanders.go_on(100);
+    // The driver resets its device.
+    guest.detach();
+    let fresh = Ram::new(GuestOptions::default());
+    let mut guest = attached(&daemon, &fresh, CULPRIT);
+    wait_for("a frame after the reset", || {
+        sink.try_send(&frame(mac(3), mac(4), 3, 60));
+        arrived(&mut guest, 4).contains(&3)
+    });
+    // Its transmitq is enabled last.
+    wait_for("the state", || daemon.port("p2")["state"] == "running");
+    assert_eq!(logged(&daemon, "receiveq 0 broken"), 1);
+    bystanders.finish();
+    drop((guest, sink));
+    daemon.stop();
+}
+
+#[test]
+fn frames_for_a_port_that_was_just_disabled_are_told_from_those_for_a_full_one() {
+    let daemon = daemon(&[]);
+    let rams = [(); 2].map(|()| Ram::new(GuestOptions::default()));
+    let mut sink = attached(&daemon, &rams[0], SINK);
+    let mut guest = attached(&daemon, &rams[1], CULPRIT);
+    wait_for("the guests to meet", || {
+        guest.try_send(&frame(mac(4), mac(3), 1, 60));
+        sink.try_send(&frame(mac(3), mac(4), 1, 60));
+        let (there, back) = (arrived(&mut sink, 3), arrived(&mut guest, 4));
+        !there.is_empty() && !back.is_empty()
+    });
+    // 256 buffers, and none comes back.
+    wait_for("the full ring", || {
+        sink.try_send(&frame(mac(3), mac(4), 2, 60));
+        drops(&daemon, "p2", "egress_ring_full") > 0
+    });
+    assert_eq!(drops(&daemon, "p2", "egress_not_ready"), 0);
+    let frontend = guest.frontend.as_ref().unwrap();
+    frontend.set_vring_enable(RECEIVE as u32, false).unwrap();
+    daemon.settle();
+    let full = drops(&daemon, "p2", "egress_ring_full");
+    wait_for("the disabled ring", || {
+        sink.try_send(&frame(mac(3), mac(4), 3, 60));
+        drops(&daemon, "p2", "egress_not_ready") > 0
+    });
+    assert_eq!(drops(&daemon, "p2", "egress_ring_full"), full);
+    assert_eq!(daemon.port("p2")["state"], "negotiating");
+    assert!(!daemon.log().contains("broken"));
+    drop((guest, sink));
+    daemon.stop();
 }

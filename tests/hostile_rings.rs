@@ -628,6 +628,37 @@ fn the_length_of_a_short_buffer_counts_all_its_pieces() {
 // Receive queues: too little room.
 
 #[test]
+fn a_claim_that_others_always_win_is_contended_and_harms_nothing() {
+    for packed in KINDS {
+        let guest = Guest::new(64, features(packed));
+        let queue = start_receive(&guest);
+        let mut driver = guest.driver();
+        for n in 0..64 {
+            driver.post(&[writable(DATA + 2048 * n, 2048)]);
+        }
+        let won = std::cell::Cell::new(0);
+        // Whoever asks for the length of its frame finds that another thread has claimed meanwhile.
+        let lengths = std::iter::once(100).inspect(|_| {
+            let mut other = Claim::new();
+            queue.claim(std::iter::once(60), &mut other).unwrap();
+            queue.commit(&other);
+            won.set(won.get() + 1);
+        });
+        let mut claim = Claim::new();
+        assert_eq!(
+            queue.claim(lengths, &mut claim).unwrap_err(),
+            NoClaim::Contended
+        );
+        assert!((4..10).contains(&won.get()), "{} tries", won.get());
+        assert_eq!(queue.published(), won.get());
+        assert_eq!(queue.broken(), None);
+        // Alone, it gets what it wants.
+        queue.claim(std::iter::once(100), &mut claim).unwrap();
+        assert_eq!((claim.frames(), claim.end()), (1, won.get() + 1));
+    }
+}
+
+#[test]
 fn an_empty_receive_ring_refuses_frames_for_ever_and_delivers_the_next_one() {
     for packed in KINDS {
         let guest = Guest::new(SIZE, features(packed));

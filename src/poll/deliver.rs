@@ -3,7 +3,9 @@
 //! Claims are made as late as possible, after decision and lengths, because an open claim of a descheduled thread
 //! delays what that queue's driver sees: at most 32 frames or 64 KiB, one open claim a thread.
 
-use crate::frame::{Burst, Frame, NUM_BUFFERS_AT};
+use arrayvec::ArrayVec;
+
+use crate::frame::{BURST_FRAMES, Burst, Frame, NUM_BUFFERS_AT};
 use crate::memory::Window;
 use crate::stats::{DropReason, PortCounters};
 use crate::topology::{Egress, EgressQueue};
@@ -20,7 +22,7 @@ pub(super) type Mask = u64;
 
 /// The numbers in a mask, ascending.
 #[inline(always)]
-fn numbers(mut mask: Mask) -> impl Iterator<Item = usize> + Clone {
+pub(super) fn numbers(mut mask: Mask) -> impl Iterator<Item = usize> + Clone {
     std::iter::from_fn(move || {
         let number = mask.trailing_zeros() as usize;
         mask &= mask.wrapping_sub(1);
@@ -33,62 +35,141 @@ fn numbers(mut mask: Mask) -> impl Iterator<Item = usize> + Clone {
 pub(super) struct Left {
     /// The frames.
     pub(super) mask: Mask,
+    /// Those of them for which another try at the end of the pass may help.
+    pub(super) hold: Mask,
     /// Full, contended or broken.
     pub(super) reason: NoClaim,
 }
 
-/// Delivers the frames `mask` of `burst`, in order, into `queue` of `egress`.
-#[inline(always)]
-#[allow(
-    clippy::too_many_arguments,
-    reason = "the fields of `Delivery` that are free while a burst is borrowed"
-)]
-pub(super) fn deliver<'t>(
-    context: &Context<'t>,
-    claim: &mut Claim<'t>,
-    touched: &mut Touched<'t>,
-    owed: &mut Owed<'t>,
-    burst: &Burst<'t>,
-    egress: &'t Egress,
-    queue: &'t EgressQueue,
-    mut mask: Mask,
-) -> Left {
-    let counters = egress.shared.stats.thread(context.thread);
-    let frames = burst.frames();
-    let mut barren = 0;
-    let mut reason = NoClaim::Full;
-    while mask != 0 {
-        let lengths = numbers(mask).map(|number| frames[number].len);
-        match queue.queue.claim(lengths, claim) {
-            Ok(()) => {}
-            Err(NoClaim::TooLong) => {
-                counters.dropped(DropReason::EgressTooLong, 1);
-                mask &= mask - 1;
-                continue;
+/// Delivery of one burst's frames into one receive queue.
+#[derive(Debug)]
+pub(super) struct Target<'a, 't> {
+    pub(super) context: &'a Context<'t>,
+    pub(super) claim: &'a mut Claim<'t>,
+    pub(super) touched: &'a mut Touched<'t>,
+    pub(super) owed: &'a mut Owed<'t>,
+    pub(super) burst: &'a Burst<'t>,
+    pub(super) egress: &'t Egress,
+    pub(super) queue: &'t EgressQueue,
+}
+
+impl<'t> Target<'_, 't> {
+    /// Delivers the frames `mask`, those of one sender in order.
+    #[inline(always)]
+    pub(super) fn deliver(&mut self, mask: Mask) -> Left {
+        let queue = &*self.queue.queue;
+        if queue.is_short() {
+            return self.deliver_shares(mask);
+        }
+        let (left, _) = self.deliver_leaving(mask, 0);
+        if left.mask != 0 && left.reason == NoClaim::Full {
+            queue.refused();
+        }
+        left
+    }
+
+    /// The same while the ring is short: sender by sender, each within its share of what is kept back.
+    #[cold]
+    fn deliver_shares(&mut self, mask: Mask) -> Left {
+        let source = |number: usize| {
+            let ingress = self.burst.frames()[number].ingress;
+            self.context.ingress(ingress).reference.slot
+        };
+        let mut groups: ArrayVec<(u16, Mask), BURST_FRAMES> = ArrayVec::new();
+        for number in numbers(mask) {
+            let slot = source(number);
+            match groups.iter_mut().find(|(other, _)| *other == slot) {
+                Some((_, group)) => *group |= 1 << number,
+                None => groups.push((slot, 1 << number)),
             }
-            Err(other) => {
-                reason = other;
+        }
+        let mut all = Left {
+            mask: 0,
+            hold: 0,
+            reason: NoClaim::Full,
+        };
+        for (slot, group) in groups {
+            let left = self.deliver_share(slot, group);
+            all.mask |= left.mask;
+            all.hold |= left.hold;
+            if left.mask != 0 {
+                all.reason = left.reason;
+            }
+        }
+        all
+    }
+
+    fn deliver_share(&mut self, source: u16, mask: Mask) -> Left {
+        let queue = &*self.queue.queue;
+        let (left, _) = self.deliver_leaving(mask, queue.kept());
+        if left.mask == 0 || left.reason != NoClaim::Full {
+            return left;
+        }
+        let credit = usize::try_from(queue.credit(source)).unwrap_or(usize::MAX);
+        let first = numbers(left.mask)
+            .take(credit)
+            .fold(0, |first: Mask, number| first | 1 << number);
+        let (within, drawn) = self.deliver_leaving(first, 0);
+        queue.draw(source, drawn);
+        let mask = within.mask | (left.mask & !first);
+        if mask != 0 && within.reason == NoClaim::Full {
+            queue.refused();
+        }
+        Left {
+            mask,
+            // Beyond its share a sender is refused at once: what others need is not to be had by asking again.
+            hold: within.hold,
+            reason: within.reason,
+        }
+    }
+
+    /// Delivers as long as so many buffers stay free. Returns how many were used, too.
+    #[inline(always)]
+    fn deliver_leaving(&mut self, mut mask: Mask, leave: u64) -> (Left, u64) {
+        let counters = self.egress.shared.stats.thread(self.context.thread);
+        let queue = &self.queue.queue;
+        let frames = self.burst.frames();
+        let (mut barren, mut used) = (0, 0);
+        let mut reason = NoClaim::Full;
+        while mask != 0 {
+            let lengths = numbers(mask).map(|number| frames[number].len);
+            match queue.claim_leaving(lengths, leave, self.claim) {
+                Ok(()) => {}
+                Err(NoClaim::TooLong) => {
+                    counters.dropped(DropReason::EgressTooLong, 1);
+                    mask &= mask - 1;
+                    continue;
+                }
+                Err(other) => {
+                    reason = other;
+                    break;
+                }
+            }
+            let claim = &mut *self.claim;
+            let done = fill(self.context, self.burst, self.egress, claim, mask, counters);
+            self.touched.note(self.queue, queue.commit(claim));
+            used += claim.span();
+            if claim.bad_buffers() > 0 {
+                counters.bad_buffers.add(u64::from(claim.bad_buffers()));
+            }
+            if queue.published() < claim.end() {
+                for number in numbers(mask & done) {
+                    let frame = &frames[number];
+                    self.owed
+                        .until_published(frame.ingress, frame.position, queue, claim.end());
+                }
+            }
+            mask &= !done;
+            barren = if claim.frames() == 0 { barren + 1 } else { 0 };
+            if barren == BARREN_CLAIMS {
                 break;
             }
         }
-        let done = fill(context, burst, egress, claim, mask, counters);
-        touched.note(queue, queue.queue.commit(claim));
-        if claim.bad_buffers() > 0 {
-            counters.bad_buffers.add(u64::from(claim.bad_buffers()));
-        }
-        if queue.queue.published() < claim.end() {
-            for number in numbers(mask & done) {
-                let frame = &frames[number];
-                owed.until_published(frame.ingress, frame.position, &queue.queue, claim.end());
-            }
-        }
-        mask &= !done;
-        barren = if claim.frames() == 0 { barren + 1 } else { 0 };
-        if barren == BARREN_CLAIMS {
-            break;
-        }
+        // A driver that has returned nothing since the last retry failed does not do so within this pass.
+        let worth = mask != 0 && reason != NoClaim::Broken && queue.is_worth_a_retry();
+        let hold = if worth { mask } else { 0 };
+        (Left { mask, hold, reason }, used)
     }
-    Left { mask, reason }
 }
 
 /// Copies frames into an open claim; returns which.

@@ -10,11 +10,11 @@ use crate::topology::{Egress, EgressQueue, Ingress, Plan, Topology};
 use crate::virtio::claim::Published;
 use crate::virtio::{Claim, NoClaim};
 
-use super::deliver::{Left, Mask, deliver};
+use super::deliver::{Left, Mask, Target, numbers};
 use super::notify::{CALLS, signal};
 use super::owed::Owed;
 
-/// Copies of one pass after which calls are made before it goes on: a flood to 500 ports is 500.
+/// Copies of one pass after which calls are made and no more is taken: a flood to 500 ports is 500.
 const PASS_COPIES: u32 = 4096;
 /// Receive queues delivered to before their calls are made.
 pub(super) const TOUCHED: usize = 128;
@@ -112,6 +112,8 @@ pub(super) struct Delivery<'t, 'p> {
     /// Egress slot of each held frame.
     held_for: ArrayVec<u16, BURST_FRAMES>,
     copies: u32,
+    /// The pass has made all the copies it may.
+    spent: bool,
 }
 
 impl<'t, 'p> Delivery<'t, 'p> {
@@ -129,6 +131,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
             held: Burst::new(),
             held_for: ArrayVec::new(),
             copies: 0,
+            spent: false,
         }
     }
 
@@ -216,17 +219,11 @@ impl<'t, 'p> Delivery<'t, 'p> {
                 .drop_egress(port, DropReason::EgressNotReady, mask);
         };
         self.make_room(mask.count_ones());
-        // Later frames must not overtake what is held for the same port.
-        if !self.held_for.is_empty() && self.held_for.contains(&slot) {
-            return self.hold(
-                burst,
-                port,
-                Left {
-                    mask,
-                    reason: NoClaim::Full,
-                },
-            );
-        }
+        let behind = if self.held_for.is_empty() {
+            0
+        } else {
+            self.behind_held(burst, slot, mask)
+        };
         let Delivery {
             context,
             claim,
@@ -234,10 +231,36 @@ impl<'t, 'p> Delivery<'t, 'p> {
             owed,
             ..
         } = self;
-        let left = deliver(context, claim, touched, owed, burst, port, queue, mask);
-        if left.mask != 0 {
+        let mut target = Target {
+            context,
+            claim,
+            touched,
+            owed,
+            burst,
+            egress: port,
+            queue,
+        };
+        let mut left = target.deliver(mask & !behind);
+        if left.mask | behind != 0 {
+            // A ring that is short has kept its sender's share waiting already.
+            left.hold |= if queue.queue.is_short() { 0 } else { behind };
+            left.mask |= behind;
             self.hold(burst, port, left);
         }
+    }
+
+    /// Frames that would overtake what their transmit queue has sent to the same port and is held.
+    #[cold]
+    fn behind_held(&self, burst: &Burst<'t>, slot: u16, mask: Mask) -> Mask {
+        let held = self.held.frames().iter().zip(&self.held_for);
+        let same = held.filter(|(_, held_for)| **held_for == slot);
+        let behind = |number: &usize| {
+            let ingress = burst.frames()[*number].ingress;
+            same.clone().any(|(frame, _)| frame.ingress == ingress)
+        };
+        numbers(mask)
+            .filter(behind)
+            .fold(0, |mask, number| mask | 1 << number)
     }
 
     /// Whether something of ours waits to be made visible.
@@ -246,11 +269,18 @@ impl<'t, 'p> Delivery<'t, 'p> {
         !self.touched.0.is_empty()
     }
 
+    /// Whether the pass is to end: other queues wait for their turn, their drivers for calls.
+    #[inline(always)]
+    pub(super) fn is_spent(&self) -> bool {
+        self.spent
+    }
+
     /// Makes room for one more delivery: calls after many copies, owed chains before their list is full.
     #[inline(always)]
     fn make_room(&mut self, copies: u32) {
         self.copies += copies;
         if self.copies > PASS_COPIES || self.touched.0.is_full() {
+            self.spent |= self.copies > PASS_COPIES;
             self.copies = 0;
             while self.touched.publish() {}
             self.notify();
@@ -263,8 +293,8 @@ impl<'t, 'p> Delivery<'t, 'p> {
     /// Keeps frames that found no buffer for the end of the pass; drops those that do not fit there.
     #[cold]
     fn hold(&mut self, burst: &Burst<'t>, port: &Egress, left: Left) {
-        let mut mask = left.mask;
-        while mask != 0 && left.reason != NoClaim::Broken && self.owed.has_room() {
+        let mut mask = left.hold;
+        while mask != 0 && self.owed.has_room() {
             let frame = &burst.frames()[mask.trailing_zeros() as usize];
             if !self.held.adopt(burst, frame) {
                 break;
@@ -273,7 +303,9 @@ impl<'t, 'p> Delivery<'t, 'p> {
             self.owed.until_retry(frame.ingress, frame.position);
             mask &= mask - 1;
         }
-        self.context.drop_egress(port, reason_of(left.reason), mask);
+        let dropped = mask | (left.mask & !left.hold);
+        self.context
+            .drop_egress(port, reason_of(left.reason), dropped);
     }
 
     /// Completes the queues of a burst, as far as their frames are published.
@@ -291,7 +323,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
     /// Ends a pass: retries, publishes, completes, notifies.
     #[inline(always)]
     pub(super) fn settle(&mut self) {
-        self.copies = 0;
+        (self.copies, self.spent) = (0, false);
         if self.owed.used() {
             self.settle_owed();
         }
@@ -346,7 +378,19 @@ impl<'t, 'p> Delivery<'t, 'p> {
                 held,
                 ..
             } = self;
-            let rest = deliver(context, claim, touched, owed, held, port, queue, mask);
+            let mut target = Target {
+                context,
+                claim,
+                touched,
+                owed,
+                burst: held,
+                egress: port,
+                queue,
+            };
+            let rest = target.deliver(mask);
+            if rest.mask != 0 {
+                queue.queue.retry_failed();
+            }
             self.context
                 .drop_egress(port, reason_of(rest.reason), rest.mask);
         }
@@ -421,6 +465,6 @@ fn reason_of(reason: NoClaim) -> DropReason {
         NoClaim::Full => DropReason::EgressRingFull,
         NoClaim::Contended => DropReason::EgressContended,
         NoClaim::TooLong => DropReason::EgressTooLong,
-        NoClaim::Broken => DropReason::EgressNotReady,
+        NoClaim::Broken => DropReason::EgressRingBroken,
     }
 }

@@ -8,6 +8,8 @@ mod egress;
 mod notify;
 mod owed;
 mod pass;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

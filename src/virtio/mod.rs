@@ -5,6 +5,7 @@
 //! | [`claim`] | claim, fill, commit, publish: private atomics only |
 //! | [`chain`] | descriptors, chains, indirect tables |
 //! | [`split`], [`packed`] | one ring in guest memory each; [`Ring`] is the enum of the two |
+//! | `share` | who may have the last buffers of a ring that is short of them |
 //! | [`TransmitQueue`] | takes chains and completes them, one owner at a time |
 //! | [`ReceiveQueue`] | delivers, any thread at any time |
 //! | [`driver`] | the other side of both rings, for the load generator and tests |
@@ -19,6 +20,7 @@ pub mod claim;
 mod claim_tests;
 pub mod packed;
 mod receiveq;
+mod share;
 pub mod split;
 mod transmitq;
 
@@ -200,6 +202,28 @@ impl Ring {
             // A packed ring has no index: each head says for itself.
             Ring::Packed(_) => Ok(u64::MAX),
         }
+    }
+
+    /// The end of what is available from `position` on, at most `end`. Not for every claim: a packed ring is searched.
+    pub fn free_to(&self, position: u64, end: u64) -> u64 {
+        let available = match self.available_to(position) {
+            Ok(u64::MAX) => {
+                // Drivers make descriptors available in order; for one that does not, this is just a number.
+                let (mut free, mut beyond) = (position, end);
+                while free < beyond {
+                    let middle = free + (beyond - free) / 2;
+                    match self.has_available(middle) {
+                        Ok(true) => free = middle + 1,
+                        _ => beyond = middle,
+                    }
+                }
+                free
+            }
+            Ok(available) => available,
+            // An impossible ring is found by the next claim.
+            Err(_) => position,
+        };
+        available.min(end)
     }
 
     /// Whether the position is available.

@@ -8,6 +8,7 @@ use arrayvec::ArrayVec;
 
 use super::chain::{Direction, MAX_CHAIN_WINDOWS, Windows};
 use super::claim::{Claims, Published};
+use super::share::Shares;
 use super::{Broken, BrokenMark, Head, NET_HDR_SIZE, Ring, RingSetup, SetupError};
 use crate::memory::Window;
 
@@ -96,6 +97,12 @@ impl<'m> Claim<'m> {
         self.bad
     }
 
+    /// Number of positions claimed.
+    #[inline(always)]
+    pub fn span(&self) -> u64 {
+        u64::from(self.span)
+    }
+
     /// End of the claimed positions: published once [`ReceiveQueue::published`] reaches it.
     pub fn end(&self) -> u64 {
         self.position + u64::from(self.span)
@@ -163,8 +170,9 @@ impl Default for Claim<'_> {
 /// A started receiveq.
 #[derive(Debug)]
 pub struct ReceiveQueue {
-    ring: Ring,
-    claims: Claims,
+    pub(super) ring: Ring,
+    pub(super) claims: Claims,
+    pub(super) shares: Shares,
     size: u16,
     mergeable: bool,
     broken: BrokenMark,
@@ -181,6 +189,7 @@ impl ReceiveQueue {
         Ok(ReceiveQueue {
             ring,
             claims,
+            shares: Shares::new(setup.size, setup.features.packed),
             size: setup.size,
             mergeable: setup.features.mergeable,
             broken: BrokenMark::default(),
@@ -196,6 +205,17 @@ impl ReceiveQueue {
         lengths: impl Iterator<Item = u32> + Clone,
         claim: &mut Claim<'m>,
     ) -> Result<(), NoClaim> {
+        self.claim_leaving(lengths, 0, claim)
+    }
+
+    /// The same, if so many buffers stay free.
+    #[inline(always)]
+    pub fn claim_leaving<'m>(
+        &'m self,
+        lengths: impl Iterator<Item = u32> + Clone,
+        leave: u64,
+        claim: &mut Claim<'m>,
+    ) -> Result<(), NoClaim> {
         // A claim of nothing would carry a tag of count 0, which is no tag.
         debug_assert!(lengths.clone().next().is_some(), "a claim is for frames");
         for _ in 0..CLAIM_TRIES {
@@ -203,7 +223,7 @@ impl ReceiveQueue {
                 return Err(NoClaim::Broken);
             }
             let position = self.claims.next();
-            match self.plan(position, lengths.clone(), claim) {
+            match self.plan(position, lengths.clone(), leave, claim) {
                 Ok(None) => {}
                 Ok(Some(reason)) if claim.span == 0 => return Err(reason),
                 Ok(Some(_)) => {}
@@ -229,6 +249,7 @@ impl ReceiveQueue {
         &'m self,
         position: u64,
         lengths: impl Iterator<Item = u32>,
+        leave: u64,
         claim: &mut Claim<'m>,
     ) -> Result<Option<NoClaim>, Broken> {
         claim.clear();
@@ -236,6 +257,15 @@ impl ReceiveQueue {
         let available = self.ring.available_to(position)?;
         let room = self.claims.room(position).min(u64::from(self.size));
         let end = available.min(position + room);
+        if available != u64::MAX {
+            self.shares.see(end - position);
+        }
+        let end = if leave > 0 {
+            let free = self.ring.free_to(position, end);
+            free.saturating_sub(leave).max(position)
+        } else {
+            end
+        };
         let mut bytes = 0;
         for len in lengths {
             if claim.frames.is_full() || (bytes > 0 && bytes + len > CLAIM_BYTES) {

@@ -1,0 +1,228 @@
+//! Shares of a receive ring that is short of buffers.
+//!
+//! First come, first served lets one sender that floods a slow receiver take every buffer the moment it is free, and
+//! a sender of one frame now and then finds none. So for two laps after a ring had no buffer for somebody, its
+//! last eighth is kept back, and each sending port draws from that at most one part in 32 of what the ring
+//! delivers. What it draws is counted in positions of the ring, which is the clock here: a slower receiver means smaller shares,
+//! and an idle one costs nobody anything. Rings that were never full know nothing of this.
+//!
+//! Everything is relaxed and approximate: two threads that count at the same time may lose one of the counts, and ports
+//! whose slots are equal modulo [`SOURCES`] share a share.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::ReceiveQueue;
+
+/// Senders told apart.
+const SOURCES: usize = 256;
+/// The part of the buffers that is kept back.
+const KEPT: u64 = 8;
+/// The part of what a ring delivers that a sender may draw from that.
+const SHARE: u64 = 32;
+/// Laps for which a sender can save its share: no more than what is kept back, for frames that come in clumps.
+const SAVED: u64 = SHARE / KEPT;
+/// A ring without any progress for so long gives up what it keeps: its driver posts fewer buffers than it once did.
+const STUCK: Duration = Duration::from_millis(100);
+
+/// The state of one receive queue's shares.
+#[derive(Debug)]
+pub(super) struct Shares {
+    size: u64,
+    /// The ring is short while its position is before this one; 0 if it is not.
+    short_until: AtomicU64,
+    /// Most buffers that were free at once. A packed ring does not tell, and is taken to be full at first.
+    most: AtomicU32,
+    /// Position at the last refusal while buffers were kept back, and since when, in nanoseconds after `made`.
+    stuck_at: AtomicU64,
+    stuck_since: AtomicU64,
+    /// End of the free buffers when the retry at the end of a pass last failed.
+    failed_at: AtomicU64,
+    made: Instant,
+    /// By sender: the position at which all that it drew has been paid for.
+    paid_at: Box<[AtomicU64]>,
+}
+
+impl Shares {
+    pub(super) fn new(size: u16, packed: bool) -> Self {
+        Shares {
+            size: u64::from(size),
+            short_until: AtomicU64::new(0),
+            most: AtomicU32::new(if packed { size.into() } else { 0 }),
+            stuck_at: AtomicU64::new(u64::MAX),
+            stuck_since: AtomicU64::new(0),
+            failed_at: AtomicU64::new(u64::MAX),
+            made: Instant::now(),
+            paid_at: (0..SOURCES).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    /// So many buffers are free.
+    #[inline(always)]
+    pub(super) fn see(&self, free: u64) {
+        if free > u64::from(self.most.load(Ordering::Relaxed)) {
+            self.most.store(free as u32, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether senders are held to their shares at `position`.
+    #[inline(always)]
+    pub(super) fn is_short(&self, position: impl FnOnce() -> u64) -> bool {
+        let until = self.short_until.load(Ordering::Relaxed);
+        until != 0 && position() < until
+    }
+
+    /// Buffers that are kept back.
+    pub(super) fn kept(&self) -> u64 {
+        u64::from(self.most.load(Ordering::Relaxed)).min(self.size) / KEPT
+    }
+
+    /// Buffers of those that a sender may have at `position`.
+    pub(super) fn credit(&self, source: u16, position: u64) -> u64 {
+        let paid = self.paid_at(source).load(Ordering::Relaxed);
+        let saved = SAVED * self.size.max(SHARE);
+        (position + saved).saturating_sub(paid.max(position)) / SHARE
+    }
+
+    /// A sender got `buffers` of those that are kept back.
+    pub(super) fn draw(&self, source: u16, position: u64, buffers: u64) {
+        let paid = self.paid_at(source);
+        let from = paid.load(Ordering::Relaxed).max(position);
+        paid.store(from + buffers * SHARE, Ordering::Relaxed);
+    }
+
+    fn paid_at(&self, source: u16) -> &AtomicU64 {
+        &self.paid_at[usize::from(source) % SOURCES]
+    }
+
+    /// Somebody found no buffer at `position`, although `free` are kept back for others.
+    #[cold]
+    pub(super) fn refused(&self, position: u64, free: u64) {
+        if free > 0 && self.is_stuck(position) {
+            self.most.store(free as u32, Ordering::Relaxed);
+            self.short_until.store(0, Ordering::Relaxed);
+            return;
+        }
+        // Not every time: others read this line.
+        if self.short_until.load(Ordering::Relaxed) < position + self.size {
+            self.short_until
+                .store(position + 2 * self.size, Ordering::Relaxed);
+        }
+    }
+
+    fn is_stuck(&self, position: u64) -> bool {
+        let now = u64::try_from(self.made.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        if self.stuck_at.swap(position, Ordering::Relaxed) != position {
+            self.stuck_since.store(now, Ordering::Relaxed);
+        }
+        let since = self.stuck_since.load(Ordering::Relaxed);
+        u128::from(now.saturating_sub(since)) >= STUCK.as_nanos()
+    }
+
+    /// The retry at the end of a pass failed while buffers were free up to `end`.
+    pub(super) fn retry_failed(&self, end: u64) {
+        self.failed_at.store(end, Ordering::Relaxed);
+    }
+
+    /// Whether the driver has returned anything since a retry last failed.
+    pub(super) fn is_worth_a_retry(&self, end: u64) -> bool {
+        self.failed_at.load(Ordering::Relaxed) != end
+    }
+}
+
+/// How senders share a ring that is short of buffers.
+impl ReceiveQueue {
+    /// Whether the ring was full for somebody lately: senders are held to their shares then.
+    #[inline(always)]
+    pub fn is_short(&self) -> bool {
+        self.shares.is_short(|| self.claims.next())
+    }
+
+    /// Buffers that are kept back while the ring is short.
+    pub fn kept(&self) -> u64 {
+        self.shares.kept()
+    }
+
+    /// Buffers of those that a sending port may have now.
+    pub fn credit(&self, source: u16) -> u64 {
+        self.shares.credit(source, self.claims.next())
+    }
+
+    /// A sending port got so many of them.
+    pub fn draw(&self, source: u16, buffers: u64) {
+        self.shares.draw(source, self.claims.next(), buffers);
+    }
+
+    /// A sending port found no buffer: the ring is short from now on.
+    #[cold]
+    pub fn refused(&self) {
+        let position = self.claims.next();
+        self.shares
+            .refused(position, self.end_of_free().saturating_sub(position));
+    }
+
+    /// The retry at the end of a pass found no buffer either.
+    #[cold]
+    pub fn retry_failed(&self) {
+        self.shares.retry_failed(self.end_of_free());
+    }
+
+    /// Whether the driver has returned anything since such a retry last failed.
+    pub fn is_worth_a_retry(&self) -> bool {
+        self.shares.is_worth_a_retry(self.end_of_free())
+    }
+
+    fn end_of_free(&self) -> u64 {
+        let position = self.claims.next();
+        let end = position + self.claims.room(position);
+        self.ring.free_to(position, end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sender_draws_one_part_in_32_and_the_rest_is_kept() {
+        let shares = Shares::new(256, false);
+        shares.see(200);
+        shares.see(100);
+        assert_eq!(shares.kept(), 25);
+        assert!(!shares.is_short(|| 0));
+        shares.refused(1000, 0);
+        assert!(shares.is_short(|| 1511) && !shares.is_short(|| 1512));
+        assert_eq!(shares.credit(1, 1000), 32);
+        shares.draw(1, 1000, 29);
+        assert_eq!((shares.credit(1, 1000), shares.credit(2, 1000)), (3, 32));
+        // More than the credit, over several buffers: a debt.
+        shares.draw(1, 1000, 11);
+        assert_eq!(
+            [1000, 1256, 1288, 9999].map(|at| shares.credit(1, at)),
+            [0, 0, 1, 32]
+        );
+    }
+
+    #[test]
+    fn small_rings_keep_little_and_give_everyone_something() {
+        let shares = Shares::new(4, false);
+        shares.see(4);
+        assert_eq!((shares.kept(), shares.credit(0, 0)), (0, 4));
+    }
+
+    #[test]
+    fn a_ring_that_stands_still_gives_up_what_it_keeps() {
+        let mut shares = Shares::new(256, true);
+        shares.refused(300, 30);
+        shares.refused(300, 30);
+        assert!(shares.is_short(|| 300));
+        shares.made -= STUCK;
+        // Progress in between.
+        shares.refused(301, 30);
+        assert!(shares.is_short(|| 301));
+        shares.made -= STUCK;
+        shares.refused(301, 30);
+        assert!(!shares.is_short(|| 301));
+        assert_eq!(shares.kept(), 3);
+    }
+}
