@@ -9,8 +9,11 @@
 
 mod common;
 
+use std::fs;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, RECEIVE, Ram};
@@ -18,6 +21,7 @@ use common::park::Parked;
 use common::traffic::{Bystanders, frame, mac, read};
 use common::{long, wait_for};
 use pollux::virtio::driver::RingLayout;
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -259,8 +263,9 @@ fn a_flooder_and_a_paced_sender_share_a_slow_receiver_across_poll_threads() {
             received += 1;
             came += u64::from(read(&bytes).from == mac(4));
         }
-        // One in a hundred, once the flood stands.
-        if received > 1000 + 100 * sent && paced.try_send(&frame(mac(1), mac(4), sent, 60)) {
+        // One in a hundred, once the flood stands; one at a time, for its poll thread may wait for a CPU.
+        let due = received > 1000 + 100 * sent && paced.in_flight() == 0;
+        if due && paced.try_send(&frame(mac(1), mac(4), sent, 60)) {
             sent += 1;
         }
     }
@@ -356,5 +361,135 @@ fn frames_for_a_port_that_was_just_disabled_are_told_from_those_for_a_full_one()
     assert_eq!(daemon.port("p2")["state"], "negotiating");
     assert!(!daemon.log().contains("broken"));
     drop((guest, sink));
+    daemon.stop();
+}
+
+// ---- storms ------------------------------------------------------------------------------------------
+
+#[test]
+fn ten_thousand_enables_and_memory_tables_are_few_publications_and_delay_nobody() {
+    let mut daemon = daemon(&[]);
+    let bystanders = bystanders(&daemon);
+    let sink_ram = Ram::new(GuestOptions::default());
+    let mut sink = attached(&daemon, &sink_ram, SINK);
+    let ram = Ram::new(GuestOptions::default());
+    let mut guest = attached(&daemon, &ram, CULPRIT);
+    let frontend = guest.frontend.take().unwrap();
+    let generation = |daemon: &Daemon| daemon.stats()["generation"].as_u64().unwrap();
+    let rounds: u32 = if long() { 10_000 } else { 1000 };
+    for storm in ["enables", "memory tables"] {
+        let (before, begun) = (generation(&daemon), Instant::now());
+        for round in 0..rounds {
+            match storm {
+                "enables" => frontend
+                    .set_vring_enable(RECEIVE as u32, round % 2 == 1)
+                    .unwrap(),
+                _ => frontend.set_mem_table(&[guest.region()]).unwrap(),
+            }
+            // Under load, some of it towards the culprit.
+            guest.try_send(&frame(mac(4), mac(3), 0, 60));
+            sink.try_send(&frame(mac(3), mac(4), 0, 60));
+            arrived(&mut sink, 3);
+            arrived(&mut guest, 4);
+        }
+        let allowed = 300 + begun.elapsed().as_millis() as u64;
+        let publications = generation(&daemon) - before;
+        assert!(
+            publications <= allowed,
+            "{publications} publications for {rounds} {storm}, {allowed} allowed"
+        );
+        bystanders.go_on(100);
+    }
+    guest.frontend = Some(frontend);
+    wait_for("a frame after the storms", || {
+        guest.try_send(&frame(mac(4), mac(3), 7, 60));
+        arrived(&mut sink, 3).contains(&7)
+    });
+    daemon.assert_alive();
+    bystanders.finish();
+    drop((guest, sink));
+    daemon.stop();
+}
+
+#[test]
+fn a_connect_loop_fills_no_log() {
+    let daemon = daemon(&[]);
+    let bystanders = bystanders(&daemon);
+    let begun = Instant::now();
+    let mut connections = 0;
+    wait_for("the log to be limited", || {
+        // Each one is a session, or is refused beside the one before.
+        drop(UnixStream::connect(&daemon.sockets()[CULPRIT]));
+        connections += 1;
+        connections % 10 == 0 && daemon.log().contains("more events not shown")
+    });
+    let allowed = 702 + 2 * begun.elapsed().as_millis() as usize / 250;
+    let lines = logged(&daemon, "port=\"p2\"").max(logged(&daemon, "port=p2"));
+    assert!(
+        (500..=allowed).contains(&lines),
+        "{lines} lines for {connections} connections"
+    );
+    bystanders.go_on(100);
+    // The port still serves an honest one.
+    let ram = Ram::new(GuestOptions::default());
+    let guest = attached(&daemon, &ram, CULPRIT);
+    wait_for("the state", || daemon.port("p2")["state"] == "running");
+    bystanders.finish();
+    drop(guest);
+    daemon.stop();
+}
+
+/// What the daemon's first thread, control, has run so far.
+fn control_time(daemon: &Daemon) -> Duration {
+    let pid = daemon.pid();
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/schedstat")).unwrap();
+    let nanos = text.split(' ').next().unwrap().parse().unwrap();
+    Duration::from_nanos(nanos)
+}
+
+#[test]
+fn without_a_descriptor_left_frontends_wait_and_control_sleeps() {
+    let mut daemon = daemon(&[]);
+    let bystanders = bystanders(&daemon);
+    let pid = Pid::from_raw(i32::try_from(daemon.pid()).unwrap());
+    let fds = format!("/proc/{}/fd", daemon.pid());
+    let open = || {
+        let entries = fs::read_dir(&fds).unwrap();
+        let names = entries.filter_map(|entry| entry.unwrap().file_name().into_string().ok());
+        names
+            .map(|name| name.parse::<u64>().unwrap())
+            .collect::<Vec<u64>>()
+    };
+    let free = |open: &[u64]| (0..).find(|fd| !open.contains(fd));
+    let limit = Rlimit {
+        current: free(&open()),
+        maximum: getrlimit(Resource::Nofile).maximum,
+    };
+    let before = prlimit(pid, Resource::Nofile, limit).unwrap();
+    let mut waiting = Vec::new();
+    wait_for("the last descriptor", || {
+        waiting.push(UnixStream::connect(&daemon.sockets()[CULPRIT]).unwrap());
+        let log = daemon.log();
+        log.contains("cannot be accepted") || log.contains("no descriptor left")
+    });
+    let (ran, begun) = (control_time(&daemon), Instant::now());
+    bystanders.go_on(100);
+    while begun.elapsed() < Duration::from_secs(1) {
+        common::pause();
+    }
+    let share = (control_time(&daemon) - ran).as_secs_f64() / begun.elapsed().as_secs_f64();
+    assert!(
+        share < 0.1,
+        "control runs {:.0} % of the time",
+        share * 100.0
+    );
+    drop(waiting);
+    prlimit(pid, Resource::Nofile, before).unwrap();
+    let ram = Ram::new(GuestOptions::default());
+    let guest = attached(&daemon, &ram, CULPRIT);
+    wait_for("the state", || daemon.port("p2")["state"] == "running");
+    daemon.assert_alive();
+    bystanders.finish();
+    drop(guest);
     daemon.stop();
 }

@@ -2,7 +2,6 @@
 //!
 //! The one owner of the registry. It never waits for a poll thread or a frontend; whoever must, waits on its own thread.
 
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,18 +9,16 @@ use crossbeam_channel::{Receiver, Sender};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 
 use super::command::Command;
-use super::link::{Link, Sink};
-use super::port::{Door, SessionHandle};
+use super::link::Link;
+use super::port::Door;
 use super::registry::Registry;
 use super::report::Report;
-use super::socket::{hung_up, start_connect};
+use super::socket::start_connect;
 use super::{DaemonError, views};
 use crate::api::ControlError;
 use crate::api::types::EventKind;
-use crate::port::PortShared;
 use crate::sys::signal::{Signal, Signals};
 use crate::sys::wake::Wake;
-use crate::vhost_user::{self, SessionOptions, SessionStatus, Stopper};
 
 /// Time between two attempts to reach a frontend that listens.
 const RECONNECT: Duration = Duration::from_millis(100);
@@ -34,8 +31,8 @@ pub(super) const OVERDUE: Duration = Duration::from_secs(1);
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 /// Longest wait for sessions at the end.
 const SHUTDOWN: Duration = Duration::from_secs(2);
-/// Frontends accepted on one port in one turn: a storm of connections delays nobody else's commands for long.
-const ACCEPTS: usize = 8;
+/// Time between publications for the sake of ports that post too much.
+const LATE: Duration = Duration::from_millis(2);
 
 /// Event data of the wake descriptor and of the signals; listeners use [`LISTENER`] and their slot.
 const WAKE: u32 = 0;
@@ -49,12 +46,15 @@ pub(super) struct Control {
     pub(super) started: Instant,
     pub(super) report: Arc<Report>,
     commands: Receiver<Command>,
-    sender: Sender<Command>,
-    wake: Arc<Wake>,
+    pub(super) sender: Sender<Command>,
+    pub(super) wake: Arc<Wake>,
     signals: Option<Signals>,
     next_housekeeping: Instant,
     /// Session threads, joined when they have ended.
-    sessions: Vec<std::thread::JoinHandle<()>>,
+    pub(super) sessions: Vec<std::thread::JoinHandle<()>>,
+    /// Sessions whose ports post more than they may, and when they are served: all with one publication.
+    late: Vec<Arc<Link>>,
+    late_at: Instant,
     stopping: bool,
 }
 
@@ -77,6 +77,8 @@ impl Control {
             signals,
             next_housekeeping: now + HOUSEKEEPING,
             sessions: Vec::new(),
+            late: Vec::new(),
+            late_at: now,
             stopping: false,
         }
     }
@@ -116,7 +118,12 @@ impl Control {
             self.housekeeping();
         }
         let mut next = self.next_housekeeping;
-        if let Some(due) = self.connect_due(now) {
+        let due = [
+            self.connect_due(now),
+            self.accept_due(now),
+            self.take_late(now),
+        ];
+        for due in due.into_iter().flatten() {
             next = next.min(due);
         }
         self.registry.publish();
@@ -208,7 +215,7 @@ impl Control {
 
     fn handle(&mut self, command: Command, ops: &mut EventOps) {
         match command {
-            Command::Posted(link) => self.registry.post(&link),
+            Command::Posted(link) => self.posted(link),
             Command::SessionEnded { link, reason } => self.session_ended(&link, reason, ops),
             // A caller that no longer waits for its answer is no error.
             Command::AddPort(spec, may_exist, reply) => {
@@ -249,88 +256,27 @@ impl Control {
         }
     }
 
-    /// Frontends that connected to a port's socket.
-    fn accept(&mut self, slot: u16) {
-        for _ in 0..ACCEPTS {
-            let mut records = self.registry.ports.iter_mut();
-            let Some(record) = records.find(|port| port.shared.reference.slot == slot) else {
-                return;
-            };
-            let Door::Listening(listener) = &record.door else {
-                return;
-            };
-            let Some(stream) = listener.accept() else {
-                return;
-            };
-            match &record.session {
-                None => {
-                    let port = record.shared.clone();
-                    self.start_session(&port, stream);
-                }
-                // Its predecessor is gone and being cleaned up: it waits. (A newer one takes its place.)
-                Some(session) if hung_up(&session.stream) => record.waiting = Some(stream),
-                Some(_) => {
-                    let text = "a second frontend was refused: one is connected already";
-                    self.report
-                        .port(&record.shared, EventKind::SessionRefused, text);
-                }
-            }
+    /// A session's newest device: published at the end of this turn, or with those of all ports that post too much.
+    fn posted(&mut self, link: Arc<Link>) {
+        let now = Instant::now();
+        let record = self.registry.find_registration(&link.port);
+        if record.is_none_or(|record| record.posts.admits(now)) {
+            return self.registry.post(&link);
         }
+        if self.late.is_empty() {
+            self.late_at = now + LATE;
+        }
+        self.late.push(link);
     }
 
-    /// Starts the thread that converses with a frontend.
-    fn start_session(&mut self, port: &Arc<PortShared>, stream: UnixStream) {
-        let link = Link::new(
-            port.clone(),
-            self.sender.clone(),
-            self.wake.clone(),
-            self.registry.acknowledgements.clone(),
-            self.report.clone(),
-        );
-        let (Ok(stopper), Ok(probe)) = (Stopper::new(&stream), stream.try_clone()) else {
-            self.report.port(
-                port,
-                EventKind::SessionRefused,
-                "no descriptor left for a session",
-            );
-            return;
-        };
-        let Some(record) = self.registry.find_registration(port) else {
-            return;
-        };
-        let status = SessionStatus::new();
-        let options = SessionOptions::new(record.queues);
-        let (thread_link, thread_status) = (link.clone(), status.clone());
-        let spawned = std::thread::Builder::new()
-            .name(format!("session-{}", port.name()))
-            .spawn(move || {
-                let sink = Arc::new(Sink(thread_link.clone()));
-                // However the thread ends: a port whose session is forgotten would take no other frontend.
-                let mut end =
-                    Farewell(thread_link, "the session failed; this is a bug".to_string());
-                end.1 = vhost_user::serve(stream, options, sink, thread_status).to_string();
-            });
-        match spawned {
-            Ok(thread) => {
-                let since = Instant::now();
-                record.reported_state = None;
-                record.session = Some(SessionHandle {
-                    link,
-                    status,
-                    stopper,
-                    stream: probe,
-                    since,
-                    cut_off: None,
-                });
-                self.sessions.push(thread);
-                self.report
-                    .port(port, EventKind::SessionConnected, "frontend connected");
-            }
-            Err(error) => {
-                let text = format!("no thread for a session: {error}");
-                self.report.port(port, EventKind::SessionRefused, text);
+    /// Takes what was posted too often, if it is time; returns when it will be.
+    fn take_late(&mut self, now: Instant) -> Option<Instant> {
+        if now >= self.late_at {
+            for link in std::mem::take(&mut self.late) {
+                self.registry.post(&link);
             }
         }
+        (!self.late.is_empty()).then_some(self.late_at)
     }
 
     /// A session's thread ends: its memory and rings are let go, the next frontend may come.
@@ -345,11 +291,12 @@ impl Control {
         let cut_off = record.session.take().and_then(|session| session.cut_off);
         let reason = cut_off.map_or(reason, str::to_string);
         record.last_end = Some(reason.clone());
+        let reports = record.reports.clone();
         if record.device.take().is_some() {
             self.registry.touch();
         }
         self.report
-            .port(&link.port, EventKind::SessionDisconnected, reason);
+            .paced(&link.port, &reports, EventKind::SessionDisconnected, reason);
         let Some(record) = self.registry.find_registration(&link.port) else {
             return;
         };
@@ -394,15 +341,6 @@ impl Control {
         }
         self.registry.polls.stop();
         self.registry.retire();
-    }
-}
-
-/// Tells control why a session ended, when its thread does.
-struct Farewell(Arc<Link>, String);
-
-impl Drop for Farewell {
-    fn drop(&mut self) {
-        self.0.ended(std::mem::take(&mut self.1));
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crossbeam_channel::Sender;
 
 use super::command::Command;
-use super::report::Report;
+use super::report::{Report, Reports};
 use crate::port::{Device, PortShared};
 use crate::sys::call::CallGuard;
 use crate::sys::snapshot::Acknowledgements;
@@ -48,6 +48,7 @@ pub(super) struct Link {
     wake: Arc<Wake>,
     acknowledgements: Acknowledgements<Topology>,
     report: Arc<Report>,
+    reports: Reports,
 }
 
 impl Link {
@@ -56,7 +57,7 @@ impl Link {
         commands: Sender<Command>,
         wake: Arc<Wake>,
         acknowledgements: Acknowledgements<Topology>,
-        report: Arc<Report>,
+        (report, reports): (Arc<Report>, Reports),
     ) -> Arc<Self> {
         Arc::new(Link {
             port,
@@ -66,6 +67,7 @@ impl Link {
             wake,
             acknowledgements,
             report,
+            reports,
         })
     }
 
@@ -175,7 +177,7 @@ impl DeviceSink for Sink {
         // Under the lock, so that nothing is said of a port behind the word that it was removed.
         let mailbox = self.0.mailbox();
         if !mailbox.gone {
-            self.0.report.session(&self.0.port, &event);
+            self.0.report.session(&self.0.port, &self.0.reports, &event);
         }
     }
 }

@@ -8,12 +8,14 @@
 //! | `reaper` | drops retired views: munmap, close | yes |
 //! | `api` | HTTP on a unix socket | yes |
 
+mod accept;
 mod command;
 mod control;
 pub mod embedded;
 mod handle;
 mod link;
 mod operations;
+mod pace;
 mod pollers;
 mod port;
 mod registry;

@@ -1,11 +1,13 @@
 //! What an operator does to ports, on the control thread.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events};
 
 use super::control::{Control, LISTENER};
+use super::pace::Pace;
 use super::port::{Door, PortRecord};
+use super::report::reports;
 use super::socket::Listener;
 use super::views;
 use crate::api::ControlError;
@@ -13,6 +15,13 @@ use crate::api::types::{EventKind, PortPatch, PortView};
 use crate::config::{MAX_PORTS, PortSpec, SocketMode};
 use crate::port::PortShared;
 use crate::vhost_user;
+
+/// Frontends that are accepted on one port at once, and how often then.
+const ACCEPTS: u32 = 50;
+const ACCEPT_EVERY: Duration = Duration::from_millis(5);
+/// Devices of one port that are published as they come, and how often then: an honest start needs some dozens.
+const POSTS: u32 = 256;
+const POST_EVERY: Duration = Duration::from_millis(5);
 
 impl Control {
     pub(super) fn add_port(
@@ -73,10 +82,12 @@ impl Control {
         let shared = PortShared::new(spec, reference).map_err(no_descriptor)?;
         if let Door::Listening(listener) = &door {
             let data = LISTENER + u32::from(reference.slot);
-            let events = Events::with_data(listener, data, EventSet::IN);
+            // An edge each: a frontend that cannot be accepted now must not keep the loop awake.
+            let events = Events::with_data(listener, data, EventSet::IN | EventSet::EDGE_TRIGGERED);
             ops.add(events)
                 .map_err(|error| ControlError::Internal(error.to_string()))?;
         }
+        let now = Instant::now();
         let record = PortRecord {
             shared: shared.clone(),
             door,
@@ -86,6 +97,10 @@ impl Control {
             waiting: None,
             device: None,
             last_end: None,
+            accept_at: None,
+            accepts: Pace::new(ACCEPTS, ACCEPT_EVERY, now),
+            posts: Pace::new(POSTS, POST_EVERY, now),
+            reports: reports(now),
             reported_state: None,
         };
         let view = views::port(&record);

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::link::Link;
+use super::pace::Pace;
+use super::report::Reports;
 use super::socket::Listener;
 use crate::port::{Device, PortShared};
 use crate::topology::PortEntry;
@@ -47,6 +49,13 @@ pub(super) struct PortRecord {
     pub(super) device: Option<Arc<Device>>,
     /// Why the last session ended.
     pub(super) last_end: Option<String>,
+    /// When to look for more frontends, besides when one comes.
+    pub(super) accept_at: Option<Instant>,
+    pub(super) accepts: Pace,
+    /// Devices of its sessions that are published at once.
+    pub(super) posts: Pace,
+    /// Lines in the log, shared with its sessions.
+    pub(super) reports: Reports,
     /// What was last reported as broken, so that it is reported once.
     pub(super) reported_state: Option<String>,
 }

@@ -1,11 +1,26 @@
 //! One line in the log and one event on the API for everything that happens.
 
-use std::time::SystemTime;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
+use super::pace::Pace;
 use crate::api::EventHub;
 use crate::api::types::{Event, EventKind};
 use crate::port::PortShared;
 use crate::vhost_user::SessionEvent;
+
+/// Lines about one port that may come at once, whatever its frontends do, and how often then. A start of 256 rings says
+/// everything.
+const LINES: u32 = 700;
+const LINE_EVERY: Duration = Duration::from_millis(250);
+
+/// How much may still be said of a port.
+pub(super) type Reports = Arc<Mutex<Pace>>;
+
+/// For a new port.
+pub(super) fn reports(now: Instant) -> Reports {
+    Arc::new(Mutex::new(Pace::new(LINES, LINE_EVERY, now)))
+}
 
 /// Where events go.
 #[derive(Debug, Default)]
@@ -27,6 +42,28 @@ impl Report {
         self.hub.publish(&event);
     }
 
+    /// Something that a frontend can make happen as often as it likes.
+    pub(super) fn paced(
+        &self,
+        port: &PortShared,
+        reports: &Reports,
+        kind: EventKind,
+        message: impl Into<String>,
+    ) {
+        // Plain values, whole at every moment.
+        let mut pace = reports.lock().unwrap_or_else(PoisonError::into_inner);
+        if !pace.admits(Instant::now()) {
+            return;
+        }
+        let missing = pace.take_refused();
+        drop(pace);
+        if missing > 0 {
+            let text = format!("{missing} more events not shown");
+            self.port(port, EventKind::PortChanged, text);
+        }
+        self.port(port, kind, message);
+    }
+
     /// Something that happened to the daemon.
     pub(super) fn daemon(&self, kind: EventKind, message: impl Into<String>) {
         let message = message.into();
@@ -43,7 +80,7 @@ impl Report {
     }
 
     /// Something that a session tells.
-    pub(super) fn session(&self, port: &PortShared, event: &SessionEvent) {
+    pub(super) fn session(&self, port: &PortShared, reports: &Reports, event: &SessionEvent) {
         let kind = match event {
             SessionEvent::RingStarted { .. } => EventKind::RingStarted,
             SessionEvent::RingStopped { .. } => EventKind::RingStopped,
@@ -51,6 +88,6 @@ impl Report {
             SessionEvent::Memory { .. } | SessionEvent::MemoryLost => EventKind::MemoryChanged,
             _ => EventKind::PortChanged,
         };
-        self.port(port, kind, event.to_string());
+        self.paced(port, reports, kind, event.to_string());
     }
 }

@@ -1,0 +1,142 @@
+//! Frontends that connect: accepted at a pace, each served by a thread of its own.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::control::Control;
+use super::link::{Link, Sink};
+use super::port::{Door, PortRecord, SessionHandle};
+use super::socket::hung_up;
+use crate::api::types::EventKind;
+use crate::port::PortShared;
+use crate::vhost_user::{self, SessionOptions, SessionStatus, Stopper};
+
+/// Frontends accepted on one port in one turn: a storm of connections delays nobody else's commands for long.
+const ACCEPTS: u32 = 8;
+/// Time after which a frontend that could not be accepted is tried again.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+impl Control {
+    /// Accepts where it was put off; returns when the next one is due.
+    pub(super) fn accept_due(&mut self, now: Instant) -> Option<Instant> {
+        let due = |record: &PortRecord| record.accept_at.is_some_and(|at| at <= now);
+        let ports = self.registry.ports.iter().filter(|record| due(record));
+        let slots: Vec<u16> = ports.map(|record| record.shared.reference.slot).collect();
+        for slot in slots {
+            self.accept(slot);
+        }
+        let ports = self.registry.ports.iter();
+        ports.filter_map(|record| record.accept_at).min()
+    }
+
+    /// Frontends that connected to a port's socket.
+    pub(super) fn accept(&mut self, slot: u16) {
+        let now = Instant::now();
+        for turn in 0.. {
+            let mut records = self.registry.ports.iter_mut();
+            let Some(record) = records.find(|port| port.shared.reference.slot == slot) else {
+                return;
+            };
+            let Door::Listening(listener) = &record.door else {
+                return;
+            };
+            record.accept_at = None;
+            if turn == ACCEPTS {
+                record.accept_at = Some(now);
+                return;
+            }
+            if !record.accepts.admits(now) {
+                record.accept_at = Some(record.accepts.next());
+                return;
+            }
+            let stream = match listener.accept() {
+                Ok(Some(stream)) => stream,
+                Ok(None) => return,
+                Err(error) => {
+                    record.accept_at = Some(now + ACCEPT_AGAIN);
+                    let text = format!("a frontend waits, it cannot be accepted: {error}");
+                    let (kind, reports) = (EventKind::SessionRefused, &record.reports);
+                    return self.report.paced(&record.shared, reports, kind, text);
+                }
+            };
+            match &record.session {
+                None => {
+                    let port = record.shared.clone();
+                    self.start_session(&port, stream);
+                }
+                // Its predecessor is gone and being cleaned up: it waits. (A newer one takes its place.)
+                Some(session) if hung_up(&session.stream) => record.waiting = Some(stream),
+                Some(_) => {
+                    let text = "a second frontend was refused: one is connected already";
+                    let (kind, reports) = (EventKind::SessionRefused, &record.reports);
+                    self.report.paced(&record.shared, reports, kind, text);
+                }
+            }
+        }
+    }
+
+    /// Starts the thread that converses with a frontend.
+    pub(super) fn start_session(&mut self, port: &Arc<PortShared>, stream: UnixStream) {
+        let acknowledgements = self.registry.acknowledgements.clone();
+        let Some(record) = self.registry.find_registration(port) else {
+            return;
+        };
+        let reports = record.reports.clone();
+        let refused = EventKind::SessionRefused;
+        let (Ok(stopper), Ok(probe)) = (Stopper::new(&stream), stream.try_clone()) else {
+            let text = "no descriptor left for a session";
+            return self.report.paced(port, &reports, refused, text);
+        };
+        let link = Link::new(
+            port.clone(),
+            self.sender.clone(),
+            self.wake.clone(),
+            acknowledgements,
+            (self.report.clone(), reports.clone()),
+        );
+        let status = SessionStatus::new();
+        let options = SessionOptions::new(record.queues);
+        let (thread_link, thread_status) = (link.clone(), status.clone());
+        let spawned = std::thread::Builder::new()
+            .name(format!("session-{}", port.name()))
+            .spawn(move || {
+                let sink = Arc::new(Sink(thread_link.clone()));
+                // However the thread ends: a port whose session is forgotten would take no other frontend.
+                let mut end =
+                    Farewell(thread_link, "the session failed; this is a bug".to_string());
+                end.1 = vhost_user::serve(stream, options, sink, thread_status).to_string();
+            });
+        match spawned {
+            Ok(thread) => {
+                let since = Instant::now();
+                record.reported_state = None;
+                record.session = Some(SessionHandle {
+                    link,
+                    status,
+                    stopper,
+                    stream: probe,
+                    since,
+                    cut_off: None,
+                });
+                self.sessions.push(thread);
+                let connected = EventKind::SessionConnected;
+                self.report
+                    .paced(port, &reports, connected, "frontend connected");
+            }
+            Err(error) => {
+                let text = format!("no thread for a session: {error}");
+                self.report.paced(port, &reports, refused, text);
+            }
+        }
+    }
+}
+
+/// Tells control why a session ended, when its thread does.
+struct Farewell(Arc<Link>, String);
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        self.0.ended(std::mem::take(&mut self.1));
+    }
+}
