@@ -2,24 +2,20 @@
 //!
 //! A lock file beside the socket decides between two daemons that start at the same moment; under
 //! it, a socket that refuses connections is stale and is replaced, one that accepts is refused by
-//! name. The file's mode and group are set between `bind` and `listen`, when nobody can connect
-//! yet, so there is no moment at which it is open to all and no change of the process's umask.
+//! name.
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{
-    DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown,
-};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::server::ServerError;
 use crate::config::MAX_SOCKET_PATH;
+use crate::sys::listen::SocketFile;
 
 const SOCKET_MODE: u32 = 0o660;
 const DIRECTORY_MODE: u32 = 0o750;
@@ -29,9 +25,9 @@ const BACKLOG: i32 = 64;
 /// A bound, listening socket file; dropping it removes the file.
 #[derive(Debug)]
 pub(super) struct ApiSocket {
-    path: PathBuf,
+    /// Removed before the lock's file.
+    file: Option<SocketFile>,
     lock_path: PathBuf,
-    identity: (u64, u64),
     // Held for as long as the socket is ours.
     _lock: File,
 }
@@ -61,18 +57,16 @@ impl ApiSocket {
             io::ErrorKind::WouldBlock => ServerError::Live { path: path.into() },
             _ => bind_error(source),
         })?;
-        let listener = replace_stale(path)
-            .and_then(|()| listen(path, group).map_err(bind_error))
-            .inspect_err(|_| {
-                let _ = fs::remove_file(&lock_path);
-            })?;
-        let identity = fs::symlink_metadata(path)
-            .map(|meta| (meta.dev(), meta.ino()))
-            .map_err(bind_error)?;
+        let made = replace_stale(path).and_then(|()| {
+            SocketFile::listen(path, Some(SOCKET_MODE), group, BACKLOG)
+                .map_err(|error| bind_error(error.source))
+        });
+        let (file, listener) = made.inspect_err(|_| {
+            let _ = fs::remove_file(&lock_path);
+        })?;
         let socket = ApiSocket {
-            path: path.into(),
+            file: Some(file),
             lock_path,
-            identity,
             _lock: lock,
         };
         Ok((socket, listener))
@@ -81,12 +75,7 @@ impl ApiSocket {
 
 impl Drop for ApiSocket {
     fn drop(&mut self) {
-        // Somebody may have removed our file and bound its own: that one stays.
-        let ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|meta| (meta.dev(), meta.ino()) == self.identity);
-        if ours {
-            let _ = fs::remove_file(&self.path);
-        }
+        drop(self.file.take());
         // Under the lock still: a daemon that waits for it notices the missing file and retries.
         let _ = fs::remove_file(&self.lock_path);
     }
@@ -155,27 +144,4 @@ fn replace_stale(path: &Path) -> Result<(), ServerError> {
         // Connected, or listening with a full backlog, or a socket of another type: in use.
         _ => Err(ServerError::Live { path: path.into() }),
     }
-}
-
-fn listen(path: &Path, group: Option<u32>) -> io::Result<UnixListener> {
-    let socket: OwnedFd = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-        None,
-    )?;
-    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-    let finish = || {
-        fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE))?;
-        if group.is_some() {
-            chown(path, None, group)?;
-        }
-        rustix::net::listen(&socket, BACKLOG)?;
-        Ok(())
-    };
-    if let Err(error) = finish() {
-        let _ = fs::remove_file(path);
-        return Err(error);
-    }
-    Ok(UnixListener::from(socket))
 }

@@ -3,17 +3,19 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{Gid, Mode, chmod, chown};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::time::Timespec;
 
 use crate::config::PortSpec;
+use crate::sys::listen::SocketFile;
 use crate::sys::peer;
+
+/// Frontends that may wait to be accepted.
+const BACKLOG: i32 = 128;
 
 /// Why a port's socket is not to be had. Each names the path and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -60,47 +62,28 @@ pub(super) enum SocketError {
 #[derive(Debug)]
 pub(super) struct Listener {
     listener: UnixListener,
-    path: PathBuf,
-    /// Device and inode of the file we made, so that we never unlink another's.
-    file: Option<(u64, u64)>,
+    _file: SocketFile,
 }
 
 impl Listener {
     /// Listens on the port's path. A stale socket file is replaced, a live one is refused.
     pub(super) fn bind(spec: &PortSpec) -> Result<Self, SocketError> {
-        let path = spec.socket.clone();
+        let path = &spec.socket;
         let group = match &spec.socket_group {
-            Some(name) => Some(group_id(name, &path)?),
+            Some(name) => Some(group_id(name, path)?),
             None => None,
         };
-        clear_stale(&path)?;
-        let system = |what| {
-            let path = path.clone();
-            move |source| SocketError::System { what, path, source }
-        };
-        let listener = UnixListener::bind(&path).map_err(system("listen on"))?;
-        let file = identity(&path);
-        let made = Listener {
-            listener,
+        clear_stale(path)?;
+        let made = SocketFile::listen(path, spec.socket_mode, group, BACKLOG);
+        let (file, listener) = made.map_err(|error| SocketError::System {
+            what: error.what,
             path: path.clone(),
-            file,
-        };
-        made.listener
-            .set_nonblocking(true)
-            .map_err(system("listen on"))?;
-        if let Some(mode) = spec.socket_mode {
-            let mode = Mode::from_raw_mode(mode);
-            chmod(&path, mode)
-                .map_err(io::Error::from)
-                .map_err(system("set the mode of"))?;
-        }
-        if let Some(group) = group {
-            let group = Some(Gid::from_raw(group));
-            chown(&path, None, group)
-                .map_err(io::Error::from)
-                .map_err(system("set the group of"))?;
-        }
-        Ok(made)
+            source: error.source,
+        })?;
+        Ok(Listener {
+            listener,
+            _file: file,
+        })
     }
 
     /// The next frontend that waits, if any. An error means that it waits on: no descriptor is left, as a rule.
@@ -131,20 +114,6 @@ impl std::os::fd::AsRawFd for Listener {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
         self.listener.as_raw_fd()
     }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if self.file.is_some() && identity(&self.path) == self.file {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    std::fs::symlink_metadata(path)
-        .ok()
-        .map(|data| (data.dev(), data.ino()))
 }
 
 fn group_id(name: &str, path: &Path) -> Result<u32, SocketError> {
@@ -182,16 +151,20 @@ fn clear_stale(path: &Path) -> Result<(), SocketError> {
     if !data.file_type().is_socket() {
         return Err(SocketError::NotASocket { path: path_buf });
     }
-    match start_connect(path) {
-        // Refused: nobody listens. Anything else (connected, backlog full, no permission) means somebody may.
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path).map_err(|source| SocketError::System {
-                what: "remove the stale socket",
-                path: path_buf,
-                source,
-            })
+    let failed = |what| {
+        let path = path_buf.clone();
+        move |source| SocketError::System { what, path, source }
+    };
+    match start_connect(path).map_err(|error| (error.kind(), error)) {
+        // Refused: nobody listens.
+        Err((io::ErrorKind::ConnectionRefused, _)) => {
+            std::fs::remove_file(path).map_err(failed("remove the stale socket"))
         }
-        _ => Err(SocketError::Live { path: path_buf }),
+        Ok(_) | Err((io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied, _)) => {
+            Err(SocketError::Live { path: path_buf })
+        }
+        // Somebody may listen: no descriptor left to find out, or a socket of another type.
+        Err((_, error)) => Err(failed("look who listens on")(error)),
     }
 }
 
@@ -252,18 +225,6 @@ mod tests {
             Listener::bind(&spec(&missing)),
             Err(SocketError::NoDirectory { .. })
         ));
-    }
-
-    #[test]
-    fn a_socket_that_was_replaced_meanwhile_is_not_unlinked() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s");
-        let listener = Listener::bind(&spec(&path)).unwrap();
-        std::fs::remove_file(&path).unwrap();
-        let other = UnixListener::bind(&path).unwrap();
-        drop(listener);
-        assert!(path.exists());
-        drop(other);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Thin wrappers over Linux: one small file per facility, no policy.
 //!
 //! Callers are the poll threads (`aio`, `epoll`, `affinity`), sessions (`eventfd`, `call`, `peer`) and the
-//! control side (`wake`, `signal`, `sched`). What has a safe wrapper in `rustix` or `vmm-sys-util` uses
+//! control side (`listen`, `wake`, `signal`, `sched`). What has a safe wrapper in `rustix` or `vmm-sys-util` uses
 //! it; the rest calls `libc`. Nothing here knows of rings, ports or messages.
 
 pub mod affinity;
@@ -9,6 +9,7 @@ pub mod aio;
 pub mod call;
 pub mod epoll;
 pub mod eventfd;
+pub mod listen;
 pub mod memfd;
 pub mod peer;
 pub mod sched;

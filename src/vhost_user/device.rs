@@ -408,7 +408,7 @@ impl DeviceState {
     pub(super) fn record(&mut self, error: &SessionError) {
         let text = error.to_string();
         let mut status = self.status.lock();
-        if matches!(error, SessionError::PrivateMemory | SessionError::Memory(_)) {
+        if error.concerns_memory() {
             status.memory_error = Some(text.clone());
         }
         status.last_error = Some(text);

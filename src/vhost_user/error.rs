@@ -160,6 +160,18 @@ pub enum SessionError {
 }
 
 impl SessionError {
+    /// Whether it says why there is no guest memory.
+    pub(super) fn concerns_memory(&self) -> bool {
+        match self {
+            SessionError::PrivateMemory | SessionError::Memory(_) => true,
+            SessionError::Malformed { request, .. } => matches!(
+                request.code(),
+                Some(FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG)
+            ),
+            _ => false,
+        }
+    }
+
     pub(super) fn io(errno: rustix::io::Errno) -> Self {
         SessionError::Socket(errno.into())
     }
