@@ -121,7 +121,9 @@ struct Thread {
 
 fn view(fdb: &Arc<Fdb>, stations: &[&Station<'_>]) -> Topology {
     let entries: Vec<PortEntry> = stations.iter().map(|s| s.entry.clone()).collect();
-    Topology::build(&entries, 1, fdb.clone(), |_, _| Some(0))
+    Topology::build(&entries, [Instant::now()].into(), fdb.clone(), |_, _| {
+        Some(0)
+    })
 }
 
 impl Thread {

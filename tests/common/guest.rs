@@ -311,6 +311,11 @@ impl<'m> Guest<'m> {
         self.frontend.as_ref().is_none_or(Frontend::is_closed)
     }
 
+    /// The features that this guest's driver knows.
+    pub(crate) fn features(&self) -> u64 {
+        self.options.features()
+    }
+
     // ---- misdeeds --------------------------------------------------------------------------------
 
     /// Guest address of a transmit buffer, and its length.

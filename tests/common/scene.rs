@@ -28,7 +28,7 @@ impl Scene {
 
     pub(crate) fn with(options: &DaemonOptions) -> Scene {
         let daemon = Daemon::start(&DaemonOptions {
-            ports: 4,
+            ports: options.ports.max(4),
             ..options.clone()
         });
         let bystanders = Bystanders::start([&daemon.sockets()[0], &daemon.sockets()[1]]);

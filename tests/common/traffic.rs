@@ -276,6 +276,11 @@ impl Bystanders {
         bystanders
     }
 
+    /// Frames exchanged so far.
+    pub(crate) fn frames(&self) -> u64 {
+        self.progress.load(Ordering::Relaxed)
+    }
+
     /// Waits until they have exchanged so many more frames.
     pub(crate) fn go_on(&self, frames: u64) {
         let until = self.progress.load(Ordering::Relaxed) + frames;
