@@ -385,6 +385,39 @@ fn every_drop_reason_is_explained_to_operators() {
     assert_none(&missing);
 }
 
+/// `place::name` stands for a test of that name in `tests/place.rs`, or in the module `place` of `src`.
+#[test]
+fn every_test_named_for_a_hostile_input_exists() {
+    let page = fs::read_to_string(root().join("docs/hostile-inputs.md")).unwrap();
+    let quoted = page.lines().skip(12).flat_map(|line| line.split('`'));
+    let named: Vec<(&str, &str)> = quoted.filter_map(|text| text.split_once("::")).collect();
+    assert!(named.len() > 100, "only {} tests are named", named.len());
+    let mut texts: Vec<(String, String)> = sources()
+        .into_iter()
+        .map(|source| (source.module, source.text))
+        .collect();
+    for path in files(&root().join("tests")) {
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            let place = path.file_stem().unwrap().to_string_lossy().into_owned();
+            texts.push((place, fs::read_to_string(&path).unwrap()));
+        }
+    }
+    let exists = |place: &str, name: &str| {
+        let (whole, test) = (format!("fn {name}("), "#[test]");
+        texts.iter().filter(|(of, _)| of == place).any(|(_, text)| {
+            let before = text.split_once(&whole).map(|(before, _)| before.trim_end());
+            // Between a test's mark and its name there is at most a condition.
+            before.is_some_and(|before| before.lines().rev().take(3).any(|l| l.trim() == test))
+        })
+    };
+    let missing: Vec<String> = named
+        .into_iter()
+        .filter(|(place, name)| !exists(place, name))
+        .map(|(place, name)| format!("docs/hostile-inputs.md names {place}::{name}"))
+        .collect();
+    assert_none(&missing);
+}
+
 #[test]
 fn items_under_cfg_test_are_left_out() {
     let text = "a\n#[cfg(test)]\nmod tests;\nb\n#[cfg(all(test, not(loom)))]\n#[allow(x)]\nmod more {\n    c\n}\nd\n    #[cfg(test)]\n    fn e() {\n    }\nf";

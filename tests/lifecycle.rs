@@ -22,6 +22,7 @@ use common::process::Process;
 use common::traffic::{Bystanders, Exchange, frame, mac, read};
 use common::{long, pause, wait_for};
 use pollux::bench::frontend::Frontend;
+use rustix::process::Signal;
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -193,6 +194,53 @@ fn killed_guests_leave_nothing_behind() {
     }
     daemon.assert_alive();
     before.wait_for_return(&daemon);
+    bystanders.finish();
+    drop(sink);
+    daemon.stop();
+}
+
+#[test]
+fn a_frontend_that_is_stopped_costs_nobody_and_goes_on_afterwards() {
+    let mut daemon = daemon();
+    let bystanders = bystanders(&daemon);
+    let ram = Ram::new(GuestOptions::default());
+    let mut sink = Guest::new(&ram);
+    sink.attach(&daemon.sockets()[SINK]);
+    let before = Holdings::of(&daemon);
+    let mut victim = start_victim(&daemon.sockets()[VICTIM], 0);
+    let mut newest = None;
+    wait_for("a frame of the victim", || {
+        assert_eq!(victim.ended(), None, "{}", victim.words());
+        newest = answer(&mut sink);
+        newest.is_some()
+    });
+    victim.signal(Signal::STOP);
+    // What is sent to it is dropped at its port, once its ring is full.
+    wait_for("its ring to be full", || {
+        for _ in 0..100 {
+            newest = newest.max(answer(&mut sink));
+            sink.try_send(&frame(mac(3), mac(4), 0, 300));
+        }
+        daemon.dropped("p2", "tx", "egress_ring_full") > 0
+    });
+    let end = Instant::now() + Duration::from_secs(if long() { 60 } else { 2 });
+    while Instant::now() < end {
+        bystanders.go_on(50);
+        assert_eq!(state(&daemon, "p2"), "running");
+    }
+    newest = newest.max(answer(&mut sink));
+    victim.signal(Signal::CONT);
+    wait_for("a frame of the victim that goes on", || {
+        answer(&mut sink) > newest
+    });
+    // Stopped once more, its port goes as quickly as any.
+    victim.signal(Signal::STOP);
+    assert_eq!(pollux(&daemon, &["port", "remove", "p2"]).0, 0);
+    let spec = format!("p2,socket={}", daemon.sockets()[VICTIM].display());
+    assert_eq!(pollux(&daemon, &["port", "add", &spec]).0, 0);
+    before.wait_for_return(&daemon);
+    drop(victim);
+    daemon.assert_alive();
     bystanders.finish();
     drop(sink);
     daemon.stop();

@@ -284,8 +284,8 @@ fn ports_are_removed_while_frames_wait_for_a_retry_and_calls_are_owed() {
             if remove_sender {
                 remove(scene, SINK);
             }
-            remove(&scene, VICTIM);
-            add(&scene, VICTIM);
+            remove(scene, VICTIM);
+            add(scene, VICTIM);
             stop.store(true, Ordering::Relaxed);
         });
         if remove_sender {
