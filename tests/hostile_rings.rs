@@ -581,6 +581,26 @@ fn a_writable_buffer_in_a_transmit_chain_returns_it() {
 }
 
 #[test]
+fn the_header_in_a_packed_table_may_be_marked_writable() {
+    // So does DPDK's driver, in front of every frame of several pieces; elsewhere in the table it is an error.
+    for (pieces, expected) in [
+        ([writable(GOOD, 12), readable(GOOD + 12, 50)], chain(62)),
+        (
+            [readable(GOOD, 12), writable(GOOD + 12, 50)],
+            Taken::Malformed(ChainError::Direction),
+        ),
+    ] {
+        let guest = Guest::new(SIZE, features(true));
+        let table = guest.table(DATA, &pieces);
+        check_transmit(&guest, expected, &[table]);
+    }
+    // A receiveq's buffers are to be written, all of them.
+    let guest = Guest::new(SIZE, features(true));
+    let table = guest.table(DATA, &[readable(GOOD, 100), writable(GOOD + 100, 300)]);
+    check_receive(&guest, &[table]);
+}
+
+#[test]
 fn a_readable_buffer_in_a_receive_chain_is_never_written() {
     for packed in KINDS {
         let (read, write) = (readable(DATA, 100), writable(GOOD, 100));

@@ -317,7 +317,13 @@ pub fn walk_packed_table<const N: usize>(
         if entry.fourth & F_INDIRECT != 0 {
             return Err(ChainError::Indirect);
         }
-        collector.add(entry.addr, entry.len, entry.fourth)?;
+        let mut flags = entry.fourth;
+        if index == 0 && collector.direction == Direction::Read {
+            // DPDK's driver leaves WRITE on the header before every frame of several pieces. Nothing is written there,
+            // whatever the flag says.
+            flags &= !F_WRITE;
+        }
+        collector.add(entry.addr, entry.len, flags)?;
         if collector.satisfied() {
             break;
         }
