@@ -52,7 +52,7 @@ pub struct Shared<'p> {
     pub clock: Clock,
     /// Client threads.
     pub threads: usize,
-    /// Threads that have announced their guests.
+    /// Arrivals of threads where they wait for each other, twice before the first frame.
     pub ready: AtomicUsize,
     /// Threads that send no more.
     pub finished: AtomicUsize,
@@ -166,10 +166,12 @@ fn new_histogram() -> Option<RoundTrips> {
 impl Client<'_, '_> {
     fn run(&mut self) {
         self.announce();
-        self.shared.ready.fetch_add(1, Ordering::AcqRel);
-        while self.shared.ready.load(Ordering::Acquire) < self.shared.threads && !self.over() {
-            std::thread::yield_now();
+        self.wait_for_all(1);
+        // Announcements lie in the rings, and a window fills a ring: out with them before anybody sends.
+        for guest in self.guests.iter_mut() {
+            while guest.receive(self.shared.checker, self.now_ns) > 0 {}
         }
+        self.wait_for_all(2);
         self.start = self.shared.clock.raw();
         self.now_ns = 0;
         if self.report.deaf.is_none() {
@@ -184,6 +186,15 @@ impl Client<'_, '_> {
         self.shared.finished.fetch_add(1, Ordering::AcqRel);
         self.drain();
         self.collect();
+    }
+
+    /// Waits until every thread has come here `times` times.
+    fn wait_for_all(&self, times: usize) {
+        self.shared.ready.fetch_add(1, Ordering::AcqRel);
+        let all = times * self.shared.threads;
+        while self.shared.ready.load(Ordering::Acquire) < all && !self.over() {
+            std::thread::yield_now();
+        }
     }
 
     fn over(&self) -> bool {
