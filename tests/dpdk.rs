@@ -12,6 +12,8 @@
 //! both directions at once; the files are compared. That shows: each frame once, unchanged, in
 //! order within its flow, at all lengths.
 //!
+//! What a variant of the driver may change is tried in all combinations by `tests/matrix`.
+//!
 //! Three seconds for each closed loop, 30 with `POLLUX_LONG=1`.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -23,9 +25,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use common::backend::Backend;
-use common::frames::{Plan, assert_same, read_pcap, write_pcap};
-use common::short_tempdir;
+use common::journey::Journey;
 use common::testpmd::{Counters, Testpmd, TestpmdOptions, VirtioUser, counter, mac};
+use common::{long, short_tempdir};
 
 /// Frames of testpmd's first bursts.
 const BURST: u64 = 32;
@@ -37,10 +39,6 @@ const WINDOW: u64 = 512;
 fn exclusive() -> MutexGuard<'static, ()> {
     static EXCLUSIVE: Mutex<()> = Mutex::new(());
     EXCLUSIVE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn long() -> bool {
-    std::env::var_os("POLLUX_LONG").is_some_and(|value| value != "0")
 }
 
 fn run_time() -> Duration {
@@ -241,111 +239,32 @@ fn a_frontend_comes_back_after_a_clean_end_and_after_a_kill() {
     backend.stop();
 }
 
-/// Numbered frames of `sizes` through two ports, in both directions at once.
-fn journey(port: &VirtioUser, sizes: (usize, usize), small_buffers: bool) {
-    // With small buffers, no more than one receive ring takes at four buffers each: the driver takes
-    // up to 32 buffers out of it in a turn, but sends 32 frames.
-    let count = match (small_buffers, long()) {
-        (true, _) => 250,
-        (false, true) => 400_000,
-        (false, false) => 40_000,
-    };
-    let plans = [0, 1].map(|n: u8| Plan {
-        to: [0x52, 0x54, 0, 0, 0, 2 - n],
-        from: [0x52, 0x54, 0, 0, 0, 1 + n],
-        flows: 7,
-        count,
-        sizes,
-    });
-    let sent = plans.map(|plan| plan.frames());
-    let files = short_tempdir();
-    let file = |name: &str, n: usize| files.path().join(format!("{name}{n}.pcap"));
-    for (n, frames) in sent.iter().enumerate() {
-        write_pcap(&file("in", n), frames);
-    }
-
-    let backend = Backend::listening(2);
-    let pcap = |n: usize| {
-        let (rx, tx) = (file("in", n), file("out", n));
-        format!(
-            "net_pcap{n},rx_pcap={},tx_pcap={}",
-            rx.display(),
-            tx.display()
-        )
-    };
-    let virtio = |n: usize| port.vdev(n, &backend.sockets()[n]);
-    let mut testpmd = Testpmd::start(&TestpmdOptions {
-        // In pairs: in0/out0 with the first virtio port, the second one with in1/out1.
-        vdevs: vec![virtio(0), pcap(0), virtio(1), pcap(1)],
-        forward_mode: "io",
-        // What waits in a transmit queue always fits into the receive queue behind it.
-        txd: 256,
-        rxd: 1024,
-        args: if small_buffers {
-            // 128 bytes of each are headroom: a frame of 1514 bytes takes four of them.
-            vec!["--mbuf-size=512".into(), "--disable-device-start".into()]
-        } else {
-            Vec::new()
+/// Numbered frames of all usual lengths through two ports, in both directions at once.
+fn journey(port: &VirtioUser, small_buffers: bool) {
+    let journey = Journey {
+        port: port.clone(),
+        sizes: (60..=1514).collect(),
+        // With small buffers, no more than one receive ring takes at four buffers each: the driver takes up to 32
+        // buffers out of it in a turn, but sends 32 frames.
+        batch: match (small_buffers, long()) {
+            (true, _) => 250,
+            (false, true) => 400_000,
+            (false, false) => 40_000,
         },
-        ..TestpmdOptions::default()
-    });
-    let (virtio_ports, pcap_ports) = port_numbers(&mut testpmd);
-    if small_buffers {
-        // The command line could ask for it on all ports only, and pcap has no such offload.
-        for n in &virtio_ports {
-            testpmd.command(&format!("port config {n} rx_offload scatter on"));
-        }
-        testpmd.command("port start all");
-    }
-    // Open vSwitch needs this long after the negotiation until a port forwards.
-    sleep(Duration::from_secs(1));
-    // A full transmit queue makes the sender wait, not drop.
-    testpmd.command("set fwd io retry");
-    testpmd.command("set burst tx delay 10 retry 1000000");
-    testpmd.command("start");
-    let deadline = Instant::now() + Duration::from_secs(if long() { 120 } else { 30 });
-    while Instant::now() < deadline {
-        let stats = testpmd.stats();
-        let arrived = |n: &usize| counter(&stats[*n], "RX-packets") >= u64::from(count);
-        if virtio_ports.iter().all(arrived) {
-            break;
-        }
-        sleep(Duration::from_millis(100));
-    }
-    // What is one too many would still come.
-    sleep(Duration::from_millis(200));
-    testpmd.stop_forwarding();
-    let stats = testpmd.stats();
-    for n in pcap_ports.iter().chain(&virtio_ports) {
-        assert_eq!(counter(&stats[*n], "TX-errors"), 0, "testpmd's port {n}");
-    }
-    backend.assert_no_drops();
-    testpmd.quit();
-    for (n, frames) in sent.iter().enumerate() {
-        assert_same(frames, &read_pcap(&file("out", 1 - n)));
-    }
-    backend.stop();
-}
-
-/// Which ports are virtio-user's and which are pcap's: DPDK numbers them in the order it likes.
-fn port_numbers(testpmd: &mut Testpmd) -> (Vec<usize>, Vec<usize>) {
-    let summary = testpmd.command("show port summary all");
-    let of = |driver: &str| -> Vec<usize> {
-        summary
-            .lines()
-            .filter(|line| line.contains(driver))
-            .filter_map(|line| line.split_whitespace().next()?.parse().ok())
-            .collect()
+        batches: 1,
+        txd: 256,
+        burst: 32,
+        // 128 bytes of each are headroom: a frame of 1514 bytes takes four of them.
+        mbuf_size: small_buffers.then_some(512),
+        limit: Duration::from_secs(if long() { 120 } else { 30 }),
     };
-    let found = (of("net_virtio_user"), of("net_pcap"));
-    assert_eq!((found.0.len(), found.1.len()), (2, 2), "{summary}");
-    found
+    journey.run(|_, _| {});
 }
 
 #[test]
 fn frames_of_all_lengths_arrive_unchanged_and_in_order() {
     let _guard = exclusive();
-    journey(&VirtioUser::default(), (60, 1514), false);
+    journey(&VirtioUser::default(), false);
 }
 
 #[test]
@@ -355,7 +274,7 @@ fn frames_of_all_lengths_arrive_unchanged_in_mergeable_buffers() {
         mergeable: true,
         ..VirtioUser::default()
     };
-    journey(&port, (60, 1514), false);
+    journey(&port, false);
 }
 
 #[test]
@@ -365,26 +284,5 @@ fn frames_that_span_several_mergeable_buffers_arrive_unchanged() {
         mergeable: true,
         ..VirtioUser::default()
     };
-    journey(&port, (60, 1514), true);
-}
-
-/// Every path of the driver with rings of several sizes.
-#[test]
-#[ignore = "several minutes: tests/run --matrix"]
-fn a_closed_loop_loses_nothing_in_any_variant_of_the_driver() {
-    let _guard = exclusive();
-    for bits in 0..16 {
-        for queue_size in [256, 1024] {
-            let port = VirtioUser {
-                mergeable: bits & 1 != 0,
-                in_order: bits & 2 != 0,
-                packed: bits & 4 != 0,
-                vectorized: bits & 8 != 0,
-                queue_size,
-                ..VirtioUser::default()
-            };
-            println!("{port:?}");
-            closed_loops(&port, Duration::from_secs(1));
-        }
-    }
+    journey(&port, true);
 }

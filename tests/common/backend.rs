@@ -78,6 +78,11 @@ impl Backend {
         Backend::start(short_tempdir(), ports, false)
     }
 
+    /// The same with `p0.sock`, … in `dir`.
+    pub(crate) fn listening_in(dir: tempfile::TempDir, ports: usize) -> Backend {
+        Backend::start(dir, ports, false)
+    }
+
     /// Starts a backend that connects to frontends listening on `p0.sock`, … in `dir`.
     pub(crate) fn connecting(dir: tempfile::TempDir, ports: usize) -> Backend {
         Backend::start(dir, ports, true)
@@ -101,6 +106,43 @@ impl Backend {
         match self {
             Backend::Pollux(daemon) => daemon.sockets(),
             Backend::Other(starter) => &starter.sockets,
+        }
+    }
+
+    /// Waits until all ports forward.
+    pub(crate) fn wait_ready(&self, ports: usize) {
+        match self {
+            Backend::Pollux(daemon) => {
+                super::wait_for("all ports to run", || {
+                    (0..ports).all(|n| daemon.port(&format!("p{n}"))["state"] == "running")
+                });
+                daemon.settle();
+            }
+            // Open vSwitch needs this long after the negotiation until a port forwards.
+            Backend::Other(_) => std::thread::sleep(Duration::from_secs(1)),
+        }
+    }
+
+    /// Pollux counted so many frames in and out of each port, no drop and no unusable buffer; it took and gave back
+    /// each buffer once, as far as its position in a split ring tells. Other backends are not asked.
+    pub(crate) fn assert_carried(&self, frames: u64) {
+        self.assert_no_drops();
+        let Backend::Pollux(daemon) = self else {
+            return;
+        };
+        for n in 0..daemon.sockets().len() {
+            let port = daemon.port(&format!("p{n}"));
+            let statistics = &port["statistics"];
+            assert_eq!(statistics["rx"]["frames"], frames, "p{n}: {statistics}");
+            assert_eq!(statistics["tx"]["frames"], frames, "p{n}: {statistics}");
+            assert_eq!(statistics["bad_buffers"], 0, "p{n}: {statistics}");
+            for ring in port["session"]["rings"].as_array().expect("rings") {
+                assert_eq!(ring["state"], "running", "p{n}: {ring}");
+                // One chain a frame there; a packed ring counts descriptors.
+                if ring["kind"] == "split" && ring["direction"] == "rx" {
+                    assert_eq!(ring["position"], frames % 65536, "p{n}: {ring}");
+                }
+            }
         }
     }
 

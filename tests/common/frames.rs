@@ -21,20 +21,19 @@ pub(crate) struct Plan {
     pub(crate) flows: u16,
     /// Frames in all.
     pub(crate) count: u32,
-    /// Shortest and longest frame.
-    pub(crate) sizes: (usize, usize),
+    /// The lengths to draw from.
+    pub(crate) sizes: Vec<usize>,
 }
 
 impl Plan {
-    /// The frames in sending order: the flows take turns, the sizes vary over the whole range.
+    /// The frames in sending order: the flows take turns, the sizes are drawn.
     pub(crate) fn frames(&self) -> Vec<Vec<u8>> {
         let mut random = 0x9e37_79b9_7f4a_7c15_u64;
         (0..self.count)
             .map(|n| {
                 let flow = (n % u32::from(self.flows)) as u16;
                 let number = n / u32::from(self.flows);
-                let span = self.sizes.1 - self.sizes.0 + 1;
-                let size = self.sizes.0 + (next(&mut random) as usize) % span;
+                let size = self.sizes[(next(&mut random) as usize) % self.sizes.len()];
                 self.frame(flow, number, size)
             })
             .collect()

@@ -9,6 +9,7 @@
 //! - [`guest`], [`traffic`]: scripted guests, and numbered frames between them in closed loops;
 //! - [`scene`]: bystanders that must notice nothing of what is done to a fourth port;
 //! - [`events`], [`holdings`]: what the daemon tells of itself, and what it holds of the system;
+//! - [`journey`]: pcap files sent through a backend by testpmd, and compared;
 //! - [`frames`]: numbered frames in pcap files, and their comparison after a journey.
 
 // Each test binary compiles this module anew and uses its own part of it.
@@ -20,6 +21,7 @@ pub(crate) mod events;
 pub(crate) mod frames;
 pub(crate) mod guest;
 pub(crate) mod holdings;
+pub(crate) mod journey;
 pub(crate) mod park;
 pub(crate) mod process;
 pub(crate) mod scene;
@@ -57,12 +59,17 @@ pub(crate) fn pause() {
 }
 
 /// Waits until `condition` holds; fails past a generous deadline.
-pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + SOON;
+pub(crate) fn wait_for(what: &str, condition: impl FnMut() -> bool) {
+    wait_for_within(SOON, what, condition);
+}
+
+/// The same with a deadline of one's own.
+pub(crate) fn wait_for_within(limit: Duration, what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + limit;
     while !condition() {
         assert!(
             Instant::now() < deadline,
-            "{SOON:?} were not enough for {what}"
+            "{limit:?} were not enough for {what}"
         );
         std::thread::sleep(Duration::from_millis(1));
     }

@@ -128,6 +128,9 @@ impl Testpmd {
         for vdev in &options.vdevs {
             command.arg("--vdev").arg(vdev);
         }
+        // Which paths the driver takes, and why not others; those with AVX-512 want to be asked for.
+        command.arg("--log-level=pmd.net.virtio.*:info");
+        command.arg("--force-max-simd-bitwidth=512");
         // Frames that wait in a ring at a start belong to the test: no flushing.
         command.args(["--", "-i", "--nb-cores=1", "--no-flush-rx"]);
         command.arg(format!("--forward-mode={}", options.forward_mode));
@@ -181,6 +184,17 @@ impl Testpmd {
             );
         }
         answer
+    }
+
+    /// Whether the driver has chosen a vectorised path, for receiving or for sending.
+    pub(crate) fn is_vectorized(&self) -> bool {
+        let log = self.process.out.text() + &self.process.err.text();
+        let chosen: Vec<&str> = log
+            .lines()
+            .filter(|line| line.contains("virtio: using ") && line.contains(" path on port"))
+            .collect();
+        assert!(chosen.len() >= 4, "the driver names its paths: {log}");
+        chosen.iter().any(|line| line.contains("vectorized"))
     }
 
     /// `show port stats all`: for each port `RX-packets`, `RX-bytes`, `TX-errors`, ….

@@ -1,0 +1,237 @@
+//! The cells of the matrix, what a peer refuses of them, and a cover of all pairs by few of them.
+
+use std::collections::HashSet;
+use std::fmt;
+
+/// Lengths of the frames that go through every cell, without check sequence.
+pub(crate) const SIZES: [usize; 4] = [60, 64, 1514, 9000];
+
+/// Who plays the guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Driver {
+    /// DPDK's virtio-user, in testpmd.
+    Dpdk,
+    /// `pollux bench`.
+    Bench,
+    /// Linux in QEMU.
+    Qemu,
+}
+
+impl Driver {
+    pub(crate) const ALL: [Driver; 3] = [Driver::Dpdk, Driver::Bench, Driver::Qemu];
+}
+
+/// One attachment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Cell {
+    pub(crate) driver: Driver,
+    pub(crate) packed: bool,
+    pub(crate) mergeable: bool,
+    pub(crate) in_order: bool,
+    pub(crate) vectorized: bool,
+    pub(crate) entries: u16,
+    /// The frontend listens, Pollux connects.
+    pub(crate) client: bool,
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let when = |set: bool, word: &'static str| if set { word } else { "" };
+        write!(
+            f,
+            "{:?} {}{}{}{}, {} entries, Pollux {}",
+            self.driver,
+            if self.packed { "packed" } else { "split" },
+            when(self.mergeable, ", mergeable"),
+            when(self.in_order, ", in order"),
+            when(self.vectorized, ", vectorised"),
+            self.entries,
+            if self.client { "connects" } else { "listens" },
+        )
+    }
+}
+
+impl Cell {
+    /// Each dimension's value.
+    fn values(&self) -> [u16; 6] {
+        [
+            u16::from(self.packed),
+            u16::from(self.mergeable),
+            u16::from(self.in_order),
+            u16::from(self.vectorized),
+            self.entries,
+            u16::from(self.client),
+        ]
+    }
+
+    /// Every two dimensions with their values.
+    fn pairs(&self) -> impl Iterator<Item = [(usize, u16); 2]> {
+        let values = self.values();
+        (0..values.len()).flat_map(move |b| (0..b).map(move |a| [(a, values[a]), (b, values[b])]))
+    }
+
+    /// Why the driver does not do this, whatever the backend offers; it takes another path instead.
+    pub(crate) fn refusal(&self) -> Option<&'static str> {
+        match self {
+            Cell {
+                vectorized: false, ..
+            } => None,
+            Cell {
+                packed: true,
+                in_order: false,
+                ..
+            } => Some("DPDK has vectors for packed rings in order only"),
+            Cell { packed: true, .. } => None,
+            Cell { in_order: true, .. } => Some("DPDK has no vectors for split rings in order"),
+            Cell {
+                mergeable: true, ..
+            } => Some("DPDK has no vectors for split rings with mergeable buffers"),
+            _ => None,
+        }
+    }
+
+    /// The lengths that the driver can receive.
+    pub(crate) fn sizes(&self) -> &'static [usize] {
+        // Without mergeable buffers Linux posts room for 1518 bytes, whatever the MTU.
+        if self.driver == Driver::Qemu && !self.mergeable {
+            &SIZES[..3]
+        } else {
+            &SIZES
+        }
+    }
+}
+
+/// All cells of a driver.
+pub(crate) fn cells(driver: Driver) -> Vec<Cell> {
+    const BOTH: [bool; 2] = [false, true];
+    let linux = driver == Driver::Qemu;
+    // What Linux in QEMU negotiates is not for us to choose: never in order, 256 entries.
+    let choice: &[bool] = if linux { &[false] } else { &BOTH };
+    let vectors: &[bool] = if driver == Driver::Dpdk {
+        &BOTH
+    } else {
+        &[false]
+    };
+    let mut cells = Vec::new();
+    for packed in BOTH {
+        let entries: &[u16] = match (linux, packed) {
+            (true, _) => &[256],
+            (false, false) => &[64, 256, 1024],
+            (false, true) => &[64, 256, 320, 1024],
+        };
+        for mergeable in BOTH {
+            for &in_order in choice {
+                for &vectorized in vectors {
+                    for &entries in entries {
+                        for &client in choice {
+                            cells.push(Cell {
+                                driver,
+                                packed,
+                                mergeable,
+                                in_order,
+                                vectorized,
+                                entries,
+                                client,
+                            });
+                        }
+                    }
+                }
+            }
+        }
+    }
+    cells
+}
+
+/// A few of the cells that the driver does not refuse, in which every two values of different dimensions that occur
+/// together in any of them do. `seed` decides between cells that are equally good.
+pub(crate) fn cover(cells: &[Cell], seed: u64) -> Vec<Cell> {
+    let mut candidates: Vec<Cell> = cells.to_vec();
+    candidates.retain(|cell| cell.refusal().is_none());
+    // xorshift64 wants anything but 0.
+    let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for at in (1..candidates.len()).rev() {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        candidates.swap(at, (random % (at as u64 + 1)) as usize);
+    }
+    let mut missing: HashSet<_> = candidates.iter().flat_map(Cell::pairs).collect();
+    let mut chosen = Vec::new();
+    while !missing.is_empty() {
+        let new = |cell: &&Cell| cell.pairs().filter(|pair| missing.contains(pair)).count();
+        let best = *candidates.iter().max_by_key(new).expect("they have pairs");
+        best.pairs().for_each(|pair| {
+            missing.remove(&pair);
+        });
+        chosen.push(best);
+    }
+    chosen
+}
+
+/// `tests/MATRIX.md`, given that every cell does what it should.
+pub(crate) fn page() -> String {
+    let mut page = String::from(
+        "# The matrix\n\n\
+         Every way to attach that was tried, with frames of the lengths in the last column. In each cell every\n\
+         frame arrived once, unchanged and in order within its flow, every buffer came back, and the counters of\n\
+         both sides agreed. A combination that the peer refuses is listed as such, and the test checks that it\n\
+         does. Written by `tests/run --matrix` when all cells have passed; every run of `tests/run` tries a cover\n\
+         of all pairs. Do not edit.\n",
+    );
+    for driver in Driver::ALL {
+        page += match driver {
+            Driver::Dpdk => "\n## DPDK virtio-user to DPDK virtio-user\n",
+            Driver::Bench => "\n## `pollux bench` to `pollux bench`\n",
+            Driver::Qemu => "\n## Linux in QEMU, to a scripted guest and back\n",
+        };
+        page += "\n| ring | mergeable | in order | vectorised | entries | Pollux | bytes |\n|---|---|---|---|---|---|---|\n";
+        for cell in cells(driver) {
+            page += &row(&cell);
+        }
+    }
+    page
+}
+
+fn row(cell: &Cell) -> String {
+    let yes = |set: bool| if set { "yes" } else { "no" };
+    let sizes = || {
+        let sizes: Vec<String> = cell.sizes().iter().map(usize::to_string).collect();
+        let refused = if sizes.len() < SIZES.len() {
+            "; refused: 9000, more than Linux posts room for"
+        } else {
+            ""
+        };
+        sizes.join(", ") + refused
+    };
+    let refused = |reason: &str| format!("refused: {reason}");
+    format!(
+        "| {} | {} | {} | {} | {} | {} | {} |\n",
+        if cell.packed { "packed" } else { "split" },
+        yes(cell.mergeable),
+        yes(cell.in_order),
+        yes(cell.vectorized),
+        cell.entries,
+        if cell.client { "connects" } else { "listens" },
+        cell.refusal().map_or_else(sizes, refused),
+    )
+}
+
+#[test]
+fn the_cover_covers_every_pair_whatever_the_seed() {
+    for driver in Driver::ALL {
+        let cells = cells(driver);
+        let possible = cells.iter().filter(|cell| cell.refusal().is_none());
+        let pairs: HashSet<_> = possible.clone().flat_map(Cell::pairs).collect();
+        for seed in 0..20 {
+            let cover = cover(&cells, seed);
+            let covered: HashSet<_> = cover.iter().flat_map(Cell::pairs).collect();
+            assert_eq!(covered, pairs, "{driver:?}, seed {seed}");
+            assert!(cover.iter().all(|cell| cell.refusal().is_none()));
+            assert!(
+                driver == Driver::Qemu || 3 * cover.len() < possible.clone().count(),
+                "{driver:?}, seed {seed}: {} cells",
+                cover.len()
+            );
+        }
+    }
+}
