@@ -318,9 +318,9 @@ pub fn walk_packed_table<const N: usize>(
             return Err(ChainError::Indirect);
         }
         let mut flags = entry.fourth;
-        if index == 0 && collector.direction == Direction::Read {
-            // DPDK's driver leaves WRITE on the header before every frame of several pieces. Nothing is written there,
-            // whatever the flag says.
+        if collector.direction == Direction::Read {
+            // DPDK's driver leaves WRITE on the header and on some pieces of a frame of several. Nothing is written
+            // there, whatever the flag says.
             flags &= !F_WRITE;
         }
         collector.add(entry.addr, entry.len, flags)?;
