@@ -168,15 +168,15 @@ pub(crate) fn cover(cells: &[Cell], seed: u64) -> Vec<Cell> {
     chosen
 }
 
-/// `tests/MATRIX.md`, given that every cell does what it should.
+/// `tests/MATRIX.md`: what every cell must do.
 pub(crate) fn page() -> String {
     let mut page = String::from(
         "# The matrix\n\n\
-         Every way to attach that was tried, with frames of the lengths in the last column. In each cell every\n\
-         frame arrived once, unchanged and in order within its flow, every buffer came back, and the counters of\n\
-         both sides agreed. A combination that the peer refuses is listed as such, and the test checks that it\n\
-         does. Written by `tests/run --matrix` when all cells have passed; every run of `tests/run` tries a cover\n\
-         of all pairs. Do not edit.\n",
+         Every way to attach that is tried, with frames of the lengths in the last column. In each cell every frame\n\
+         must arrive once, unchanged and in order within its flow, every buffer must come back, and the counters of\n\
+         both sides must agree. A combination that the peer refuses is listed as such, and the test checks that it\n\
+         does. `tests/run --matrix` tries all cells and writes this page; every run of `tests/run` tries a cover of\n\
+         all pairs. Do not edit.\n",
     );
     for driver in Driver::ALL {
         page += match driver {
