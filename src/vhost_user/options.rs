@@ -5,6 +5,7 @@ use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VI
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::records::RingRecords;
 use crate::virtio::RingFeatures;
 
 const fn bit(number: u32) -> u64 {
@@ -34,14 +35,18 @@ pub(super) const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures
 
 /// KICK and CALL name a ring in 8 bits.
 const MAX_PAIRS: u16 = 128;
+/// Most rings of one session.
+pub(super) const MAX_RINGS: u16 = 2 * MAX_PAIRS;
 
 /// What one session offers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionOptions {
     /// Queue pairs that may carry frames; 1 to 128.
     pub queue_pairs: u16,
     /// Virtio features to offer; bits outside [`SUPPORTED_FEATURES`] are ignored.
     pub features: u64,
+    /// Where packed rings keep what they need after a restart of the switch, if anywhere.
+    pub records: Option<RingRecords>,
 }
 
 impl SessionOptions {
@@ -50,6 +55,7 @@ impl SessionOptions {
         SessionOptions {
             queue_pairs,
             features: OFFERED_FEATURES,
+            records: None,
         }
     }
 

@@ -140,6 +140,8 @@ pub(super) struct Vring {
     pub(super) size: Option<u16>,
     pub(super) addresses: Option<Addresses>,
     pub(super) base: Option<u32>,
+    /// What the frontend was last told, or told us: what it will say again should it lose its connection.
+    pub(super) asked: u32,
     /// SET_VRING_KICK came since the ring last stopped, with a descriptor or without.
     pub(super) kicked: bool,
     pub(super) kick: Option<Arc<KickFd>>,
@@ -160,6 +162,7 @@ impl Vring {
             size: None,
             addresses: None,
             base: None,
+            asked: PACKED_START,
             kicked: false,
             kick: None,
             call: None,
@@ -217,6 +220,7 @@ impl Vring {
             features,
             base,
             memory,
+            redo: None,
         })
     }
 

@@ -6,6 +6,7 @@
 //! | [`chain`] | descriptors, chains, indirect tables |
 //! | [`split`], [`packed`] | one ring in guest memory each; [`Ring`] is the enum of the two |
 //! | `share` | who may have the last buffers of a ring that is short of them |
+//! | [`redo`] | what outlives the process, for packed rings |
 //! | [`TransmitQueue`] | takes chains and completes them, one owner at a time |
 //! | [`ReceiveQueue`] | delivers, any thread at any time |
 //! | [`driver`] | the other side of both rings, for the load generator and tests |
@@ -20,6 +21,9 @@ pub mod claim;
 mod claim_tests;
 pub mod packed;
 mod receiveq;
+pub mod redo;
+#[cfg(test)]
+mod redo_tests;
 mod share;
 pub mod split;
 mod transmitq;
@@ -31,6 +35,8 @@ use std::sync::OnceLock;
 
 use chain::{ChainError, Direction, Windows};
 use claim::Publish;
+use redo::Redo;
+
 pub use receiveq::{CLAIM_BYTES, CLAIM_FRAMES, Claim, NoClaim, ReceiveQueue};
 pub use transmitq::{Taken, TransmitQueue};
 
@@ -75,6 +81,8 @@ pub struct RingSetup {
     pub base: u32,
     /// The guest's memory, for the addresses in descriptors.
     pub memory: Arc<GuestMemory>,
+    /// The ring's record, where one is kept; packed rings only.
+    pub redo: Option<Redo>,
 }
 
 /// Why a ring does not start.

@@ -215,6 +215,14 @@ impl Daemon {
         dir
     }
 
+    /// The same as [`Daemon::stop`]; its directory stays for the next one.
+    pub(crate) fn end(mut self) -> tempfile::TempDir {
+        self.process.signal(Signal::TERM);
+        let status = self.process.wait(Duration::from_secs(10));
+        assert!(status.is_some_and(|status| status.success()), "{status:?}");
+        self.dir
+    }
+
     /// The same as [`Daemon::stop`] by another signal.
     pub(crate) fn stop_by(mut self, signal: Signal) {
         self.assert_alive();

@@ -51,6 +51,7 @@ fn ring_sizes() {
     let mut peer = Peer::with(SessionOptions {
         queue_pairs: 1,
         features: OFFERED_FEATURES & !PACKED,
+        records: None,
     });
     peer.negotiate();
     for size in [0, 3, 320, 32767, 65535, 65536, 0x1_0100, u32::MAX] {
