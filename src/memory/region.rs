@@ -279,11 +279,6 @@ impl PinnedWindow {
         })
     }
 
-    /// Where it is mapped.
-    pub(super) fn start(&self) -> NonNull<u8> {
-        self.ptr
-    }
-
     /// The place itself.
     #[inline(always)]
     pub fn window(&self) -> Window<'_> {

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use super::error::SessionError;
 use super::event::{Reporter, RingName, SessionEvent};
-use super::options::{PROTOCOL, SessionOptions, has_enable, ring_features};
+use super::options::{PROTOCOL, SessionOptions, has_enable, has_ring_reset, ring_features};
 use super::ring::{Addresses, Running, Vring, size_possible};
 use super::status::{RingEntry, SessionStatus};
 use super::{DeviceSink, Gone};
@@ -365,10 +365,14 @@ impl DeviceState {
     pub(super) fn stop_ring(&mut self, index: u32) -> Result<u32, SessionError> {
         let name = self.ring(index)?.name;
         self.stop(|ring| ring.name == name)?;
+        // QEMU stops a ring that its driver resets, and starts it again without another call descriptor.
+        let resets = self.features.is_some_and(has_ring_reset);
         let ring = self.ring(index)?;
         ring.kicked = false;
         ring.kick = None;
-        ring.call = None;
+        if !resets {
+            ring.call = None;
+        }
         let base = ring.base.unwrap_or(0);
         ring.asked = base;
         self.forget_records(|ring| ring.name == name);

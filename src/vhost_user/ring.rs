@@ -41,9 +41,6 @@ pub enum Refusal {
     /// Some part of the ring is outside of guest memory.
     #[error("it lies outside of guest memory")]
     NotMapped,
-    /// Neither VERSION_1 nor MRG_RXBUF: headers of 10 bytes.
-    #[error("the driver is a legacy one without mergeable buffers, which is not supported")]
-    LegacyHeader,
     /// A ring of a queue pair that is not offered.
     #[error("more queue pairs are used than the {pairs} offered")]
     NotOffered {
@@ -201,9 +198,6 @@ impl Vring {
         let addresses = self.addresses.ok_or(Refusal::NoAddresses)?;
         if !self.kicked {
             return Err(Refusal::NotStarted);
-        }
-        if !features.version_1 && !features.mergeable {
-            return Err(Refusal::LegacyHeader);
         }
         let (descriptors, available, used) = addresses
             .places(memory, size, features)

@@ -46,6 +46,8 @@ use crate::memory::{GuestMemory, PinnedWindow, Window};
 pub const MAX_RING_SIZE: u32 = 32768;
 /// Bytes of the virtio-net header with `num_buffers` (virtio 1.2 §5.1.6).
 pub const NET_HDR_SIZE: usize = 12;
+/// The same without it: legacy drivers that have not negotiated mergeable buffers (§5.1.6.1).
+pub const LEGACY_NET_HDR_SIZE: usize = 10;
 
 /// Negotiated features that change how a ring is read and written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -62,6 +64,19 @@ pub struct RingFeatures {
     pub version_1: bool,
     /// VIRTIO_NET_F_MRG_RXBUF.
     pub mergeable: bool,
+    /// VIRTIO_F_NOTIFY_ON_EMPTY, of legacy drivers.
+    pub notify_on_empty: bool,
+}
+
+impl RingFeatures {
+    /// Bytes of the virtio-net header in every buffer of the device's rings.
+    pub fn header(self) -> usize {
+        if self.version_1 || self.mergeable {
+            NET_HDR_SIZE
+        } else {
+            LEGACY_NET_HDR_SIZE
+        }
+    }
 }
 
 /// Everything a ring needs to start; the windows hold the regions they lie in.
