@@ -324,15 +324,8 @@ impl Control {
     /// Ends everything, quickly: sockets, sessions, poll threads.
     fn shut_down(&mut self) {
         self.report.daemon(EventKind::Stopping, "stopping");
-        while let Some(name) = self
-            .registry
-            .ports
-            .first()
-            .map(|port| port.shared.spec.name.clone())
-        {
-            if let Some(record) = self.registry.unregister(&name)
-                && let Some(session) = &record.session
-            {
+        for record in self.registry.unregister_all() {
+            if let Some(session) = &record.session {
                 session.stopper.stop();
             }
         }

@@ -62,6 +62,8 @@ impl Daemon {
             sockets,
         };
         daemon.wait_for_api();
+        // They are made after that.
+        wait_for("the ports", || daemon.ports().len() == options.ports);
         daemon
     }
 
