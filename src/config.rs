@@ -322,6 +322,8 @@ pub struct DaemonConfig {
     pub mac_ageing: Duration,
     /// Most addresses in the FDB.
     pub fdb_size: usize,
+    /// Directory of what packed rings need after a restart of the switch; nothing is kept where `None`.
+    pub ring_state: Option<PathBuf>,
 }
 
 impl Default for DaemonConfig {
@@ -334,6 +336,7 @@ impl Default for DaemonConfig {
             api_group: None,
             mac_ageing: Duration::from_secs(300),
             fdb_size: 8192,
+            ring_state: None,
         }
     }
 }

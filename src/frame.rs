@@ -38,6 +38,8 @@ pub struct Frame {
     /// Windows in the burst's arena, first and number: the whole chain, and once the head is loaded the
     /// payload behind it.
     windows: (u16, u16),
+    /// Bytes of the sender's virtio-net header.
+    header: u16,
     /// Number of the queue it came from, in the thread's plan.
     pub ingress: u16,
     /// Its chain's position in that queue.
@@ -52,6 +54,7 @@ impl Frame {
             head,
             len: 0,
             windows: (0, 0),
+            header: NET_HDR_SIZE as u16,
             ingress: 0,
             position: 0,
         }
@@ -172,21 +175,23 @@ impl<'t> Burst<'t> {
         &self.windows[frame.range()]
     }
 
-    /// Notes the chain of `len` bytes whose windows begin at `mark` as a frame; or says why not, and forgets it.
+    /// Notes the chain of `len` bytes whose windows begin at `mark`, and which begins with a header of `header`, as a
+    /// frame; or says why not, and forgets it.
     #[inline(always)]
     pub fn note(
         &mut self,
         mark: usize,
         len: u32,
+        header: usize,
         ingress: u16,
         position: u64,
     ) -> Result<(), DropReason> {
-        const HDR: u32 = NET_HDR_SIZE as u32;
-        if !(HDR + HEADER_LEN as u32..=HDR + MAX_FRAME).contains(&len) {
+        let hdr = header as u32;
+        if !(hdr + HEADER_LEN as u32..=hdr + MAX_FRAME).contains(&len) {
             self.windows.truncate(mark);
             return Err(match len {
-                0..HDR => DropReason::RxMalformedChain,
-                _ if len > HDR + MAX_FRAME => DropReason::RxTooLong,
+                _ if len < hdr => DropReason::RxMalformedChain,
+                _ if len > hdr + MAX_FRAME => DropReason::RxTooLong,
                 _ => DropReason::RxShortFrame,
             });
         }
@@ -197,7 +202,8 @@ impl<'t> Burst<'t> {
             window.prefetch(NET_HDR_SIZE + 63);
         }
         let frame = &mut self.frames[self.count];
-        frame.len = len - HDR;
+        frame.len = len - hdr;
+        frame.header = header as u16;
         frame.windows = (mark as u16, (self.windows.len() - mark) as u16);
         frame.ingress = ingress;
         frame.position = position;
@@ -220,12 +226,13 @@ impl<'t> Burst<'t> {
             let target = &mut frame.head[NET_HDR_SIZE..NET_HDR_SIZE + head_len];
             let first = usize::from(frame.windows.0);
             let end = first + usize::from(frame.windows.1);
+            let header = usize::from(frame.header);
             let (at, bytes) = match windows[first] {
-                whole if whole.len() >= NET_HDR_SIZE + head_len => {
-                    whole.read_bytes(NET_HDR_SIZE, target);
-                    (first, NET_HDR_SIZE + head_len)
+                whole if whole.len() >= header + head_len => {
+                    whole.read_bytes(header, target);
+                    (first, header + head_len)
                 }
-                _ => gather(&windows[first..end], first, target),
+                _ => gather(&windows[first..end], header, first, target),
             };
             // What is left of the window that the head ended in, and those behind it, are the payload.
             let rest = windows[at]
@@ -253,8 +260,13 @@ impl<'t> Burst<'t> {
 
 /// Reads a head that is spread over several windows (a header in a buffer of its own, or pieces of one byte).
 /// Returns the window in which it ended, counted from `first` on, and the bytes used of that one.
-fn gather(windows: &[Window<'_>], first: usize, target: &mut [u8]) -> (usize, usize) {
-    let (mut to_skip, mut filled) = (NET_HDR_SIZE, 0);
+fn gather(
+    windows: &[Window<'_>],
+    header: usize,
+    first: usize,
+    target: &mut [u8],
+) -> (usize, usize) {
+    let (mut to_skip, mut filled) = (header, 0);
     for (at, window) in windows.iter().enumerate() {
         let start = to_skip.min(window.len());
         to_skip -= start;

@@ -116,7 +116,8 @@
 //!
 //! A split ring starts at the `used.idx` found in its memory, whatever SET_VRING_BASE said (a difference is
 //! logged): that is exact for QEMU, for cloud-hypervisor (which sends its available index) and for DPDK's
-//! virtio-user (which sends 0). A packed ring starts where SET_VRING_BASE says. Every start is a new queue object, and
+//! virtio-user (which sends 0). A packed ring starts where SET_VRING_BASE says, unless the switch has been away: nothing in
+//! its memory says where it stands, so that is kept in a record of its own ([`virtio::redo`]). Every start is a new queue object, and
 //! calls its driver once: it may be asleep on work that was finished before a restart. A ring starts as soon as
 //! size, addresses, kick, features and memory are known, in whatever order they came.
 //! Frames on a disabled ring are discarded, as the protocol says, but a transmitq that was never told waits for its
@@ -192,8 +193,12 @@
 //! - **The FDB evicts nobody.** A full table and a port over its quota refuse newcomers, whose frames are flooded.
 //! - **One receive queue a port carries traffic.** Frames are taken from all transmit queues, but delivered into
 //!   the first receive queue that is started and enabled. Spreading flows over several is not built yet.
-//! - **Packed rings are offered**, although QEMU keeps no position for them: after a restart of the switch a guest with
-//!   packed rings resets its device. Guests that must not notice a restart use split rings.
+//! - **Packed rings survive a restart of the switch by a file a ring**, in a directory in memory (`--ring-state`): QEMU keeps
+//!   no position for them. INFLIGHT_SHMFD would be the protocol's place for it, but no frontend that has packed rings
+//!   asks for it for a network device. The record costs two stores a published run, to memory that no guest can touch,
+//!   and is believed only for the same memory file, addresses, size, features and base (`vhost_user::records`). Without
+//!   the directory a guest with packed rings stands still after a restart until it resets its device. The same holds if
+//!   the switch is killed between forgetting a record at GET_VRING_BASE and its answer being read.
 //! - **The receive queue's memory, not a second copy of its state, holds used elements of split rings** while
 //!   a claim is filled: nobody reads them before `used.idx` passes. Packed rings note them privately, since their flags are what
 //!   makes them visible.

@@ -129,8 +129,18 @@ fn silent_guests_cost_next_to_nothing_and_the_next_frame_arrives() {
 /// A frame that was delivered but not completed comes again; none is lost, and no buffer is returned twice (the
 /// guests check that at every step).
 fn survive_the_daemon(guest: GuestOptions, args: &[&str], cycles: u32) {
+    // In memory, which the directory of a test may not be.
+    let state = tempfile::Builder::new()
+        .prefix("plx-")
+        .tempdir_in("/dev/shm")
+        .unwrap();
+    let ring_state = ["--ring-state", state.path().to_str().unwrap()];
     let options = DaemonOptions {
-        args: args.iter().map(|arg| arg.to_string()).collect(),
+        args: args
+            .iter()
+            .chain(&ring_state)
+            .map(|arg| arg.to_string())
+            .collect(),
         ..options(3)
     };
     let mut daemon = Daemon::start_in(short_tempdir(), &options);
@@ -146,7 +156,13 @@ fn survive_the_daemon(guest: GuestOptions, args: &[&str], cycles: u32) {
     exchange.meet();
     for cycle in 0..cycles {
         exchange.exchange(500 + u64::from(cycle) * 37 % 200);
-        daemon = Daemon::start_in(daemon.kill(), &options);
+        // Now and then a clean end, at which guests keep their rings all the same.
+        let dir = if cycle % 4 == 3 {
+            daemon.end()
+        } else {
+            daemon.kill()
+        };
+        daemon = Daemon::start_in(dir, &options);
         for (guest, socket) in exchange.guests.iter_mut().zip(daemon.sockets()) {
             guest.detach();
             guest.attach_receiving(socket);
@@ -178,6 +194,39 @@ fn guests_of_qemu_lose_nothing_when_the_daemon_is_killed() {
 #[test]
 fn guests_of_cloud_hypervisor_lose_nothing_when_the_daemon_is_killed() {
     survive_the_daemon(GuestOptions::cloud_hypervisor(), &[], cycles());
+}
+
+fn packed() -> GuestOptions {
+    GuestOptions {
+        packed: true,
+        ..GuestOptions::default()
+    }
+}
+
+#[test]
+fn guests_with_packed_rings_lose_nothing_when_the_daemon_is_killed() {
+    survive_the_daemon(packed(), &[], cycles());
+}
+
+#[test]
+fn guests_with_packed_rings_of_any_size_and_small_buffers_lose_nothing_when_the_daemon_is_killed() {
+    // Frames of 200 bytes over three buffers each; no event index.
+    let guest = GuestOptions {
+        entries: 320,
+        receive_len: 80,
+        event_idx: false,
+        in_order: true,
+        ..packed()
+    };
+    survive_the_daemon(guest, &[], cycles());
+}
+
+#[test]
+fn two_poll_threads_into_packed_rings_lose_nothing_when_the_daemon_is_killed() {
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
+    if cpus > 1 {
+        survive_the_daemon(packed(), &["--poll-cpus", "0,1"], cycles());
+    }
 }
 
 #[test]

@@ -162,6 +162,7 @@ impl Guest {
             features: self.features,
             base: if self.features.packed { 0x8000 } else { 0 },
             memory: Arc::clone(&self.map),
+            redo: None,
         }
     }
 

@@ -126,6 +126,10 @@ pub struct RunArgs {
         value_parser = clap::value_parser!(u32).range(64..=1 << 20)
     )]
     pub fdb_size: u32,
+    /// Where the positions of packed rings are kept for the next start of the switch: a directory in memory (tmpfs)
+    /// [default: beside the API socket, its name ending in .rings]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub ring_state: Option<PathBuf>,
     /// What to log to stderr: off, error, warn, info, debug, trace, or a list of MODULE=LEVEL
     #[arg(long, value_name = "LEVEL", env = "POLLUX_LOG", default_value = "info")]
     pub log: String,
@@ -281,7 +285,8 @@ mod tests {
     fn run_takes_everything_the_daemon_needs() {
         let cli = parse(
             "pollux run --port vm1,socket=/a --port vm2,socket=/b,mode=client --poll-cpus 0,2-3 \
-             --idle busy --api-socket /x --api-group kvm --mac-ageing 60 --fdb-size 100 --log debug",
+             --idle busy --api-socket /x --api-group kvm --mac-ageing 60 --fdb-size 100 --log debug \
+             --ring-state /r",
         )
         .unwrap();
         assert_eq!(cli.api_socket, Some(PathBuf::from("/x")));
@@ -292,6 +297,7 @@ mod tests {
         assert_eq!(run.poll_cpus.unwrap().0, [0, 2, 3]);
         assert_eq!(run.idle, IdlePolicy::Busy);
         assert_eq!((run.mac_ageing, run.fdb_size), (60, 100));
+        assert_eq!(run.ring_state, Some(PathBuf::from("/r")));
         assert_eq!(run.log, "debug");
     }
 

@@ -261,6 +261,9 @@ fn run_daemon(args: RunArgs, api_socket: PathBuf, run: Runner) -> Result<(), Fai
         .with_target(false)
         .with_env_filter(filter)
         .init();
+    let ring_state = args
+        .ring_state
+        .unwrap_or_else(|| api_socket.with_extension("rings"));
     let config = DaemonConfig {
         ports: args.ports,
         poll_cpus: args.poll_cpus.unwrap_or_default().0,
@@ -269,6 +272,7 @@ fn run_daemon(args: RunArgs, api_socket: PathBuf, run: Runner) -> Result<(), Fai
         api_group: args.api_group,
         mac_ageing: Duration::from_secs(args.mac_ageing),
         fdb_size: args.fdb_size as usize,
+        ring_state: Some(ring_state),
     };
     run(config).map_err(Failure::from_runner)
 }

@@ -79,6 +79,7 @@ impl Control {
     /// Starts the thread that converses with a frontend.
     pub(super) fn start_session(&mut self, port: &Arc<PortShared>, stream: UnixStream) {
         let acknowledgements = self.registry.acknowledgements.clone();
+        let records = self.ring_records(port.name());
         let Some(record) = self.registry.find_registration(port) else {
             return;
         };
@@ -96,7 +97,8 @@ impl Control {
             (self.report.clone(), reports.clone()),
         );
         let status = SessionStatus::new();
-        let options = SessionOptions::new(record.queues);
+        let mut options = SessionOptions::new(record.queues);
+        options.records = records;
         let (thread_link, thread_status) = (link.clone(), status.clone());
         let spawned = std::thread::Builder::new()
             .name(format!("session-{}", port.name()))

@@ -2,6 +2,7 @@
 //!
 //! The one owner of the registry. It never waits for a poll thread or a frontend; whoever must, waits on its own thread.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ use crate::api::ControlError;
 use crate::api::types::EventKind;
 use crate::sys::signal::{Signal, Signals};
 use crate::sys::wake::Wake;
+use crate::vhost_user::RingRecords;
 
 /// Time between two attempts to reach a frontend that listens.
 const RECONNECT: Duration = Duration::from_millis(100);
@@ -49,6 +51,8 @@ pub(super) struct Control {
     pub(super) sender: Sender<Command>,
     pub(super) wake: Arc<Wake>,
     signals: Option<Signals>,
+    /// Where the records of packed rings are.
+    ring_state: Option<PathBuf>,
     next_housekeeping: Instant,
     /// Session threads, joined when they have ended.
     pub(super) sessions: Vec<std::thread::JoinHandle<()>>,
@@ -65,6 +69,7 @@ impl Control {
         commands: (Sender<Command>, Receiver<Command>),
         wake: Arc<Wake>,
         signals: Option<Signals>,
+        ring_state: Option<PathBuf>,
     ) -> Self {
         let now = Instant::now();
         Control {
@@ -75,6 +80,7 @@ impl Control {
             commands: commands.1,
             wake,
             signals,
+            ring_state,
             next_housekeeping: now + HOUSEKEEPING,
             sessions: Vec::new(),
             late: Vec::new(),
@@ -279,6 +285,12 @@ impl Control {
         (!self.late.is_empty()).then_some(self.late_at)
     }
 
+    /// Where the packed rings of a port keep what they need after a restart.
+    pub(super) fn ring_records(&self, port: &str) -> Option<RingRecords> {
+        let dir = self.ring_state.as_ref()?;
+        Some(RingRecords::new(dir, port))
+    }
+
     /// A session's thread ends: its memory and rings are let go, the next frontend may come.
     fn session_ended(&mut self, link: &Arc<Link>, reason: String, ops: &mut EventOps) {
         let _ = ops;
@@ -312,15 +324,8 @@ impl Control {
     /// Ends everything, quickly: sockets, sessions, poll threads.
     fn shut_down(&mut self) {
         self.report.daemon(EventKind::Stopping, "stopping");
-        while let Some(name) = self
-            .registry
-            .ports
-            .first()
-            .map(|port| port.shared.spec.name.clone())
-        {
-            if let Some(record) = self.registry.unregister(&name)
-                && let Some(session) = &record.session
-            {
+        for record in self.registry.unregister_all() {
+            if let Some(session) = &record.session {
                 session.stopper.stop();
             }
         }

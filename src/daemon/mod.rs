@@ -220,6 +220,13 @@ fn assemble(
         wake: wake.clone(),
         report: report.clone(),
     };
-    let control = Control::new(registry, report, (sender, receiver), wake, signals);
+    let control = Control::new(
+        registry,
+        report,
+        (sender, receiver),
+        wake,
+        signals,
+        config.ring_state.clone(),
+    );
     Ok((control, handle, reaper))
 }

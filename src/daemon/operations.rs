@@ -132,6 +132,9 @@ impl Control {
             let text = format!("{}; its frontend is disconnected", vhost_user::Gone);
             self.report
                 .port(&record.shared, EventKind::SessionDisconnected, text);
+        } else if let Some(records) = self.ring_records(name) {
+            // No guest is there to go on where it stood if the port is made again.
+            records.forget_all();
         }
         self.report
             .port(&record.shared, EventKind::PortRemoved, "port removed");

@@ -137,6 +137,21 @@ impl Registry {
         Some(record)
     }
 
+    /// Takes all ports out, in one view: with one after the other, those that are still there would lose what they send to
+    /// those that are not, where at the end of the switch it should wait in their rings for the next one.
+    pub(super) fn unregister_all(&mut self) -> Vec<PortRecord> {
+        let records = std::mem::take(&mut self.ports);
+        for record in &records {
+            record.shared.set_gone();
+        }
+        self.dirty = true;
+        self.publish();
+        for session in records.iter().filter_map(|record| record.session.as_ref()) {
+            session.link.port_gone(self.publisher.generation());
+        }
+        records
+    }
+
     /// Takes a session's newest post; published with everything else at the end of the turn.
     pub(super) fn post(&mut self, link: &Arc<super::link::Link>) {
         let Some((post, device)) = link.take() else {

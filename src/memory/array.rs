@@ -96,6 +96,8 @@ impl<T: Word> PinnedArray<T> {
     pub fn store(&self, index: usize, value: T, order: Ordering) {
         // SAFETY: as in `load`.
         unsafe { T::store(self.place(index), value, order) }
+        #[cfg(test)]
+        super::probe::stored();
     }
 
     /// All of it, for accesses of other sizes.

@@ -19,9 +19,12 @@
 mod array;
 pub mod fence;
 mod map;
+#[cfg(test)]
+pub(crate) mod probe;
 mod region;
 mod shared;
 mod window;
+mod words;
 
 use rustix::io::Errno;
 
@@ -31,6 +34,7 @@ pub use map::GuestMemory;
 pub use region::{PinnedWindow, Region, RegionSpec};
 pub use shared::SharedMemory;
 pub use window::Window;
+pub use words::Words;
 
 /// Regions one guest may have: what KVM gives a VM, and what GET_MAX_MEM_SLOTS should answer.
 pub const MAX_REGIONS: usize = 509;

@@ -185,6 +185,11 @@ impl Region {
         self.size == 0
     }
 
+    /// Device and inode of its file, which nothing else has while this region lives or its owner does.
+    pub fn file_id(&self) -> (u64, u64) {
+        (self.identity.device, self.identity.inode)
+    }
+
     /// Whether the memory of this region's guest was taken away under us.
     pub fn faulted(&self) -> bool {
         self.fenced.as_ref().is_some_and(|f| f.mark().is_set())
@@ -274,17 +279,23 @@ impl PinnedWindow {
         })
     }
 
-    /// Where it is mapped.
-    pub(super) fn start(&self) -> NonNull<u8> {
-        self.ptr
-    }
-
     /// The place itself.
     #[inline(always)]
     pub fn window(&self) -> Window<'_> {
         // SAFETY: inside the region's mapping (`new`, `map`), which `self` keeps alive for the borrow;
         // no Rust reference to guest memory exists anywhere.
         unsafe { Window::from_raw(self.ptr, self.len) }
+    }
+
+    /// Where its first byte lies in the region's file.
+    pub fn place_in_file(&self) -> u64 {
+        let offset = self.ptr.addr().get() - self.region.host.addr().get();
+        self.region.identity.offset + offset as u64
+    }
+
+    /// Where it is mapped.
+    pub(super) fn start(&self) -> NonNull<u8> {
+        self.ptr
     }
 
     /// Length in bytes.

@@ -108,6 +108,8 @@ impl<'m> Window<'m> {
         let dst = unsafe { self.ptr.as_ptr().add(offset) };
         // SAFETY: as in `read_bytes`, with the roles exchanged.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), dst, from.len()) }
+        #[cfg(test)]
+        super::probe::stored();
     }
 
     /// Copies the first `len` bytes of `from` to the start of this window. Panics where either is shorter.
@@ -121,6 +123,8 @@ impl<'m> Window<'m> {
         );
         // SAFETY: both ranges are inside live mappings, checked above; `copy` allows overlap.
         unsafe { std::ptr::copy(from.ptr.as_ptr(), self.ptr.as_ptr(), len) }
+        #[cfg(test)]
+        super::probe::stored();
     }
 
     #[inline(always)]
@@ -167,6 +171,8 @@ impl<'m> Window<'m> {
     #[inline(always)]
     pub fn store_u16(&self, offset: usize, value: u16, order: Ordering) {
         self.atomic_u16(offset).store(value.to_le(), order);
+        #[cfg(test)]
+        super::probe::stored();
     }
 
     /// Atomic little-endian load of 32 bits; `offset` must be aligned and inside.
@@ -179,6 +185,8 @@ impl<'m> Window<'m> {
     #[inline(always)]
     pub fn store_u32(&self, offset: usize, value: u32, order: Ordering) {
         self.atomic_u32(offset).store(value.to_le(), order);
+        #[cfg(test)]
+        super::probe::stored();
     }
 
     /// Atomic little-endian load of 64 bits; `offset` must be aligned and inside.
@@ -191,6 +199,8 @@ impl<'m> Window<'m> {
     #[inline(always)]
     pub fn store_u64(&self, offset: usize, value: u64, order: Ordering) {
         self.atomic_u64(offset).store(value.to_le(), order);
+        #[cfg(test)]
+        super::probe::stored();
     }
 
     /// Asks the processor to bring the line at `offset` near, for reading. Nothing happens outside.

@@ -9,7 +9,7 @@ use crate::frame::{BURST_FRAMES, Burst, Frame, NUM_BUFFERS_AT};
 use crate::memory::Window;
 use crate::stats::{DropReason, PortCounters};
 use crate::topology::{Egress, EgressQueue};
-use crate::virtio::{Claim, NET_HDR_SIZE, NoClaim};
+use crate::virtio::{Claim, LEGACY_NET_HDR_SIZE, NET_HDR_SIZE, NoClaim};
 
 use super::egress::{Context, Touched};
 use super::owed::Owed;
@@ -187,8 +187,9 @@ fn fill<'t>(
     for (index, number) in numbers(mask).take(claim.frames()).enumerate() {
         let frame = &frames[number];
         done |= 1 << number;
-        match claim.whole(index, NET_HDR_SIZE + frame.len as usize) {
-            Some(target) => fill_whole(&target, frame, burst.payload(frame)),
+        let header = claim.header();
+        match claim.whole(index, header + frame.len as usize) {
+            Some(target) => fill_whole(&target, header, frame, burst.payload(frame)),
             None => fill_pieces(claim, index, frame, burst.payload(frame)),
         }
         bytes += u64::from(frame.len);
@@ -213,10 +214,15 @@ fn fill<'t>(
 
 /// The usual case: the buffer is one piece of memory that holds header and frame.
 #[inline(always)]
-fn fill_whole(target: &Window<'_>, frame: &Frame, payload: &[Window<'_>]) {
-    let head = frame.with_header();
-    target.write_bytes(0, head);
-    let mut at = head.len();
+fn fill_whole(target: &Window<'_>, header: usize, frame: &Frame, payload: &[Window<'_>]) {
+    let mut at = header + frame.head().len();
+    if header == NET_HDR_SIZE {
+        target.write_bytes(0, frame.with_header());
+    } else {
+        // No `num_buffers` in it, and nothing else either.
+        target.write_bytes(0, &[0; LEGACY_NET_HDR_SIZE]);
+        target.write_bytes(header, frame.head());
+    }
     for piece in payload {
         let len = piece.len();
         // `target` was cut to the frame's length, which is the sum of head and payload.
@@ -231,6 +237,7 @@ fn fill_whole(target: &Window<'_>, frame: &Frame, payload: &[Window<'_>]) {
 fn fill_pieces(claim: &Claim<'_>, index: usize, frame: &Frame, payload: &[Window<'_>]) {
     let mut header = [0_u8; NET_HDR_SIZE];
     header[NUM_BUFFERS_AT..NUM_BUFFERS_AT + 2].copy_from_slice(&claim.buffers(index).to_le_bytes());
+    let header = &header[..claim.header()];
     let head = frame.head();
     let mut sources = payload.iter().copied();
     let mut source: Option<Window<'_>> = None;
@@ -239,10 +246,10 @@ fn fill_pieces(claim: &Claim<'_>, index: usize, frame: &Frame, payload: &[Window
         let mut filled = 0;
         while filled < room {
             let left = room - filled;
-            let private: &[u8] = if at < NET_HDR_SIZE {
+            let private: &[u8] = if at < header.len() {
                 &header[at..]
             } else {
-                head.get(at - NET_HDR_SIZE..).unwrap_or_default()
+                head.get(at - header.len()..).unwrap_or_default()
             };
             let bytes = if private.is_empty() {
                 let Some(from) = source

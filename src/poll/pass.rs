@@ -106,7 +106,9 @@ impl<'t, 'p> Pass<'t, 'p> {
                     self.burst.forget(mark);
                     Err(DropReason::RxDisabledQueue)
                 }
-                Taken::Chain { len } => self.burst.note(mark, len, number, position),
+                Taken::Chain { len } => {
+                    self.burst.note(mark, len, queue.header(), number, position)
+                }
             };
             taken += 1;
             if let Err(reason) = admitted {

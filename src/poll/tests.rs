@@ -101,6 +101,7 @@ impl<'m> Vm<'m> {
                 features,
                 base: if packed { PACKED_START } else { 0 },
                 memory: memory.clone(),
+                redo: None,
             }
         };
         let pair = QueuePair {

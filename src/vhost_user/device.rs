@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use super::error::SessionError;
 use super::event::{Reporter, RingName, SessionEvent};
-use super::options::{PROTOCOL, SessionOptions, has_enable, ring_features};
+use super::options::{PROTOCOL, SessionOptions, has_enable, has_ring_reset, ring_features};
 use super::ring::{Addresses, Running, Vring, size_possible};
 use super::status::{RingEntry, SessionStatus};
 use super::{DeviceSink, Gone};
@@ -126,54 +126,70 @@ impl DeviceState {
 
     /// Tries to start every ring that does not run; true if one did.
     fn start_rings(&mut self) -> bool {
-        let (features, pairs) = (self.features, self.options.pairs());
         let mut any = false;
         for at in 0..self.rings.len() {
-            let ring = &mut self.rings[at];
-            if ring.running.is_some() {
-                continue;
-            }
-            let (name, asked) = (ring.name, ring.base);
-            let events = match ring.setup(features, &self.memory, pairs).and_then(|setup| {
-                let base = ring.start(&setup)?.base();
-                Ok((setup, base))
-            }) {
-                Ok((setup, base)) => {
-                    (ring.refusal, any) = (None, true);
-                    let packed = setup.features.packed;
-                    // A packed ring's base has two halves, and one of them counts; a split ring knows better than any.
-                    let believed = |asked: &u32| match packed {
-                        true => *asked == base,
-                        false => *asked & 0xffff == base,
-                    };
-                    let differs = asked.filter(|asked| !believed(asked));
-                    let started = SessionEvent::RingStarted {
-                        ring: name,
-                        size: setup.size,
-                        packed,
-                        base,
-                    };
-                    [
-                        Some(started),
-                        differs.map(|asked| SessionEvent::BaseDiffers {
-                            ring: name,
-                            packed,
-                            asked,
-                            found: base,
-                        }),
-                    ]
-                }
-                Err(reason) => {
-                    let news = ring.refusal.replace(reason) != Some(reason);
-                    let refused = SessionEvent::RingRefused { ring: name, reason };
-                    [(news && !reason.is_waiting()).then_some(refused), None]
-                }
-            };
-            for event in events.into_iter().flatten() {
-                self.event(event);
-            }
+            any |= self.start_ring(at);
         }
         any
+    }
+
+    fn start_ring(&mut self, at: usize) -> bool {
+        let ring = &mut self.rings[at];
+        if ring.running.is_some() {
+            return false;
+        }
+        let (name, asked) = (ring.name, ring.base);
+        let mut no_record = None;
+        let started = ring
+            .setup(self.features, &self.memory, self.options.pairs())
+            .and_then(|mut setup| {
+                if let (true, Some(records)) = (setup.features.packed, &self.options.records) {
+                    match records.open(name, ring.asked, &setup) {
+                        Ok(redo) => setup.redo = Some(redo),
+                        Err(error) => no_record = Some(error.to_string().into()),
+                    }
+                }
+                let base = ring.start(&setup)?.base();
+                Ok((setup.size, setup.features.packed, base))
+            });
+        let (size, packed, base) = match started {
+            Ok(started) => started,
+            Err(reason) => {
+                if ring.refusal.replace(reason) != Some(reason) && !reason.is_waiting() {
+                    self.event(SessionEvent::RingRefused { ring: name, reason });
+                }
+                return false;
+            }
+        };
+        ring.refusal = None;
+        self.event(SessionEvent::RingStarted {
+            ring: name,
+            size,
+            packed,
+            base,
+        });
+        // A packed ring's base has two halves, of which one counts; a split ring knows better than any.
+        let counts = if packed { u32::MAX } else { 0xffff };
+        if let Some(asked) = asked.filter(|asked| *asked & counts != base) {
+            self.event(SessionEvent::BaseDiffers {
+                ring: name,
+                packed,
+                asked,
+                found: base,
+            });
+        }
+        if let Some(reason) = no_record {
+            self.event(SessionEvent::NoRecord { ring: name, reason });
+        }
+        true
+    }
+
+    /// Forgets where rings stand: the frontend has been told, or does not want to know.
+    fn forget_records(&self, which: impl Fn(&Vring) -> bool) {
+        if let Some(records) = &self.options.records {
+            let rings = self.rings.iter().filter(|ring| which(ring));
+            rings.for_each(|ring| records.forget(ring.name));
+        }
     }
 
     /// The device of all running rings; `None` if nothing runs.
@@ -341,6 +357,7 @@ impl DeviceState {
             });
         }
         ring.base = Some(base);
+        ring.asked = base;
         Ok(())
     }
 
@@ -348,11 +365,17 @@ impl DeviceState {
     pub(super) fn stop_ring(&mut self, index: u32) -> Result<u32, SessionError> {
         let name = self.ring(index)?.name;
         self.stop(|ring| ring.name == name)?;
+        // QEMU stops a ring that its driver resets, and starts it again without another call descriptor.
+        let resets = self.features.is_some_and(has_ring_reset);
         let ring = self.ring(index)?;
         ring.kicked = false;
         ring.kick = None;
-        ring.call = None;
+        if !resets {
+            ring.call = None;
+        }
         let base = ring.base.unwrap_or(0);
+        ring.asked = base;
+        self.forget_records(|ring| ring.name == name);
         self.start();
         Ok(base)
     }
@@ -386,6 +409,7 @@ impl DeviceState {
     /// RESET_DEVICE: rings stop and everything about them but the call descriptors is forgotten; memory stays.
     pub(super) fn reset(&mut self) -> Result<(), SessionError> {
         self.stop(|_| true)?;
+        self.forget_records(|_| true);
         self.rings.iter_mut().for_each(Vring::reset);
         self.features = None;
         self.start();

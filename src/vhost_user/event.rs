@@ -77,6 +77,13 @@ pub enum SessionEvent {
         /// Where it starts.
         found: u32,
     },
+    /// A packed ring has no record that would outlive the switch.
+    NoRecord {
+        /// Which.
+        ring: RingName,
+        /// Why, in words.
+        reason: Arc<str>,
+    },
     /// A ring that the frontend started cannot work.
     RingRefused {
         /// Which.
@@ -159,6 +166,12 @@ impl fmt::Display for SessionEvent {
                 write!(
                     f,
                     "{ring} starts at {found:#x}, not at the base {asked:#x} given"
+                )
+            }
+            SessionEvent::NoRecord { ring, reason } => {
+                write!(
+                    f,
+                    "{ring} will not survive a restart of the switch: {reason}"
                 )
             }
             SessionEvent::RingRefused { ring, reason } => write!(f, "{ring} not started: {reason}"),

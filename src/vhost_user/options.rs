@@ -1,10 +1,14 @@
 //! What a session offers to its frontend.
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
+use virtio_bindings::virtio_config::{
+    VIRTIO_F_ANY_LAYOUT, VIRTIO_F_IN_ORDER, VIRTIO_F_NOTIFY_ON_EMPTY, VIRTIO_F_RING_PACKED,
+    VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1,
+};
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::records::RingRecords;
 use crate::virtio::RingFeatures;
 
 const fn bit(number: u32) -> u64 {
@@ -21,6 +25,10 @@ pub const OFFERED_FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
     | bit(VIRTIO_RING_F_EVENT_IDX)
     | bit(VIRTIO_F_IN_ORDER)
     | bit(VIRTIO_F_RING_PACKED)
+    | bit(VIRTIO_F_RING_RESET)
+    // For legacy drivers. Their headers may share a buffer with the frame anyway.
+    | bit(VIRTIO_F_ANY_LAYOUT)
+    | bit(VIRTIO_F_NOTIFY_ON_EMPTY)
     | PROTOCOL_FEATURES;
 
 /// Everything that may be offered.
@@ -34,14 +42,18 @@ pub(super) const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures
 
 /// KICK and CALL name a ring in 8 bits.
 const MAX_PAIRS: u16 = 128;
+/// Most rings of one session.
+pub(super) const MAX_RINGS: u16 = 2 * MAX_PAIRS;
 
 /// What one session offers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionOptions {
     /// Queue pairs that may carry frames; 1 to 128.
     pub queue_pairs: u16,
     /// Virtio features to offer; bits outside [`SUPPORTED_FEATURES`] are ignored.
     pub features: u64,
+    /// Where packed rings keep what they need after a restart of the switch, if anywhere.
+    pub records: Option<RingRecords>,
 }
 
 impl SessionOptions {
@@ -50,6 +62,7 @@ impl SessionOptions {
         SessionOptions {
             queue_pairs,
             features: OFFERED_FEATURES,
+            records: None,
         }
     }
 
@@ -87,7 +100,13 @@ pub(super) fn ring_features(features: u64) -> RingFeatures {
         in_order: has(VIRTIO_F_IN_ORDER),
         version_1: has(VIRTIO_F_VERSION_1),
         mergeable: has(VIRTIO_NET_F_MRG_RXBUF),
+        notify_on_empty: has(VIRTIO_F_NOTIFY_ON_EMPTY),
     }
+}
+
+/// Whether the driver may reset one ring (VIRTIO_F_RING_RESET).
+pub(super) fn has_ring_reset(features: u64) -> bool {
+    features & bit(VIRTIO_F_RING_RESET) != 0
 }
 
 /// Without the protocol feature bit there is no SET_VRING_ENABLE, and every ring is enabled.

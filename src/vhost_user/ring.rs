@@ -41,9 +41,6 @@ pub enum Refusal {
     /// Some part of the ring is outside of guest memory.
     #[error("it lies outside of guest memory")]
     NotMapped,
-    /// Neither VERSION_1 nor MRG_RXBUF: headers of 10 bytes.
-    #[error("the driver is a legacy one without mergeable buffers, which is not supported")]
-    LegacyHeader,
     /// A ring of a queue pair that is not offered.
     #[error("more queue pairs are used than the {pairs} offered")]
     NotOffered {
@@ -140,6 +137,8 @@ pub(super) struct Vring {
     pub(super) size: Option<u16>,
     pub(super) addresses: Option<Addresses>,
     pub(super) base: Option<u32>,
+    /// What the frontend was last told, or told us: what it will say again should it lose its connection.
+    pub(super) asked: u32,
     /// SET_VRING_KICK came since the ring last stopped, with a descriptor or without.
     pub(super) kicked: bool,
     pub(super) kick: Option<Arc<KickFd>>,
@@ -160,6 +159,7 @@ impl Vring {
             size: None,
             addresses: None,
             base: None,
+            asked: PACKED_START,
             kicked: false,
             kick: None,
             call: None,
@@ -199,9 +199,6 @@ impl Vring {
         if !self.kicked {
             return Err(Refusal::NotStarted);
         }
-        if !features.version_1 && !features.mergeable {
-            return Err(Refusal::LegacyHeader);
-        }
         let (descriptors, available, used) = addresses
             .places(memory, size, features)
             .ok_or(Refusal::NotMapped)?;
@@ -217,6 +214,7 @@ impl Vring {
             features,
             base,
             memory,
+            redo: None,
         })
     }
 

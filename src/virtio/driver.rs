@@ -186,6 +186,7 @@ impl<'m> RingAreas<'m> {
 
 /// The driver's side of one virtqueue.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub enum DriverRing<'m> {
     /// virtio 1.2 §2.7.
     Split(SplitRing<'m>),

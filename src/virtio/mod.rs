@@ -6,6 +6,7 @@
 //! | [`chain`] | descriptors, chains, indirect tables |
 //! | [`split`], [`packed`] | one ring in guest memory each; [`Ring`] is the enum of the two |
 //! | `share` | who may have the last buffers of a ring that is short of them |
+//! | [`redo`] | what outlives the process, for packed rings |
 //! | [`TransmitQueue`] | takes chains and completes them, one owner at a time |
 //! | [`ReceiveQueue`] | delivers, any thread at any time |
 //! | [`driver`] | the other side of both rings, for the load generator and tests |
@@ -20,6 +21,9 @@ pub mod claim;
 mod claim_tests;
 pub mod packed;
 mod receiveq;
+pub mod redo;
+#[cfg(test)]
+mod redo_tests;
 mod share;
 pub mod split;
 mod transmitq;
@@ -31,6 +35,8 @@ use std::sync::OnceLock;
 
 use chain::{ChainError, Direction, Windows};
 use claim::Publish;
+use redo::Redo;
+
 pub use receiveq::{CLAIM_BYTES, CLAIM_FRAMES, Claim, NoClaim, ReceiveQueue};
 pub use transmitq::{Taken, TransmitQueue};
 
@@ -40,6 +46,8 @@ use crate::memory::{GuestMemory, PinnedWindow, Window};
 pub const MAX_RING_SIZE: u32 = 32768;
 /// Bytes of the virtio-net header with `num_buffers` (virtio 1.2 §5.1.6).
 pub const NET_HDR_SIZE: usize = 12;
+/// The same without it: legacy drivers that have not negotiated mergeable buffers (§5.1.6.1).
+pub const LEGACY_NET_HDR_SIZE: usize = 10;
 
 /// Negotiated features that change how a ring is read and written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,6 +64,19 @@ pub struct RingFeatures {
     pub version_1: bool,
     /// VIRTIO_NET_F_MRG_RXBUF.
     pub mergeable: bool,
+    /// VIRTIO_F_NOTIFY_ON_EMPTY, of legacy drivers.
+    pub notify_on_empty: bool,
+}
+
+impl RingFeatures {
+    /// Bytes of the virtio-net header in every buffer of the device's rings.
+    pub fn header(self) -> usize {
+        if self.version_1 || self.mergeable {
+            NET_HDR_SIZE
+        } else {
+            LEGACY_NET_HDR_SIZE
+        }
+    }
 }
 
 /// Everything a ring needs to start; the windows hold the regions they lie in.
@@ -75,6 +96,8 @@ pub struct RingSetup {
     pub base: u32,
     /// The guest's memory, for the addresses in descriptors.
     pub memory: Arc<GuestMemory>,
+    /// The ring's record, where one is kept; packed rings only.
+    pub redo: Option<Redo>,
 }
 
 /// Why a ring does not start.

@@ -3,16 +3,17 @@
 //! Beside [`super::split::SplitRing`] this is the only place that knows the difference. A position counts
 //! descriptors; its slot is `position % size`, its wrap counter 1 in even laps and 0 in odd ones. Used elements are not
 //! written while a claim is filled (the slots behind an earlier, unpublished claim still belong to it in the driver's
-//! eyes): they are noted privately, and the publisher writes a whole run.
+//! eyes): they are noted in the ring's [record](Redo), and the publisher writes a whole run.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 use super::chain::{
     ChainError, Collector, DESCRIPTOR_SIZE, Descriptor, Direction, F_INDIRECT, F_NEXT, F_WRITE,
     Windows, walk_packed_table,
 };
 use super::claim::Publish;
+use super::redo::Redo;
 use super::{Broken, Chain, Head, RingSetup, SetupError};
 use crate::memory::{GuestMemory, PinnedArray, PinnedWindow, Window};
 
@@ -54,12 +55,13 @@ pub struct PackedRing {
     size: u16,
     event_idx: bool,
     indirect: bool,
-    /// By slot of a used element: id, span and length, until its run is published.
-    notes: Box<[AtomicU64]>,
+    /// By slot of a used element, id, span and length until its run is published; and how far that has come.
+    redo: Redo,
 }
 
 impl PackedRing {
-    /// Checks the geometry, and returns the ring with the position that SET_VRING_BASE names.
+    /// Checks the geometry, and returns the ring with the position where its record says that an earlier process left it,
+    /// else the one that SET_VRING_BASE names.
     ///
     /// The low half of the base is the next available slot with its wrap counter in bit 15; the used half is taken to be
     /// equal (virtio-user sends `0x8000` alone).
@@ -81,12 +83,6 @@ impl PackedRing {
                 return Err(SetupError::Alignment);
             }
         }
-        let slot = setup.base & 0x7fff;
-        if slot >= u32::from(setup.size) {
-            return Err(SetupError::Base(setup.base));
-        }
-        let wrapped = setup.base & 0x8000 != 0;
-        let lap_start = if wrapped { 0 } else { u64::from(setup.size) };
         let ring = PackedRing {
             descriptors: PinnedArray::new(&setup.descriptors).ok_or(SetupError::Alignment)?,
             driver_event: setup.available.clone(),
@@ -95,9 +91,73 @@ impl PackedRing {
             size: setup.size,
             event_idx: setup.features.event_idx,
             indirect: setup.features.indirect,
-            notes: (0..setup.size).map(|_| AtomicU64::new(0)).collect(),
+            redo: setup
+                .redo
+                .clone()
+                .unwrap_or_else(|| Redo::private(setup.size)),
         };
-        Ok((ring, lap_start + u64::from(slot)))
+        let asked = ring
+            .position(setup.base as u16)
+            .ok_or(SetupError::Base(setup.base))?;
+        let position = ring.resume().unwrap_or(asked);
+        ring.redo.end(ring.word(position));
+        if !ring.event_idx {
+            // Drivers look at this word only where it counts, and start with zeros: see `resume`.
+            let event = ring.device_event.window();
+            event.store_u16(0, ring.word(0), Ordering::Relaxed);
+        }
+        Ok((ring, position))
+    }
+
+    /// Where the record says that an earlier process left this ring, with the run finished that it was publishing.
+    ///
+    /// `None` without a record, and where the driver has started anew since: it has cleared its ring then, and no
+    /// process of ours has written that it is polling, or where it wants a kick. (Where the frontend knows of that
+    /// start it has said so by another base, and the record is not this ring's.)
+    fn resume(&self) -> Option<u64> {
+        let cleared = self.device_event.window().load_u32(0, Ordering::Acquire) == 0;
+        if !self.redo.resumes() || cleared {
+            return None;
+        }
+        let run = self.redo.run();
+        let from = self.position(run.place)?;
+        let to = from + u64::from(run.len);
+        if run.len != 0 && self.is_available(from) {
+            if !self.has_notes(from, to) {
+                return None;
+            }
+            self.publish(from, to);
+        }
+        Some(to)
+    }
+
+    /// Whether the notes of `[from, to)` are those of whole elements: a record that we did not write is not believed.
+    fn has_notes(&self, from: u64, to: u64) -> bool {
+        let mut position = from;
+        while position < to {
+            let (slot, _) = self.place(position);
+            let note = self.redo.note(slot).load(Ordering::Relaxed);
+            let span = Head::unpack((note >> 32) as u32).span;
+            if span == 0 {
+                return false;
+            }
+            position += u64::from(span);
+        }
+        position == to && to - from <= u64::from(self.size)
+    }
+
+    /// The first position with this slot and wrap counter; `None` where there is no such slot.
+    fn position(&self, word: u16) -> Option<u64> {
+        let (slot, size) = (u64::from(word & 0x7fff), u64::from(self.size));
+        let lap_start = if word & 0x8000 == 0 { size } else { 0 };
+        (slot < size).then_some(lap_start + slot)
+    }
+
+    /// Slot and wrap counter of a position, as event suppression and SET_VRING_BASE write them.
+    #[inline(always)]
+    fn word(&self, position: u64) -> u16 {
+        let (slot, wrap) = self.place(position);
+        slot as u16 | u16::from(wrap) << 15
     }
 
     /// The slot of a position, and its wrap counter.
@@ -114,8 +174,7 @@ impl PackedRing {
 
     /// The word that SET_VRING_BASE and GET_VRING_BASE exchange for a position, both halves equal.
     pub fn base(&self, position: u64) -> u32 {
-        let (slot, wrap) = self.place(position);
-        let half = slot as u32 | u32::from(wrap) << 15;
+        let half = u32::from(self.word(position));
         half | half << 16
     }
 
@@ -218,14 +277,14 @@ impl PackedRing {
         let (slot, _) = self.place(position);
         let note = u64::from(head.pack()) << 32 | u64::from(len);
         // Relaxed: the tag's release (receiveq) or the single owner (transmitq) orders it before the publisher's load.
-        self.notes[slot].store(note, Ordering::Relaxed);
+        self.redo.note(slot).store(note, Ordering::Relaxed);
     }
 
     /// The used element that was noted for `position`: its span, and the second word of its descriptor with its place.
     #[inline(always)]
     fn element(&self, position: u64) -> (u64, usize, u64) {
         let (slot, wrap) = self.place(position);
-        let note = self.notes[slot].load(Ordering::Relaxed);
+        let note = self.redo.note(slot).load(Ordering::Relaxed);
         let (head, len) = (Head::unpack((note >> 32) as u32), note as u32);
         let state = if wrap { F_AVAIL | F_USED } else { 0 };
         let written = if len == 0 { 0 } else { F_WRITE };
@@ -238,9 +297,7 @@ impl PackedRing {
     pub fn want_kicks(&self, wanted: bool, position: u64) {
         let event = self.device_event.window();
         if wanted && self.event_idx {
-            let (slot, wrap) = self.place(position);
-            let word = slot as u16 | u16::from(wrap) << 15;
-            event.store_u16(0, word, Ordering::Relaxed);
+            event.store_u16(0, self.word(position), Ordering::Relaxed);
             // The word before the flags that make it count.
             event.store_u16(EVENT_FLAGS, EVENT_DESCRIPTOR, Ordering::Release);
         } else {
@@ -261,6 +318,7 @@ impl Publish for PackedRing {
     /// Writes the run's elements, each with one store, the first one last: the driver looks there, and finding it used
     /// must find the whole run used (§2.8.21), a mergeable frame included.
     fn publish(&self, from: u64, to: u64) {
+        self.redo.begin(self.word(from), (to - from) as u16);
         let (span, first_at, first) = self.element(from);
         let mut position = from + span;
         while position < to {
@@ -270,6 +328,7 @@ impl Publish for PackedRing {
             position += span.max(1);
         }
         self.descriptors.store(first_at, first, Ordering::Release);
+        self.redo.end(self.word(to));
     }
 
     /// The test is against the whole newly visible run, never a thread's own claim: another thread's claim may have

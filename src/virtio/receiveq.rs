@@ -20,9 +20,9 @@ pub const CLAIM_BYTES: u32 = 64 * 1024;
 const CLAIM_HEADS: usize = 128;
 /// Most pieces of memory of one claim.
 const CLAIM_WINDOWS: usize = 192;
-/// A buffer must hold the header and a frame of 60 bytes, or it goes back unused: one that holds nothing would block a
-/// queue without mergeable buffers for ever.
-const MIN_BUFFER: u32 = NET_HDR_SIZE as u32 + 60;
+/// A buffer must hold the header and so many bytes of a frame, or it goes back unused: one that holds nothing would block
+/// a queue without mergeable buffers for ever.
+const MIN_FRAME: usize = 60;
 /// Swaps tried before a claim counts as lost.
 const CLAIM_TRIES: usize = 4;
 
@@ -56,6 +56,8 @@ struct ClaimedHead {
 pub struct Claim<'m> {
     position: u64,
     span: u16,
+    /// Bytes of the header before each frame.
+    header: usize,
     heads: ArrayVec<ClaimedHead, CLAIM_HEADS>,
     windows: Windows<'m, CLAIM_WINDOWS>,
     /// Heads that go back unused.
@@ -70,6 +72,7 @@ impl<'m> Claim<'m> {
         Claim {
             position: 0,
             span: 0,
+            header: NET_HDR_SIZE,
             bad: 0,
             heads: ArrayVec::new(),
             windows: ArrayVec::new(),
@@ -106,6 +109,12 @@ impl<'m> Claim<'m> {
     /// End of the claimed positions: published once [`ReceiveQueue::published`] reaches it.
     pub fn end(&self) -> u64 {
         self.position + u64::from(self.span)
+    }
+
+    /// Bytes of the virtio-net header before each frame.
+    #[inline(always)]
+    pub fn header(&self) -> usize {
+        self.header
     }
 
     /// Number of buffers of frame `index` (`num_buffers` of its header).
@@ -149,10 +158,10 @@ impl<'m> Claim<'m> {
     pub fn blank(&mut self, index: usize) {
         let (first, count) = self.frames[index];
         for head in &mut self.heads[usize::from(first)..usize::from(first) + usize::from(count)] {
-            head.written = head.written.min(MIN_BUFFER);
+            head.written = head.written.min((self.header + MIN_FRAME) as u32);
         }
-        let zeros = [0_u8; MIN_BUFFER as usize];
-        let mut header = NET_HDR_SIZE;
+        let zeros = [0_u8; NET_HDR_SIZE + MIN_FRAME];
+        let mut header = self.header;
         for (window, bytes) in self.pieces(index) {
             let keep = header.min(bytes);
             header -= keep;
@@ -175,6 +184,7 @@ pub struct ReceiveQueue {
     pub(super) shares: Shares,
     size: u16,
     mergeable: bool,
+    header: usize,
     broken: BrokenMark,
 }
 
@@ -192,6 +202,7 @@ impl ReceiveQueue {
             shares: Shares::new(setup.size, setup.features.packed),
             size: setup.size,
             mergeable: setup.features.mergeable,
+            header: setup.features.header(),
             broken: BrokenMark::default(),
         })
     }
@@ -253,7 +264,7 @@ impl ReceiveQueue {
         claim: &mut Claim<'m>,
     ) -> Result<Option<NoClaim>, Broken> {
         claim.clear();
-        claim.position = position;
+        (claim.position, claim.header) = (position, self.header);
         let available = self.ring.available_to(position)?;
         let room = self.claims.room(position).min(u64::from(self.size));
         let end = available.min(position + room);
@@ -272,7 +283,7 @@ impl ReceiveQueue {
                 return Ok(None);
             }
             bytes += len;
-            let len = len + NET_HDR_SIZE as u32;
+            let len = len + self.header as u32;
             if self.plan_single(len, end, claim) {
                 continue;
             }
@@ -293,7 +304,7 @@ impl ReceiveQueue {
         let Some((head, window)) = self.ring.single(position, Direction::Write) else {
             return false;
         };
-        if window.len() < len.max(MIN_BUFFER) as usize {
+        if window.len() < (len as usize).max(self.header + MIN_FRAME) {
             return false;
         }
         prefetch(&window);
@@ -392,7 +403,8 @@ impl ReceiveQueue {
         let first = claim.windows.len();
         // Never fewer than make a buffer usable: the walk stops at the bytes wanted, and a chain whose first pieces hold
         // the rest of a frame would be taken for one of that length.
-        let wanted = left.max(MIN_BUFFER);
+        let least = (self.header + MIN_FRAME) as u32;
+        let wanted = left.max(least);
         let chain =
             match self
                 .ring
@@ -407,11 +419,11 @@ impl ReceiveQueue {
         }
         let bytes = match chain.len {
             // Without mergeable buffers a frame is in one buffer or nowhere (virtio 1.2 §5.1.6.4).
-            Ok(len) if len < left && !self.mergeable && len >= MIN_BUFFER => {
+            Ok(len) if len < left && !self.mergeable && len >= least => {
                 claim.windows.truncate(first);
                 return Ok(Added::TooSmall);
             }
-            Ok(len) if len >= MIN_BUFFER => len.min(left),
+            Ok(len) if len >= least => len.min(left),
             _ => 0,
         };
         if let Some(window) = claim.windows.get(first) {

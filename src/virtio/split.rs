@@ -45,6 +45,7 @@ pub struct SplitRing {
     size: u16,
     event_idx: bool,
     indirect: bool,
+    notify_on_empty: bool,
 }
 
 impl SplitRing {
@@ -78,6 +79,7 @@ impl SplitRing {
             size: setup.size,
             event_idx: setup.features.event_idx,
             indirect: setup.features.indirect,
+            notify_on_empty: setup.features.notify_on_empty,
         };
         let start = ring.used.load(IDX, Ordering::Acquire);
         Ok((ring, u64::from(start)))
@@ -192,6 +194,10 @@ impl Publish for SplitRing {
 
     #[inline(always)]
     fn wants_call(&self, from: u64, to: u64) -> bool {
+        // Whatever else the driver has asked for; legacy drivers only.
+        if self.notify_on_empty && self.available.load(IDX, Ordering::Relaxed) == to as u16 {
+            return true;
+        }
         if self.event_idx {
             // §2.7.7.2: call when the event lies in [from, to). Both sides of the comparison are distances back from
             // `to` in 16 bits, so that it holds across the wrap:

@@ -35,6 +35,7 @@ pub struct TransmitQueue {
     taken: Box<[AtomicU32]>,
     call_wanted: AtomicBool,
     broken: BrokenMark,
+    header: usize,
 }
 
 impl TransmitQueue {
@@ -49,6 +50,7 @@ impl TransmitQueue {
             taken: (0..setup.size).map(|_| AtomicU32::new(0)).collect(),
             call_wanted: AtomicBool::new(true),
             broken: BrokenMark::default(),
+            header: setup.features.header(),
         })
     }
 
@@ -61,6 +63,12 @@ impl TransmitQueue {
             position % size
         };
         &self.taken[index as usize]
+    }
+
+    /// Bytes of the virtio-net header before each frame.
+    #[inline(always)]
+    pub fn header(&self) -> usize {
+        self.header
     }
 
     /// Next position to take.

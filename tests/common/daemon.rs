@@ -62,6 +62,8 @@ impl Daemon {
             sockets,
         };
         daemon.wait_for_api();
+        // They are made after that.
+        wait_for("the ports", || daemon.ports().len() == options.ports);
         daemon
     }
 
@@ -213,6 +215,14 @@ impl Daemon {
         let Daemon { process, dir, .. } = self;
         drop(process);
         dir
+    }
+
+    /// The same as [`Daemon::stop`]; its directory stays for the next one.
+    pub(crate) fn end(mut self) -> tempfile::TempDir {
+        self.process.signal(Signal::TERM);
+        let status = self.process.wait(Duration::from_secs(10));
+        assert!(status.is_some_and(|status| status.success()), "{status:?}");
+        self.dir
     }
 
     /// The same as [`Daemon::stop`] by another signal.

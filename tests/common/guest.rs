@@ -23,9 +23,11 @@ use super::pause;
 
 /// Where guest memory starts for the guest; not where it lies here.
 const GUEST_BASE: u64 = 0x4000_0000;
-/// virtio_net_hdr of VIRTIO_F_VERSION_1.
-const HEADER: usize = 12;
-/// Offset of num_buffers in it.
+/// VIRTIO_F_ANY_LAYOUT and VIRTIO_F_NOTIFY_ON_EMPTY, of legacy drivers.
+const LEGACY: u64 = 1 << 27 | 1 << 24;
+/// VIRTIO_F_RING_RESET.
+const RING_RESET: u64 = 1 << 40;
+/// Offset of num_buffers in the virtio-net header.
 const NUM_BUFFERS: usize = 10;
 /// Bytes of a transmit buffer: a jumbo frame and its header.
 const TRANSMIT_LEN: usize = 10_240;
@@ -53,6 +55,8 @@ pub(crate) struct GuestOptions {
     pub(crate) entries: u16,
     /// Bytes of a receive buffer, header included.
     pub(crate) receive_len: usize,
+    /// Without VIRTIO_F_VERSION_1.
+    pub(crate) legacy: bool,
 }
 
 impl Default for GuestOptions {
@@ -67,6 +71,7 @@ impl Default for GuestOptions {
             calls: false,
             entries: 256,
             receive_len: 2048,
+            legacy: false,
         }
     }
 }
@@ -84,8 +89,12 @@ impl GuestOptions {
 
     fn features(&self) -> u64 {
         let when = |wanted: bool, bit: u64| if wanted { bit } else { 0 };
-        VERSION_1
-            | INDIRECT_DESC
+        INDIRECT_DESC
+            | if self.legacy {
+                LEGACY
+            } else {
+                VERSION_1 | RING_RESET
+            }
             | when(self.packed, RING_PACKED)
             | when(self.mergeable, MRG_RXBUF)
             | when(self.in_order, IN_ORDER)
@@ -98,8 +107,18 @@ impl GuestOptions {
             event_idx: self.event_idx,
             indirect: true,
             in_order: self.in_order,
-            version_1: true,
+            version_1: !self.legacy,
             mergeable: self.mergeable,
+            notify_on_empty: self.legacy,
+        }
+    }
+
+    /// Bytes of the virtio-net header (virtio 1.2 §5.1.6, §5.1.6.1).
+    pub(crate) fn header(&self) -> usize {
+        if self.legacy && !self.mergeable {
+            10
+        } else {
+            12
         }
     }
 }
@@ -141,11 +160,27 @@ impl Ram {
     }
 }
 
+/// The cleared areas of a ring of so many entries.
+fn areas(ram: &Ram, which: usize, options: GuestOptions, entries: u16) -> RingAreas<'_> {
+    let layout = RingLayout::new(entries, options.packed);
+    let memory = ram.memory.window(which * RING_SPACE, layout.len);
+    RingAreas::zeroed(memory.expect("room for a ring"), &layout).expect("room for a ring")
+}
+
+fn ring(areas: RingAreas<'_>, options: GuestOptions) -> DriverRing<'_> {
+    let mut ring = DriverRing::new(areas, options.ring_features());
+    if !options.calls {
+        ring.suppress_calls();
+    }
+    ring
+}
+
 /// One guest.
 #[derive(Debug)]
 pub(crate) struct Guest<'m> {
     ram: &'m Ram,
     options: GuestOptions,
+    sizes: [u16; 2],
     areas: [RingAreas<'m>; 2],
     rings: [DriverRing<'m>; 2],
     /// Where packed rings start; nothing in memory says where they stand later.
@@ -161,23 +196,18 @@ pub(crate) struct Guest<'m> {
 impl<'m> Guest<'m> {
     /// A guest that has just started: empty rings, all receive buffers posted.
     pub(crate) fn new(ram: &'m Ram) -> Guest<'m> {
-        let options = ram.options;
-        let layout = RingLayout::new(options.entries, options.packed);
-        let areas = [RECEIVE, TRANSMIT].map(|which| {
-            let memory = ram.memory.window(which * RING_SPACE, layout.len);
-            RingAreas::zeroed(memory.expect("room for a ring"), &layout).expect("room for a ring")
-        });
-        let rings = areas.map(|areas| {
-            let mut ring = DriverRing::new(areas, options.ring_features());
-            if !options.calls {
-                ring.suppress_calls();
-            }
-            ring
-        });
+        Guest::with(ram, ram.options)
+    }
+
+    /// The same with other options than the memory was made for, and at most as many entries.
+    pub(crate) fn with(ram: &'m Ram, options: GuestOptions) -> Guest<'m> {
+        let areas = [RECEIVE, TRANSMIT].map(|which| areas(ram, which, options, options.entries));
+        let rings = areas.map(|areas| ring(areas, options));
         let event = |_| EventFd::new(EFD_NONBLOCK).expect("an eventfd");
         let mut guest = Guest {
             ram,
             options,
+            sizes: [options.entries; 2],
             areas,
             start_bases: [rings[RECEIVE].base(), rings[TRANSMIT].base()],
             rings,
@@ -278,7 +308,7 @@ impl<'m> Guest<'m> {
         let areas = &self.areas[which];
         Queue {
             index: which as u32,
-            size: self.options.entries,
+            size: self.sizes[which],
             descriptors: areas.descriptors.address() as u64,
             available: areas.available.address() as u64,
             used: areas.used.address() as u64,
@@ -382,10 +412,60 @@ impl<'m> Guest<'m> {
         let _ = self.kicks[which].write(1);
     }
 
+    // ---- other drivers ---------------------------------------------------------------------------
+
+    /// The driver goes, and another one comes: QEMU stops the rings that run, and starts those of the new driver over the
+    /// same connection.
+    pub(crate) fn reboot(&mut self, options: GuestOptions) {
+        let mut frontend = self.frontend.take().expect("attached");
+        for which in [RECEIVE, TRANSMIT] {
+            let stopped = frontend.get_vring_base(which as u32);
+            stopped.expect("the ring stops");
+        }
+        let protocol = frontend.features() & 1 << 30;
+        *self = Guest::with(self.ram, options);
+        let features = frontend.set_features(options.features() | protocol);
+        features.expect("other features");
+        self.start(&mut frontend).expect("the new driver starts");
+        self.frontend = Some(frontend);
+    }
+
+    /// The driver resets one ring (virtio 1.2 §2.6.1), and starts it with so many entries. QEMU stops it and starts it again;
+    /// it keeps the call descriptor.
+    pub(crate) fn reset_ring(&mut self, which: usize, entries: u16) {
+        let frontend = self.frontend.take().expect("attached");
+        let index = which as u32;
+        frontend.get_vring_base(index).expect("the ring stops");
+        self.sizes[which] = entries;
+        self.areas[which] = areas(self.ram, which, self.options, entries);
+        self.rings[which] = ring(self.areas[which], self.options);
+        if which == RECEIVE {
+            (0..u32::from(entries)).for_each(|token| self.post_receive(token));
+            self.publish(RECEIVE);
+        } else {
+            self.free = (0..u32::from(entries)).collect();
+        }
+        let queue = self.queue(which);
+        let start = || {
+            frontend.set_vring_num(index, u32::from(entries))?;
+            frontend.set_vring_base(index, queue.base)?;
+            frontend.set_vring_addr(&queue)?;
+            frontend.set_vring_kick(index, queue.kick)?;
+            frontend.set_vring_enable(index, true)
+        };
+        start().expect("the ring starts again");
+        self.frontend = Some(frontend);
+    }
+
     // ---- frames ----------------------------------------------------------------------------------
 
     /// Sends a frame if a buffer is free.
     pub(crate) fn try_send(&mut self, frame: &[u8]) -> bool {
+        self.try_send_cut(frame, &[])
+    }
+
+    /// The same with header and frame in several buffers, one from each of the cuts to the next.
+    pub(crate) fn try_send_cut(&mut self, frame: &[u8], cuts: &[usize]) -> bool {
         while let Some(used) = self.rings[TRANSMIT].reap() {
             self.free.push_back(used.token);
         }
@@ -394,19 +474,37 @@ impl<'m> Guest<'m> {
             return false;
         };
         let window = self.ram.window(TRANSMIT, token);
-        window.write_bytes(0, &[0; HEADER]);
-        window.write_bytes(HEADER, frame);
+        let header = self.options.header();
+        window.write_bytes(0, &[0; 12][..header]);
+        window.write_bytes(header, frame);
         let (offset, _) = self.ram.buffer(TRANSMIT, token);
-        let buffer = Buffer::readable(
-            GUEST_BASE + offset as u64,
-            u32::try_from(HEADER + frame.len()).expect("a short frame"),
-        );
+        let ends = cuts.iter().copied().chain([header + frame.len()]);
+        let mut start = 0;
+        let pieces: Vec<Buffer> = ends
+            .map(|end| {
+                let piece = (GUEST_BASE + (offset + start) as u64, end - start);
+                start = end;
+                Buffer::readable(piece.0, u32::try_from(piece.1).expect("a short frame"))
+            })
+            .collect();
+        assert!(self.rings[TRANSMIT].post(&pieces, token), "transmit ring");
+        self.publish(TRANSMIT);
+        true
+    }
+
+    /// Sends a chain of so many zeros; there is a buffer for it.
+    pub(crate) fn send_raw(&mut self, len: usize) {
+        let token = self.free.pop_front().expect("a free buffer");
+        self.ram
+            .window(TRANSMIT, token)
+            .write_bytes(0, &vec![0; len]);
+        let (offset, _) = self.ram.buffer(TRANSMIT, token);
+        let buffer = Buffer::readable(GUEST_BASE + offset as u64, len as u32);
         assert!(
             self.rings[TRANSMIT].post_one(buffer, token),
             "transmit ring"
         );
         self.publish(TRANSMIT);
-        true
     }
 
     /// Sends a frame; there is a buffer for it soon.
@@ -423,13 +521,17 @@ impl<'m> Guest<'m> {
         let first = self.rings[RECEIVE].reap();
         self.assert_sound();
         let first = first?;
-        let mut header = [0; HEADER];
-        self.ram
-            .window(RECEIVE, first.token)
-            .read_bytes(0, &mut header);
-        let buffers = u16::from_le_bytes([header[NUM_BUFFERS], header[NUM_BUFFERS + 1]]);
+        let len = self.options.header();
+        let mut header = vec![0; len];
+        let window = self.ram.window(RECEIVE, first.token);
+        window.read_bytes(0, &mut header);
+        assert_eq!(header[..10], [0; 10], "no offloads were negotiated");
+        let buffers = match header.get(NUM_BUFFERS..) {
+            Some(&[low, high]) => u16::from_le_bytes([low, high]),
+            _ => 1,
+        };
         assert!(buffers >= 1, "num_buffers is always written");
-        let mut frame = self.take(first, HEADER);
+        let mut frame = self.take(first, len);
         for _ in 1..buffers {
             let next = self.rings[RECEIVE].reap();
             let next = next.expect("a frame over several buffers becomes visible whole");

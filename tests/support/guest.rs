@@ -168,6 +168,7 @@ impl Guest {
             features: self.features,
             base,
             memory: Arc::clone(&self.map),
+            redo: None,
         }
     }
 

@@ -352,6 +352,7 @@ fn packed_rings_only_where_offered() {
     let split_only = SessionOptions {
         queue_pairs: 1,
         features: OFFERED_FEATURES & !PACKED,
+        records: None,
     };
     let peer = Peer::with(split_only);
     assert_eq!(peer.frontend.get_features().unwrap() & PACKED, 0);

@@ -2,6 +2,7 @@
 
 mod hostile;
 mod life;
+mod records;
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -67,6 +67,7 @@ struct Chain {
 
 /// A packed virtqueue, owned by its driver.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub struct PackedRing<'m> {
     ring: Window<'m>,
     driver_event: Window<'m>,

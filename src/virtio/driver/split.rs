@@ -19,6 +19,7 @@ const NO_NOTIFICATION: u16 = 1;
 
 /// A split virtqueue, owned by its driver.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub struct SplitRing<'m> {
     descriptors: Window<'m>,
     available: Window<'m>,

@@ -1,0 +1,128 @@
+//! What a packed ring needs to go on after its process was killed.
+//!
+//! Nothing in a packed ring says where the device stands, and a used element overwrites only the first slot of its chain:
+//! the others go on looking available. So the position cannot be found again by looking, and QEMU, which knows only where
+//! the ring started, cannot tell it either. This record can:
+//!
+//! ```text
+//! words 0..8    whose record it is (vhost_user: ring, memory, what SET_VRING_BASE said)
+//! word  8       slot and wrap counter of the published position; descriptors of the run being published, or 0
+//! words 16..    by slot, the used element that is to be written there: id, span, length
+//! ```
+//!
+//! The notes are what a packed ring needs anyway, because the publisher writes the elements of others. What the record
+//! adds to the data path is two stores of one word a run: before the first store to the ring, and after the last.
+//!
+//! A process that is killed stops between two of its stores. Then, for the run of the record:
+//!
+//! | the word says | the run's first head | so | and the next process |
+//! |---|---|---|---|
+//! | no run | – | nothing is half done | goes on there |
+//! | a run | still available | its flags come last: the driver has seen nothing of the run | writes it again, from the same notes |
+//! | a run | used, or reused by the driver | the whole run is visible | goes on behind it |
+//!
+//! Writing a run again is the same as writing it once, as nobody touches its slots before its first flags are there. Its
+//! frames were copied before it was committed. Frames in claims that were not published are lost here and sent again by
+//! their senders, whose chains are completed later than that.
+
+use std::sync::atomic::{AtomicU64, Ordering, compiler_fence};
+
+use crate::memory::Words;
+
+/// Words that say whose record it is.
+pub const IDENTITY: usize = 8;
+/// The word of position and run, on a line of its own.
+const RUN: usize = 8;
+/// First note.
+const NOTES: usize = 16;
+
+/// Where a ring stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    /// Slot, and the wrap counter in bit 15.
+    pub(super) place: u16,
+    /// Descriptors of the run that was being published from there on.
+    pub(super) len: u16,
+}
+
+/// The record of one packed ring. Clones are the same record.
+#[derive(Clone, Debug)]
+pub struct Redo {
+    words: Words,
+    resumes: bool,
+}
+
+impl Redo {
+    /// Words that the record of a ring of `size` entries takes.
+    pub fn words(size: u16) -> usize {
+        NOTES + usize::from(size)
+    }
+
+    /// A record that nobody will read again.
+    pub(super) fn private(size: u16) -> Self {
+        Redo {
+            words: Words::zeroed(Redo::words(size)),
+            resumes: false,
+        }
+    }
+
+    /// A new record in `words`, of which there are [`Redo::words`].
+    pub fn new(words: Words, identity: &[u64; IDENTITY]) -> Self {
+        for (word, value) in words.iter().zip(identity) {
+            word.store(*value, Ordering::Relaxed);
+        }
+        Redo {
+            words,
+            resumes: false,
+        }
+    }
+
+    /// The record found in `words`, if it is this ring's.
+    pub fn found(words: Words, identity: &[u64; IDENTITY]) -> Option<Self> {
+        let same = |(word, value): (&AtomicU64, &u64)| word.load(Ordering::Relaxed) == *value;
+        words.iter().zip(identity).all(same).then_some(Redo {
+            words,
+            resumes: true,
+        })
+    }
+
+    /// Whether it says where the ring stands.
+    pub(super) fn resumes(&self) -> bool {
+        self.resumes
+    }
+
+    /// What it says.
+    pub(super) fn run(&self) -> Run {
+        let word = self.words[RUN].load(Ordering::Relaxed);
+        Run {
+            place: word as u16,
+            len: (word >> 16) as u16,
+        }
+    }
+
+    /// The ring is about to be written: `len` descriptors from `place` on, whose notes are there.
+    #[inline(always)]
+    pub(super) fn begin(&self, place: u16, len: u16) {
+        let word = u64::from(place) | u64::from(len) << 16;
+        // Release: not before the notes. The fence: not after the ring. A process is killed between two instructions, so that
+        // the order of instructions is the order that counts, and only the compiler may change it.
+        self.words[RUN].store(word, Ordering::Release);
+        #[cfg(test)]
+        crate::memory::probe::stored();
+        compiler_fence(Ordering::SeqCst);
+    }
+
+    /// Everything before `place` is published. Release: not before it is.
+    #[inline(always)]
+    pub(super) fn end(&self, place: u16) {
+        self.words[RUN].store(u64::from(place), Ordering::Release);
+        #[cfg(test)]
+        crate::memory::probe::stored();
+    }
+
+    /// The note of the used element in `slot`.
+    #[inline(always)]
+    pub(super) fn note(&self, slot: usize) -> &AtomicU64 {
+        &self.words[NOTES + slot]
+    }
+}

@@ -1,0 +1,378 @@
+//! Processes that are killed after every single store to a packed ring or its record, and what the next one makes of it.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::driver::{Buffer, DriverRing, RingAreas, RingLayout, Used};
+use super::redo::{IDENTITY, Redo};
+use super::{Claim, ReceiveQueue, RingFeatures, RingSetup, Taken, TransmitQueue, Windows};
+use crate::memory::{FaultMark, GuestMemory, RegionSpec, SharedMemory, Words, probe};
+
+/// Guest address of the ring, and of what comes after it.
+const START: u64 = 0x10_0000;
+const DATA: u64 = 0x8000;
+/// Bytes of a buffer in all its pieces.
+const BUFFER: u64 = 256;
+const IDENTITIES: [u64; IDENTITY] = [7; IDENTITY];
+/// Length of the frames after a restart, unlike all before it.
+const AFTER: u32 = 200;
+/// Virtio-net header.
+const HEADER: u32 = 12;
+
+/// xorshift64.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+/// Ring and record as they are at one moment.
+#[derive(Clone, PartialEq)]
+struct Image {
+    ring: Vec<u8>,
+    words: Vec<u64>,
+}
+
+/// A ring in shared memory, and its record.
+struct Place {
+    memory: Arc<SharedMemory>,
+    map: Arc<GuestMemory>,
+    layout: RingLayout,
+    features: RingFeatures,
+    words: Words,
+}
+
+impl Place {
+    fn new(size: u16, event_idx: bool) -> Place {
+        let len = (DATA + BUFFER * u64::from(size)) as usize;
+        let memory = SharedMemory::create(len.next_multiple_of(4096), true).unwrap();
+        let map = GuestMemory::new(FaultMark::new());
+        let region = RegionSpec {
+            guest_addr: START,
+            user_addr: START,
+            size: memory.len() as u64,
+            offset: 0,
+            file: memory.file().try_clone().unwrap(),
+        };
+        let map = map.with_table(vec![region]).unwrap();
+        let words = Words::zeroed(Redo::words(size));
+        Redo::new(words.clone(), &IDENTITIES);
+        Place {
+            memory: Arc::new(memory),
+            map: Arc::new(map),
+            layout: RingLayout::new(size, true),
+            features: RingFeatures {
+                packed: true,
+                event_idx,
+                version_1: true,
+                ..RingFeatures::default()
+            },
+            words,
+        }
+    }
+
+    /// A driver that has just started; it clears its ring.
+    fn driver(&self) -> DriverRing<'_> {
+        let window = self.memory.window(0, self.layout.len).unwrap();
+        let areas = RingAreas::zeroed(window, &self.layout).unwrap();
+        DriverRing::new(areas, self.features)
+    }
+
+    /// What the next process is told: what the first one was.
+    fn setup(&self) -> RingSetup {
+        let pin = |at: usize, len: usize| {
+            let window = self.map.pinned_guest(START + at as u64, len as u64);
+            window.unwrap()
+        };
+        let layout = &self.layout;
+        RingSetup {
+            size: layout.size,
+            descriptors: pin(0, layout.descriptors_len),
+            available: pin(layout.available, layout.available_len),
+            used: pin(layout.used, layout.used_len),
+            features: self.features,
+            base: 0x8000,
+            memory: Arc::clone(&self.map),
+            redo: Redo::found(self.words.clone(), &IDENTITIES),
+        }
+    }
+
+    fn image(&self) -> Image {
+        image(&self.memory, self.layout.len, &self.words)
+    }
+
+    fn restore(&self, image: &Image) {
+        let window = self.memory.window(0, image.ring.len()).unwrap();
+        window.write_bytes(0, &image.ring);
+        for (word, value) in self.words.iter().zip(&image.words) {
+            word.store(*value, Ordering::Relaxed);
+        }
+    }
+
+    /// Runs something, and returns what it leaves behind if it is killed after each of its stores, and before the first.
+    fn killed<R>(&self, run: impl FnOnce() -> R) -> (R, Vec<Image>) {
+        let images = Rc::new(RefCell::new(vec![self.image()]));
+        let look = {
+            let (memory, words, images) = (
+                Arc::clone(&self.memory),
+                self.words.clone(),
+                Rc::clone(&images),
+            );
+            let len = self.layout.len;
+            move || images.borrow_mut().push(image(&memory, len, &words))
+        };
+        let result = probe::watched(look, run);
+        (result, images.take())
+    }
+}
+
+fn image(memory: &SharedMemory, len: usize, words: &Words) -> Image {
+    let mut ring = vec![0; len];
+    memory.window(0, len).unwrap().read_bytes(0, &mut ring);
+    let words = words.iter().map(|word| word.load(Ordering::Relaxed));
+    Image {
+        ring,
+        words: words.collect(),
+    }
+}
+
+/// A driver, and what it has posted in order.
+#[derive(Clone)]
+struct Posted<'m> {
+    ring: DriverRing<'m>,
+    tokens: VecDeque<u32>,
+    next: u32,
+}
+
+impl<'m> Posted<'m> {
+    fn new(ring: DriverRing<'m>) -> Self {
+        Posted {
+            ring,
+            tokens: VecDeque::new(),
+            next: 0,
+        }
+    }
+
+    /// Posts a chain of so many pieces.
+    fn post(&mut self, pieces: u64, writable: bool) -> bool {
+        let slots = u64::from(self.ring.free()) + u64::from(self.ring.outstanding());
+        let token = self.next;
+        let at = START + DATA + BUFFER * (u64::from(token) % slots.max(1));
+        let piece = BUFFER / pieces;
+        let buffers: Vec<Buffer> = (0..pieces)
+            .map(|n| Buffer {
+                address: at + n * piece,
+                len: piece as u32,
+                writable,
+            })
+            .collect();
+        let posted = self.ring.post(&buffers, token);
+        if posted {
+            self.tokens.push_back(token);
+            self.next += 1;
+        }
+        posted
+    }
+
+    /// Reaps everything; chains come back in the order in which they were posted, each once.
+    fn reap(&mut self) -> Vec<Used> {
+        let mut all = Vec::new();
+        while let Some(used) = self.ring.reap() {
+            assert_eq!(Some(used.token), self.tokens.pop_front());
+            all.push(used);
+        }
+        assert_eq!(self.ring.fault(), None);
+        all
+    }
+
+    fn is_idle(&self) -> bool {
+        self.tokens.is_empty() && self.ring.outstanding() == 0
+    }
+}
+
+/// A queue of either direction.
+trait Queue: Sized {
+    const WRITABLE: bool;
+    fn start(setup: &RingSetup) -> Self;
+    /// Uses everything that is available.
+    fn use_all(&self);
+}
+
+impl Queue for ReceiveQueue {
+    const WRITABLE: bool = true;
+
+    fn start(setup: &RingSetup) -> Self {
+        ReceiveQueue::start(setup).unwrap()
+    }
+
+    fn use_all(&self) {
+        let mut claim = Claim::new();
+        while self.claim(std::iter::once(AFTER), &mut claim).is_ok() {
+            self.commit(&claim);
+        }
+    }
+}
+
+impl Queue for TransmitQueue {
+    const WRITABLE: bool = false;
+
+    fn start(setup: &RingSetup) -> Self {
+        TransmitQueue::start(setup).unwrap()
+    }
+
+    fn use_all(&self) {
+        take(self, usize::MAX);
+        self.complete(self.position());
+    }
+}
+
+fn take(queue: &TransmitQueue, most: usize) -> usize {
+    let mut windows = Windows::<64>::new();
+    let end = queue.available_to();
+    let mut count = 0;
+    while count < most && queue.take(end, &mut windows) != Taken::Nothing {
+        windows.clear();
+        count += 1;
+    }
+    count
+}
+
+/// The next process serves the driver, from what the killed one left in memory: every chain once, in order; and goes on
+/// doing so. Returns what the driver found used, and what came back of the killed process's frames.
+fn serve<Q: Queue>(place: &Place, driver: &Posted<'_>) -> usize {
+    let mut driver = driver.clone();
+    let seen = driver.reap().len();
+    let queue = Q::start(&place.setup());
+    let replayed = driver.reap();
+    queue.use_all();
+    let rest = driver.reap();
+    assert!(driver.is_idle(), "{} chains are lost", driver.tokens.len());
+    if Q::WRITABLE {
+        // Its own frames are those of the run at most; then come those of its successor.
+        assert!(replayed.iter().all(|used| used.len != AFTER + HEADER));
+        assert!(rest.iter().all(|used| used.len == AFTER + HEADER));
+    }
+    for pieces in [1, 2, 1] {
+        while driver.post(pieces, Q::WRITABLE) {}
+        driver.ring.publish();
+        queue.use_all();
+        driver.reap();
+        assert!(driver.is_idle());
+    }
+    seen + replayed.len()
+}
+
+/// Restarts from every image: with the driver that was there, again after the next process was killed too, and with a
+/// driver that has started anew meanwhile.
+fn survive<Q: Queue>(place: &Place, driver: &Posted<'_>, images: &[Image], expected: usize) {
+    let now = place.image();
+    for image in images {
+        place.restore(image);
+        let (_, again) = place.killed(|| Q::start(&place.setup()));
+        for second in [image].into_iter().chain(&again) {
+            place.restore(second);
+            let came = serve::<Q>(place, driver);
+            assert!(came == 0 || came == expected, "{came} of {expected}");
+        }
+        place.restore(image);
+        let mut anew = Posted::new(place.driver());
+        anew.post(2, Q::WRITABLE);
+        while anew.post(1, Q::WRITABLE) {}
+        anew.ring.publish();
+        assert_eq!(serve::<Q>(place, &anew), 0);
+    }
+    place.restore(&now);
+}
+
+/// Posts what fits, in chains of one to three descriptors.
+fn fill(driver: &mut Posted<'_>, random: &mut Random, writable: bool) {
+    for _ in 0..1 + random.below(8) {
+        driver.post(1 + random.below(3), writable);
+    }
+    driver.ring.publish();
+}
+
+#[test]
+fn a_receiveq_goes_on_wherever_its_process_was_killed() {
+    let mut runs = 0;
+    for (size, event_idx) in [(1, true), (2, false), (3, true), (5, false), (8, true)] {
+        let mut random = Random(0x9e37_79b9 + u64::from(size));
+        let place = Place::new(size, event_idx);
+        let mut driver = Posted::new(place.driver());
+        let queue = ReceiveQueue::start(&place.setup()).unwrap();
+        let mut open: Vec<(Claim<'_>, usize)> = Vec::new();
+        for turn in 0..60 {
+            fill(&mut driver, &mut random, true);
+            let mut claim = Claim::new();
+            let lengths = vec![60 + turn; 1 + random.below(3) as usize];
+            if queue.claim(lengths.into_iter(), &mut claim).is_ok() {
+                let frames = claim.frames();
+                open.push((claim, frames));
+            }
+            if open.is_empty() || random.below(3) == 0 {
+                continue;
+            }
+            // In any order: runs of several claims.
+            let (claim, _) = open.swap_remove(random.below(open.len() as u64) as usize);
+            let before = driver.clone();
+            let (_, images) = place.killed(|| queue.commit(&claim));
+            let expected = driver.reap().len();
+            runs += usize::from(expected > 1);
+            survive::<ReceiveQueue>(&place, &before, &images, expected);
+        }
+    }
+    assert!(runs > 20, "{runs} runs of several elements");
+}
+
+#[test]
+fn a_transmitq_goes_on_wherever_its_process_was_killed() {
+    for (size, event_idx) in [(1, false), (2, true), (3, false), (5, true), (8, false)] {
+        let mut random = Random(0x1234_5678 + u64::from(size));
+        let place = Place::new(size, event_idx);
+        let mut driver = Posted::new(place.driver());
+        let queue = TransmitQueue::start(&place.setup()).unwrap();
+        for _ in 0..60 {
+            fill(&mut driver, &mut random, false);
+            take(&queue, 1 + random.below(4) as usize);
+            if random.below(3) == 0 {
+                continue;
+            }
+            let before = driver.clone();
+            let (_, images) = place.killed(|| queue.complete(queue.position()));
+            let expected = driver.reap().len();
+            survive::<TransmitQueue>(&place, &before, &images, expected);
+        }
+    }
+}
+
+#[test]
+fn a_record_that_nobody_wrote_harms_nobody() {
+    let mut random = Random(0x0bad_cafe);
+    for size in [1, 3, 8] {
+        let place = Place::new(size, true);
+        let mut driver = Posted::new(place.driver());
+        drop(ReceiveQueue::start(&place.setup()).unwrap());
+        while driver.post(1, true) {}
+        driver.ring.publish();
+        let image = place.image();
+        for _ in 0..500 {
+            place.restore(&image);
+            for word in place.words.iter().skip(IDENTITY) {
+                let value = random.below(u64::MAX) >> random.below(64);
+                word.store(value, Ordering::Relaxed);
+            }
+            let queue = ReceiveQueue::start(&place.setup()).unwrap();
+            queue.use_all();
+            let queue = TransmitQueue::start(&place.setup()).unwrap();
+            queue.use_all();
+        }
+    }
+}

@@ -1,0 +1,329 @@
+//! Drivers that are old, that come back as others, and that reset one ring.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "helpers of tests fail by panicking, like tests"
+)]
+
+mod common;
+
+use std::time::Duration;
+
+use common::daemon::{Daemon, DaemonOptions};
+use common::guest::{Guest, GuestOptions, RECEIVE, Ram, TRANSMIT};
+use common::traffic::{Bystanders, Exchange, frame, mac};
+use common::{long, wait_for};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn daemon(ports: usize) -> Daemon {
+    Daemon::start(&DaemonOptions {
+        ports,
+        ..DaemonOptions::default()
+    })
+}
+
+fn split() -> GuestOptions {
+    GuestOptions::default()
+}
+
+fn packed() -> GuestOptions {
+    GuestOptions {
+        packed: true,
+        ..split()
+    }
+}
+
+/// A driver that knows neither VIRTIO_F_VERSION_1 nor mergeable buffers: headers of 10 bytes.
+fn legacy() -> GuestOptions {
+    GuestOptions {
+        legacy: true,
+        mergeable: false,
+        event_idx: false,
+        ..split()
+    }
+}
+
+/// The same with mergeable buffers: headers of 12 bytes.
+fn legacy_mergeable() -> GuestOptions {
+    GuestOptions {
+        legacy: true,
+        receive_len: 100,
+        ..split()
+    }
+}
+
+/// A guest on each port, from `first` on.
+fn attach<'m>(daemon: &Daemon, rams: &'m [Ram], first: usize) -> Vec<Guest<'m>> {
+    let attached = rams.iter().zip(&daemon.sockets()[first..]);
+    let guests = attached
+        .map(|(ram, socket)| {
+            let mut guest = Guest::new(ram);
+            guest.attach(socket);
+            guest
+        })
+        .collect();
+    daemon.settle();
+    guests
+}
+
+/// Frames of a port that were dropped for a reason.
+fn dropped(daemon: &Daemon, port: &str, reason: &str) -> u64 {
+    let drops = daemon.drops(port);
+    let counts = drops.iter().filter(|(name, _)| name.contains(reason));
+    counts.map(|(_, count)| count).sum()
+}
+
+// ---- legacy drivers ----------------------------------------------------------------------------------
+
+#[test]
+fn legacy_and_modern_guests_exchange_frames_of_every_length() {
+    let daemon = daemon(4);
+    let rams = [legacy(), split(), legacy_mergeable(), packed()].map(Ram::new);
+    let guests = attach(&daemon, &rams, 0);
+    let flows: Vec<(usize, usize)> = (0..4)
+        .flat_map(|from| (0..4).map(move |to| (from, to)))
+        .filter(|(from, to)| from != to)
+        .collect();
+    let mut exchange = Exchange::new(guests, 1, &flows, 4, 60);
+    exchange.meet();
+    for len in [
+        22, 59, 60, 61, 64, 115, 116, 117, 118, 119, 127, 128, 129, 200, 1514, 2036,
+    ] {
+        exchange.set(4, len);
+        exchange.exchange(500);
+        exchange.drain();
+    }
+    drop(exchange);
+    daemon.stop();
+}
+
+/// Where to cut a header and what follows it: once everywhere, everywhere at once, and with empty pieces in between.
+fn cuts(header: usize) -> Vec<Vec<usize>> {
+    let mut all: Vec<Vec<usize>> = (1..header + 20).map(|cut| vec![cut]).collect();
+    all.push((1..=header + 14).collect());
+    all.push((1..=header).collect());
+    all.push((2..=header + 30).step_by(2).collect());
+    all.push(vec![0, 0, 3, 3, header, header]);
+    all
+}
+
+#[test]
+fn a_header_may_be_in_any_pieces() {
+    let daemon = daemon(3);
+    for options in [legacy(), legacy_mergeable(), split(), packed()] {
+        let rams = [options, split(), legacy()].map(Ram::new);
+        let mut guests = attach(&daemon, &rams, 0);
+        let mut sequence = 0;
+        for cuts in cuts(options.header()) {
+            for len in [60, 300] {
+                sequence += 1;
+                // Nobody has learned the second one: both receive it.
+                let sent = frame(mac(2), mac(1), sequence, len);
+                assert!(guests[0].try_send_cut(&sent, &cuts));
+                for receiver in &mut guests[1..] {
+                    let came = receiver.receive(LIMIT);
+                    assert_eq!(came.as_ref(), Some(&sent), "{options:?} {cuts:?}");
+                }
+            }
+        }
+        drop(guests);
+        wait_for("the ports", || {
+            daemon.ports().iter().all(|port| port["state"] == "waiting")
+        });
+    }
+    daemon.stop();
+}
+
+#[test]
+fn chains_that_end_within_the_header_are_returned_and_counted() {
+    let daemon = daemon(2);
+    for (options, shortest) in [(legacy(), 10), (legacy_mergeable(), 12), (packed(), 12)] {
+        let before = dropped(&daemon, "p0", "rx_malformed_chain");
+        let rams = [options, split()].map(Ram::new);
+        let mut guests = attach(&daemon, &rams, 0);
+        for len in 1..shortest {
+            guests[0].send_raw(len);
+        }
+        // The header and nothing, or too little, behind it.
+        guests[0].send_raw(shortest);
+        guests[0].send_raw(shortest + 13);
+        let sent = frame(mac(2), mac(1), 7, 60);
+        guests[0].send(&sent);
+        assert_eq!(guests[1].receive(LIMIT), Some(sent));
+        wait_for("every chain to come back", || guests[0].in_flight() == 0);
+        let malformed = dropped(&daemon, "p0", "rx_malformed_chain") - before;
+        assert_eq!(malformed, shortest as u64 - 1, "{options:?}");
+        drop(guests);
+        wait_for("the ports", || {
+            daemon.ports().iter().all(|port| port["state"] == "waiting")
+        });
+    }
+    daemon.stop();
+}
+
+// ---- other drivers in the same guest -----------------------------------------------------------------
+
+/// What a guest's drivers are, one after the other: firmware, kernels, a driver loaded again with other rings.
+fn lives() -> Vec<GuestOptions> {
+    let sized = |entries, options| GuestOptions { entries, ..options };
+    vec![
+        // SeaBIOS, iPXE; then a kernel.
+        sized(16, legacy()),
+        packed(),
+        sized(64, split()),
+        sized(100, packed()),
+        sized(100, packed()),
+        // Loaded again with other features, and with other rings.
+        GuestOptions {
+            in_order: true,
+            mergeable: false,
+            ..packed()
+        },
+        sized(24, packed()),
+        split(),
+        GuestOptions {
+            event_idx: false,
+            calls: true,
+            ..sized(32, legacy_mergeable())
+        },
+        packed(),
+    ]
+}
+
+#[test]
+fn a_guest_comes_back_with_another_driver_and_nothing_of_the_last_one() {
+    let daemon = daemon(4);
+    let bystanders = Bystanders::start([&daemon.sockets()[0], &daemon.sockets()[1]]);
+    let largest = GuestOptions {
+        receive_len: 2048,
+        ..split()
+    };
+    let rams = [(); 2].map(|()| Ram::new(largest));
+    let mut guests = attach(&daemon, &rams, 2);
+    let mut correspondent = guests.pop().unwrap();
+    let mut guest = guests.pop().unwrap();
+    for round in 0..if long() { 20 } else { 2 } {
+        for (life, options) in lives().into_iter().enumerate() {
+            let options = GuestOptions {
+                receive_len: 2048,
+                ..options
+            };
+            // In the middle of traffic to it and from it, some of which is lost with its rings, and some of which comes late:
+            // from other addresses, so that nobody takes it for what follows.
+            for number in 0..8 {
+                correspondent.try_send(&frame(mac(3), mac(5), number, 100));
+                guest.try_send(&frame(mac(4), mac(6), number, 100));
+            }
+            if (round + life) % 3 == 2 {
+                // Over another connection.
+                guest.detach();
+                guest = Guest::with(&rams[0], options);
+                guest.attach(&daemon.sockets()[2]);
+            } else {
+                guest.reboot(options);
+            }
+            daemon.settle();
+            // What the last life left on its way is not for this one.
+            while correspondent.try_receive().is_some() {}
+            let flows = [(0, 1), (1, 0)];
+            let window = 4.min(u64::from(options.entries));
+            let mut exchange = Exchange::new(vec![guest, correspondent], 3, &flows, window, 300);
+            exchange.meet();
+            exchange.exchange(300);
+            exchange.drain();
+            let mut guests = exchange.guests;
+            correspondent = guests.pop().unwrap();
+            guest = guests.pop().unwrap();
+            bystanders.go_on(20);
+        }
+    }
+    bystanders.finish();
+    drop((guest, correspondent));
+    daemon.stop();
+}
+
+// ---- one ring ----------------------------------------------------------------------------------------
+
+/// Sends numbered frames one way and resets, again and again, a ring that they do not use.
+fn reset_beside_traffic(options: GuestOptions, which: usize) {
+    let daemon = daemon(4);
+    let bystanders = Bystanders::start([&daemon.sockets()[0], &daemon.sockets()[1]]);
+    let rams = [options, split()].map(Ram::new);
+    let guests = attach(&daemon, &rams, 2);
+    let mut exchange = Exchange::new(guests, 3, &[(0, 1), (1, 0)], 8, 100);
+    exchange.meet();
+    let sizes = [options.entries, 16, 128, options.entries];
+    for entries in sizes
+        .into_iter()
+        .cycle()
+        .take(if long() { 400 } else { 40 })
+    {
+        exchange.exchange(200);
+        exchange.drain();
+        // Frames that the reset has nothing to do with are on their way.
+        let (from, to) = if which == RECEIVE { (0, 1) } else { (1, 0) };
+        let names = [mac(3), mac(4)];
+        let sent: Vec<Vec<u8>> = (0..8)
+            .map(|number| frame(names[to], names[from], 1 << 40 | number, 100))
+            .collect();
+        for (number, bytes) in sent.iter().enumerate() {
+            exchange.guests[from].send(bytes);
+            if number == 3 {
+                exchange.guests[0].reset_ring(which, entries);
+            }
+        }
+        for bytes in &sent {
+            let came = exchange.guests[to].receive(LIMIT);
+            assert_eq!(came.as_ref(), Some(bytes));
+        }
+        // And the ring itself works again, with its new size.
+        daemon.settle();
+        exchange.forgive_silence();
+    }
+    bystanders.finish();
+    exchange.drain();
+    drop(exchange);
+    daemon.stop();
+}
+
+#[test]
+fn a_receiveq_is_reset_while_its_device_sends() {
+    for options in [split(), packed()] {
+        reset_beside_traffic(options, RECEIVE);
+    }
+}
+
+#[test]
+fn a_transmitq_is_reset_while_its_device_receives() {
+    for options in [split(), packed()] {
+        reset_beside_traffic(options, TRANSMIT);
+    }
+}
+
+#[test]
+fn a_ring_that_was_reset_still_calls() {
+    let daemon = daemon(2);
+    let options = GuestOptions {
+        calls: true,
+        ..packed()
+    };
+    let rams = [options, split()].map(Ram::new);
+    let mut guests = attach(&daemon, &rams, 0);
+    // A start makes one call; the next is for the frame.
+    for reset in [false, true] {
+        if reset {
+            guests[0].reset_ring(RECEIVE, 64);
+        }
+        wait_for("the call of a start", || {
+            guests[0].calls[RECEIVE].read().is_ok()
+        });
+    }
+    guests[1].send(&frame(mac(1), mac(2), 1, 100));
+    assert!(guests[0].receive(LIMIT).is_some());
+    wait_for("the call of a frame", || {
+        guests[0].calls[RECEIVE].read().is_ok()
+    });
+    drop(guests);
+    daemon.stop();
+}
