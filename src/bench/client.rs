@@ -221,12 +221,12 @@ impl Client<'_, '_> {
 
     /// Every guest says where it is, and the backend reads it: from then on it is known to run.
     fn announce(&mut self) {
-        let (plan, checker, flows) = (self.shared.plan, self.shared.checker, self.shared.flows);
+        let (checker, flows) = (self.shared.checker, self.shared.flows);
         for at in 0..self.guests.len() {
             let index = self.guests[at].index;
-            self.guests[at].transmit[0].announce(index);
+            self.guests[at].transmit[0].announce(checker, index);
             let since = self.active_ns;
-            while !self.guests[at].transmit[0].announced(plan, checker, flows) {
+            while !self.guests[at].transmit[0].announced(checker, flows) {
                 self.tick();
                 for guest in self.guests.iter_mut() {
                     guest.receive(checker, self.now_ns);

@@ -1,7 +1,7 @@
 //! Frames that can be accounted for: their layout and their check word.
 //!
 //! ```text
-//! 0   destination MAC, source MAC
+//! 0   destination MAC, source MAC: 02, three random bytes of this run, number of the guest
 //! 12  EtherType 0x88b5 (local experimental)
 //! 14  flow (16 bits)
 //! 16  sequence number in the flow (64 bits)
@@ -9,11 +9,16 @@
 //! 32  pattern: differs from buffer to buffer and from word to word
 //! ```
 //!
+//! The random bytes tell one run's frames and addresses from another's at the same switch.
+//!
 //! The check word is the sum of the frame's other 64-bit words, each multiplied by an odd factor of its
 //! own. It sees any changed, exchanged, repeated or missing word, and being linear it costs a sender
 //! one multiplication: all words but the sequence number are prefilled, and their sum is known. Up to 256
 //! bytes all words count; above, the first eight and about every n-th of the rest, where n bounds the
 //! work to 32 words and the sequence number says which, so that n frames in a row cover all of it.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::memory::Window;
 
@@ -23,8 +28,6 @@ pub const MIN_SIZE: usize = 60;
 pub const MAX_SIZE: usize = 65_000;
 
 const ETHER_TYPE: [u8; 2] = [0x88, 0xb5];
-/// First bytes of every MAC here: locally administered, unicast.
-const MAC_PREFIX: [u8; 3] = [0x02, 0x50, 0x58];
 
 const SEQUENCE_WORD: usize = 2;
 const CHECK_WORD: usize = 3;
@@ -33,13 +36,43 @@ const HEAD_WORDS: usize = 8;
 /// Frames up to this size are checked whole.
 const WHOLE_WORDS: usize = 256 / 8;
 
-/// Offset of the sequence number.
-const SEQUENCE: usize = 8 * SEQUENCE_WORD;
+/// Offset of sequence number and check word.
+const STAMP: usize = 8 * SEQUENCE_WORD;
 
-/// The MAC address of guest `index`.
-pub fn mac(guest: usize) -> [u8; 6] {
-    let [.., a, b, c] = (guest as u32).to_be_bytes();
-    [MAC_PREFIX[0], MAC_PREFIX[1], MAC_PREFIX[2], a, b, c]
+/// Bits of the first two words that are the same in all frames of a run: that they are for one station, the start of
+/// the source address, the EtherType.
+const FIXED: [u64; 2] = [0xffff_0000_0000_0001, 0x0000_ffff_0000_ffff];
+/// A broadcast's destination in the first word.
+const BROADCAST: u64 = 0x0000_ffff_ffff_ffff;
+
+/// A frame in memory as words, up to the end of the buffer; all of its own words are in it, the last one whole.
+pub type Words<'m> = &'m [AtomicU64];
+
+/// The start of all MAC addresses of a run: locally administered, unicast.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MacPrefix([u8; 4]);
+
+impl MacPrefix {
+    /// A random one.
+    pub fn random() -> std::io::Result<Self> {
+        let mut bytes = [0; 4];
+        getrandom::fill(&mut bytes).map_err(std::io::Error::other)?;
+        bytes[0] = 2;
+        Ok(MacPrefix(bytes))
+    }
+
+    /// The MAC address of guest `index`.
+    fn mac(self, guest: usize) -> [u8; 6] {
+        let ([a, b, c, d], [e, f]) = (self.0, (guest as u16).to_be_bytes());
+        [a, b, c, d, e, f]
+    }
+}
+
+impl fmt::Display for MacPrefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}")
+    }
 }
 
 /// splitmix64: well mixed words from consecutive numbers.
@@ -68,41 +101,58 @@ pub enum Seen {
     Announcement,
 }
 
-/// How frames of one size are checked.
+/// The frames of a run: how they are made and checked.
 #[derive(Clone, Debug)]
 pub struct Checker {
     size: usize,
-    /// Whole words, and bytes after them.
+    prefix: MacPrefix,
+    /// What the [`FIXED`] bits are.
+    fixed: [u64; 2],
+    /// Whole words, and the bits that count in the one after them.
     words: usize,
-    tail: usize,
+    tail: u64,
     /// Every how many words one counts after the first eight (1: all).
     stride: usize,
+    /// One for each word; that of the check word is 0.
     factors: Vec<u64>,
 }
 
 impl Checker {
-    /// For frames of `size` bytes.
-    pub fn new(size: usize) -> Self {
+    /// For frames of `size` bytes between guests with addresses of `prefix`.
+    pub fn new(size: usize, prefix: MacPrefix) -> Self {
         let words = size / 8;
         let stride = if words <= WHOLE_WORDS {
             1
         } else {
             (words - HEAD_WORDS).div_ceil(WHOLE_WORDS - HEAD_WORDS)
         };
+        let factor = |i: u64| match i as usize {
+            CHECK_WORD => 0,
+            _ => mix(i ^ 0x5052_4f4f) | 1,
+        };
+        let mut start = [0; 16];
+        start[6..12].copy_from_slice(&prefix.mac(0));
+        start[12..14].copy_from_slice(&ETHER_TYPE);
+        let start = u128::from_le_bytes(start);
         Checker {
             size,
+            prefix,
+            fixed: [start as u64 & FIXED[0], (start >> 64) as u64 & FIXED[1]],
             words,
-            tail: size % 8,
+            tail: (1 << (8 * (size % 8))) - 1,
             stride,
-            factors: (0..=words as u64)
-                .map(|i| mix(i ^ 0x5052_4f4f) | 1)
-                .collect(),
+            factors: (0..=words as u64).map(factor).collect(),
         }
     }
 
     /// Length of the frames.
     pub fn size(&self) -> usize {
         self.size
+    }
+
+    /// The guests' addresses.
+    pub fn prefix(&self) -> MacPrefix {
+        self.prefix
     }
 
     /// How many different samples there are; frame n uses sample n modulo this.
@@ -128,113 +178,121 @@ impl Checker {
             let end = 8.min(self.size - at);
             frame.write_bytes(at, &word[..end]);
         }
-        frame.write_bytes(0, &mac(destination));
-        frame.write_bytes(6, &mac(source));
+        frame.write_bytes(0, &self.prefix.mac(destination));
+        frame.write_bytes(6, &self.prefix.mac(source));
         frame.write_bytes(12, &ETHER_TYPE);
         frame.write_bytes(14, &flow.to_le_bytes());
-        frame.write_bytes(SEQUENCE, &[0; 16]);
+        frame.write_bytes(STAMP, &[0; 16]);
+        let word = |n: usize| {
+            let mut bytes = [0; 8];
+            let len = 8.min(self.size - 8 * n);
+            frame.read_bytes(8 * n, &mut bytes[..len]);
+            u64::from_le_bytes(bytes)
+        };
         (0..self.phases())
-            .map(|phase| self.sum(phase, |at| word(frame, at), |at| self.tail_word(frame, at)))
+            .map(|phase| self.sampled_sum(phase, word))
             .collect()
     }
 
-    /// Makes a prefilled frame number `sequence`.
-    #[inline(always)]
-    pub fn stamp(&self, frame: &Window<'_>, sums: &[u64], sequence: u64) {
-        let sum = sums[self.phase(sequence)];
-        let check = sum.wrapping_add(sequence.wrapping_mul(self.factors[SEQUENCE_WORD]));
-        let mut both = [0; 16];
-        both[..8].copy_from_slice(&sequence.to_le_bytes());
-        both[8..].copy_from_slice(&check.to_le_bytes());
-        frame.write_bytes(SEQUENCE, &both);
+    /// Where [`Self::stamp`] writes in a prefilled frame.
+    pub fn stamp_of<'m>(frame: &Window<'m>) -> Option<&'m [AtomicU64; 2]> {
+        frame.sub(STAMP, 16)?.atomics().first_chunk()
     }
 
-    /// Checks a frame in one piece; `frame` may be longer than its `len` bytes.
+    /// Makes a prefilled frame number `sequence`; `sums` are those of its buffer.
     #[inline(always)]
-    pub fn verify(&self, frame: &Window<'_>, len: usize) -> Seen {
-        if len < MIN_SIZE {
-            return Seen::Foreign;
-        }
-        let mut head = [0; 64];
-        frame.read_bytes(0, &mut head[..32]);
+    pub fn stamp(&self, stamp: &[AtomicU64; 2], sums: &[u64], sequence: u64) {
+        let sum = sums[self.phase(sequence)];
+        let check = sum.wrapping_add(sequence.wrapping_mul(self.factors[SEQUENCE_WORD]));
+        stamp[0].store(sequence.to_le(), Ordering::Relaxed);
+        stamp[1].store(check.to_le(), Ordering::Relaxed);
+    }
+
+    /// Checks a frame of `len` bytes in one piece.
+    #[inline(always)]
+    pub fn verify(&self, frame: Words<'_>, len: usize) -> Seen {
+        let head = frame
+            .first_chunk()
+            .map_or([0; 4], |head| head.each_ref().map(load));
         if len != self.size {
-            return Self::unexpected(&head);
+            return self.unexpected(&head, len);
         }
         let sum = if self.stride == 1 {
-            self.whole_sum(frame)
+            self.whole_sum(&head, frame)
         } else {
-            let phase = self.phase(head_word(&head, SEQUENCE_WORD));
-            self.sum(phase, |at| word(frame, at), |at| self.tail_word(frame, at))
+            self.sampled_sum(self.phase(head[SEQUENCE_WORD]), |n| self.cut(n, &frame[n]))
         };
         self.judge(&head, sum)
     }
 
-    /// The sum of all words, eight at a time: copies of a fixed size and no bounds to check per word.
+    /// The sum of all words, four at a time and with no bounds to check for each.
     #[inline(always)]
-    fn whole_sum(&self, frame: &Window<'_>) -> u64 {
+    fn whole_sum(&self, head: &[u64; 4], frame: Words<'_>) -> u64 {
+        let (words, factors) = (&frame[..self.words], &self.factors[..self.words]);
         let mut sum = 0u64;
-        let mut at = 0;
-        let chunks = self.factors[..self.words].chunks_exact(8);
-        let rest = chunks.remainder();
-        for factors in chunks {
-            let mut bytes = [0; 64];
-            frame.read_bytes(at, &mut bytes);
-            for (word, factor) in bytes.chunks_exact(8).zip(factors) {
-                let word = word.try_into().map_or(0, u64::from_le_bytes);
-                sum = sum.wrapping_add(word.wrapping_mul(*factor));
+        let mut add = |word: u64, factor: u64| sum = sum.wrapping_add(word.wrapping_mul(factor));
+        let (words, rest) = words.as_chunks::<4>();
+        let (factors, rest_factors) = factors.as_chunks::<4>();
+        for (n, (words, factors)) in words.iter().zip(factors).enumerate() {
+            for i in 0..4 {
+                // What is decided on is what was checked: the head is not read again.
+                let word = if n == 0 { head[i] } else { load(&words[i]) };
+                add(word, factors[i]);
             }
-            at += 64;
         }
-        for factor in rest {
-            sum = sum.wrapping_add(word(frame, at).wrapping_mul(*factor));
-            at += 8;
+        for (word, factor) in rest.iter().zip(rest_factors) {
+            add(load(word), *factor);
         }
         if self.tail != 0 {
-            let tail = self.tail_word(frame, at);
-            sum = sum.wrapping_add(tail.wrapping_mul(self.factors[self.words]));
+            add(
+                self.cut(self.words, &frame[self.words]),
+                self.factors[self.words],
+            );
         }
         sum
     }
 
-    /// Checks a frame that lies in several pieces, in `scratch` if need be.
+    /// Word `n` of a frame, without what lies behind its end.
+    #[inline(always)]
+    fn cut(&self, n: usize, word: &AtomicU64) -> u64 {
+        let word = load(word);
+        if n < self.words {
+            word
+        } else {
+            word & self.tail
+        }
+    }
+
+    /// Checks a frame that lies in several pieces.
     pub fn verify_pieces(&self, pieces: &[(Window<'_>, usize)]) -> Seen {
-        let byte = |at: usize, to: &mut [u8]| copy_out(pieces, at, to);
         let len: usize = pieces.iter().map(|piece| piece.1).sum();
-        if len < MIN_SIZE {
-            return Seen::Foreign;
-        }
-        let mut head = [0; 64];
-        byte(0, &mut head[..32]);
-        if len != self.size {
-            return Self::unexpected(&head);
-        }
-        let sequence = head_word(&head, SEQUENCE_WORD);
-        let read = |at: usize, bytes: usize| {
-            let mut word = [0; 8];
-            byte(at, &mut word[..bytes]);
-            u64::from_le_bytes(word)
+        let word = |n: usize| {
+            let mut bytes = [0; 8];
+            let end = 8.min(len.saturating_sub(8 * n));
+            copy_out(pieces, 8 * n, &mut bytes[..end]);
+            u64::from_le_bytes(bytes)
         };
-        let sum = self.sum(
-            self.phase(sequence),
-            |at| read(at, 8),
-            |at| read(at, self.tail),
-        );
+        let head = [word(0), word(1), word(2), word(3)];
+        if len != self.size {
+            return self.unexpected(&head, len);
+        }
+        let sum = self.sampled_sum(self.phase(head[SEQUENCE_WORD]), word);
         self.judge(&head, sum)
     }
 
     /// A frame of another size is foreign, unless it says that it is ours.
     #[cold]
-    fn unexpected(head: &[u8; 64]) -> Seen {
-        if ours(head) {
+    fn unexpected(&self, head: &[u64; 4], len: usize) -> Seen {
+        if len >= MIN_SIZE && self.ours(head) {
             return Seen::Corrupt;
         }
-        Self::not_ours(head)
+        self.not_ours(head, len)
     }
 
     #[cold]
-    fn not_ours(head: &[u8; 64]) -> Seen {
-        let announced = head[..6] == [0xff; 6] && head[6..9] == MAC_PREFIX;
-        if announced && head[12..14] == ETHER_TYPE {
+    fn not_ours(&self, head: &[u64; 4], len: usize) -> Seen {
+        let broadcast = head[0] == self.fixed[0] | BROADCAST;
+        if broadcast && head[1] & FIXED[1] == self.fixed[1] && len >= MIN_SIZE {
             Seen::Announcement
         } else {
             Seen::Foreign
@@ -242,68 +300,52 @@ impl Checker {
     }
 
     #[inline(always)]
-    fn judge(&self, head: &[u8; 64], sum: u64) -> Seen {
-        if !ours(head) {
-            return Self::not_ours(head);
+    fn ours(&self, head: &[u64; 4]) -> bool {
+        let differ = |n: usize| (head[n] & FIXED[n]) ^ self.fixed[n];
+        differ(0) | differ(1) == 0
+    }
+
+    #[inline(always)]
+    fn judge(&self, head: &[u64; 4], sum: u64) -> Seen {
+        if !self.ours(head) {
+            return self.not_ours(head, self.size);
         }
-        let check = head_word(head, CHECK_WORD);
-        // `sum` has the check word in it, as it has all the others.
-        let expected = check.wrapping_add(check.wrapping_mul(self.factors[CHECK_WORD]));
-        if sum != expected {
+        if sum != head[CHECK_WORD] {
             return Seen::Corrupt;
         }
         Seen::Frame {
-            flow: u16::from_le_bytes([head[14], head[15]]),
-            sequence: head_word(head, SEQUENCE_WORD),
+            flow: (head[1] >> 48) as u16,
+            sequence: head[SEQUENCE_WORD],
         }
     }
 
     /// Sum of the words of `phase`, each with its factor.
     #[inline(always)]
-    fn sum(&self, phase: usize, word: impl Fn(usize) -> u64, tail: impl Fn(usize) -> u64) -> u64 {
+    fn sampled_sum(&self, phase: usize, word: impl Fn(usize) -> u64) -> u64 {
         let mut sum = 0u64;
-        let mut add = |n: usize, word: u64| {
-            sum = sum.wrapping_add(word.wrapping_mul(self.factors[n]));
-        };
-        if self.stride == 1 {
-            (0..self.words).for_each(|n| add(n, word(8 * n)));
-        } else {
-            (0..HEAD_WORDS).for_each(|n| add(n, word(8 * n)));
-            (HEAD_WORDS + phase..self.words)
-                .step_by(self.stride)
-                .for_each(|n| add(n, word(8 * n)));
-        }
+        let mut add = |n: usize| sum = sum.wrapping_add(word(n).wrapping_mul(self.factors[n]));
+        (0..HEAD_WORDS.min(self.words)).for_each(&mut add);
+        (HEAD_WORDS + phase..self.words)
+            .step_by(self.stride)
+            .for_each(&mut add);
         if self.tail != 0 {
-            add(self.words, tail(8 * self.words));
+            add(self.words);
         }
         sum
     }
 
-    #[inline(always)]
-    fn tail_word(&self, frame: &Window<'_>, at: usize) -> u64 {
-        let mut word = [0; 8];
-        frame.read_bytes(at, &mut word[..self.tail]);
-        u64::from_le_bytes(word)
+    /// Fills a broadcast frame of guest `source`, from which a switch learns where it is.
+    pub fn announcement(&self, frame: &Window<'_>, source: usize) {
+        frame.write_bytes(0, &[0xff; 6]);
+        frame.write_bytes(6, &self.prefix.mac(source));
+        frame.write_bytes(12, &ETHER_TYPE);
+        frame.write_bytes(14, &[0; MIN_SIZE - 14]);
     }
 }
 
 #[inline(always)]
-fn word(frame: &Window<'_>, at: usize) -> u64 {
-    let mut word = [0; 8];
-    frame.read_bytes(at, &mut word);
-    u64::from_le_bytes(word)
-}
-
-#[inline(always)]
-fn head_word(head: &[u8; 64], n: usize) -> u64 {
-    let mut word = [0; 8];
-    word.copy_from_slice(&head[8 * n..8 * n + 8]);
-    u64::from_le_bytes(word)
-}
-
-#[inline(always)]
-fn ours(head: &[u8; 64]) -> bool {
-    head[6..9] == MAC_PREFIX && head[12..14] == ETHER_TYPE && head[0] & 1 == 0
+fn load(word: &AtomicU64) -> u64 {
+    u64::from_le(word.load(Ordering::Relaxed))
 }
 
 fn copy_out(pieces: &[(Window<'_>, usize)], mut at: usize, to: &mut [u8]) {
@@ -323,24 +365,18 @@ fn copy_out(pieces: &[(Window<'_>, usize)], mut at: usize, to: &mut [u8]) {
     }
 }
 
-/// Fills a broadcast frame of guest `source`, from which a switch learns where it is.
-pub fn announcement(frame: &Window<'_>, source: usize) {
-    frame.write_bytes(0, &[0xff; 6]);
-    frame.write_bytes(6, &mac(source));
-    frame.write_bytes(12, &ETHER_TYPE);
-    frame.write_bytes(14, &[0; MIN_SIZE - 14]);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::memory::SharedMemory;
 
+    const PREFIX: MacPrefix = MacPrefix([2, 7, 8, 9]);
+
     fn filled<'m>(memory: &'m SharedMemory, size: usize, sequence: u64) -> (Checker, Window<'m>) {
-        let checker = Checker::new(size);
+        let checker = Checker::new(size, PREFIX);
         let frame = memory.window(64, size + 64).unwrap();
         let sums = checker.prefill(&frame, (0, 1, 9), 3);
-        checker.stamp(&frame, &sums, sequence);
+        checker.stamp(Checker::stamp_of(&frame).unwrap(), &sums, sequence);
         (checker, frame)
     }
 
@@ -351,7 +387,7 @@ mod tests {
             for sequence in [0, 1, 77, u64::MAX] {
                 let (checker, frame) = filled(&memory, size, sequence);
                 let intact = Seen::Frame { flow: 9, sequence };
-                assert_eq!(checker.verify(&frame, size), intact, "{size}");
+                assert_eq!(checker.verify(frame.atomics(), size), intact, "{size}");
             }
         }
     }
@@ -365,7 +401,11 @@ mod tests {
                 let mut byte = [0];
                 frame.read_bytes(at, &mut byte);
                 frame.write_bytes(at, &[byte[0] ^ 0x10]);
-                assert_eq!(checker.verify(&frame, size), Seen::Corrupt, "{size} {at}");
+                assert_eq!(
+                    checker.verify(frame.atomics(), size),
+                    Seen::Corrupt,
+                    "{size} {at}"
+                );
             }
         }
     }
@@ -375,13 +415,13 @@ mod tests {
         let memory = SharedMemory::create(16384, true).unwrap();
         let size = 9000;
         for at in (32..size).step_by(37) {
-            let rounds = Checker::new(size).phases() as u64;
+            let rounds = Checker::new(size, PREFIX).phases() as u64;
             let found = (0..rounds).any(|sequence| {
                 let (checker, frame) = filled(&memory, size, sequence);
                 let mut byte = [0];
                 frame.read_bytes(at, &mut byte);
                 frame.write_bytes(at, &[!byte[0]]);
-                checker.verify(&frame, size) == Seen::Corrupt
+                checker.verify(frame.atomics(), size) == Seen::Corrupt
             });
             assert!(found, "{at}");
         }
@@ -408,10 +448,32 @@ mod tests {
     fn shortened_frames_are_corrupt_and_strangers_foreign() {
         let memory = SharedMemory::create(16384, true).unwrap();
         let (checker, frame) = filled(&memory, 1514, 12);
-        assert_eq!(checker.verify(&frame, 1513), Seen::Corrupt);
-        announcement(&frame, 4);
-        assert_eq!(checker.verify(&frame, 60), Seen::Announcement);
+        assert_eq!(checker.verify(frame.atomics(), 1513), Seen::Corrupt);
+        checker.announcement(&frame, 4);
+        assert_eq!(checker.verify(frame.atomics(), 60), Seen::Announcement);
         frame.write_bytes(12, &[8, 0]);
-        assert_eq!(checker.verify(&frame, 1514), Seen::Foreign);
+        assert_eq!(checker.verify(frame.atomics(), 1514), Seen::Foreign);
+    }
+
+    #[test]
+    fn another_runs_frames_and_announcements_are_foreign() {
+        let memory = SharedMemory::create(16384, true).unwrap();
+        let (_, frame) = filled(&memory, 64, 0);
+        let other = Checker::new(64, MacPrefix([2, 7, 8, 10]));
+        assert_eq!(other.verify(frame.atomics(), 64), Seen::Foreign);
+        assert_eq!(other.verify(frame.atomics(), 60), Seen::Foreign);
+        other.announcement(&frame, 0);
+        let checker = Checker::new(64, PREFIX);
+        assert_eq!(checker.verify(frame.atomics(), 60), Seen::Foreign);
+        assert_eq!(other.verify(frame.atomics(), 60), Seen::Announcement);
+    }
+
+    #[test]
+    fn two_runs_have_different_addresses_that_belong_to_nobody() {
+        let prefixes = [MacPrefix::random().unwrap(), MacPrefix::random().unwrap()];
+        assert_ne!(prefixes[0], prefixes[1]);
+        assert!(prefixes.iter().all(|prefix| prefix.mac(9)[0] == 2));
+        assert_eq!(PREFIX.mac(0x102), [2, 7, 8, 9, 1, 2]);
+        assert_eq!(PREFIX.to_string(), "02:07:08:09");
     }
 }

@@ -8,13 +8,13 @@
 mod window;
 
 use std::io;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arrayvec::ArrayVec;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::window::{Budget, Outgoing};
-use super::frame::{self, Checker, MIN_SIZE};
+use super::frame::{Checker, MIN_SIZE, Words};
 use super::memory::{BufferArea, GUEST_BASE, GuestRam, NET_HDR, QueuePlace};
 use super::plan::{FlowCounters, FlowSpec, Plan};
 use super::tracker::Tracker;
@@ -64,17 +64,23 @@ impl<'m> Port<'m> {
         })
     }
 
-    /// Header and frame of a buffer.
-    #[inline(always)]
+    /// Header and frame of a buffer, up to its last line's end.
     fn window(&self, index: u32) -> Window<'m> {
         let at = self.buffers.at(index);
-        match self.memory.sub(at, self.buffers.capacity) {
+        match self.memory.sub(at, self.buffers.room()) {
             Some(window) => window,
             None => unreachable!("tokens are buffer numbers, and all buffers are in the memory"),
         }
     }
 
-    #[inline(always)]
+    /// The frame of a buffer, up to its last line's end.
+    fn frame(&self, index: u32) -> Window<'m> {
+        let window = self.window(index);
+        window
+            .sub(NET_HDR, window.len() - NET_HDR)
+            .unwrap_or(window)
+    }
+
     fn address(&self, index: u32) -> u64 {
         GUEST_BASE + self.buffers.at(index) as u64
     }
@@ -94,16 +100,24 @@ impl<'m> Port<'m> {
     }
 }
 
+/// A transmit buffer, looked up once: what is looked up for each frame is paid for with each frame.
+#[derive(Debug)]
+struct Outbound<'m> {
+    /// Sequence number and check word.
+    stamp: &'m [AtomicU64; 2],
+    address: u64,
+    /// Its flow's place among the queue's.
+    flow: usize,
+    /// Sums of the words that do not change, one for each phase.
+    sums: Box<[u64]>,
+}
+
 /// A transmit queue.
 #[derive(Debug)]
 pub struct Transmit<'m> {
     port: Port<'m>,
     flows: Vec<Outgoing>,
-    /// Sums of each buffer's constant words, `phases` for each.
-    sums: Vec<u64>,
-    /// Each buffer's flow: a table, since a division takes longer than all the rest.
-    flow_of: Vec<u16>,
-    phases: usize,
+    buffers: Vec<Outbound<'m>>,
     frame_len: u32,
     /// Free buffers, first in first out: `taken` and `returned` only grow.
     free: Vec<u32>,
@@ -115,20 +129,27 @@ pub struct Transmit<'m> {
 }
 
 impl<'m> Transmit<'m> {
-    fn new(port: Port<'m>, plan: &Plan, checker: &Checker, flows: &[(u16, FlowSpec)]) -> Self {
+    fn new(
+        port: Port<'m>,
+        plan: &Plan,
+        checker: &Checker,
+        flows: &[(u16, FlowSpec)],
+    ) -> io::Result<Self> {
         let count = port.buffers.count;
-        let mut sums = Vec::new();
+        let mut buffers = Vec::new();
         for index in 0..count {
-            let buffer = port.window(index as u32);
-            buffer.write_bytes(0, &[0; NET_HDR]);
-            let Some((flow, spec)) = flows.get(index % flows.len().max(1)) else {
-                continue;
-            };
-            let route = (spec.source, spec.destination, *flow);
-            let salt = (u64::from(*flow) << 16) | index as u64;
-            if let Some(frame) = buffer.sub(NET_HDR, plan.size) {
-                sums.extend(checker.prefill(&frame, route, salt));
-            }
+            let (number, at) = (index as u32, index % flows.len().max(1));
+            port.window(number).write_bytes(0, &[0; NET_HDR]);
+            let frame = port.frame(number);
+            let sums = flows
+                .get(at)
+                .map(|(flow, spec)| prefill(checker, &frame, *flow, spec, number));
+            buffers.push(Outbound {
+                stamp: Checker::stamp_of(&frame).ok_or(io::ErrorKind::InvalidInput)?,
+                address: port.address(number),
+                flow: at,
+                sums: sums.unwrap_or_default().into(),
+            });
         }
         let outgoing = flows.iter().map(|(flow, _)| Outgoing {
             flow: *flow,
@@ -136,13 +157,9 @@ impl<'m> Transmit<'m> {
             written_off: 0,
             blocked: None,
         });
-        Transmit {
+        Ok(Transmit {
             flows: outgoing.collect(),
-            flow_of: (0..count)
-                .map(|i| (i % flows.len().max(1)) as u16)
-                .collect(),
-            sums,
-            phases: checker.phases(),
+            buffers,
             frame_len: (NET_HDR + plan.size) as u32,
             free: (0..count.next_power_of_two() as u32).collect(),
             taken: 0,
@@ -150,16 +167,24 @@ impl<'m> Transmit<'m> {
             window: plan.window() as u64,
             counts: SendCounts::default(),
             port,
-        }
+        })
     }
 
     /// Takes back what has been sent.
     #[inline(always)]
     pub fn reclaim(&mut self) {
         let mask = self.free.len() - 1;
-        while let Some(used) = self.port.ring.reap() {
-            self.free[self.returned & mask] = used.token;
-            self.returned += 1;
+        let mut burst = ArrayVec::<Used, BURST>::new();
+        loop {
+            self.port.ring.reap_burst(&mut burst);
+            for used in &burst {
+                self.free[self.returned & mask] = used.token;
+                self.returned += 1;
+            }
+            if !burst.is_full() {
+                break;
+            }
+            burst.clear();
         }
     }
 
@@ -183,21 +208,18 @@ impl<'m> Transmit<'m> {
         let mut budget = Budget::default();
         let mut sent = 0;
         while sent < limit {
-            let slot = self.free[self.taken & mask];
-            let at = usize::from(self.flow_of[slot as usize]);
-            if windowed && !budget.take(at, self.window, &mut self.flows[at], counters, now_ns) {
+            let number = self.free[self.taken & mask];
+            let buffer = &self.buffers[number as usize];
+            let flow = &mut self.flows[buffer.flow];
+            if windowed && !budget.take(buffer.flow, self.window, flow, counters, now_ns) {
                 break;
             }
-            let flow = &mut self.flows[at];
-            let buffer = self.port.window(slot);
-            let sums = &self.sums[slot as usize * self.phases..][..self.phases];
-            let frame = buffer.sub(NET_HDR, checker.size());
-            frame.iter().for_each(|f| checker.stamp(f, sums, flow.next));
+            checker.stamp(buffer.stamp, &buffer.sums, flow.next);
             flow.next += 1;
             self.taken += 1;
             sent += 1;
-            let readable = Buffer::readable(self.port.address(slot), self.frame_len);
-            self.port.ring.post_one(readable, slot);
+            let readable = Buffer::readable(buffer.address, self.frame_len);
+            self.port.ring.post_one(readable, number);
         }
         if sent != 0 {
             self.port.publish();
@@ -222,44 +244,56 @@ impl<'m> Transmit<'m> {
     }
 
     /// Sends a broadcast from which a switch learns where guest `source` is. Nothing else may be in flight.
-    pub fn announce(&mut self, source: usize) {
+    pub fn announce(&mut self, checker: &Checker, source: usize) {
         // A buffer of its own would be one too many for the ring; the last one is restored afterwards.
-        let slot = self.port.buffers.count as u32 - 1;
-        let buffer = self.port.window(slot);
-        if let Some(frame) = buffer.sub(NET_HDR, MIN_SIZE) {
-            frame::announcement(&frame, source);
-        }
+        let number = self.port.buffers.count as u32 - 1;
+        checker.announcement(&self.port.frame(number), source);
         let len = (NET_HDR + MIN_SIZE) as u32;
-        let address = self.port.address(slot);
-        self.port
-            .ring
-            .post_one(Buffer::readable(address, len), slot);
+        let readable = Buffer::readable(self.port.address(number), len);
+        self.port.ring.post_one(readable, number);
         self.port.publish();
     }
 
     /// Puts back the buffer that an announcement used; false while the backend still has it.
-    pub fn announced(&mut self, plan: &Plan, checker: &Checker, specs: &[FlowSpec]) -> bool {
+    pub fn announced(&mut self, checker: &Checker, specs: &[FlowSpec]) -> bool {
         let Some(used) = self.port.ring.reap() else {
             return false;
         };
-        if let (Some(flow), Some(frame)) = (
-            self.flows
-                .get(usize::from(self.flow_of[used.token as usize])),
-            self.port.window(used.token).sub(NET_HDR, plan.size),
-        ) {
-            let spec = specs[usize::from(flow.flow)];
-            let route = (spec.source, spec.destination, flow.flow);
-            let salt = (u64::from(flow.flow) << 16) | u64::from(used.token);
-            checker.prefill(&frame, route, salt);
+        let buffer = &self.buffers[used.token as usize];
+        if let Some(flow) = self.flows.get(buffer.flow) {
+            let spec = &specs[usize::from(flow.flow)];
+            let frame = self.port.frame(used.token);
+            prefill(checker, &frame, flow.flow, spec, used.token);
         }
         true
     }
+}
+
+fn prefill(
+    checker: &Checker,
+    frame: &Window<'_>,
+    flow: u16,
+    spec: &FlowSpec,
+    number: u32,
+) -> Vec<u64> {
+    let route = (spec.source, spec.destination, flow);
+    checker.prefill(frame, route, u64::from(flow) << 16 | u64::from(number))
+}
+
+/// A receive buffer, looked up once.
+#[derive(Debug)]
+struct Inbound<'m> {
+    /// Header and frame.
+    window: Window<'m>,
+    frame: Words<'m>,
+    address: u64,
 }
 
 /// A receive queue.
 #[derive(Debug)]
 pub struct Receive<'m> {
     port: Port<'m>,
+    buffers: Vec<Inbound<'m>>,
     mergeable: bool,
     /// Buffers of a frame that has not come in whole yet.
     pieces: Vec<Used>,
@@ -270,54 +304,56 @@ pub struct Receive<'m> {
 impl<'m> Receive<'m> {
     fn new(port: Port<'m>, mergeable: bool) -> Self {
         let count = port.buffers.count;
+        let buffer = |number| Inbound {
+            window: port.window(number),
+            frame: port.frame(number).atomics(),
+            address: port.address(number),
+        };
         let mut receive = Receive {
+            buffers: (0..count as u32).map(buffer).collect(),
             port,
             mergeable,
             pieces: Vec::with_capacity(count),
             needed: 0,
             windows: Vec::with_capacity(count),
         };
-        (0..count as u32).for_each(|index| receive.post(index));
+        (0..count as u32).for_each(|number| receive.post(number));
         receive.port.ring.publish();
         receive
     }
 
     #[inline(always)]
-    fn post(&mut self, index: u32) {
-        let capacity = self.port.buffers.capacity as u32;
-        let buffer = Buffer::writable(self.port.address(index), capacity);
-        self.port.ring.post_one(buffer, index);
+    fn post(&mut self, number: u32) {
+        let address = self.buffers[number as usize].address;
+        let buffer = Buffer::writable(address, self.port.buffers.capacity as u32);
+        self.port.ring.post_one(buffer, number);
     }
 
     /// Receives and checks what is there, up to a burst; returns how many frames came.
     #[inline(always)]
     pub fn receive(&mut self, checker: &Checker, tracker: &mut Tracker<'_>, now_ns: u64) -> usize {
         let mut burst = ArrayVec::<Used, BURST>::new();
-        while !burst.is_full() {
-            let Some(used) = self.port.ring.reap() else {
-                break;
-            };
-            let frame = self.port.window(used.token);
-            if self.mergeable {
-                frame.prefetch(0);
-            }
-            frame.prefetch(NET_HDR);
-            burst.push(used);
-        }
+        self.port.ring.reap_burst(&mut burst);
         if burst.is_empty() {
             return 0;
         }
+        for used in &burst {
+            let window = &self.buffers[used.token as usize].window;
+            if self.mergeable {
+                window.prefetch(0);
+            }
+            window.prefetch(NET_HDR);
+        }
         let mut frames = 0;
         for used in &burst {
-            if self.mergeable && self.needed_with(used) != 1 {
+            let buffer = &self.buffers[used.token as usize];
+            if self.mergeable && self.needed_with(&buffer.window) != 1 {
                 frames += usize::from(self.collect(*used, checker, tracker));
                 continue;
             }
-            let buffer = self.port.window(used.token);
-            let len = (used.len as usize).min(buffer.len());
-            if let Some(frame) = buffer.sub(NET_HDR, len.saturating_sub(NET_HDR)) {
-                tracker.book(checker.verify(&frame, frame.len()));
-            }
+            // A length beyond the buffer is not the frames' either.
+            let len = (used.len as usize).saturating_sub(NET_HDR);
+            tracker.book(checker.verify(buffer.frame, len));
             frames += 1;
             self.post(used.token);
         }
@@ -327,21 +363,18 @@ impl<'m> Receive<'m> {
         frames
     }
 
-    /// Buffers of the frame that `used` is part of.
+    /// Buffers of the frame that the one with this header is part of.
     #[inline(always)]
-    fn needed_with(&self, used: &Used) -> usize {
+    fn needed_with(&self, header: &Window<'_>) -> usize {
         if self.needed != 0 {
             return self.needed;
         }
-        let header = self.port.window(used.token);
-        let mut count = [0; 2];
-        header.read_bytes(NUM_BUFFERS, &mut count);
-        usize::from(u16::from_le_bytes(count)).max(1)
+        usize::from(header.load_u16(NUM_BUFFERS, Ordering::Relaxed)).max(1)
     }
 
     /// Adds a buffer to the frame that is being collected; whether it is whole now.
     fn collect(&mut self, used: Used, checker: &Checker, tracker: &mut Tracker<'_>) -> bool {
-        self.needed = self.needed_with(&used);
+        self.needed = self.needed_with(&self.buffers[used.token as usize].window);
         self.pieces.push(used);
         let impossible = self.pieces.len() == self.port.buffers.count;
         if self.pieces.len() < self.needed && !impossible {
@@ -350,9 +383,9 @@ impl<'m> Receive<'m> {
         self.windows.clear();
         for (i, piece) in self.pieces.iter().enumerate() {
             let skip = if i == 0 { NET_HDR } else { 0 };
-            let buffer = self.port.window(piece.token);
-            let len = (piece.len as usize).min(buffer.len()).saturating_sub(skip);
-            if let Some(part) = buffer.sub(skip, len) {
+            let len = (piece.len as usize).min(self.port.buffers.capacity);
+            let len = len.saturating_sub(skip);
+            if let Some(part) = self.buffers[piece.token as usize].window.sub(skip, len) {
                 self.windows.push((part, len));
             }
         }
@@ -400,7 +433,7 @@ impl<'m> Guest<'m> {
                 .filter(|(_, flow)| flow.source == index && flow.queue == queue)
                 .collect();
             let port = Port::new(ram, plan, &ram.transmit[queue], &kicks[1])?;
-            transmit.push(Transmit::new(port, plan, checker, &own));
+            transmit.push(Transmit::new(port, plan, checker, &own)?);
         }
         Ok(Guest {
             index,

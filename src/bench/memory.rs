@@ -52,6 +52,11 @@ impl BufferArea {
     pub fn at(&self, index: u32) -> usize {
         self.offset + index as usize * self.stride + LINE - NET_HDR
     }
+
+    /// Bytes from a buffer's start to its last line's end.
+    pub fn room(&self) -> usize {
+        self.stride - LINE + NET_HDR
+    }
 }
 
 /// One queue's place.

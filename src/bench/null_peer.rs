@@ -13,6 +13,10 @@ use crate::virtio::driver::{DESC_SIZE, RingAreas};
 /// VIRTQ_DESC_F_AVAIL and VIRTQ_DESC_F_USED.
 const AVAIL: u64 = 1 << 7;
 const USED: u64 = 1 << 15;
+/// VIRTQ_USED_F_NO_NOTIFY, the first word of a split ring's used area, and RING_EVENT_FLAGS_DISABLE, the second word of
+/// a packed ring's.
+const NO_KICKS: u16 = 1;
+const EVENT_FLAGS: usize = 2;
 /// Offset of the index and of the first entry in a split ring's areas.
 const INDEX: usize = 2;
 const ENTRIES: usize = 4;
@@ -38,8 +42,10 @@ pub struct NullRing<'m> {
 }
 
 impl<'m> NullRing<'m> {
-    /// The device of a new ring.
+    /// The device of a new ring, which polls and wants no kicks.
     pub fn new(areas: RingAreas<'m>, packed: bool) -> Self {
+        let at = if packed { EVENT_FLAGS } else { 0 };
+        areas.used.store_u16(at, NO_KICKS, Ordering::Relaxed);
         NullRing {
             areas,
             packed,

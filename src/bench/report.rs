@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::client::{RoundTrips, ThreadReport};
+use super::frame::MacPrefix;
 use super::plan::{FlowCounters, Mode, Plan};
 
 /// How much a run's numbers mean.
@@ -98,6 +99,8 @@ pub struct Report {
     pub mergeable: bool,
     /// VIRTIO_F_IN_ORDER.
     pub in_order: bool,
+    /// What the guests' MAC addresses start with; random, so that runs at one switch do not meet.
+    pub mac_prefix: String,
     /// Measured time.
     pub seconds: f64,
     /// Million frames a second, as received.
@@ -142,6 +145,7 @@ impl Report {
     /// Puts together what the threads and the flows counted.
     pub fn new(
         plan: &Plan,
+        prefix: MacPrefix,
         threads: &[ThreadReport],
         counters: &[FlowCounters],
         ended_early: Option<EndedEarly>,
@@ -179,6 +183,7 @@ impl Report {
             window: plan.window(),
             mergeable: plan.mergeable,
             in_order: plan.in_order,
+            mac_prefix: prefix.to_string(),
             seconds: measured_ns as f64 / 1e9,
             mpps: pps / 1e6,
             gbit_per_second: pps * plan.size as f64 * 8.0 / 1e9,
@@ -351,7 +356,14 @@ mod tests {
     fn report(received: u64, standstills: Vec<u64>, early: Option<EndedEarly>) -> Report {
         let counters = [FlowCounters::default()];
         counters[0].sent.store(1000, Ordering::Relaxed);
-        Report::new(&plan(), &[thread(received, standstills)], &counters, early)
+        let prefix = MacPrefix::random().unwrap();
+        Report::new(
+            &plan(),
+            prefix,
+            &[thread(received, standstills)],
+            &counters,
+            early,
+        )
     }
 
     #[test]

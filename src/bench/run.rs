@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::client::{Shared, ThreadReport, WARM_UP, play};
-use super::frame::Checker;
+use super::frame::{Checker, MacPrefix};
 use super::frontend::{
     AttachError, Frontend, IN_ORDER, MRG_RXBUF, Order, Queue, RING_PACKED, Region, VERSION_1,
 };
@@ -95,7 +95,8 @@ pub fn run(
         });
     }
     let counters: Vec<FlowCounters> = flows.iter().map(|_| FlowCounters::default()).collect();
-    let checker = Checker::new(plan.size);
+    let prefix = MacPrefix::random().map_err(RunError::Memory)?;
+    let checker = Checker::new(plan.size, prefix);
     let attachments = (0..plan.guests)
         .map(|_| Attachment::new(plan))
         .collect::<io::Result<Vec<_>>>()
@@ -137,7 +138,7 @@ pub fn run(
     frontends.iter().for_each(|frontend| {
         let _ = frontend.stop(&rings);
     });
-    Ok(Report::new(plan, &threads, &counters, early))
+    Ok(Report::new(plan, prefix, &threads, &counters, early))
 }
 
 impl Attachment {

@@ -10,7 +10,7 @@ use hdrhistogram::Histogram;
 use quanta::Clock;
 use serde::Serialize;
 
-use super::frame::Checker;
+use super::frame::{Checker, MacPrefix};
 use super::guest::{BURST, Guest};
 use super::memory::{GuestRam, QueuePlace};
 use super::null_peer::{NullPeer, NullRing};
@@ -72,7 +72,7 @@ pub fn measure(plan: &Plan) -> io::Result<Cost> {
     };
     let flows = [direction(0), direction(1)];
     let counters = [FlowCounters::default(), FlowCounters::default()];
-    let checker = Checker::new(plan.size);
+    let checker = Checker::new(plan.size, MacPrefix::random()?);
     let rams = [
         GuestRam::new(&plan.memory_needs())?,
         GuestRam::new(&plan.memory_needs())?,

@@ -70,18 +70,31 @@ impl<'s> Tracker<'s> {
     /// Books one frame.
     #[inline(always)]
     pub fn book(&mut self, seen: Seen) {
-        let (flow, sequence) = match seen {
-            Seen::Frame { flow, sequence } => (flow, sequence),
-            Seen::Corrupt => {
-                self.counts.corrupt += 1;
-                return;
-            }
-            Seen::Foreign => {
-                self.counts.foreign += 1;
-                return;
-            }
-            Seen::Announcement => return,
+        let Seen::Frame { flow, sequence } = seen else {
+            return self.book_oddity(seen);
         };
+        // All but the first of a burst: what there is to do for each frame.
+        match self.flows.get_mut(usize::from(flow)) {
+            Some(state) if state.touched && state.expected == sequence => {
+                state.expected += 1;
+                state.received += 1;
+                self.counts.received += 1;
+            }
+            _ => self.book_carefully(flow, sequence),
+        }
+    }
+
+    #[cold]
+    fn book_oddity(&mut self, seen: Seen) {
+        match seen {
+            Seen::Corrupt => self.counts.corrupt += 1,
+            Seen::Foreign => self.counts.foreign += 1,
+            Seen::Announcement | Seen::Frame { .. } => {}
+        }
+    }
+
+    #[inline(never)]
+    fn book_carefully(&mut self, flow: u16, sequence: u64) {
         let Some(state) = self.flows.get_mut(usize::from(flow)).filter(|s| s.mine) else {
             self.counts.foreign += 1;
             return;

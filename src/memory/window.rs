@@ -1,12 +1,24 @@
 //! A checked place in memory that the guest shares.
 //!
 //! A [`Window`] is pointer and length in one value, so that an access is always checked against the
-//! length that was validated with the pointer. Guest memory never becomes a Rust reference: the guest
-//! writes to it at any time, so only copies and atomic accesses are allowed.
+//! length that was validated with the pointer. Guest memory never becomes a Rust reference to plain data: the
+//! guest writes to it at any time, so only copies and atomic accesses are allowed.
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, compiler_fence};
+
+/// Integers that [`Window::atomics`] makes.
+pub trait Atomic: sealed::Sealed {}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+macro_rules! atomic {
+    ($($integer:ty),*) => { $(impl sealed::Sealed for $integer {} impl Atomic for $integer {})* };
+}
+atomic!(AtomicU16, AtomicU32, AtomicU64);
 
 /// A piece of guest memory: where it is mapped here, and how many bytes were checked.
 ///
@@ -125,6 +137,18 @@ impl<'m> Window<'m> {
         unsafe { std::ptr::copy(from.ptr.as_ptr(), self.ptr.as_ptr(), len) }
         #[cfg(test)]
         super::probe::stored();
+    }
+
+    /// All of it as atomics, what does not fill the last one left out: for loops that cannot afford a check an
+    /// access. Panics where the window is not aligned for them.
+    pub fn atomics<T: Atomic>(&self) -> &'m [T] {
+        assert!(
+            self.address().is_multiple_of(align_of::<T>()),
+            "unaligned access"
+        );
+        // SAFETY: inside the mapping, which lives for 'm, and aligned; atomics may be shared with whoever
+        // else writes to the memory, and any bytes are valid ones.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr().cast(), self.len / size_of::<T>()) }
     }
 
     #[inline(always)]

@@ -21,10 +21,22 @@ pub(super) struct Outgoing {
 
 /// What is left of the flows' windows in one burst. With one flow, the usual case, the receiver's counter is
 /// read once.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Budget {
-    last: Option<(usize, u64)>,
+    /// The flow asked for last, and what is left for it.
+    at: usize,
+    left: u64,
     pub(super) refilled: bool,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Budget {
+            at: usize::MAX,
+            left: 0,
+            refilled: false,
+        }
+    }
 }
 
 impl Budget {
@@ -37,12 +49,13 @@ impl Budget {
         counters: &[FlowCounters],
         now_ns: u64,
     ) -> bool {
-        let left = match self.last {
-            Some((last, left)) if last == at => left,
-            _ => self.look(window, flow, counters, now_ns),
-        };
-        self.last = Some((at, left.saturating_sub(1)));
-        left != 0
+        if self.at != at {
+            self.at = at;
+            self.left = self.look(window, flow, counters, now_ns);
+        }
+        let granted = self.left != 0;
+        self.left -= u64::from(granted);
+        granted
     }
 
     #[inline(always)]

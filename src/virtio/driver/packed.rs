@@ -1,6 +1,6 @@
 //! The driver's side of a packed virtqueue (virtio 1.2 §2.8).
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::{
     Buffer, DESC_INDIRECT, DESC_NEXT, DESC_SIZE, RingAreas, RingFault, Used, passes_event,
@@ -12,10 +12,6 @@ use crate::virtio::{MAX_RING_SIZE, RingFeatures};
 pub(super) const AVAIL: u16 = 1 << 7;
 /// VIRTQ_DESC_F_USED.
 pub(super) const USED: u16 = 1 << 15;
-
-/// Offset of the second half of a descriptor (length, id, flags), and of the flags in it.
-const REST: usize = 8;
-const FLAGS: usize = 14;
 
 /// RING_EVENT_FLAGS_*: the second word of an event suppression area.
 const EVENTS_ON: u16 = 0;
@@ -69,7 +65,8 @@ struct Chain {
 #[derive(Debug)]
 #[cfg_attr(test, derive(Clone))]
 pub struct PackedRing<'m> {
-    ring: Window<'m>,
+    /// Two words each: the address; length, id and flags, which change hands.
+    ring: &'m [[AtomicU64; 2]],
     driver_event: Window<'m>,
     device_event: Window<'m>,
     size: u16,
@@ -79,12 +76,11 @@ pub struct PackedRing<'m> {
     next: Position,
     reaped: Position,
     free: u16,
-    /// Free buffer ids: a list through `next_id`, taken at its head, given back at its tail.
-    first_id: u16,
-    last_id: u16,
-    next_id: Vec<u16>,
+    /// Free buffer ids, first in first out, in a power of two of places: `taken` and `returned` count without end.
+    ids: Vec<u16>,
+    taken: u16,
+    returned: u16,
     chains: Vec<Chain>,
-    outstanding: u16,
     /// With VIRTIO_F_IN_ORDER ids come back in turn: the oldest, and the last one of the batch that is
     /// being handed out with the length that the device wrote.
     oldest: u16,
@@ -113,7 +109,7 @@ impl<'m> PackedRing<'m> {
             wrap: true,
         };
         PackedRing {
-            ring: areas.descriptors,
+            ring: areas.descriptors.atomics().as_chunks().0,
             driver_event: areas.available,
             device_event: areas.used,
             size,
@@ -122,11 +118,10 @@ impl<'m> PackedRing<'m> {
             next: start,
             reaped: start,
             free: size,
-            first_id: 0,
-            last_id: size - 1,
-            next_id: (0..size).map(|i| (i + 1) % size).collect(),
+            ids: (0..size.next_power_of_two()).collect(),
+            taken: 0,
+            returned: size,
             chains: vec![Chain::default(); usize::from(size)],
-            outstanding: 0,
             oldest: 0,
             batch: None,
             held: None,
@@ -143,7 +138,7 @@ impl<'m> PackedRing<'m> {
 
     #[inline(always)]
     pub(super) fn outstanding(&self) -> u16 {
-        self.outstanding
+        self.size - self.returned.wrapping_sub(self.taken)
     }
 
     pub(super) fn fault(&self) -> Option<RingFault> {
@@ -158,15 +153,15 @@ impl<'m> PackedRing<'m> {
     /// Takes a free id for a chain of `descriptors` entries.
     #[inline(always)]
     fn take_id(&mut self, descriptors: u16, token: u32) -> u16 {
-        let id = self.first_id;
-        self.first_id = self.next_id[usize::from(id)];
+        let mask = self.ids.len() as u16 - 1;
+        let id = self.ids[usize::from(self.taken & mask)];
+        self.taken = self.taken.wrapping_add(1);
         self.chains[usize::from(id)] = Chain {
             token,
             descriptors,
             outstanding: true,
         };
         self.free -= descriptors;
-        self.outstanding += 1;
         self.posted += descriptors;
         id
     }
@@ -180,12 +175,24 @@ impl<'m> PackedRing<'m> {
         } else {
             // Pairs with the device's acquire load of the flags (virtio 1.2 §2.8.21.1): the rest of the
             // chain is written before.
-            self.ring.store_u64(
-                usize::from(index) * DESC_SIZE + REST,
-                rest,
-                Ordering::Release,
-            );
+            self.ring[usize::from(index)][1].store(rest.to_le(), Ordering::Release);
         }
+    }
+
+    #[inline(always)]
+    fn write_address(&self, index: u16, buffer: &Buffer) {
+        self.ring[usize::from(index)][0].store(buffer.address.to_le(), Ordering::Relaxed);
+    }
+
+    /// Flags, id and length of the next entry to reap, if the device has used it.
+    #[inline(always)]
+    fn used(&self) -> Option<u64> {
+        let rest = &self.ring[usize::from(self.reaped.index)][1];
+        // Pairs with the device's release of the flags: id, length and buffer were written before.
+        let rest = u64::from_le(rest.load(Ordering::Acquire));
+        let flags = (rest >> 48) as u16;
+        let both = if self.reaped.wrap { AVAIL | USED } else { 0 };
+        (flags & (AVAIL | USED) == both && self.outstanding() != 0).then_some(rest)
     }
 
     #[inline(always)]
@@ -200,8 +207,7 @@ impl<'m> PackedRing<'m> {
         }
         let id = self.take_id(1, token);
         let place = self.next;
-        let at = usize::from(place.index) * DESC_SIZE;
-        self.ring.store_u64(at, buffer.address, Ordering::Relaxed);
+        self.write_address(place.index, &buffer);
         self.offer(
             place.index,
             Self::rest(buffer.len, id, flags | place.available()),
@@ -224,12 +230,12 @@ impl<'m> PackedRing<'m> {
             let more = if i + 1 < buffers.len() { DESC_NEXT } else { 0 };
             let flags = buffer.flags() | more | self.next.available();
             let rest = Self::rest(buffer.len, id, flags);
-            let at = usize::from(self.next.index) * DESC_SIZE;
-            self.ring.store_u64(at, buffer.address, Ordering::Relaxed);
+            self.write_address(self.next.index, buffer);
             if i == 0 {
                 first = rest;
             } else {
-                self.ring.store_u64(at + REST, rest, Ordering::Relaxed);
+                let second = &self.ring[usize::from(self.next.index)][1];
+                second.store(rest.to_le(), Ordering::Relaxed);
             }
             self.next.advance(1, self.size);
         }
@@ -252,7 +258,7 @@ impl<'m> PackedRing<'m> {
             // virtio 1.2 §2.8.8: in a table only VIRTQ_DESC_F_WRITE is valid.
             let rest = Self::rest(buffer.len, 0, buffer.flags());
             table.store_u64(i * DESC_SIZE, buffer.address, Ordering::Relaxed);
-            table.store_u64(i * DESC_SIZE + REST, rest, Ordering::Relaxed);
+            table.store_u64(i * DESC_SIZE + 8, rest, Ordering::Relaxed);
         }
         let whole = Buffer::readable(address, len as u32);
         self.post_single(whole, DESC_INDIRECT, token)
@@ -262,11 +268,7 @@ impl<'m> PackedRing<'m> {
     pub(super) fn publish(&mut self) {
         if let Some((index, rest)) = self.held.take() {
             // Pairs with the device's acquire load of the flags, as in `offer`.
-            self.ring.store_u64(
-                usize::from(index) * DESC_SIZE + REST,
-                rest,
-                Ordering::Release,
-            );
+            self.ring[usize::from(index)][1].store(rest.to_le(), Ordering::Release);
             self.unkicked = self
                 .unkicked
                 .saturating_add(std::mem::take(&mut self.posted));
@@ -312,14 +314,7 @@ impl<'m> PackedRing<'m> {
         if let Some((last, len)) = self.batch {
             return self.reap_batch(last, len);
         }
-        let at = usize::from(self.reaped.index) * DESC_SIZE;
-        // Pairs with the device's release of the flags: id, length and buffer were written before.
-        let flags = self.ring.load_u16(at + FLAGS, Ordering::Acquire);
-        let (avail, used) = (flags & AVAIL != 0, flags & USED != 0);
-        if avail != used || used != self.reaped.wrap || self.outstanding == 0 {
-            return None;
-        }
-        let rest = self.ring.load_u64(at + REST, Ordering::Relaxed);
+        let rest = self.used()?;
         let (len, id) = (rest as u32, (rest >> 32) as u16);
         if self.fault.is_some() || id >= self.size || !self.chains[usize::from(id)].outstanding {
             return self.fail(id);
@@ -353,15 +348,10 @@ impl<'m> PackedRing<'m> {
         let Chain {
             token, descriptors, ..
         } = std::mem::take(&mut self.chains[usize::from(id)]);
-        // With no id free (as many chains as entries) the head of the list is stale.
-        if self.outstanding == self.size {
-            self.first_id = id;
-        } else {
-            self.next_id[usize::from(self.last_id)] = id;
-        }
-        self.last_id = id;
+        let mask = self.ids.len() as u16 - 1;
+        self.ids[usize::from(self.returned & mask)] = id;
+        self.returned = self.returned.wrapping_add(1);
         self.free += descriptors;
-        self.outstanding -= 1;
         self.reaped.advance(descriptors, self.size);
         Used { token, len }
     }
@@ -387,10 +377,7 @@ impl<'m> PackedRing<'m> {
         }
         // Armed before looked at again; pairs with the device's barrier between its flags and our wish.
         fence(Ordering::SeqCst);
-        let at = usize::from(self.reaped.index) * DESC_SIZE;
-        let flags = self.ring.load_u16(at + FLAGS, Ordering::Acquire);
-        let (avail, used) = (flags & AVAIL != 0, flags & USED != 0);
-        self.batch.is_some() || (avail == used && used == self.reaped.wrap && self.outstanding != 0)
+        self.batch.is_some() || self.used().is_some()
     }
 
     /// Asks for a call once the entry `ahead` of the next one to reap has been used.

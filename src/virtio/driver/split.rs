@@ -1,6 +1,6 @@
 //! The driver's side of a split virtqueue (virtio 1.2 §2.7).
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use super::{
     Buffer, DESC_INDIRECT, DESC_NEXT, DESC_SIZE, RingAreas, RingFault, Used, passes_event,
@@ -21,23 +21,26 @@ const NO_NOTIFICATION: u16 = 1;
 #[derive(Debug)]
 #[cfg_attr(test, derive(Clone))]
 pub struct SplitRing<'m> {
-    descriptors: Window<'m>,
+    /// Two words each: the address; length, flags and next.
+    descriptors: &'m [[AtomicU64; 2]],
+    /// The available ring, and the entries in it.
     available: Window<'m>,
+    heads: &'m [AtomicU16],
+    /// The used ring, and the elements in it: id and length.
     used: Window<'m>,
+    elements: &'m [[AtomicU32; 2]],
     mask: u16,
     event_idx: bool,
     in_order: bool,
-    /// Free descriptors: a list through `next`, taken at its head, given back at its tail.
-    first_free: u16,
-    last_free: u16,
-    free: u16,
+    /// Free descriptors, first in first out: `taken` and `returned` count without end.
+    free: Vec<u16>,
+    taken: u16,
+    returned: u16,
+    /// The rest of each chain of several descriptors.
     next: Vec<u16>,
     /// What each outstanding head was posted with, and how many descriptors its chain has (0: not
     /// outstanding).
     chains: Vec<(u32, u16)>,
-    outstanding: u16,
-    /// Oldest outstanding head, for VIRTIO_F_IN_ORDER.
-    oldest: u16,
     /// Our own available index: posted, published, and at the last look whether a kick is due.
     posted: u16,
     published: u16,
@@ -52,27 +55,36 @@ impl<'m> SplitRing<'m> {
     /// An empty ring in zeroed `areas`.
     ///
     /// # Panics
-    /// Where the size is not a power of two up to 32768.
+    /// Where the size is not a power of two up to 32768, or the areas are not as [`RingLayout`] has them.
+    ///
+    /// [`RingLayout`]: super::RingLayout
     pub fn new(areas: RingAreas<'m>, features: RingFeatures) -> Self {
         let size = areas.size;
         assert!(
             size.is_power_of_two() && u32::from(size) <= MAX_RING_SIZE,
             "a split ring has a power of two of entries"
         );
+        let entries = usize::from(size);
+        let (Some(heads), Some(elements)) = (
+            areas.available.sub(ENTRIES, 2 * entries),
+            areas.used.sub(ENTRIES, 8 * entries),
+        ) else {
+            panic!("the areas hold as many entries as the ring");
+        };
         SplitRing {
-            descriptors: areas.descriptors,
+            descriptors: areas.descriptors.atomics().as_chunks().0,
             available: areas.available,
+            heads: heads.atomics(),
             used: areas.used,
+            elements: elements.atomics().as_chunks().0,
             mask: size - 1,
             event_idx: features.event_idx,
             in_order: features.in_order,
-            first_free: 0,
-            last_free: size - 1,
-            free: size,
-            next: (0..size).map(|i| (i + 1) & (size - 1)).collect(),
-            chains: vec![(0, 0); usize::from(size)],
-            outstanding: 0,
-            oldest: 0,
+            free: (0..size).collect(),
+            taken: 0,
+            returned: size,
+            next: vec![0; entries],
+            chains: vec![(0, 0); entries],
             posted: 0,
             published: 0,
             kicked: 0,
@@ -97,12 +109,12 @@ impl<'m> SplitRing<'m> {
 
     #[inline(always)]
     pub(super) fn free(&self) -> u16 {
-        self.free
+        self.returned.wrapping_sub(self.taken)
     }
 
     #[inline(always)]
     pub(super) fn outstanding(&self) -> u16 {
-        self.outstanding
+        self.posted.wrapping_sub(self.reaped)
     }
 
     pub(super) fn fault(&self) -> Option<RingFault> {
@@ -111,22 +123,26 @@ impl<'m> SplitRing<'m> {
 
     #[inline(always)]
     fn write_descriptor(&self, index: u16, buffer: &Buffer, flags: u16, next: u16) {
-        let at = usize::from(index) * DESC_SIZE;
-        self.descriptors
-            .store_u64(at, buffer.address, Ordering::Relaxed);
-        let rest = u64::from(buffer.len) | u64::from(flags) << 32 | u64::from(next) << 48;
-        self.descriptors.store_u64(at + 8, rest, Ordering::Relaxed);
+        let [address, rest] = &self.descriptors[usize::from(index)];
+        address.store(buffer.address.to_le(), Ordering::Relaxed);
+        let word = u64::from(buffer.len) | u64::from(flags) << 32 | u64::from(next) << 48;
+        rest.store(word.to_le(), Ordering::Relaxed);
     }
 
     #[inline(always)]
     fn offer(&mut self, head: u16, descriptors: u16, token: u32) {
         self.chains[usize::from(head)] = (token, descriptors);
         let slot = usize::from(self.posted & self.mask);
-        self.available
-            .store_u16(ENTRIES + 2 * slot, head, Ordering::Relaxed);
+        self.heads[slot].store(head.to_le(), Ordering::Relaxed);
         self.posted = self.posted.wrapping_add(1);
-        self.free -= descriptors;
-        self.outstanding += 1;
+    }
+
+    /// The oldest of the free descriptors, of which there must be one.
+    #[inline(always)]
+    fn take(&mut self) -> u16 {
+        let index = self.free[usize::from(self.taken & self.mask)];
+        self.taken = self.taken.wrapping_add(1);
+        index
     }
 
     #[inline(always)]
@@ -136,11 +152,10 @@ impl<'m> SplitRing<'m> {
 
     #[inline(always)]
     fn post_single(&mut self, buffer: Buffer, flags: u16, token: u32) -> bool {
-        if self.free == 0 {
+        if self.free() == 0 {
             return false;
         }
-        let head = self.first_free;
-        self.first_free = self.next[usize::from(head)];
+        let head = self.take();
         self.write_descriptor(head, &buffer, flags, 0);
         self.offer(head, 1, token);
         true
@@ -150,16 +165,20 @@ impl<'m> SplitRing<'m> {
         let Ok(count) = u16::try_from(buffers.len()) else {
             return false;
         };
-        if count == 0 || count > self.free {
+        if count == 0 || count > self.free() {
             return false;
         }
-        let head = self.first_free;
+        let head = self.take();
+        let mut index = head;
         for (i, buffer) in buffers.iter().enumerate() {
-            let index = self.first_free;
-            let next = self.next[usize::from(index)];
-            let more = if i + 1 < buffers.len() { DESC_NEXT } else { 0 };
-            self.write_descriptor(index, buffer, buffer.flags() | more, next);
-            self.first_free = next;
+            if i + 1 == buffers.len() {
+                self.write_descriptor(index, buffer, buffer.flags(), 0);
+            } else {
+                let next = self.take();
+                self.write_descriptor(index, buffer, buffer.flags() | DESC_NEXT, next);
+                self.next[usize::from(index)] = next;
+                index = next;
+            }
         }
         self.offer(head, count, token);
         true
@@ -221,25 +240,22 @@ impl<'m> SplitRing<'m> {
         if self.reaped == self.visible && !self.look() {
             return None;
         }
-        let at = ENTRIES + 8 * usize::from(self.reaped & self.mask);
-        let element = (
-            self.used.load_u32(at, Ordering::Relaxed),
-            self.used.load_u32(at + 4, Ordering::Relaxed),
-        );
+        let [id, len] = &self.elements[usize::from(self.reaped & self.mask)];
         let id = if self.in_order {
-            u32::from(self.oldest)
+            // Descriptors are then taken and returned in ring order.
+            u32::from(self.returned & self.mask)
         } else {
-            element.0
+            u32::from_le(id.load(Ordering::Relaxed))
         };
-        if id > u32::from(self.mask) || self.chains[id as usize].1 == 0 {
-            return self.fail(RingFault::NotOutstanding { id });
-        }
-        let (token, descriptors) = std::mem::take(&mut self.chains[id as usize]);
+        let (token, descriptors) = match self.chains.get_mut(id as usize) {
+            Some(chain) if chain.1 != 0 => std::mem::take(chain),
+            _ => return self.fail(RingFault::NotOutstanding { id }),
+        };
         self.give_back(id as u16, descriptors);
         self.reaped = self.reaped.wrapping_add(1);
         Some(Used {
             token,
-            len: element.1,
+            len: u32::from_le(len.load(Ordering::Relaxed)),
         })
     }
 
@@ -252,7 +268,7 @@ impl<'m> SplitRing<'m> {
         // Pairs with the device's release: the elements and the buffers were written before the index.
         self.visible = self.used.load_u16(INDEX, Ordering::Acquire);
         let returned = self.visible.wrapping_sub(self.reaped);
-        let outstanding = self.outstanding;
+        let outstanding = self.outstanding();
         if returned > outstanding {
             self.fail(RingFault::TooMany {
                 returned,
@@ -272,20 +288,14 @@ impl<'m> SplitRing<'m> {
 
     #[inline(always)]
     fn give_back(&mut self, head: u16, descriptors: u16) {
-        // With none free, `first_free` is the stale head of an empty list and must become this chain.
-        if self.free == 0 {
-            self.first_free = head;
-        } else {
-            self.next[usize::from(self.last_free)] = head;
+        let mut index = head;
+        for left in (0..descriptors).rev() {
+            self.free[usize::from(self.returned & self.mask)] = index;
+            self.returned = self.returned.wrapping_add(1);
+            if left != 0 {
+                index = self.next[usize::from(index)];
+            }
         }
-        let mut last = head;
-        for _ in 1..descriptors {
-            last = self.next[usize::from(last)];
-        }
-        self.last_free = last;
-        self.free += descriptors;
-        self.outstanding -= 1;
-        self.oldest = self.oldest.wrapping_add(descriptors) & self.mask;
     }
 
     pub(super) fn suppress_calls(&mut self) {
