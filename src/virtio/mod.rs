@@ -19,6 +19,8 @@ pub mod claim;
 #[cfg(test)]
 mod claim_tests;
 pub mod packed;
+#[cfg(test)]
+pub(crate) mod park;
 mod receiveq;
 mod share;
 pub mod split;
@@ -288,6 +290,8 @@ impl Ring {
 impl Publish for Ring {
     #[inline(always)]
     fn publish(&self, from: u64, to: u64) {
+        #[cfg(test)]
+        park::at(park::Point::Publishing);
         match self {
             Ring::Split(ring) => ring.publish(from, to),
             Ring::Packed(ring) => ring.publish(from, to),
