@@ -2,6 +2,7 @@
 //!
 //! For what a vhost-user conversation would only blur: a delivery that is stopped half-way, the cost of one pass. The
 //! guests may be played by the poll thread itself, between its passes (`Poller::run_with`).
+#![allow(dead_code, reason = "two programs include this, each uses a part")]
 
 use std::io;
 use std::path::PathBuf;
@@ -23,7 +24,7 @@ use pollux::switch::fdb::{Fdb, FdbConfig};
 use pollux::sys::epoll::Sleeper;
 use pollux::sys::snapshot::{Publisher, snapshots};
 use pollux::topology::{PortEntry, Topology};
-use pollux::virtio::driver::RingLayout;
+use pollux::virtio::driver::{RingAreas, RingLayout};
 use pollux::virtio::{ReceiveQueue, RingSetup, TransmitQueue};
 use pollux::wire::Mac;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -160,13 +161,30 @@ impl Rig {
             }),
         };
         PortEntry {
-            shared: PortShared::new(spec, reference),
+            shared: PortShared::new(spec, reference).expect("a descriptor"),
             device: Some(Arc::new(Device {
                 memory,
                 features: 0,
                 pairs: vec![pair],
             })),
         }
+    }
+
+    /// A guest's receiveq by itself, after [`Rig::guests`].
+    pub(crate) fn receive_queue(&self, guest: usize) -> ReceiveQueue {
+        let ram = &self.rams[guest];
+        let setup = self.setup(&Arc::new(map(ram)), ram.receive[0].ring);
+        ReceiveQueue::start(&setup).expect("a ring that starts")
+    }
+
+    /// The same ring as its driver sees it.
+    pub(crate) fn receive_areas(&self, guest: usize) -> RingAreas<'_> {
+        let (ram, layout) = (
+            &self.rams[guest],
+            RingLayout::new(self.plan.ring_size, self.plan.packed),
+        );
+        let window = ram.window(ram.receive[0].ring, layout.len);
+        RingAreas::of(window.expect("in the memory"), &layout).expect("room for a ring")
     }
 
     fn setup(&self, memory: &Arc<GuestMemory>, ring: usize) -> RingSetup {

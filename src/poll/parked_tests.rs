@@ -303,6 +303,10 @@ fn nothing_is_lost_behind_a_parked_producer() {
         // `park_at` returns once every frame that was sent has come or was counted as dropped: none was dropped.
         let shown = park_at(point, true, packed);
         assert_eq!(shown.x.tx_dropped, 0, "{point:?} packed={packed}");
-        assert_eq!(shown.parked[0].received[X], shown.parked[1].received[X]);
+        let [from, to] = shown.parked;
+        assert_eq!(
+            from.received[X], to.received[X],
+            "{point:?} packed={packed}"
+        );
     }
 }

@@ -290,8 +290,6 @@ impl Ring {
 impl Publish for Ring {
     #[inline(always)]
     fn publish(&self, from: u64, to: u64) {
-        #[cfg(test)]
-        park::at(park::Point::Publishing);
         match self {
             Ring::Split(ring) => ring.publish(from, to),
             Ring::Packed(ring) => ring.publish(from, to),

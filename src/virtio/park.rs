@@ -5,6 +5,8 @@
 use std::cell::{Cell, RefCell};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
+use super::claim::Publish;
+
 /// Where a producer can be stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Point {
@@ -95,12 +97,29 @@ pub(super) fn claims() {
     });
 }
 
-/// A producer tries to publish.
-pub(super) fn publishes() {
-    TRIES.set(Tries {
-        publishes: tries().publishes + 1,
-        ..tries()
-    });
+/// A receive ring whose publishers can be stopped. (Transmit rings publish, too, but have one owner.)
+pub(super) struct Watched<'r, R>(&'r R);
+
+impl<'r, R: Publish> Watched<'r, R> {
+    /// For one try to publish, which is counted.
+    pub(super) fn new(ring: &'r R) -> Self {
+        TRIES.set(Tries {
+            publishes: tries().publishes + 1,
+            ..tries()
+        });
+        Watched(ring)
+    }
+}
+
+impl<R: Publish> Publish for Watched<'_, R> {
+    fn publish(&self, from: u64, to: u64) {
+        at(Point::Publishing);
+        self.0.publish(from, to);
+    }
+
+    fn wants_call(&self, from: u64, to: u64) -> bool {
+        self.0.wants_call(from, to)
+    }
 }
 
 /// What the calling thread has tried so far.
