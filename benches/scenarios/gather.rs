@@ -53,8 +53,8 @@ fn sample(ports: usize, effort: &Effort) -> f64 {
         poller.run_with(|| {
             if let Some(began) = began {
                 passes.push(clock.delta_as_nanos(began, clock.raw()) as f64);
+                pass.store(false, Ordering::Release);
             }
-            pass.store(false, Ordering::Release);
             while !pass.load(Ordering::Acquire) {
                 std::hint::spin_loop();
             }

@@ -25,7 +25,7 @@ const WINDOW: usize = 16;
 /// Two guests' memory, and how their rings run.
 struct Pair {
     plan: Plan,
-    flows: [FlowSpec; 2],
+    flows: Vec<FlowSpec>,
     checker: Checker,
     attachments: Vec<Attachment>,
     frontends: Vec<Frontend>,
@@ -50,14 +50,17 @@ impl Pair {
             frontends.push(frontend);
         }
         let [first, second] = NUMBERS;
-        let flows = [(first, second), (second, first)].map(|(source, destination)| FlowSpec {
+        let nobody = (usize::MAX, usize::MAX);
+        // A frame names its flow: the bystanders' numbers are left to them.
+        let flows = [nobody, nobody, (first, second), (second, first)];
+        let flows = flows.map(|(source, destination)| FlowSpec {
             source,
             queue: 0,
             destination,
         });
         Ok(Pair {
             checker: Checker::new(plan.size),
-            flows,
+            flows: flows.into(),
             attachments,
             frontends,
             plan,
@@ -66,7 +69,7 @@ impl Pair {
 
     /// Starts the devices, exchanges frames until `enough` says so, and stops the devices.
     fn exchange(&mut self, mut enough: impl FnMut(u64) -> bool) -> Result<(), RunError> {
-        let counters = [FlowCounters::default(), FlowCounters::default()];
+        let counters: Vec<FlowCounters> = self.flows.iter().map(|_| Default::default()).collect();
         let (plan, checker) = (&self.plan, &self.checker);
         let guests = self.attachments.iter().zip(NUMBERS);
         let guests =

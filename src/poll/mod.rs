@@ -87,8 +87,12 @@ impl PassTimes {
 
     /// The topology is out of date: from here on the time is that of its successor's first pass.
     #[cold]
-    fn take_over(mut self, clock: &quanta::Clock) -> Self {
-        self.on_cpu = OnCpu::look(clock);
+    fn take_over(mut self) -> Self {
+        // From the end of the last pass on: a CPU lost between there and here counts as lost.
+        self.on_cpu = OnCpu {
+            at: self.began,
+            ran: sched::own_cpu_time(),
+        };
         self.takes_over = true;
         self
     }
@@ -129,9 +133,10 @@ struct OnCpu {
 
 impl OnCpu {
     fn look(clock: &quanta::Clock) -> Self {
+        // In this order: a CPU lost in between is then missing in the time that it ran, and so is noticed.
         OnCpu {
-            ran: sched::own_cpu_time(),
             at: clock.raw(),
+            ran: sched::own_cpu_time(),
         }
     }
 
@@ -238,7 +243,7 @@ impl Poller {
             let worked = pass.run(now_s, || topology.is_current());
             let ended = times.pass(clock, stats, now_s, worked);
             if !topology.is_current() {
-                let next = times.take_over(clock);
+                let next = times.take_over();
                 pass.settle();
                 return Left::OutOfDate(next);
             }
