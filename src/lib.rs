@@ -21,7 +21,7 @@
 //!
 //! | thread | count | does | may block? |
 //! |---|---|---|---|
-//! | `poll-N` | n, pinned by `--poll-cpus` | passes over the transmit queues it owns; delivers into any port | never: no lock, allocation, channel, log; no system call but one batch of calls a pass and the idle sleep |
+//! | `poll-N` | n, pinned by `--poll-cpus` | passes over the transmit queues it owns; delivers into any port | never: no lock, allocation, channel, log; no system call but one batch of calls a pass, the idle sleep, and a look at its own CPU time where a pass is long anyway |
 //! | `session-NAME` | one per connected frontend | the blocking vhost-user conversation | yes, only its own VM waits |
 //! | control | 1, an event loop | sockets, reconnection, signals, commands; owns the registry; the only publisher | briefly |
 //! | `reaper` | 1 | drops retired views: munmap in steps of 2 MiB, close | yes |
@@ -72,7 +72,8 @@
 //!    The sender's ring always drains.
 //! 5. **Complete** the transmit chains whose frames are *published*, in available order. If the process is killed
 //!    in between, the guest's next attachment replays the frame instead of losing it. Behind another thread's
-//!    open claim a chain waits 100 µs at most, then is completed all the same (`completed_early`).
+//!    open claim a chain waits 100 µs at most, then is completed all the same (`completed_early`), and later ones at
+//!    once until that queue moves.
 //! 6. **Notify** at the end of the pass.
 //!
 //! # Life of a port
@@ -103,8 +104,9 @@
 //! - A claim becomes visible whole, so a frame over several mergeable buffers is never seen in halves.
 //! - A lost claim and a full ring are ordinary, counted outcomes. A claim that contradicts the ring's own state
 //!   (available index impossibly far ahead) marks the ring broken, once.
-//! - The price: a thread descheduled with an open claim delays what that one queue's driver sees. So claims
-//!   are late and small (32 frames, 64 KiB), one a thread; pin poll threads.
+//! - The price: a thread descheduled with an open claim, or while it publishes, delays what that one queue's driver
+//!   sees, and whoever delivers there waits for it once, 100 µs at most. No other queue notices. So claims are late
+//!   and small (32 frames, 64 KiB), one a thread; pin poll threads.
 //!
 //! **A full ring keeps a share for each sender.** For two laps after a ring had no buffer for somebody, its last
 //! eighth is kept back, and each sending port draws on that for at most 1/32 of what the ring delivers (`virtio::share`:
@@ -211,6 +213,10 @@
 //!   pairs that are not offered are remembered and never started.
 //! - **Slow calls are demoted by the port, by cost, for a minute of calm** ([`sys::call`]). Not by the descriptor or the
 //!   session, which a frontend renews at will; not at the first slow one, which may be noise; not for ever.
+
+// Tests share the benches' rig, which names the crate as everybody outside does.
+#[cfg(test)]
+extern crate self as pollux;
 
 pub mod api;
 pub mod bench;

@@ -229,14 +229,14 @@ pub const HISTOGRAM_BUCKETS: usize = 40 * FINE;
 #[derive(Debug)]
 pub struct Histogram {
     buckets: [Counter; HISTOGRAM_BUCKETS],
-    sum: Counter,
+    max: Counter,
 }
 
 impl Default for Histogram {
     fn default() -> Self {
         Histogram {
             buckets: std::array::from_fn(|_| Counter::default()),
-            sum: Counter::default(),
+            max: Counter::default(),
         }
     }
 }
@@ -249,7 +249,7 @@ impl Histogram {
         let shift = (u64::BITS - value.leading_zeros()).saturating_sub(4);
         let bucket = FINE * shift as usize + (value >> shift) as usize;
         self.buckets[bucket.min(HISTOGRAM_BUCKETS - 1)].add(1);
-        self.sum.add(value);
+        self.max.raise_to(value);
     }
 
     /// The largest value that bucket `i` counts; `None` for the last bucket, which has no bound.
@@ -264,9 +264,9 @@ impl Histogram {
         std::array::from_fn(|i| self.buckets[i].get())
     }
 
-    /// The sum of all values.
-    pub fn sum(&self) -> u64 {
-        self.sum.get()
+    /// The largest value seen.
+    pub fn max(&self) -> u64 {
+        self.max.get()
     }
 }
 
@@ -297,14 +297,14 @@ pub struct ThreadStats {
     pub calls_refused: Counter,
     /// Times chains were completed although another thread's claim before their frames was still open.
     pub completed_early: Counter,
-    /// The longest pass so far, in nanoseconds.
-    pub longest_pass_ns: Counter,
-    /// Length of the passes that found work, in nanoseconds.
+    /// Nanoseconds in passes during which the thread had no CPU, as far as it noticed: see `poll`.
+    pub off_cpu_ns: Counter,
+    /// Length of the passes that found work, in nanoseconds on the CPU.
     pub pass_ns: Histogram,
+    /// Length of those that began with taking over a new topology, with or without work; `pass_ns` has the others.
+    pub takeover_ns: Histogram,
     /// From the publication of a topology to its acknowledgement, while the thread was awake, in nanoseconds.
     pub acknowledge_ns: Histogram,
-    /// The longest of them.
-    pub longest_acknowledge_ns: Counter,
 }
 
 impl ThreadStats {
@@ -312,20 +312,22 @@ impl ThreadStats {
     pub fn acknowledged(&self, ns: u64) {
         self.topologies.add(1);
         self.acknowledge_ns.record(ns);
-        self.longest_acknowledge_ns.raise_to(ns);
     }
 
-    /// Counts a pass of `ns` nanoseconds.
+    /// Counts a pass of `ns` nanoseconds; `takes_over`: it began with taking over a topology.
     #[inline]
-    pub fn pass(&self, ns: u64, found_work: bool) {
+    pub fn pass(&self, ns: u64, found_work: bool, takes_over: bool) {
         self.passes.add(1);
         self.total_ns.add(ns);
         if found_work {
             self.busy_ns.add(ns);
-            self.longest_pass_ns.raise_to(ns);
-            self.pass_ns.record(ns);
         } else {
             self.idle_passes.add(1);
+        }
+        if takes_over {
+            self.takeover_ns.record(ns);
+        } else if found_work {
+            self.pass_ns.record(ns);
         }
     }
 }
@@ -392,15 +394,16 @@ mod tests {
         assert_eq!(Histogram::upper_bound(HISTOGRAM_BUCKETS - 1), None);
         // A second is within range.
         assert!(Histogram::upper_bound(HISTOGRAM_BUCKETS - 2).unwrap() > 3_600_000_000_000);
+        assert_eq!(histogram.max(), u64::MAX);
     }
 
     #[test]
     fn idle_passes_do_not_count_as_busy() {
         let stats = ThreadStats::default();
-        stats.pass(100, true);
-        stats.pass(900, false);
+        stats.pass(100, true, false);
+        stats.pass(900, false, false);
         assert_eq!((stats.passes.get(), stats.idle_passes.get()), (2, 1));
         assert_eq!((stats.busy_ns.get(), stats.total_ns.get()), (100, 1000));
-        assert_eq!(stats.longest_pass_ns.get(), 100);
+        assert_eq!(stats.pass_ns.max(), 100);
     }
 }

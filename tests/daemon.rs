@@ -236,3 +236,24 @@ fn two_poll_threads_into_one_receiver_lose_nothing_when_the_daemon_is_killed() {
         survive_the_daemon(GuestOptions::default(), &["--poll-cpus", "0,1"], cycles());
     }
 }
+
+#[test]
+fn changes_of_ports_are_timed_in_control_and_on_the_poll_threads() {
+    let daemon = Daemon::start(&DaemonOptions {
+        ports: 2,
+        // A thread that sleeps takes nothing over.
+        args: vec!["--idle".into(), "busy".into()],
+        ..DaemonOptions::default()
+    });
+    assert!(daemon.pollux(&["port", "remove", "p1"]).status.success());
+    daemon.settle();
+    let output = daemon.pollux(&["stats", "--json"]).stdout;
+    let stats: serde_json::Value = serde_json::from_slice(&output).unwrap();
+    assert_eq!(stats["port_add"]["count"], 2);
+    assert_eq!(stats["port_remove"]["count"], 1);
+    let thread = &stats["poll_threads"][0];
+    let taken_over = thread["takeover_length"]["count"].as_u64().unwrap();
+    assert!((1..=3).contains(&taken_over), "{thread}");
+    assert!(thread["off_cpu_seconds"].as_f64().unwrap() >= 0.0);
+    daemon.stop();
+}

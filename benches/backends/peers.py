@@ -1,4 +1,4 @@
-"""The processes of `benches/compare`: a backend starter, and the clients attached to it.
+"""The processes of `benches/compare` and `benches/change`: a backend starter, and the clients attached to it.
 
 Each wait has a deadline, and whatever was started is stopped when its `with` block is left.
 """
@@ -114,16 +114,16 @@ class Process:
 
 
 class Backend(Process):
-    """A starter of this directory, with two ports, ready for a client."""
+    """A starter of this directory, ready for a client."""
 
-    def __init__(self, name, cpu, helper_cpu):
+    def __init__(self, name, cpu, helper_cpu, ports=2):
         starter = os.path.join(HERE, name)
         if not os.access(starter, os.X_OK):
             raise Missing(f"there is no starter benches/backends/{name}")
         self.name = name
         # Short: a unix socket's path takes 107 bytes.
         self.dir = tempfile.mkdtemp(prefix="plx-", dir="/tmp")
-        super().__init__([starter, "--dir", self.dir, "--ports", "2", "--cpu", str(cpu),
+        super().__init__([starter, "--dir", self.dir, "--ports", str(ports), "--cpu", str(cpu),
                           "--helper-cpu", str(helper_cpu)])
         ready = self.out.wait("ready\n", 0, 60)
         if ready is None:

@@ -322,6 +322,10 @@ pub struct StatsView {
     pub ports: Vec<PortCounters>,
     /// The poll threads.
     pub poll_threads: Vec<PollThreadView>,
+    /// How long it took to add a port, from the command to its answer; null before the first.
+    pub port_add: Option<Latency>,
+    /// The same of the removal of a port.
+    pub port_remove: Option<Latency>,
 }
 
 /// Fill of the forwarding table.

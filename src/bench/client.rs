@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use quanta::Clock;
+use rustix::time::{ClockId, clock_gettime};
 
 use super::frame::Checker;
 use super::guest::{BURST, Guest, SendCounts};
@@ -76,6 +77,8 @@ pub struct ThreadReport {
     pub measured: (u64, u64),
     /// Part of the measured time in turns that found work.
     pub busy_ns: u64,
+    /// Part of it that the thread had a processor.
+    pub cpu_ns: u64,
     /// Turns in which the thread stood still, in nanoseconds.
     pub standstills: Vec<u64>,
     /// Round trips, where they were measured.
@@ -147,6 +150,7 @@ pub fn play(shared: &Shared<'_>, guests: &mut [Guest<'_>]) -> ThreadReport {
             sending: SendCounts::default(),
             measured: (0, 0),
             busy_ns: 0,
+            cpu_ns: 0,
             standstills: Vec::new(),
             round_trips: round_trips.flatten(),
             lost_round_trips: 0,
@@ -156,6 +160,12 @@ pub fn play(shared: &Shared<'_>, guests: &mut [Guest<'_>]) -> ThreadReport {
     };
     client.run();
     client.report
+}
+
+/// How long the calling thread has run.
+fn cpu_ns() -> u64 {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    time.tv_sec.unsigned_abs() * 1_000_000_000 + time.tv_nsec.unsigned_abs()
 }
 
 /// Up to a minute with three digits.
@@ -257,6 +267,7 @@ impl Client<'_, '_> {
                     trips.clear();
                 }
                 measuring = Some((self.received(), self.now_ns));
+                self.report.cpu_ns = cpu_ns();
             }
             if self.now_ns >= end || self.over() {
                 break;
@@ -269,6 +280,7 @@ impl Client<'_, '_> {
             .for_each(|guest| guest.tracker.end(now_ns));
         if let Some((received, since)) = measuring {
             self.report.measured = (self.received() - received, now_ns - since);
+            self.report.cpu_ns = cpu_ns() - self.report.cpu_ns;
         }
     }
 

@@ -131,6 +131,8 @@ pub struct Report {
     pub held_back: u64,
     /// Part of the time in which client threads had work: near 1, the client is the limit.
     pub client_busy_share: f64,
+    /// Processor time of the client threads in the measured time: less than that, other programs took their share.
+    pub client_cpu_seconds: f64,
     /// Times for which a client thread stood still.
     pub standstills_seconds: Vec<f64>,
     /// With `rtt`.
@@ -199,6 +201,7 @@ impl Report {
             refills: threads.iter().map(|t| t.sending.refills).sum(),
             held_back: threads.iter().map(|t| t.sending.held_back).sum(),
             client_busy_share: busy_ns as f64 / all_ns.max(1) as f64,
+            client_cpu_seconds: threads.iter().map(|t| t.cpu_ns).sum::<u64>() as f64 / 1e9,
             standstills_seconds: standstills,
             round_trip: round_trip(threads),
             verdict: Verdict::Ok,
@@ -345,6 +348,7 @@ mod tests {
             sending: Default::default(),
             measured: (received, 500_000_000),
             busy_ns: 250_000_000,
+            cpu_ns: 400_000_000,
             standstills,
             round_trips: None,
             lost_round_trips: 0,
@@ -371,6 +375,7 @@ mod tests {
         let report = report(1000, vec![], None);
         assert_eq!(report.verdict, Verdict::Ok);
         assert_eq!((report.mpps, report.client_busy_share), (0.002, 0.5));
+        assert_eq!(report.client_cpu_seconds, 0.4);
     }
 
     #[test]

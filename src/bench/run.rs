@@ -17,8 +17,12 @@ use super::memory::{GUEST_BASE, GuestRam};
 use super::plan::{FlowCounters, FlowSpec, Plan, PlanError};
 use super::report::{EndedEarly, Report};
 use crate::config::SocketMode;
+use crate::memory::SharedMemory;
 use crate::virtio::driver::RingLayout;
 
+/// Where a guest finds its ballast: far above the memory that it uses.
+const BALLAST_BASE: u64 = 1 << 40;
+const PAGE: usize = 4096;
 /// How often the run is looked at from outside.
 const WATCH: Duration = Duration::from_millis(100);
 
@@ -74,8 +78,10 @@ pub type Progress<'p> = &'p mut dyn FnMut(f64, u64);
 
 /// Everything of one guest that its rings borrow from.
 #[derive(Debug)]
-struct Attachment {
+pub struct Attachment {
     ram: GuestRam,
+    /// Shared, touched, and never used.
+    ballast: Option<SharedMemory>,
     kicks: Vec<EventFd>,
     calls: Vec<EventFd>,
 }
@@ -98,7 +104,7 @@ pub fn run(
     let prefix = MacPrefix::random().map_err(RunError::Memory)?;
     let checker = Checker::new(plan.size, prefix);
     let attachments = (0..plan.guests)
-        .map(|_| Attachment::new(plan))
+        .map(|_| Attachment::new(plan, 0))
         .collect::<io::Result<Vec<_>>>()
         .map_err(RunError::Memory)?;
     let mut guests =
@@ -142,13 +148,42 @@ pub fn run(
 }
 
 impl Attachment {
-    fn new(plan: &Plan) -> io::Result<Self> {
+    /// Memory and descriptors of one guest, with `ballast` bytes more than it needs.
+    pub fn new(plan: &Plan, ballast: usize) -> io::Result<Self> {
         let fds = || (0..2 * plan.queues).map(|_| EventFd::new(EFD_NONBLOCK));
+        let ballast = (ballast > 0).then(|| touched(ballast)).transpose()?;
         Ok(Attachment {
             ram: GuestRam::new(&plan.memory_needs())?,
+            ballast,
             kicks: fds().collect::<io::Result<_>>()?,
             calls: fds().collect::<io::Result<_>>()?,
         })
+    }
+
+    /// The guest, with new rings; its device must be stopped.
+    pub fn guest<'m>(
+        &'m self,
+        index: usize,
+        plan: &Plan,
+        flows: &[FlowSpec],
+        counters: &'m [FlowCounters],
+        checker: &Checker,
+    ) -> io::Result<Guest<'m>> {
+        let (ram, kicks) = (&self.ram, &self.kicks);
+        Guest::new(index, ram, kicks, plan, flows, counters, checker)
+    }
+
+    /// Starts the device over a negotiated connection.
+    pub fn start(
+        &self,
+        plan: &Plan,
+        order: Order,
+        frontend: &mut Frontend,
+    ) -> Result<(), AttachError> {
+        let mut regions = vec![Region::whole(&self.ram.memory, GUEST_BASE)];
+        let ballast = self.ballast.iter();
+        regions.extend(ballast.map(|memory| Region::whole(memory, BALLAST_BASE)));
+        frontend.start(order, &regions, &self.queues(plan))
     }
 
     /// The queues as SET_VRING_* say them: receive and transmit in turn.
@@ -185,10 +220,7 @@ fn build_guests<'m>(
     attachments
         .iter()
         .enumerate()
-        .map(|(index, attachment)| {
-            let (ram, kicks) = (&attachment.ram, &attachment.kicks);
-            Guest::new(index, ram, kicks, plan, flows, counters, checker)
-        })
+        .map(|(index, attachment)| attachment.guest(index, plan, flows, counters, checker))
         .collect()
 }
 
@@ -213,10 +245,27 @@ fn attach(
         SocketMode::Server => Frontend::connect(path, setting.timeout)?,
         SocketMode::Client => Frontend::listen(path, setting.timeout)?,
     };
-    frontend.negotiate(setting.order, features(plan), 0, plan.queues as u64)?;
-    let region = Region::whole(&attachment.ram.memory, GUEST_BASE);
-    frontend.start(setting.order, &[region], &attachment.queues(plan))?;
+    negotiate(plan, setting.order, &mut frontend)?;
+    attachment.start(plan, setting.order, &mut frontend)?;
     Ok(frontend)
+}
+
+/// Agrees on the features that a run needs.
+pub fn negotiate(plan: &Plan, order: Order, frontend: &mut Frontend) -> Result<(), AttachError> {
+    frontend.negotiate(order, features(plan), 0, plan.queues as u64)?;
+    Ok(())
+}
+
+/// Memory of which every page is there.
+fn touched(len: usize) -> io::Result<SharedMemory> {
+    let memory = SharedMemory::create(len, true)?;
+    let all = memory
+        .window(0, memory.len())
+        .ok_or(io::ErrorKind::InvalidInput)?;
+    (0..all.len())
+        .step_by(PAGE)
+        .for_each(|page| all.write_bytes(page, &[0]));
+    Ok(memory)
 }
 
 /// Runs the client threads and watches over them.

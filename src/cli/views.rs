@@ -262,9 +262,22 @@ pub(super) fn stats(stats: &StatsView) -> String {
         let (rx, tx) = (cells(&port.statistics.rx), cells(&port.statistics.tx));
         table.row(start.into_iter().chain(rx).chain(tx));
     }
+    let longest = |operation: &str, times: &Option<Latency>| {
+        let times = times.as_ref()?;
+        let longest = seconds(times.max_seconds);
+        Some(format!(
+            "{operation} {} times, in {longest} at most; ",
+            times.count
+        ))
+    };
+    let operations = [
+        longest("ports added", &stats.port_add),
+        longest("removed", &stats.port_remove),
+    ];
     format!(
-        "up {}, generation {}, {} of {} addresses known\n\n{}\n{}",
+        "up {}, {}generation {}, {} of {} addresses known\n\n{}\n{}",
         seconds(stats.uptime_seconds),
+        operations.into_iter().flatten().collect::<String>(),
         stats.generation,
         stats.fdb.entries,
         stats.fdb.capacity,

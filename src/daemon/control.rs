@@ -18,6 +18,7 @@ use super::socket::start_connect;
 use super::{DaemonError, views};
 use crate::api::ControlError;
 use crate::api::types::EventKind;
+use crate::stats::Histogram;
 use crate::sys::signal::{Signal, Signals};
 use crate::sys::wake::Wake;
 use crate::vhost_user::RingRecords;
@@ -54,12 +55,25 @@ pub(super) struct Control {
     /// Where the records of packed rings are.
     ring_state: Option<PathBuf>,
     next_housekeeping: Instant,
+    /// How long ports took to be added and removed.
+    pub(super) times: OperationTimes,
     /// Session threads, joined when they have ended.
     pub(super) sessions: Vec<std::thread::JoinHandle<()>>,
     /// Sessions whose ports post more than they may, and when they are served: all with one publication.
     late: Vec<Arc<Link>>,
     late_at: Instant,
     stopping: bool,
+}
+
+/// Nanoseconds from a command to its answer.
+#[derive(Debug, Default)]
+pub(super) struct OperationTimes {
+    pub(super) port_add: Histogram,
+    pub(super) port_remove: Histogram,
+}
+
+fn record(times: &Histogram, began: Instant) {
+    times.record(u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX));
 }
 
 impl Control {
@@ -82,6 +96,7 @@ impl Control {
             signals,
             ring_state,
             next_housekeeping: now + HOUSEKEEPING,
+            times: OperationTimes::default(),
             sessions: Vec::new(),
             late: Vec::new(),
             late_at: now,
@@ -225,10 +240,16 @@ impl Control {
             Command::SessionEnded { link, reason } => self.session_ended(&link, reason, ops),
             // A caller that no longer waits for its answer is no error.
             Command::AddPort(spec, may_exist, reply) => {
-                let _ = reply.send(self.add_port(spec, may_exist, ops));
+                let began = Instant::now();
+                let answer = self.add_port(spec, may_exist, ops);
+                record(&self.times.port_add, began);
+                let _ = reply.send(answer);
             }
             Command::RemovePort(name, reply) => {
-                let _ = reply.send(self.remove_port(&name, ops));
+                let began = Instant::now();
+                let answer = self.remove_port(&name, ops);
+                record(&self.times.port_remove, began);
+                let _ = reply.send(answer);
             }
             Command::SetPort(name, patch, reply) => {
                 let _ = reply.send(self.set_port(&name, &patch));
@@ -256,7 +277,11 @@ impl Control {
                 let _ = reply.send(Ok(views::poll_threads(&self.registry)));
             }
             Command::Stats(reply) => {
-                let _ = reply.send(Ok(views::stats(&self.registry, self.started.elapsed())));
+                let _ = reply.send(Ok(views::stats(
+                    &self.registry,
+                    &self.times,
+                    self.started.elapsed(),
+                )));
             }
             Command::Stop => self.stopping = true,
         }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
-use super::control::OVERDUE;
+use super::control::{OVERDUE, OperationTimes};
 use super::port::{Door, PortRecord};
 use super::registry::Registry;
 use crate::api::types::{
@@ -311,12 +311,15 @@ fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
         generation: registry.generation(),
         acknowledged_generation: acknowledged.unwrap_or(registry.generation()),
         queues,
-        pass_length: latency(&stats.pass_ns, stats.longest_pass_ns.get()),
-        acknowledge_latency: latency(&stats.acknowledge_ns, stats.longest_acknowledge_ns.get()),
+        off_cpu_seconds: stats.off_cpu_ns.get() as f64 / 1e9,
+        pass_length: latency(&stats.pass_ns),
+        takeover_length: latency(&stats.takeover_ns),
+        acknowledge_latency: latency(&stats.acknowledge_ns),
     }
 }
 
-fn latency(histogram: &Histogram, max_ns: u64) -> Option<Latency> {
+fn latency(histogram: &Histogram) -> Option<Latency> {
+    let max_ns = histogram.max();
     let counts = histogram.counts();
     let count: u64 = counts.iter().sum();
     let quantile = |share: f64| {
@@ -333,12 +336,13 @@ fn latency(histogram: &Histogram, max_ns: u64) -> Option<Latency> {
         count,
         p50_seconds: quantile(0.5),
         p99_seconds: quantile(0.99),
+        p999_seconds: quantile(0.999),
         max_seconds: max_ns as f64 / 1e9,
     })
 }
 
 /// Counters of everything.
-pub(super) fn stats(registry: &Registry, uptime: Duration) -> StatsView {
+pub(super) fn stats(registry: &Registry, times: &OperationTimes, uptime: Duration) -> StatsView {
     let counters = |record: &PortRecord| {
         let snapshot = record
             .session
@@ -360,5 +364,7 @@ pub(super) fn stats(registry: &Registry, uptime: Duration) -> StatsView {
         },
         ports: registry.ports.iter().map(counters).collect(),
         poll_threads: poll_threads(registry),
+        port_add: latency(&times.port_add),
+        port_remove: latency(&times.port_remove),
     }
 }

@@ -1,24 +1,28 @@
 //! A poll thread: passes over the transmit queues it owns, deliveries into any port, sleep when idle.
 //!
-//! It never blocks: no lock, no allocation, no channel, no log, and no system call but one batch of calls a pass and the
-//! idle sleep. It borrows the topology and acknowledges a new one after every burst; see `sys::snapshot`.
+//! It never blocks: no lock, no allocation, no channel, no log, and no system call but one batch of calls a pass, the
+//! idle sleep, and a look at its own CPU time where that cannot matter: once a second, around taking over a topology, and
+//! after a pass that was long already. The look tells a long pass from a thread that had no CPU. It borrows the topology and acknowledges a new one after every burst; see `sys::snapshot`.
 
 mod deliver;
 mod egress;
 mod notify;
 mod owed;
+#[cfg(test)]
+mod parked_tests;
 mod pass;
 #[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::config::IdlePolicy;
 use crate::stats::ThreadStats;
 use crate::sys::aio::Caller;
 use crate::sys::epoll::Sleeper;
+use crate::sys::sched;
 use crate::sys::snapshot::Reader;
 use crate::topology::Topology;
 use egress::Tools;
@@ -35,6 +39,9 @@ pub struct PollShared {
     pub stop: AtomicBool,
 }
 
+/// A pass longer than this may have been one without a CPU.
+const LONG_PASS_NS: u64 = 50_000;
+
 /// A poll thread's own state.
 #[derive(Debug)]
 pub struct Poller {
@@ -50,9 +57,98 @@ pub struct Poller {
 
 /// Why a thread let go of a topology.
 enum Left {
-    OutOfDate,
+    OutOfDate(PassTimes),
     Idle,
     Stop,
+}
+
+/// When passes begin, and what of their length was time without a CPU.
+struct PassTimes {
+    /// End of the last pass, by the raw clock.
+    began: u64,
+    on_cpu: OnCpu,
+    /// Second of the last look at the CPU time.
+    looked_s: u32,
+    /// The next pass begins with taking over a topology.
+    takes_over: bool,
+}
+
+impl PassTimes {
+    /// For a thread that has just woken up, or begins.
+    fn now(clock: &quanta::Clock) -> Self {
+        let on_cpu = OnCpu::look(clock);
+        PassTimes {
+            began: on_cpu.at,
+            on_cpu,
+            looked_s: 0,
+            takes_over: false,
+        }
+    }
+
+    /// The topology is out of date: from here on the time is that of its successor's first pass.
+    #[cold]
+    fn take_over(mut self) -> Self {
+        // From the end of the last pass on: a CPU lost between there and here counts as lost.
+        self.on_cpu = OnCpu {
+            at: self.began,
+            ran: sched::own_cpu_time(),
+        };
+        self.takes_over = true;
+        self
+    }
+
+    /// Counts a pass that ends now; returns the raw clock.
+    #[inline(always)]
+    fn pass(
+        &mut self,
+        clock: &quanta::Clock,
+        stats: &ThreadStats,
+        now_s: u32,
+        worked: bool,
+    ) -> u64 {
+        let ended = clock.raw();
+        let mut ns = clock.delta_as_nanos(self.began, ended);
+        let long = self.takes_over || ns > LONG_PASS_NS;
+        if long || now_s != self.looked_s {
+            let off = self.on_cpu.off_cpu_ns(clock);
+            self.looked_s = now_s;
+            if long {
+                stats.off_cpu_ns.add(off.min(ns));
+                ns = ns.saturating_sub(off);
+            }
+        }
+        stats.pass(ns, worked, std::mem::take(&mut self.takes_over));
+        self.began = ended;
+        ended
+    }
+}
+
+/// When a thread last looked at its CPU time.
+struct OnCpu {
+    /// By the raw clock.
+    at: u64,
+    /// How long it had run then.
+    ran: Duration,
+}
+
+impl OnCpu {
+    fn look(clock: &quanta::Clock) -> Self {
+        // In this order: a CPU lost in between is then missing in the time that it ran, and so is noticed.
+        OnCpu {
+            at: clock.raw(),
+            ran: sched::own_cpu_time(),
+        }
+    }
+
+    /// Looks again: nanoseconds without a CPU since the last look.
+    #[cold]
+    fn off_cpu_ns(&mut self, clock: &quanta::Clock) -> u64 {
+        let now = OnCpu::look(clock);
+        let ran = now.ran.saturating_sub(self.ran).as_nanos() as u64;
+        let off = clock.delta_as_nanos(self.at, now.at).saturating_sub(ran);
+        *self = now;
+        off
+    }
 }
 
 impl Poller {
@@ -76,14 +172,19 @@ impl Poller {
     }
 
     /// Runs until `PollShared::stop`.
-    pub fn run(mut self) {
-        let mut awake = false;
+    pub fn run(self) {
+        self.run_with(|| {});
+    }
+
+    /// The same for tests and measurements: `between` is called before every pass, for guests that are played by this
+    /// thread or in step with it.
+    pub fn run_with(mut self, mut between: impl FnMut()) {
+        let mut take_over = None;
         loop {
-            match self.serve(awake) {
-                Left::OutOfDate => awake = true,
+            match self.serve(take_over.take(), &mut between) {
+                Left::OutOfDate(next) => take_over = Some(next),
                 Left::Stop => break,
                 Left::Idle => {
-                    awake = false;
                     // No borrow is held here, so a sleeper keeps nobody's memory alive. The kicks are armed; a topology that
                     // gives this thread new work rings the bell.
                     self.reader.sleep();
@@ -99,12 +200,15 @@ impl Poller {
     /// frame are counted. Needs [`IdlePolicy::Adaptive`].
     #[inline(never)]
     pub fn drain(&mut self) {
-        while let Left::OutOfDate = self.serve(false) {}
+        let mut take_over = None;
+        while let Left::OutOfDate(next) = self.serve(take_over.take(), &mut || {}) {
+            take_over = Some(next);
+        }
     }
 
-    /// Works with one topology until it is out of date or there is nothing to do. `awake` says that it takes over from
-    /// an older one: a thread that slept had nothing to acknowledge.
-    fn serve(&mut self, awake: bool) -> Left {
+    /// Works with one topology until it is out of date or there is nothing to do. `take_over` says
+    /// that an older one was left for it: a thread that slept had nothing to acknowledge.
+    fn serve(&mut self, take_over: Option<PassTimes>, between: &mut impl FnMut()) -> Left {
         let Poller {
             shared,
             reader,
@@ -117,7 +221,7 @@ impl Poller {
         let thread = reader.index();
         let topology = reader.borrow();
         let stats = &shared.stats;
-        if awake {
+        if take_over.is_some() {
             let waited = topology.since[thread].elapsed().as_nanos();
             stats.acknowledged(u64::try_from(waited).unwrap_or(u64::MAX));
         }
@@ -130,17 +234,18 @@ impl Poller {
         // Notifications may still be armed from the last sleep.
         pass.disarm();
         pass.call_started();
-        let mut began = clock.raw();
-        let mut last_work = began;
+        let mut times = take_over.unwrap_or_else(|| PassTimes::now(clock));
+        let mut last_work = clock.raw();
         loop {
-            let now_s = *start_s + (clock.delta_as_nanos(*start, began) / 1_000_000_000) as u32;
+            let passed = clock.delta_as_nanos(*start, times.began);
+            let now_s = *start_s + (passed / 1_000_000_000) as u32;
+            between();
             let worked = pass.run(now_s, || topology.is_current());
-            let ended = clock.raw();
-            stats.pass(clock.delta_as_nanos(began, ended), worked);
-            began = ended;
+            let ended = times.pass(clock, stats, now_s, worked);
             if !topology.is_current() {
+                let next = times.take_over();
                 pass.settle();
-                return Left::OutOfDate;
+                return Left::OutOfDate(next);
             }
             if shared.stop.load(Ordering::Relaxed) {
                 pass.settle();

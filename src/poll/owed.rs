@@ -13,6 +13,8 @@ use crate::virtio::ReceiveQueue;
 
 /// Entries before the oldest must be waited for.
 const OWED: usize = 256;
+/// Queues that stand still whose waits are remembered; beyond them a wait is made again.
+const STALLED: usize = 8;
 
 /// What a chain waits for.
 #[derive(Clone, Copy, Debug)]
@@ -28,6 +30,9 @@ enum Wait<'t> {
 pub(super) struct Owed<'t> {
     /// Queue in the plan, position, reason.
     blocked: ArrayVec<(u16, u64, Wait<'t>), OWED>,
+    /// Queues that were waited for in vain, and where they stood: as long as they stand there, nobody waits again.
+    /// Otherwise every pass that delivers into such a queue would wait, and with it the frames to all others.
+    stalled: ArrayVec<(&'t ReceiveQueue, u64), STALLED>,
     /// Whether anything waited since the last `clear`.
     used: bool,
 }
@@ -52,6 +57,9 @@ impl<'t> Owed<'t> {
         queue: &'t ReceiveQueue,
         end: u64,
     ) {
+        if self.is_stalled(queue) {
+            return;
+        }
         self.used = true;
         // One entry a queue and claim is enough: the first position holds the later ones back.
         let same = |(at, _, wait): &(u16, u64, Wait<'_>)| {
@@ -93,10 +101,25 @@ impl<'t> Owed<'t> {
         !left
     }
 
-    /// Gives up waiting for other threads' claims.
+    /// Gives up waiting for other threads' claims, and notes where those queues stand.
     pub(super) fn forget_published(&mut self) {
+        self.stalled.retain(|(queue, at)| queue.published() == *at);
+        for (_, _, wait) in &self.blocked {
+            if let Wait::Published(queue, _) = wait
+                && !self.is_stalled(queue)
+            {
+                let _ = self.stalled.try_push((queue, queue.published()));
+            }
+        }
         self.blocked
             .retain(|(_, _, wait)| matches!(wait, Wait::Retry));
+    }
+
+    fn is_stalled(&self, queue: &ReceiveQueue) -> bool {
+        let same = |(other, at): &(&ReceiveQueue, u64)| {
+            std::ptr::eq(*other, queue) && queue.published() == *at
+        };
+        self.stalled.iter().any(same)
     }
 
     /// Everything is completed.

@@ -20,6 +20,8 @@ pub mod claim;
 #[cfg(test)]
 mod claim_tests;
 pub mod packed;
+#[cfg(test)]
+pub(crate) mod park;
 mod receiveq;
 pub mod redo;
 #[cfg(test)]

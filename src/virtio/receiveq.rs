@@ -230,6 +230,8 @@ impl ReceiveQueue {
         // A claim of nothing would carry a tag of count 0, which is no tag.
         debug_assert!(lengths.clone().next().is_some(), "a claim is for frames");
         for _ in 0..CLAIM_TRIES {
+            #[cfg(test)]
+            super::park::claims();
             if self.broken.is_set() {
                 return Err(NoClaim::Broken);
             }
@@ -248,6 +250,8 @@ impl ReceiveQueue {
                 }
             }
             if self.claims.try_claim(position, claim.span) {
+                #[cfg(test)]
+                super::park::at(super::park::Point::Claimed);
                 return Ok(());
             }
         }
@@ -447,6 +451,8 @@ impl ReceiveQueue {
     /// Writes the claim's used elements, declares it filled, and makes visible what can be.
     #[inline(always)]
     pub fn commit(&self, claim: &Claim<'_>) -> Published {
+        #[cfg(test)]
+        super::park::at(super::park::Point::Filled);
         let mut position = claim.position;
         for head in &claim.heads {
             self.ring.write_used(position, head.head, head.written);
@@ -459,6 +465,11 @@ impl ReceiveQueue {
     /// Tries to make filled claims visible.
     #[inline(always)]
     pub fn publish(&self) -> Published {
+        #[cfg(test)]
+        return self
+            .claims
+            .try_publish(&super::park::Watched::new(&self.ring));
+        #[cfg(not(test))]
         self.claims.try_publish(&self.ring)
     }
 

@@ -174,12 +174,15 @@ impl Control for Model {
                 port: "vm1".into(),
                 queue: 0,
             }],
+            off_cpu_seconds: 0.25,
             pass_length: Some(Latency {
                 count: 9,
                 p50_seconds: 1e-6,
                 p99_seconds: 5e-6,
+                p999_seconds: 6e-6,
                 max_seconds: 1e-4,
             }),
+            takeover_length: None,
             acknowledge_latency: None,
         }])
     }

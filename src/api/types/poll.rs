@@ -45,8 +45,12 @@ pub struct PollThreadView {
     pub acknowledged_generation: u64,
     /// Transmit queues it owns.
     pub queues: Vec<QueueRef>,
-    /// How long its passes take.
+    /// Time without a CPU in passes of more than 50 µs and in those that took over a new view of the switch.
+    pub off_cpu_seconds: f64,
+    /// How long its passes take that find work, without the time counted as `off_cpu_seconds`.
     pub pass_length: Option<Latency>,
+    /// The same of passes that began with taking over a new view of the switch; `pass_length` has the others.
+    pub takeover_length: Option<Latency>,
     /// How long it takes to acknowledge a publication.
     pub acknowledge_latency: Option<Latency>,
 }
@@ -69,6 +73,8 @@ pub struct Latency {
     pub p50_seconds: f64,
     /// 99 % of them were at most this long.
     pub p99_seconds: f64,
+    /// 99.9 % of them were at most this long.
+    pub p999_seconds: f64,
     /// The longest.
     pub max_seconds: f64,
 }

@@ -1,0 +1,324 @@
+//! Guests on a switch's sockets whose roles `pollux bench` does not have: one that returns no buffer, a flooder, a pace.
+//!
+//! One thread plays all of them, so that no measurement depends on how the kernel divides a processor among guests.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+
+use hdrhistogram::Histogram;
+use pollux::bench::frame::Checker;
+use pollux::bench::frontend::{Frontend, Order};
+use pollux::bench::guest::Guest;
+use pollux::bench::plan::{FlowCounters, FlowSpec, Plan};
+use pollux::bench::run::{self, Attachment, RunError};
+use quanta::Clock;
+use serde_json::{Value, json};
+
+use crate::{Effort, median, plan};
+
+/// Frames of a sender in a turn.
+const BURST: usize = 64;
+/// A switch may need a while until a new port forwards.
+const WARM_UP_NS: u64 = 1_000_000_000;
+/// Silence after which everything has come that will.
+const SILENCE_NS: u64 = 100_000_000;
+
+/// Some guests with frames of one size.
+struct Party<'m> {
+    guests: Vec<Guest<'m>>,
+    checker: &'m Checker,
+    counters: &'m [FlowCounters],
+    plan: &'m Plan,
+    flows: &'m [FlowSpec],
+}
+
+/// What belongs to guests of one size, and outlives them.
+struct Table {
+    plan: Plan,
+    checker: Checker,
+    flows: Vec<FlowSpec>,
+    counters: Vec<FlowCounters>,
+    attachments: Vec<Attachment>,
+    /// The first guest's number, so that guests of two tables have different addresses.
+    first: usize,
+}
+
+impl Table {
+    fn new(
+        first: usize,
+        size: usize,
+        count: usize,
+        flows: &[(usize, usize)],
+    ) -> Result<Table, RunError> {
+        let plan = plan(first + count, size);
+        let attachments = (0..count).map(|_| Attachment::new(&plan, 0));
+        let flows = flows.iter().map(|&(source, destination)| FlowSpec {
+            source,
+            queue: 0,
+            destination,
+        });
+        let flows: Vec<FlowSpec> = flows.collect();
+        Ok(Table {
+            attachments: attachments
+                .collect::<Result<_, _>>()
+                .map_err(RunError::Memory)?,
+            counters: flows.iter().map(|_| FlowCounters::default()).collect(),
+            checker: Checker::new(size),
+            flows,
+            plan,
+            first,
+        })
+    }
+
+    /// The guests, attached to the sockets, and what keeps them attached.
+    fn attach(&self, sockets: &[PathBuf]) -> Result<(Party<'_>, Vec<Frontend>), RunError> {
+        let mut guests = Vec::new();
+        let mut frontends = Vec::new();
+        for (n, (attachment, socket)) in self.attachments.iter().zip(sockets).enumerate() {
+            let index = self.first + n;
+            let guest = attachment.guest(
+                index,
+                &self.plan,
+                &self.flows,
+                &self.counters,
+                &self.checker,
+            );
+            let guest = guest.map_err(RunError::Memory)?;
+            frontends.push(connect(attachment, &self.plan, index, socket)?);
+            guest.kick_all();
+            guests.push(guest);
+        }
+        let party = Party {
+            guests,
+            checker: &self.checker,
+            counters: &self.counters,
+            plan: &self.plan,
+            flows: &self.flows,
+        };
+        Ok((party, frontends))
+    }
+}
+
+fn connect(
+    attachment: &Attachment,
+    plan: &Plan,
+    guest: usize,
+    socket: &Path,
+) -> Result<Frontend, RunError> {
+    let mut frontend = Frontend::connect(socket, super::victims::TIMEOUT)
+        .map_err(|source| RunError::Attach { guest, source })?;
+    run::negotiate(plan, Order::Qemu, &mut frontend)
+        .and_then(|()| attachment.start(plan, Order::Qemu, &mut frontend))
+        .map_err(|source| RunError::Attach { guest, source })?;
+    Ok(frontend)
+}
+
+impl Party<'_> {
+    /// Every guest says where it is.
+    fn announce(&mut self) {
+        let (plan, checker, flows) = (self.plan, self.checker, self.flows);
+        for guest in &mut self.guests {
+            let index = guest.index;
+            guest.transmit[0].announce(index);
+            while !guest.transmit[0].announced(plan, checker, flows) {
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    fn send(&mut self, guest: usize, limit: usize) -> usize {
+        self.guests[guest].transmit[0].send(self.checker, self.counters, limit, false, 0)
+    }
+
+    fn receive(&mut self, guest: usize) -> usize {
+        self.guests[guest].receive(self.checker, 0)
+    }
+
+    fn received(&self, guest: usize) -> u64 {
+        self.guests[guest].tracker.counts.received
+    }
+
+    /// Receives until nothing comes any more.
+    fn drain(&mut self, clock: &Clock) {
+        let mut last = clock.raw();
+        while clock.delta_as_nanos(last, clock.raw()) < SILENCE_NS {
+            for guest in 0..self.guests.len() {
+                self.guests[guest].transmit[0].reclaim();
+                if self.receive(guest) != 0 {
+                    last = clock.raw();
+                }
+            }
+        }
+    }
+
+    /// Sent and received frames of each flow.
+    fn totals(&self) -> Vec<(u64, u64)> {
+        let senders = self.guests.iter().flat_map(|guest| &guest.transmit);
+        senders.for_each(|queue| queue.show_sent(self.counters));
+        let count = |flow: &FlowCounters| {
+            let sent = flow.sent.load(Ordering::Relaxed);
+            (sent, flow.received.load(Ordering::Relaxed))
+        };
+        self.counters.iter().map(count).collect()
+    }
+}
+
+/// Calls `turn` with the nanoseconds since the start until `ns` are over; returns the seconds.
+fn during(clock: &Clock, ns: u64, mut turn: impl FnMut(u64)) -> f64 {
+    let start = clock.raw();
+    loop {
+        let now = clock.delta_as_nanos(start, clock.raw());
+        if now >= ns {
+            return now as f64 / 1e9;
+        }
+        turn(now);
+    }
+}
+
+/// The share of a flow's frames that did not come, between two [`Party::totals`].
+fn loss(before: &[(u64, u64)], after: &[(u64, u64)], flow: usize) -> (u64, f64) {
+    let sent = after[flow].0 - before[flow].0;
+    let lost = sent.saturating_sub(after[flow].1 - before[flow].1);
+    (lost, lost as f64 / sent.max(1) as f64)
+}
+
+/// Guest 0 sends to 1 and 2 in turn; 2 returns its buffers, or does not.
+pub(crate) fn slow(sockets: &[PathBuf], effort: &Effort) -> Result<Value, RunError> {
+    let table = Table::new(0, 64, 3, &[(0, 1), (0, 2)])?;
+    let (mut party, _frontends) = table.attach(sockets)?;
+    effort.pin(0);
+    party.announce();
+    let clock = Clock::new();
+    let mut lost = 0;
+    let mut round = |returns: bool, ns: u64| {
+        party.drain(&clock);
+        let (before, from) = (party.totals(), party.received(1));
+        let seconds = during(&clock, ns, |_| {
+            party.send(0, BURST / 2);
+            party.receive(1);
+            if returns {
+                party.receive(2);
+            }
+        });
+        let rate = (party.received(1) - from) as f64 / seconds / 1e6;
+        party.drain(&clock);
+        let (n, share) = loss(&before, &party.totals(), 0);
+        lost += n;
+        (rate, share)
+    };
+    round(true, WARM_UP_NS);
+    let ns = effort.time.as_nanos() as u64;
+    let rounds: Vec<_> = (0..effort.rounds)
+        .map(|_| (round(true, ns), round(false, ns)))
+        .collect();
+    Ok(json!({
+        "fast_mpps": median(rounds.iter().map(|(with, _)| with.0)),
+        "beside_slow_mpps": median(rounds.iter().map(|(_, without)| without.0)),
+        "ratio": median(rounds.iter().map(|(with, without)| without.0 / with.0)),
+        "fast_loss_share": median(rounds.iter().map(|(_, without)| without.1)),
+    }))
+}
+
+/// Guest 1 floods guest 0, which reaps half of what it could; guest 2 sends 1 % of that.
+pub(crate) fn flood(sockets: &[PathBuf], effort: &Effort) -> Result<Value, RunError> {
+    let table = Table::new(0, 64, 3, &[(1, 0), (2, 0)])?;
+    let (mut party, _frontends) = table.attach(sockets)?;
+    effort.pin(0);
+    party.announce();
+    let clock = Clock::new();
+    let ns = effort.time.as_nanos() as u64;
+    let mut capacity = 0.0;
+    for ns in [WARM_UP_NS, ns] {
+        let from = party.received(0);
+        let mut even = false;
+        let seconds = during(&clock, ns, |_| {
+            party.send(1, BURST);
+            even = !even;
+            if even {
+                party.receive(0);
+            }
+        });
+        capacity = (party.received(0) - from) as f64 / seconds;
+    }
+    let mut round = || {
+        party.drain(&clock);
+        let before = party.totals();
+        let (mut even, mut paced) = (false, 0.0);
+        during(&clock, ns, |now| {
+            party.send(1, BURST);
+            if now as f64 / 1e9 * capacity / 100.0 > paced {
+                paced += party.send(2, 1) as f64;
+            }
+            even = !even;
+            if even {
+                party.receive(0);
+            }
+        });
+        party.drain(&clock);
+        let after = party.totals();
+        (loss(&before, &after, 1).1, loss(&before, &after, 0).1)
+    };
+    let rounds: Vec<_> = (0..effort.rounds).map(|_| round()).collect();
+    Ok(json!({
+        "capacity_mpps": capacity / 1e6,
+        "paced_loss_share": median(rounds.iter().map(|round| round.0)),
+        "flooder_loss_share": median(rounds.iter().map(|round| round.1)),
+    }))
+}
+
+/// Time between two frames of the paced sender.
+const PACE_NS: u64 = 50_000;
+
+/// Guests 0 and 1: bursts of long frames. Guests 2 and 3: one small frame every 50 µs.
+pub(crate) fn fair(sockets: &[PathBuf], size: usize, effort: &Effort) -> Result<Value, RunError> {
+    let long = Table::new(0, size, 2, &[(0, 1)])?;
+    let small = Table::new(2, 64, 2, &[(2, 3)])?;
+    let (mut long, _frontends) = long.attach(&sockets[..2])?;
+    let (mut small, _others) = small.attach(&sockets[2..])?;
+    effort.pin(0);
+    long.announce();
+    small.announce();
+    let clock = Clock::new();
+    let mut measure = |flooding: bool, ns: u64| {
+        long.drain(&clock);
+        small.drain(&clock);
+        let (before, long_before) = (small.totals(), long.received(1));
+        let mut times: Histogram<u64> = Histogram::new_with_bounds(1, 60_000_000_000, 3).unwrap();
+        let mut due = 0;
+        let mut sent = VecDeque::new();
+        let seconds = during(&clock, ns, |now| {
+            if flooding {
+                long.send(0, BURST);
+                long.receive(1);
+            }
+            if now >= due && small.send(0, 1) == 1 {
+                sent.push_back(clock.raw());
+                due = now + PACE_NS;
+            }
+            for _ in 0..small.receive(1) {
+                let since = sent.pop_front().unwrap();
+                times.saturating_record(clock.delta_as_nanos(since, clock.raw()).max(1));
+            }
+        });
+        let long_rate = (long.received(1) - long_before) as f64 / seconds;
+        small.drain(&clock);
+        long.drain(&clock);
+        let lost = loss(&before, &small.totals(), 0).0;
+        (times, lost, long_rate)
+    };
+    measure(true, WARM_UP_NS);
+    let ns = effort.time.as_nanos() as u64 * effort.rounds as u64;
+    let (alone, _, _) = measure(false, ns);
+    let (beside, lost, long_rate) = measure(true, ns);
+    let at = |times: &Histogram<u64>, quantile| times.value_at_quantile(quantile) as f64 / 1e9;
+    Ok(json!({
+        "frames": beside.len(),
+        "lost": lost,
+        "alone_p50_seconds": at(&alone, 0.5),
+        "alone_p999_seconds": at(&alone, 0.999),
+        "p50_seconds": at(&beside, 0.5),
+        "p999_seconds": at(&beside, 0.999),
+        "long_frames_per_second": long_rate,
+    }))
+}
