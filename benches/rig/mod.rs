@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use pollux::bench::frame::{Checker, mac};
+use pollux::bench::frame::{Checker, MacPrefix};
 use pollux::bench::guest::Guest;
 use pollux::bench::memory::{GUEST_BASE, GuestRam};
 use pollux::bench::plan::{FlowCounters, FlowSpec, Plan};
@@ -35,6 +35,7 @@ pub(crate) struct Rig {
     pub(crate) flows: Vec<FlowSpec>,
     pub(crate) counters: Vec<FlowCounters>,
     pub(crate) checker: Checker,
+    macs: MacPrefix,
     rams: Vec<GuestRam>,
     kicks: Vec<[EventFd; 2]>,
 }
@@ -61,9 +62,11 @@ impl Rig {
         let flows: Vec<FlowSpec> = flows.collect();
         let event = || EventFd::new(EFD_NONBLOCK);
         let guests = 0..plan.guests;
+        let macs = MacPrefix::random()?;
         Ok(Rig {
             counters: flows.iter().map(|_| FlowCounters::default()).collect(),
-            checker: Checker::new(plan.size),
+            checker: Checker::new(plan.size, macs),
+            macs,
             rams: guests
                 .clone()
                 .map(|_| GuestRam::new(&plan.memory_needs()))
@@ -101,7 +104,7 @@ impl Rig {
         let entries: Vec<PortEntry> = (0..self.rams.len()).map(|n| self.entry(n)).collect();
         for (guest, entry) in entries.iter().enumerate() {
             let at = entry.shared.reference;
-            fdb.insert_static(0, Mac::from_bytes(mac(guest)), at)
+            fdb.insert_static(0, Mac::from_bytes(self.macs.mac(guest)), at)
                 .expect("room for a few");
         }
         let owner = |port: &PortShared, _| Some(owner(usize::from(port.reference.slot)));
@@ -201,6 +204,7 @@ impl Rig {
             features: self.plan.ring_features(),
             base: Guest::start_base(&self.plan),
             memory: memory.clone(),
+            redo: None,
         }
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use hdrhistogram::Histogram;
-use pollux::bench::frame::Checker;
+use pollux::bench::frame::{Checker, MacPrefix};
 use pollux::bench::frontend::{Frontend, Order};
 use pollux::bench::guest::Guest;
 use pollux::bench::plan::{FlowCounters, FlowSpec, Plan};
@@ -29,7 +29,6 @@ struct Party<'m> {
     guests: Vec<Guest<'m>>,
     checker: &'m Checker,
     counters: &'m [FlowCounters],
-    plan: &'m Plan,
     flows: &'m [FlowSpec],
 }
 
@@ -59,12 +58,13 @@ impl Table {
             destination,
         });
         let flows: Vec<FlowSpec> = flows.collect();
+        let macs = MacPrefix::random().map_err(RunError::Memory)?;
         Ok(Table {
             attachments: attachments
                 .collect::<Result<_, _>>()
                 .map_err(RunError::Memory)?,
             counters: flows.iter().map(|_| FlowCounters::default()).collect(),
-            checker: Checker::new(size),
+            checker: Checker::new(size, macs),
             flows,
             plan,
             first,
@@ -93,7 +93,6 @@ impl Table {
             guests,
             checker: &self.checker,
             counters: &self.counters,
-            plan: &self.plan,
             flows: &self.flows,
         };
         Ok((party, frontends))
@@ -117,11 +116,11 @@ fn connect(
 impl Party<'_> {
     /// Every guest says where it is.
     fn announce(&mut self) {
-        let (plan, checker, flows) = (self.plan, self.checker, self.flows);
+        let (checker, flows) = (self.checker, self.flows);
         for guest in &mut self.guests {
             let index = guest.index;
-            guest.transmit[0].announce(index);
-            while !guest.transmit[0].announced(plan, checker, flows) {
+            guest.transmit[0].announce(checker, index);
+            while !guest.transmit[0].announced(checker, flows) {
                 std::hint::spin_loop();
             }
         }

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use pollux::bench::frame::Checker;
+use pollux::bench::frame::{Checker, MacPrefix};
 use pollux::bench::frontend::{AttachError, Frontend, Order};
 use pollux::bench::guest::Guest;
 use pollux::bench::plan::{FlowCounters, FlowSpec, Plan};
@@ -58,8 +58,9 @@ impl Pair {
             queue: 0,
             destination,
         });
+        let macs = MacPrefix::random().map_err(RunError::Memory)?;
         Ok(Pair {
-            checker: Checker::new(plan.size),
+            checker: Checker::new(plan.size, macs),
             flows: flows.into(),
             attachments,
             frontends,

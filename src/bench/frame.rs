@@ -62,7 +62,7 @@ impl MacPrefix {
     }
 
     /// The MAC address of guest `index`.
-    fn mac(self, guest: usize) -> [u8; 6] {
+    pub fn mac(self, guest: usize) -> [u8; 6] {
         let ([a, b, c, d], [e, f]) = (self.0, (guest as u16).to_be_bytes());
         [a, b, c, d, e, f]
     }
