@@ -428,6 +428,10 @@ fn missing_and_abandoned_sockets_are_told_apart() {
     drop(UnixListener::bind(&socket).unwrap());
     let abandoned = Frontend::connect(&socket, timeout).unwrap_err();
     assert!(matches!(abandoned, AttachError::Refused(_)));
+    let file = directory.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let no_socket = Frontend::connect(&file, timeout).unwrap_err();
+    assert!(matches!(no_socket, AttachError::NoSocket(_)));
     let other = directory.path().join("t.sock");
     let nobody = Frontend::listen(&other, timeout).unwrap_err();
     assert!(matches!(nobody, AttachError::NobodyCame { .. }));

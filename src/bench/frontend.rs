@@ -11,6 +11,7 @@ mod wire;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -137,6 +138,11 @@ pub struct Frontend {
     protocol: u64,
 }
 
+/// Whether there is a socket at `path`, or nothing that says otherwise.
+fn is_socket(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|file| file.file_type().is_socket())
+}
+
 impl Frontend {
     /// Connects to a backend that listens at `path`; one that refuses is tried again until `timeout`.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self, AttachError> {
@@ -147,6 +153,9 @@ impl Frontend {
                 Err(error) => error,
             };
             let refused = error.kind() == io::ErrorKind::ConnectionRefused;
+            if refused && !is_socket(path) {
+                return Err(AttachError::NoSocket(path.to_path_buf()));
+            }
             if refused && Instant::now() < deadline {
                 std::thread::sleep(RETRY);
                 continue;

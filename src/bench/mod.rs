@@ -33,11 +33,13 @@ pub mod plot;
 pub mod report;
 pub mod run;
 pub mod self_test;
+pub mod sweep;
 pub mod tracker;
 
 use std::error::Error;
+use std::fs::OpenOptions;
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -46,10 +48,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use self::frontend::Order;
 use self::plan::{Mode, Pattern, Plan, PlanError};
-use self::plot::Series;
 use self::report::{Report, Verdict};
 use self::run::{RunError, Setting};
+use self::sweep::{Sweep, draw};
 use crate::config::{CpuList, SocketMode};
+use crate::sys::affinity;
 
 /// Success.
 pub const EXIT_OK: u8 = 0;
@@ -112,44 +115,6 @@ pub enum Vmm {
     Qemu,
     /// As cloud-hypervisor.
     CloudHypervisor,
-}
-
-/// Values to run with in turn: `size=64,128,256`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sweep {
-    /// What varies.
-    pub parameter: Parameter,
-    /// Its values.
-    pub values: Vec<usize>,
-}
-
-/// What a sweep can vary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Parameter {
-    /// `--size`.
-    Size,
-    /// `--window`.
-    Window,
-    /// `--ring-size`.
-    RingSize,
-}
-
-impl std::str::FromStr for Sweep {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const FORM: &str = "expected size=N,N,… or window=N,N,… or ring-size=N,N,…";
-        let (name, values) = text.split_once('=').ok_or(FORM)?;
-        let parameter = match name {
-            "size" => Parameter::Size,
-            "window" => Parameter::Window,
-            "ring-size" => Parameter::RingSize,
-            _ => return Err(FORM),
-        };
-        let values = values.split(',').map(|value| value.parse::<usize>());
-        let values = values.collect::<Result<Vec<_>, _>>().map_err(|_| FORM)?;
-        Ok(Sweep { parameter, values })
-    }
 }
 
 /// Measure a switch, or any vhost-user backend, with built-in guests.
@@ -304,6 +269,9 @@ fn bench<T>(args: &Args, start: Option<StartSwitch<T>>) -> Result<u8, BenchError
     if args.self_test {
         return self_test(args, &plans[0]);
     }
+    if let Some(path) = &args.plot {
+        check_plot(path)?;
+    }
     let mut reports = Vec::new();
     for plan in &plans {
         let embedded = match (&args.attach[..], start) {
@@ -336,10 +304,21 @@ fn bench<T>(args: &Args, start: Option<StartSwitch<T>>) -> Result<u8, BenchError
     Ok(if good { EXIT_OK } else { EXIT_RUN })
 }
 
+/// Opens the file of a plot before an hour's sweep rather than behind it.
+fn check_plot(path: &Path) -> Result<(), BenchError> {
+    let mut options = OpenOptions::new();
+    let opened = options.create(true).append(true).open(path);
+    opened.map(drop).map_err(|source| BenchError::Plot {
+        path: path.to_path_buf(),
+        source,
+    })
+}
+
 impl Args {
     /// One plan, or one for each value of a sweep.
     fn plans(&self) -> Result<Vec<Plan>, PlanError> {
         let seconds = Duration::try_from_secs_f64(self.seconds).map_err(|_| PlanError::Seconds)?;
+        self.check_threads()?;
         let plan = Plan {
             size: self.size,
             duration: seconds,
@@ -366,6 +345,21 @@ impl Args {
         Ok(plans)
     }
 
+    /// Where the client is to run. Where the system does not say what is possible, pinning will.
+    fn check_threads(&self) -> Result<(), PlanError> {
+        if self.threads == 0 {
+            return Err(PlanError::Threads);
+        }
+        let wanted = self.cpu.iter().flat_map(|list| &list.0);
+        let Ok(allowed) = affinity::allowed_cpus() else {
+            return Ok(());
+        };
+        match wanted.copied().find(|cpu| !allowed.contains(cpu)) {
+            None => Ok(()),
+            Some(cpu) => Err(PlanError::Cpu(cpu)),
+        }
+    }
+
     fn setting(&self, sockets: Vec<PathBuf>) -> Setting {
         Setting {
             sockets,
@@ -380,35 +374,6 @@ impl Args {
             timeout: ATTACH_TIMEOUT,
             threads: self.threads,
             cpus: self.cpu.clone().map(|list| list.0).unwrap_or_default(),
-        }
-    }
-}
-
-impl Parameter {
-    fn apply(self, mut plan: Plan, value: usize) -> Plan {
-        match self {
-            Parameter::Size => plan.size = value,
-            Parameter::Window => plan.window = Some(value),
-            // What does not fit 16 bits is refused as ring size 0 is.
-            Parameter::RingSize => plan.ring_size = u16::try_from(value).unwrap_or(0),
-        }
-        plan
-    }
-
-    fn of(self, report: &Report) -> f64 {
-        let value = match self {
-            Parameter::Size => report.size,
-            Parameter::Window => report.window,
-            Parameter::RingSize => usize::from(report.ring_size),
-        };
-        value as f64
-    }
-
-    fn label(self) -> &'static str {
-        match self {
-            Parameter::Size => "frame size (bytes)",
-            Parameter::Window => "window (frames)",
-            Parameter::RingSize => "ring size (entries)",
         }
     }
 }
@@ -456,26 +421,6 @@ fn print(report: &Report, as_json: bool) -> io::Result<()> {
         report.to_string()
     };
     io::stdout().lock().write_all(text.as_bytes())
-}
-
-fn draw(sweep: &Sweep, reports: &[Report]) -> io::Result<String> {
-    let points = |value: fn(&Report) -> f64| -> Vec<(f64, f64)> {
-        reports
-            .iter()
-            .map(|report| (sweep.parameter.of(report), value(report)))
-            .collect()
-    };
-    let series = [
-        Series {
-            name: "Mpps",
-            points: points(|report| report.mpps),
-        },
-        Series {
-            name: "Gbit/s",
-            points: points(|report| report.gbit_per_second),
-        },
-    ];
-    Ok(plot::lines(sweep.parameter.label(), &series))
 }
 
 #[cfg(test)]

@@ -104,6 +104,12 @@ pub enum PlanError {
         /// What would do.
         needs: &'static str,
     },
+    /// No client thread.
+    #[error("--threads 0: somebody must play the guests; the least is 1")]
+    Threads,
+    /// A processor to pin to.
+    #[error("--cpu {0}: this process may not run there; `taskset -cp $$` shows where a shell may")]
+    Cpu(usize),
     /// Number of queues.
     #[error("--queues {0}: a guest has 1 to 128 queue pairs")]
     Queues(usize),

@@ -259,7 +259,8 @@ impl fmt::Display for Report {
         let on = |flag| if flag { "on" } else { "off" };
         writeln!(
             f,
-            "{} B, {}, {} guests {}, {} queue pair(s), {} ring of {}, mergeable {}, in-order {}, window {}",
+            "{} B, {}, {} guests {}, {} queue pair(s),\n\
+             {} ring of {}, mergeable {}, in-order {}, window {}",
             self.size,
             self.mode,
             self.guests,

@@ -45,6 +45,17 @@ fn failures_have_their_exit_codes() {
         code("--seconds nan --attach /nowhere,/nowhere"),
         EXIT_ARGUMENTS
     );
+    for line in ["--threads 0", "--cpu 4095"] {
+        assert_eq!(
+            code(&format!("{line} --attach /nowhere,/nowhere")),
+            EXIT_ARGUMENTS
+        );
+    }
     assert_eq!(code("--attach /nowhere,/nowhere"), EXIT_ATTACH);
+    // Before the sweep, not behind it.
+    assert_eq!(
+        code("--sweep size=64 --plot /nowhere/plot.svg --attach /nowhere,/nowhere"),
+        EXIT_FAILED
+    );
     assert_eq!(code("--self-test --seconds 0.1 --json"), EXIT_OK);
 }

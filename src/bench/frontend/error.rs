@@ -14,6 +14,9 @@ pub enum AttachError {
     /// The file is there, and nobody listens.
     #[error("{0}: nobody listens on this socket; a backend that has ended may have left it behind")]
     Refused(PathBuf),
+    /// Something else than a socket.
+    #[error("{0}: this is no socket; --attach takes the paths that the backend listens on")]
+    NoSocket(PathBuf),
     /// Connecting or listening failed otherwise.
     #[error("{path}: cannot use this socket")]
     Socket {
