@@ -529,10 +529,10 @@ fn breaks_and_heals(options: GuestOptions, which: usize, how: Impossible, by: Cu
         scene.reaches(&mut guest, &mut sink, 2);
     } else {
         scene.passes(&mut guest, &mut sink, 2);
-        let before = scene.daemon.dropped(VICTIM, "tx", "egress_not_ready");
+        let before = scene.daemon.dropped(VICTIM, "tx", "egress_ring_broken");
         sink.send(&frame(mac(3), mac(4), 3, 100));
         wait_for("the drop", || {
-            scene.daemon.dropped(VICTIM, "tx", "egress_not_ready") == before + 1
+            scene.daemon.dropped(VICTIM, "tx", "egress_ring_broken") == before + 1
         });
     }
     events.wait(VICTIM, "ring_broken");
