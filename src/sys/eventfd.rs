@@ -39,6 +39,8 @@ pub(super) fn eventfd(file: File) -> Result<OwnedFd, NotEventFd> {
     let target = rustix::fs::readlink(format!("/proc/self/fd/{fd}"), Vec::new())
         .map_err(|source| NotEventFd::Unknown { fd, source })?;
     if target.as_bytes() == EVENTFD {
+        // As received it would be open in a child process. A failure leaves it at that: there is none.
+        let _ = rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::CLOEXEC);
         Ok(file.into())
     } else {
         Err(NotEventFd::Other { fd })
@@ -80,6 +82,10 @@ mod tests {
         let semaphore = make(0, EventfdFlags::SEMAPHORE).unwrap();
         assert!(KickFd::new(plain.into()).is_ok());
         assert!(KickFd::new(semaphore.into()).is_ok());
+        let inherited = make(0, EventfdFlags::empty()).unwrap();
+        let kick = KickFd::new(inherited.into()).unwrap();
+        let flags = rustix::io::fcntl_getfd(&kick).unwrap();
+        assert_eq!(flags, rustix::io::FdFlags::CLOEXEC);
     }
 
     #[test]
