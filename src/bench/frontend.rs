@@ -11,7 +11,6 @@ mod wire;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -138,11 +137,6 @@ pub struct Frontend {
     protocol: u64,
 }
 
-/// Whether there is a socket at `path`, or nothing that says otherwise.
-fn is_socket(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|file| file.file_type().is_socket())
-}
-
 impl Frontend {
     /// Connects to a backend that listens at `path`; one that refuses is tried again until `timeout`.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self, AttachError> {
@@ -150,25 +144,12 @@ impl Frontend {
         loop {
             let error = match UnixStream::connect(path) {
                 Ok(stream) => return Self::from_stream(stream, path, timeout),
-                Err(error) => error,
+                Err(error) => AttachError::connecting(path, error),
             };
-            let refused = error.kind() == io::ErrorKind::ConnectionRefused;
-            if refused && !is_socket(path) {
-                return Err(AttachError::NoSocket(path.to_path_buf()));
+            if !matches!(error, AttachError::Refused(_)) || Instant::now() >= deadline {
+                return Err(error);
             }
-            if refused && Instant::now() < deadline {
-                std::thread::sleep(RETRY);
-                continue;
-            }
-            let path = path.to_path_buf();
-            return Err(match error.kind() {
-                io::ErrorKind::NotFound => AttachError::Missing(path),
-                io::ErrorKind::ConnectionRefused => AttachError::Refused(path),
-                _ => AttachError::Socket {
-                    path,
-                    source: error,
-                },
-            });
+            std::thread::sleep(RETRY);
         }
     }
 

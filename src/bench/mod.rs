@@ -45,6 +45,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
+use rustix::thread::{CpuSet, sched_getaffinity};
 
 use self::frontend::Order;
 use self::plan::{Mode, Pattern, Plan, PlanError};
@@ -52,7 +53,6 @@ use self::report::{Report, Verdict};
 use self::run::{RunError, Setting};
 use self::sweep::{Sweep, draw};
 use crate::config::{CpuList, SocketMode};
-use crate::sys::affinity;
 
 /// Success.
 pub const EXIT_OK: u8 = 0;
@@ -350,14 +350,14 @@ impl Args {
         if self.threads == 0 {
             return Err(PlanError::Threads);
         }
-        let wanted = self.cpu.iter().flat_map(|list| &list.0);
-        let Ok(allowed) = affinity::allowed_cpus() else {
+        let Ok(allowed) = sched_getaffinity(None) else {
             return Ok(());
         };
-        match wanted.copied().find(|cpu| !allowed.contains(cpu)) {
-            None => Ok(()),
-            Some(cpu) => Err(PlanError::Cpu(cpu)),
-        }
+        let mut wanted = self.cpu.iter().flat_map(|list| &list.0).copied();
+        let refused = |cpu: &usize| *cpu >= CpuSet::MAX_CPU || !allowed.is_set(*cpu);
+        wanted
+            .find(refused)
+            .map_or(Ok(()), |cpu| Err(PlanError::Cpu(cpu)))
     }
 
     fn setting(&self, sockets: Vec<PathBuf>) -> Setting {

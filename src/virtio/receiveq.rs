@@ -238,7 +238,14 @@ impl ReceiveQueue {
             let position = self.claims.next();
             match self.plan(position, lengths.clone(), leave, claim) {
                 Ok(None) => {}
-                Ok(Some(reason)) if claim.span == 0 => return Err(reason),
+                Ok(Some(reason)) if claim.span == 0 => {
+                    // What another thread has claimed since `position` was read, and published, is no longer available in
+                    // a packed ring: that says nothing about what stands behind it.
+                    if self.claims.next() == position {
+                        return Err(reason);
+                    }
+                    continue;
+                }
                 Ok(Some(_)) => {}
                 Err(broken) => {
                     // A thread that was descheduled after reading `position` sees an honest ring too far ahead.

@@ -1,7 +1,8 @@
 //! Why attaching to a backend failed, in sentences that say what to do.
 
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 
 use super::WireError;
 
@@ -59,4 +60,19 @@ pub enum AttachError {
         /// As asked for.
         wanted: u64,
     },
+}
+
+impl AttachError {
+    /// Why `path` could not be connected to.
+    pub(super) fn connecting(path: &Path, source: io::Error) -> Self {
+        let file = std::fs::metadata(path);
+        let is_socket = file.is_ok_and(|file| file.file_type().is_socket());
+        let path = path.to_path_buf();
+        match source.kind() {
+            io::ErrorKind::NotFound => AttachError::Missing(path),
+            io::ErrorKind::ConnectionRefused if is_socket => AttachError::Refused(path),
+            io::ErrorKind::ConnectionRefused => AttachError::NoSocket(path),
+            _ => AttachError::Socket { path, source },
+        }
+    }
 }
