@@ -54,6 +54,9 @@ pub struct PortSpec {
     /// Queue pairs offered to the frontend, 1 to 128.
     #[serde(default = "one")]
     pub queues: u16,
+    /// Numbers of the poll threads that may own its transmit queues; any, where empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub poll: Vec<u32>,
     /// Permission bits of the socket file (server mode only).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket_mode: Option<u32>,
@@ -87,7 +90,7 @@ pub enum ConfigError {
     },
     /// A key that no option has.
     #[error(
-        "port {name}: unknown option {key:?}; known are socket, mode, queues, socket-mode, socket-group"
+        "port {name}: unknown option {key:?}; known are socket, mode, queues, poll, socket-mode, socket-group"
     )]
     UnknownOption {
         /// The port.
@@ -118,6 +121,9 @@ pub enum ConfigError {
     /// `--idle` takes another form.
     #[error("idle policy {0:?}: use busy, adaptive or adaptive:MICROSECONDS (at most 1000000)")]
     Idle(String),
+    /// `--rebalance` takes another word.
+    #[error("rebalance {0:?}: use auto or off")]
+    Rebalance(String),
     /// `--poll-cpus` takes another form.
     #[error("CPU list {0:?}: use numbers and ranges such as 0,2-3, each CPU once")]
     Cpus(String),
@@ -149,6 +155,16 @@ impl PortSpec {
                 key: "queues",
                 value: self.queues.to_string(),
                 expected: "1 to 128 queue pairs",
+            });
+        }
+        let threads = &self.poll;
+        let twice = |at: usize| threads[..at].contains(&threads[at]);
+        if threads.len() > MAX_PINS || (0..threads.len()).any(twice) {
+            return Err(ConfigError::Value {
+                name: self.name.clone(),
+                key: "poll",
+                value: thread_list(threads),
+                expected: THREADS,
             });
         }
         if self.socket_mode.is_some_and(|mode| mode > 0o777) {
@@ -183,6 +199,10 @@ impl PortSpec {
                     .parse()
                     .map_err(|_| bad("queues", "1 to 128 queue pairs"))?
             }
+            "poll" => {
+                let numbers: Result<Vec<u32>, _> = value.split('+').map(str::parse).collect();
+                self.poll = numbers.map_err(|_| bad("poll", THREADS))?;
+            }
             "socket-mode" => {
                 let bits = u32::from_str_radix(value, 8)
                     .ok()
@@ -206,7 +226,7 @@ impl PortSpec {
 impl FromStr for PortSpec {
     type Err = ConfigError;
 
-    /// Parses `NAME,socket=PATH[,mode=server|client][,queues=N][,socket-mode=0660][,socket-group=NAME]`.
+    /// Parses `NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…][,socket-mode=0660][,socket-group=NAME]`.
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         let mut parts = text.split(',');
         let mut spec = PortSpec {
@@ -214,6 +234,7 @@ impl FromStr for PortSpec {
             socket: PathBuf::new(),
             mode: SocketMode::Server,
             queues: 1,
+            poll: Vec::new(),
             socket_mode: None,
             socket_group: None,
         };
@@ -231,6 +252,49 @@ impl FromStr for PortSpec {
         }
         spec.validate()?;
         Ok(spec)
+    }
+}
+
+/// Most poll threads that a port can be pinned to, more than there can be.
+const MAX_PINS: usize = 64;
+/// What `poll=` takes.
+const THREADS: &str = "numbers of poll threads such as 0 or 0+2, each once";
+
+/// Numbers of poll threads as `poll=` takes them.
+pub fn thread_list(threads: &[u32]) -> String {
+    let numbers: Vec<String> = threads.iter().map(u32::to_string).collect();
+    numbers.join("+")
+}
+
+/// Whether queues move between poll threads by themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Rebalance {
+    /// By measured load, one queue at a time and rarely.
+    Auto,
+    /// Only when the operator says so.
+    #[default]
+    Off,
+}
+
+impl fmt::Display for Rebalance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Rebalance::Auto => "auto",
+            Rebalance::Off => "off",
+        })
+    }
+}
+
+impl FromStr for Rebalance {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "auto" => Ok(Rebalance::Auto),
+            "off" => Ok(Rebalance::Off),
+            _ => Err(ConfigError::Rebalance(text.to_string())),
+        }
     }
 }
 
@@ -314,6 +378,8 @@ pub struct DaemonConfig {
     pub poll_cpus: Vec<usize>,
     /// What poll threads do without work.
     pub idle: IdlePolicy,
+    /// Whether queues move between poll threads by themselves.
+    pub rebalance: Rebalance,
     /// Where the API listens; no API where `None` (in-process use).
     pub api_socket: Option<PathBuf>,
     /// Group that may use the API socket besides root and the daemon's own user.
@@ -332,6 +398,7 @@ impl Default for DaemonConfig {
             ports: Vec::new(),
             poll_cpus: Vec::new(),
             idle: IdlePolicy::default(),
+            rebalance: Rebalance::default(),
             api_socket: None,
             api_group: None,
             mac_ageing: Duration::from_secs(300),
@@ -348,12 +415,13 @@ mod tests {
     #[test]
     fn a_port_is_parsed_with_all_its_options() {
         let spec: PortSpec =
-            "vm1,socket=/run/p/vm1.sock,mode=client,queues=4,socket-mode=0660,socket-group=kvm"
+            "vm1,socket=/run/p/vm1.sock,mode=client,queues=4,poll=0+2,socket-mode=0660,socket-group=kvm"
                 .parse()
                 .unwrap();
         assert_eq!(spec.name, "vm1");
         assert_eq!(spec.mode, SocketMode::Client);
         assert_eq!(spec.queues, 4);
+        assert_eq!(spec.poll, [0, 2]);
         assert_eq!(spec.socket_mode, Some(0o660));
         assert_eq!(spec.socket_group.as_deref(), Some("kvm"));
     }
@@ -368,6 +436,8 @@ mod tests {
             ("vm1,socket=/x,mode=both", "server or client"),
             ("vm1,socket=/x,queues=0", "1 to 128"),
             ("vm1,socket=/x,queues=129", "1 to 128"),
+            ("vm1,socket=/x,poll=0-2", "numbers of poll threads"),
+            ("vm1,socket=/x,poll=0+0", "each once"),
             ("vm1,socket=/x,socket-mode=999", "octal"),
             ("vm1,socket=/x,colour=red", "unknown option"),
             ("vm1,socket=/x,socket=/y", "given twice"),

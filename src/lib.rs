@@ -193,8 +193,13 @@
 //!   then the value; a move swaps the value; removal has two steps, a tombstone first, and only after every poll thread
 //!   has acknowledged a later topology is the cell empty again. A reader costs two loads and never retries.
 //! - **The FDB evicts nobody.** A full table and a port over its quota refuse newcomers, whose frames are flooded.
-//! - **One receive queue a port carries traffic.** Frames are taken from all transmit queues, but delivered into
-//!   the first receive queue that is started and enabled. Spreading flows over several is not built yet.
+//! - **A flow is in the receive queue that its hash says** ([`wire::flow_hash`]), not in the pair that its guest answers
+//!   from (virtio 1.2 §5.1.6.5.5 says SHOULD): that would take a table of flows written with every frame. RSS and
+//!   HASH_REPORT are not offered: they are configured through the control queue, which is the VMM's own in vhost-user, and
+//!   neither QEMU nor cloud-hypervisor passes that on.
+//! - **A transmit queue changes hands in two publications**, the first without an owner: no lock, no message between poll
+//!   threads, and the acknowledgement that frees memory also proves that nobody owns the queue. It stands still for
+//!   about a pass. The snapshots have a reader for each of 32 threads from the start; those without a thread are asleep.
 //! - **Packed rings survive a restart of the switch by a file a ring**, in a directory in memory (`--ring-state`): QEMU keeps
 //!   no position for them. INFLIGHT_SHMFD would be the protocol's place for it, but no frontend that has packed rings
 //!   asks for it for a network device. The record costs two stores a published run, to memory that no guest can touch,

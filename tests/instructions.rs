@@ -182,6 +182,7 @@ impl Guest {
             socket: PathBuf::from("/none"),
             mode: SocketMode::default(),
             queues: 1,
+            poll: Vec::new(),
             socket_mode: None,
             socket_group: None,
         };

@@ -141,7 +141,7 @@ impl Thread {
             shared,
             publisher,
             fdb,
-            handle: Some(std::thread::spawn(move || poller.run())),
+            handle: Some(std::thread::spawn(move || drop(poller.run()))),
         }
     }
 

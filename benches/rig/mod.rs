@@ -139,6 +139,7 @@ impl Rig {
             socket: PathBuf::new(),
             mode: SocketMode::Server,
             queues: 1,
+            poll: Vec::new(),
             socket_mode: None,
             socket_group: None,
         };

@@ -9,7 +9,8 @@ use std::fmt;
 use crossbeam_channel::Receiver;
 
 use super::types::{
-    Event, FdbAdd, FdbEntry, FdbKey, PollThreadView, PortPatch, PortView, StatsView, VersionView,
+    Event, FdbAdd, FdbEntry, FdbKey, Moved, PollMove, PollSettings, PollSettingsPatch,
+    PollThreadView, PortPatch, PortView, StatsView, VersionView,
 };
 use crate::config::PortSpec;
 
@@ -20,12 +21,15 @@ pub enum What {
     Port(String),
     /// An address in the FDB.
     Address(FdbKey),
+    /// A poll thread, by number.
+    PollThread(u32),
 }
 
 impl fmt::Display for What {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             What::Port(name) => write!(f, "port {name:?}"),
+            What::PollThread(number) => write!(f, "poll thread {number}"),
             What::Address(FdbKey { mac, vlan }) => write!(f, "address {mac} in VLAN {vlan}"),
         }
     }
@@ -97,6 +101,14 @@ pub trait Control: Send + Sync {
     fn fdb_flush(&self, port: Option<&str>) -> Result<u64, ControlError>;
     /// The poll threads.
     fn poll_threads(&self) -> Result<Vec<PollThreadView>, ControlError>;
+    /// Starts a poll thread, pinned to a CPU that no other one has, or unpinned.
+    fn poll_add(&self, cpu: Option<u32>) -> Result<PollThreadView, ControlError>;
+    /// Gives a poll thread's queues to the others and ends it; it has ended when this returns.
+    fn poll_remove(&self, thread: u32) -> Result<(), ControlError>;
+    /// Gives queues of a port to a poll thread; it owns them when this returns.
+    fn poll_move(&self, order: PollMove) -> Result<Moved, ControlError>;
+    /// Changes how queues are placed; answers how they are then.
+    fn poll_set(&self, patch: PollSettingsPatch) -> Result<PollSettings, ControlError>;
     /// Counters of everything at one moment.
     fn stats(&self) -> Result<StatsView, ControlError>;
     /// Events from now on. The channel is bounded; a reader too slow for it is disconnected after

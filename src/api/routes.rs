@@ -3,6 +3,8 @@
 //! Every answer that is no success is an [`ApiError`], also for unknown routes and requests that
 //! are too large or too slow.
 
+mod poll;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +14,7 @@ use axum::extract::{FromRequest, Path, Query, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::map_response;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get};
+use axum::routing::{delete, get, post};
 use axum::{Json, body::Body};
 use http_body_util::BodyExt;
 use hyper::body::{Body as _, Bytes};
@@ -24,8 +26,8 @@ use utoipa::IntoParams;
 
 use super::failure::Failure;
 use super::types::{
-    ApiError, Event, FdbAdd, FdbEntry, FdbKey, Flushed, MAX_VLAN, MacAddr, PollThreadView,
-    PortPatch, PortView, StatsView, VersionView,
+    ApiError, Event, FdbAdd, FdbEntry, FdbKey, Flushed, MAX_VLAN, MacAddr, PortPatch, PortView,
+    StatsView, VersionView,
 };
 use super::{Control, ControlError, openapi, stream};
 use crate::config::PortSpec;
@@ -147,7 +149,14 @@ pub(super) fn router(control: Arc<dyn Control>, stopped: watch::Receiver<bool>) 
             get(port).delete(remove_port).patch(set_port),
         )
         .route("/v1/fdb", get(fdb).post(fdb_add).merge(delete(fdb_delete)))
-        .route("/v1/poll", get(poll_threads))
+        .route(
+            "/v1/poll",
+            get(poll::poll_threads)
+                .post(poll::poll_add)
+                .patch(poll::poll_set),
+        )
+        .route("/v1/poll/moves", post(poll::poll_move))
+        .route("/v1/poll/{thread}", delete(poll::poll_remove))
         .route("/v1/stats", get(stats))
         .route("/v1/events", get(events))
         .route("/v1/openapi.json", get(openapi_json))
@@ -379,12 +388,6 @@ async fn fdb_delete(
     Ok(Json(Flushed { removed: 1 }))
 }
 
-/// The poll threads.
-#[utoipa::path(get, path = "/v1/poll", responses((status = 200, body = [PollThreadView])))]
-async fn poll_threads(State(api): State<Api>) -> Result<Json<Vec<PollThreadView>>, Failure> {
-    Ok(Json(call(&api, |control| control.poll_threads()).await?))
-}
-
 /// Counters of everything at one moment.
 #[utoipa::path(get, path = "/v1/stats", responses((status = 200, body = StatsView)))]
 async fn stats(State(api): State<Api>) -> Result<Json<StatsView>, Failure> {
@@ -430,7 +433,11 @@ async fn openapi_json() -> Response {
         fdb,
         fdb_add,
         fdb_delete,
-        poll_threads,
+        poll::poll_threads,
+        poll::poll_add,
+        poll::poll_remove,
+        poll::poll_move,
+        poll::poll_set,
         stats,
         events,
         openapi_json

@@ -15,7 +15,10 @@ use crate::config::SocketMode;
 
 mod poll;
 
-pub use poll::{Latency, PollState, PollThreadView, QueueRef};
+pub use poll::{
+    Latency, Moved, PollAdd, PollMove, PollSettings, PollSettingsPatch, PollState, PollThreadView,
+    QueueRef,
+};
 
 /// Highest VLAN identifier (4095 is reserved by IEEE 802.1Q).
 pub const MAX_VLAN: u16 = 4094;
@@ -396,8 +399,10 @@ pub enum EventKind {
     RingBroken,
     /// Guest memory was shared, changed or taken away.
     MemoryChanged,
-    /// A poll thread did not acknowledge in time, or does so again.
+    /// A poll thread did not acknowledge in time, does so again, begins or ends.
     PollThread,
+    /// A transmit queue goes to another poll thread.
+    QueueMoved,
     /// The reader was too slow and is cut off; this is the last event of the stream.
     TooSlow,
     /// The daemon stops; this is the last event of the stream.

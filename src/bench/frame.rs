@@ -1,7 +1,8 @@
 //! Frames that can be accounted for: their layout and their check word.
 //!
 //! ```text
-//! 0   destination MAC, source MAC: 02, three random bytes of this run, number of the guest
+//! 0   destination MAC, source MAC: 02, three random bytes of this run, number of the guest (in the source
+//!     also of its queue, above)
 //! 12  EtherType 0x88b5 (local experimental)
 //! 14  flow (16 bits)
 //! 16  sequence number in the flow (64 bits)
@@ -44,6 +45,9 @@ const STAMP: usize = 8 * SEQUENCE_WORD;
 const FIXED: [u64; 2] = [0xffff_0000_0000_0001, 0x0000_ffff_0000_ffff];
 /// A broadcast's destination in the first word.
 const BROADCAST: u64 = 0x0000_ffff_ffff_ffff;
+
+/// Bits of a guest's number in its address.
+pub const GUEST_BITS: u32 = 10;
 
 /// A frame in memory as words, up to the end of the buffer; all of its own words are in it, the last one whole.
 pub type Words<'m> = &'m [AtomicU64];

@@ -14,7 +14,7 @@ use arrayvec::ArrayVec;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::window::{Budget, Outgoing};
-use super::frame::{Checker, MIN_SIZE, Words};
+use super::frame::{Checker, GUEST_BITS, MIN_SIZE, Words};
 use super::memory::{BufferArea, GUEST_BASE, GuestRam, NET_HDR, QueuePlace};
 use super::plan::{FlowCounters, FlowSpec, Plan};
 use super::tracker::Tracker;
@@ -276,7 +276,12 @@ fn prefill(
     spec: &FlowSpec,
     number: u32,
 ) -> Vec<u64> {
-    let route = (spec.source, spec.destination, flow);
+    // A source address for each queue: a switch that spreads flows by their addresses has something to spread.
+    let route = (
+        spec.source | spec.queue << GUEST_BITS,
+        spec.destination,
+        flow,
+    );
     checker.prefill(frame, route, u64::from(flow) << 16 | u64::from(number))
 }
 

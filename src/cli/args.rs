@@ -3,11 +3,12 @@
 //! Man pages and completions are generated from the same definitions.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueHint};
 
 use crate::api::types::{MAX_VLAN, MacAddr, PortPatch};
-use crate::config::{CpuList, IdlePolicy, MAX_QUEUE_PAIRS, PortSpec};
+use crate::config::{CpuList, IdlePolicy, MAX_QUEUE_PAIRS, PortSpec, Rebalance};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -96,8 +97,8 @@ pub struct RunArgs {
     #[arg(
         long = "port",
         value_name = "SPEC",
-        help = "A port: NAME,socket=PATH[,mode=server|client][,queues=N][,socket-mode=0660]\
-                [,socket-group=NAME]; may be given again"
+        help = "A port: NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…]\
+                [,socket-mode=0660][,socket-group=NAME]; may be given again"
     )]
     pub ports: Vec<PortSpec>,
     /// One poll thread pinned to each of these CPUs, such as 0,2-3 [default: one, unpinned]
@@ -107,6 +108,9 @@ pub struct RunArgs {
     /// long, then sleep)
     #[arg(long, value_name = "POLICY", default_value_t = IdlePolicy::default())]
     pub idle: IdlePolicy,
+    /// Whether transmit queues move between poll threads by measured load: auto or off
+    #[arg(long, value_name = "POLICY", default_value_t = Rebalance::default())]
+    pub rebalance: Rebalance,
     /// Group that may use the API socket, besides root and the daemon's own user
     #[arg(long, value_name = "NAME")]
     pub api_group: Option<String>,
@@ -148,7 +152,7 @@ pub struct Output {
 pub enum PortCommand {
     /// Create a port
     Add {
-        /// NAME,socket=PATH[,mode=server|client][,queues=N][,socket-mode=0660][,socket-group=NAME]
+        /// NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…][,socket-mode=0660][,socket-group=NAME]
         spec: PortSpec,
         /// Do nothing if a port exists with the same values
         #[arg(long)]
@@ -221,6 +225,72 @@ pub enum FdbCommand {
 pub enum PollCommand {
     /// List the poll threads, how busy they are and which queues they own
     List(Output),
+    /// Start a poll thread
+    Add {
+        /// CPU to pin it to, which no other poll thread has
+        #[arg(long, value_name = "N")]
+        cpu: Option<u32>,
+    },
+    /// End a poll thread; its queues go to the others, without loss
+    Remove {
+        /// Its number.
+        thread: u32,
+    },
+    /// Give a port's transmit queues to a poll thread, without loss and in order
+    Move {
+        /// The port, or one queue pair of it: NAME or NAME:PAIR
+        #[arg(value_name = "PORT[:QUEUE]")]
+        queue: QueueName,
+        /// Number of the poll thread.
+        thread: u32,
+    },
+    /// Change how queues are placed, or say how they are
+    Set {
+        /// What to change: rebalance=auto|off
+        #[arg(value_name = "KEY=VALUE", value_parser = parse_poll_setting)]
+        setting: Option<Rebalance>,
+        #[command(flatten)]
+        output: Output,
+    },
+}
+
+/// A port, or one of its queue pairs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QueueName {
+    /// Name of the port.
+    pub port: String,
+    /// The pair; all where `None`.
+    pub queue: Option<u16>,
+}
+
+impl FromStr for QueueName {
+    type Err = SettingError;
+
+    fn from_str(text: &str) -> Result<Self, SettingError> {
+        let (port, queue) = match text.split_once(':') {
+            None => (text, None),
+            Some((port, pair)) => {
+                let pair = pair.parse();
+                (
+                    port,
+                    Some(pair.map_err(|_| SettingError::Pair(text.to_string()))?),
+                )
+            }
+        };
+        Ok(QueueName {
+            port: port.to_string(),
+            queue,
+        })
+    }
+}
+
+fn parse_poll_setting(text: &str) -> Result<Rebalance, SettingError> {
+    match text.split_once('=') {
+        Some(("rebalance", value)) => value
+            .parse()
+            .map_err(|_| SettingError::Rebalance(value.to_string())),
+        _ => Err(SettingError::UnknownPoll(text.to_string())),
+    }
 }
 
 /// One `KEY=VALUE` of `pollux port set`.
@@ -239,15 +309,24 @@ impl Setting {
     }
 }
 
-/// A `KEY=VALUE` that `pollux port set` does not take.
+/// A `KEY=VALUE` or `NAME:PAIR` that a command does not take.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum SettingError {
+pub enum SettingError {
     /// A key that cannot be changed, or does not exist.
     #[error("{0:?} cannot be set; known is queues=N")]
     Unknown(String),
     /// A number out of range.
     #[error("queues={0} is not valid: 1 to {MAX_QUEUE_PAIRS} queue pairs")]
     Queues(String),
+    /// The same for `pollux poll set`.
+    #[error("{0:?} cannot be set; known is rebalance=auto|off")]
+    UnknownPoll(String),
+    /// No such policy.
+    #[error("rebalance={0} is not valid: auto or off")]
+    Rebalance(String),
+    /// What stands behind a port's name is no number.
+    #[error("{0:?}: use NAME or NAME:PAIR, pairs counting from 0")]
+    Pair(String),
 }
 
 fn parse_setting(text: &str) -> Result<Setting, SettingError> {
@@ -333,6 +412,11 @@ mod tests {
             ("pollux port set vm1", "KEY=VALUE"),
             ("pollux port set vm1 colour=red", "known is queues=N"),
             ("pollux port set vm1 queues=0", "1 to 128"),
+            ("pollux poll set rebalance=often", "auto or off"),
+            ("pollux poll set colour=red", "known is rebalance"),
+            ("pollux poll move vm1:x 0", "NAME:PAIR"),
+            ("pollux poll move vm1", "<THREAD>"),
+            ("pollux run --rebalance often", "use auto or off"),
             ("pollux port", "Usage"),
             ("pollux frobnicate", "unrecognized"),
         ] {

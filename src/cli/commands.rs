@@ -13,7 +13,8 @@ use super::text::print;
 use super::{Failure, views};
 use crate::api::client::{Answer, Client, ClientError};
 use crate::api::types::{
-    Event, EventKind, FdbAdd, FdbEntry, Flushed, PollThreadView, PortPatch, PortView, StatsView,
+    Event, EventKind, FdbAdd, FdbEntry, Flushed, Moved, PollAdd, PollMove, PollSettings,
+    PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView,
 };
 use crate::config::PortSpec;
 
@@ -24,12 +25,7 @@ pub(super) fn execute(command: Command, socket: PathBuf) -> Result<(), Failure> 
         Command::Port(command) => port(&client, command),
         Command::Fdb(command) => fdb(&client, command),
         Command::Stats { watch, output } => stats(&client, watch, output),
-        Command::Poll(PollCommand::List(output)) => show(
-            &client,
-            "/v1/poll",
-            output,
-            |threads: &Vec<PollThreadView>| views::poll_threads(threads),
-        ),
+        Command::Poll(command) => poll(&client, command),
         Command::Events(output) => events(&client, output),
         Command::Run(_) | Command::Bench(_) | Command::Completions { .. } | Command::Man { .. } => {
             Err(Failure::internal(
@@ -98,6 +94,43 @@ fn fdb(client: &Client, command: FdbCommand) -> Result<(), Failure> {
             };
             let Flushed { removed } = client.delete(&target)?.read()?;
             print(&format!("{removed} entries removed\n"))
+        }
+    }
+}
+
+fn poll(client: &Client, command: PollCommand) -> Result<(), Failure> {
+    match command {
+        PollCommand::List(output) => show(
+            client,
+            "/v1/poll",
+            output,
+            |threads: &Vec<PollThreadView>| views::poll_threads(threads),
+        ),
+        PollCommand::Add { cpu } => {
+            let added: PollThreadView = client.post("/v1/poll", &PollAdd { cpu })?.read()?;
+            print(&format!("poll thread {} started\n", added.thread))
+        }
+        PollCommand::Remove { thread } => {
+            client.delete(&format!("/v1/poll/{thread}"))?;
+            Ok(())
+        }
+        PollCommand::Move { queue, thread } => {
+            let order = PollMove {
+                port: queue.port,
+                queue: queue.queue,
+                thread,
+            };
+            let Moved { queues } = client.post("/v1/poll/moves", &order)?.read()?;
+            print(&format!("{queues} queues moved\n"))
+        }
+        PollCommand::Set { setting, output } => {
+            let patch = PollSettingsPatch { rebalance: setting };
+            let answer = client.patch("/v1/poll", &patch)?;
+            if output.json {
+                return print(&format!("{}\n", answer.value()?));
+            }
+            let settings: PollSettings = answer.read()?;
+            print(&format!("rebalance={}\n", settings.rebalance))
         }
     }
 }

@@ -268,6 +268,7 @@ fn run_daemon(args: RunArgs, api_socket: PathBuf, run: Runner) -> Result<(), Fai
         ports: args.ports,
         poll_cpus: args.poll_cpus.unwrap_or_default().0,
         idle: args.idle,
+        rebalance: args.rebalance,
         api_socket: Some(api_socket),
         api_group: args.api_group,
         mac_ageing: Duration::from_secs(args.mac_ageing),

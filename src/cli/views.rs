@@ -194,7 +194,7 @@ pub(super) fn poll_threads(threads: &[PollThreadView]) -> String {
                     format!("overdue {}", seconds(thread.overdue_seconds.unwrap_or(0.0)))
                 }
             },
-            format!("{:.0}%", thread.busy_ratio * 100.0),
+            format!("{:.0}%", thread.recent_busy_ratio * 100.0),
             short(thread.frames as f64),
             short(thread.passes as f64),
             short(thread.sleeps as f64),
@@ -227,7 +227,10 @@ fn queues(thread: &PollThreadView) -> String {
         .queues
         .iter()
         .take(SHOWN)
-        .map(|queue| format!("{}/{}", queue.port, queue.queue))
+        .map(|queue| {
+            let load = format!("{:.0}%", queue.load * 100.0);
+            format!("{}:{} {load}", queue.port, queue.queue)
+        })
         .collect();
     if thread.queues.len() > SHOWN {
         names.push(format!("+{}", thread.queues.len() - SHOWN));
@@ -235,7 +238,7 @@ fn queues(thread: &PollThreadView) -> String {
     if names.is_empty() {
         return "-".into();
     }
-    names.join(" ")
+    names.join(", ")
 }
 
 /// `pollux stats`.

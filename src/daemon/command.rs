@@ -6,8 +6,13 @@ use crossbeam_channel::Sender;
 
 use super::link::Link;
 use crate::api::ControlError;
-use crate::api::types::{FdbAdd, FdbEntry, FdbKey, PollThreadView, PortPatch, PortView, StatsView};
+use crate::api::types::{
+    FdbAdd, FdbEntry, FdbKey, Moved, PollMove, PollSettings, PollSettingsPatch, PollThreadView,
+    PortPatch, PortView, StatsView,
+};
 use crate::config::PortSpec;
+use crate::sys::snapshot::Reader;
+use crate::topology::Topology;
 
 /// Where an answer goes. A caller that is gone is no error.
 pub(super) type Reply<T> = Sender<Result<T, ControlError>>;
@@ -35,6 +40,12 @@ pub(super) enum Command {
     FdbFlush(Option<String>, Reply<u64>),
     PollThreads(Reply<Vec<PollThreadView>>),
     Stats(Reply<StatsView>),
+    PollAdd(Option<usize>, Reply<PollThreadView>),
+    PollRemove(usize, Reply<()>),
+    PollMove(PollMove, Reply<Moved>),
+    PollSet(PollSettingsPatch, Reply<PollSettings>),
+    /// A poll thread that was removed has ended; its reader is free.
+    PollEnded(Reader<Topology>),
     /// End the daemon.
     Stop,
 }

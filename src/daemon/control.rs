@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 
+use super::balance::Balance;
 use super::command::Command;
 use super::link::Link;
 use super::port::Door;
@@ -18,6 +19,7 @@ use super::socket::start_connect;
 use super::{DaemonError, views};
 use crate::api::ControlError;
 use crate::api::types::EventKind;
+use crate::config::Rebalance;
 use crate::stats::Histogram;
 use crate::sys::signal::{Signal, Signals};
 use crate::sys::wake::Wake;
@@ -54,6 +56,8 @@ pub(super) struct Control {
     signals: Option<Signals>,
     /// Where the records of packed rings are.
     ring_state: Option<PathBuf>,
+    pub(super) rebalance: Rebalance,
+    balance: Balance,
     next_housekeeping: Instant,
     /// How long ports took to be added and removed.
     pub(super) times: OperationTimes,
@@ -84,6 +88,7 @@ impl Control {
         wake: Arc<Wake>,
         signals: Option<Signals>,
         ring_state: Option<PathBuf>,
+        rebalance: Rebalance,
     ) -> Self {
         let now = Instant::now();
         Control {
@@ -95,6 +100,8 @@ impl Control {
             wake,
             signals,
             ring_state,
+            rebalance,
+            balance: Balance::default(),
             next_housekeeping: now + HOUSEKEEPING,
             times: OperationTimes::default(),
             sessions: Vec::new(),
@@ -148,7 +155,8 @@ impl Control {
             next = next.min(due);
         }
         self.registry.publish();
-        if self.registry.retire() {
+        let moving = self.registry.finish_moves();
+        if self.registry.retire() || moving {
             next = next.min(now + RETIRE);
         }
         self.watch_acknowledgements(now);
@@ -159,9 +167,12 @@ impl Control {
 
     /// Names the poll threads that miss their acknowledgement, once, and once more when they have made it.
     fn watch_acknowledgements(&mut self, now: Instant) {
-        for index in 0..self.registry.polls.threads.len() {
+        let numbers: Vec<usize> = self.registry.polls.threads.keys().copied().collect();
+        for index in numbers {
             let since = self.registry.unacknowledged(index);
-            let thread = &mut self.registry.polls.threads[index];
+            let Some(thread) = self.registry.polls.threads.get_mut(&index) else {
+                continue;
+            };
             let waited = |since: Instant| now.saturating_duration_since(since).as_secs_f64();
             match (thread.overdue, since) {
                 (None, Some(since)) if now.saturating_duration_since(since) >= OVERDUE => {
@@ -211,6 +222,7 @@ impl Control {
 
     fn housekeeping(&mut self) {
         self.registry.age();
+        self.rebalance();
         self.sessions.retain(|thread| !thread.is_finished());
         for record in &mut self.registry.ports {
             let Some(session) = &mut record.session else {
@@ -283,6 +295,19 @@ impl Control {
                     self.started.elapsed(),
                 )));
             }
+            Command::PollAdd(cpu, reply) => {
+                let _ = reply.send(self.add_thread(cpu));
+            }
+            Command::PollRemove(thread, reply) => self.remove_thread(thread, reply),
+            Command::PollMove(order, reply) => self.move_queues(&order, reply),
+            Command::PollSet(patch, reply) => {
+                let _ = reply.send(Ok(self.set_poll(patch)));
+            }
+            Command::PollEnded(reader) => {
+                let text = format!("poll-{} has ended", reader.index());
+                self.registry.thread_ended(reader);
+                self.report.polling(text);
+            }
             Command::Stop => self.stopping = true,
         }
     }
@@ -308,6 +333,32 @@ impl Control {
             }
         }
         (!self.late.is_empty()).then_some(self.late_at)
+    }
+
+    /// Once a second: what is learned about loads, and the move that follows from it, if rebalancing is on.
+    fn rebalance(&mut self) {
+        self.registry.look_at_loads();
+        if self.rebalance == Rebalance::Off {
+            return;
+        }
+        let (threads, queues) = (self.registry.thread_loads(), self.registry.candidates());
+        let Some(advice) = self.balance.advise(&threads, &queues) else {
+            return;
+        };
+        let mut ports = self.registry.ports.iter();
+        let port = ports.find(|record| record.shared.reference == advice.key.port());
+        let Some(port) = port.map(|record| record.shared.clone()) else {
+            return;
+        };
+        let pair = advice.key.pair;
+        if self
+            .registry
+            .move_queues(port.name(), Some(pair), advice.to, None)
+            .is_ok()
+        {
+            self.report
+                .moved(&port, Some(pair), advice.to, &advice.reason);
+        }
     }
 
     /// Where the packed rings of a port keep what they need after a restart.

@@ -37,6 +37,7 @@ pub fn start(ports: usize, queue_pairs: u16) -> Result<EmbeddedSwitch<Embedded>,
             socket: dir.join(format!("guest{port}.sock")),
             mode: SocketMode::Server,
             queues: queue_pairs,
+            poll: Vec::new(),
             socket_mode: None,
             socket_group: None,
         })

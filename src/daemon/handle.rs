@@ -8,7 +8,8 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use super::command::{Command, Reply};
 use super::report::Report;
 use crate::api::types::{
-    Event, FdbAdd, FdbEntry, FdbKey, PollThreadView, PortPatch, PortView, StatsView, VersionView,
+    Event, FdbAdd, FdbEntry, FdbKey, Moved, PollMove, PollSettings, PollSettingsPatch,
+    PollThreadView, PortPatch, PortView, StatsView, VersionView,
 };
 use crate::api::{Control, ControlError};
 use crate::config::PortSpec;
@@ -80,6 +81,22 @@ impl Control for Handle {
 
     fn poll_threads(&self) -> Result<Vec<PollThreadView>, ControlError> {
         self.ask(Command::PollThreads)
+    }
+
+    fn poll_add(&self, cpu: Option<u32>) -> Result<PollThreadView, ControlError> {
+        self.ask(|reply| Command::PollAdd(cpu.map(|cpu| cpu as usize), reply))
+    }
+
+    fn poll_remove(&self, thread: u32) -> Result<(), ControlError> {
+        self.ask(|reply| Command::PollRemove(thread as usize, reply))
+    }
+
+    fn poll_move(&self, order: PollMove) -> Result<Moved, ControlError> {
+        self.ask(|reply| Command::PollMove(order, reply))
+    }
+
+    fn poll_set(&self, patch: PollSettingsPatch) -> Result<PollSettings, ControlError> {
+        self.ask(|reply| Command::PollSet(patch, reply))
     }
 
     fn stats(&self) -> Result<StatsView, ControlError> {

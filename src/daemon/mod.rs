@@ -9,6 +9,7 @@
 //! | `api` | HTTP on a unix socket | yes |
 
 mod accept;
+mod balance;
 mod command;
 mod control;
 pub mod embedded;
@@ -16,7 +17,9 @@ mod handle;
 mod link;
 mod operations;
 mod pace;
+mod placement;
 mod pollers;
+mod polling;
 mod port;
 mod registry;
 mod report;
@@ -202,9 +205,19 @@ fn assemble(
     let mut fdb_config = FdbConfig::with_capacity(config.fdb_size);
     fdb_config.ageing = config.mac_ageing;
     let fdb = Arc::new(Fdb::new(fdb_config)?);
-    let empty = Topology::build(&[], vec![epoch; threads].into(), fdb.clone(), |_, _| None);
-    let (publisher, readers) = snapshots(empty, threads);
-    let polls = PollThreads::start(readers, &config.poll_cpus, config.idle, epoch)?;
+    let (sender, receiver) = unbounded();
+    let wake = Arc::new(Wake::new().map_err(DaemonError::System)?);
+    // A reader for every thread that there may ever be: one that no thread has is asleep, and nobody waits for it.
+    let since = vec![epoch; MAX_THREADS].into();
+    let empty = Topology::build(&[], since, fdb.clone(), |_, _| None);
+    let (publisher, readers) = snapshots(empty, MAX_THREADS);
+    let mut polls = PollThreads::new(readers, config.idle, epoch, sender.clone(), wake.clone());
+    if config.poll_cpus.is_empty() {
+        polls.start(None)?;
+    }
+    for cpu in &config.poll_cpus {
+        polls.start(Some(*cpu))?;
+    }
     let (reap, retired) = unbounded::<Retired<Topology>>();
     // Ends when control, the only sender, is gone.
     let reaper = std::thread::Builder::new()
@@ -213,8 +226,6 @@ fn assemble(
         .map_err(DaemonError::System)?;
     let registry = Registry::new(publisher, polls, (fdb, config.fdb_size), reap, epoch);
     let report = Arc::new(Report::default());
-    let (sender, receiver) = unbounded();
-    let wake = Arc::new(Wake::new().map_err(DaemonError::System)?);
     let handle = Handle {
         commands: sender.clone(),
         wake: wake.clone(),
@@ -227,6 +238,7 @@ fn assemble(
         wake,
         signals,
         config.ring_state.clone(),
+        config.rebalance,
     );
     Ok((control, handle, reaper))
 }

@@ -10,8 +10,8 @@ use super::port::{Door, PortRecord};
 use super::report::reports;
 use super::socket::Listener;
 use super::views;
-use crate::api::ControlError;
 use crate::api::types::{EventKind, PortPatch, PortView};
+use crate::api::{ControlError, What};
 use crate::config::{MAX_PORTS, PortSpec, SocketMode};
 use crate::port::PortShared;
 use crate::vhost_user;
@@ -53,6 +53,18 @@ impl Control {
                 ),
             });
         }
+        let unknown = |number: &&u32| {
+            !self
+                .registry
+                .polls
+                .staying()
+                .any(|at| at == **number as usize)
+        };
+        if let Some(number) = spec.poll.iter().find(unknown) {
+            return Err(ControlError::NotFound {
+                what: What::PollThread(*number),
+            });
+        }
         if self.registry.ports.len() >= MAX_PORTS {
             return Err(ControlError::Conflict {
                 text: format!("{MAX_PORTS} ports are the most there can be"),
@@ -91,7 +103,8 @@ impl Control {
         let record = PortRecord {
             shared: shared.clone(),
             door,
-            placement: self.registry.place(reference, queues),
+            placement: self.registry.place(&shared.spec.poll, None, queues),
+            placed_by_hand: false,
             queues,
             session: None,
             waiting: None,
@@ -147,12 +160,12 @@ impl Control {
         patch: &PortPatch,
     ) -> Result<PortView, ControlError> {
         let report = self.report.clone();
-        let placement = match self.registry.find(name) {
+        let pinned = match self.registry.find(name) {
             None => return Err(ControlError::no_port(name)),
-            Some(record) => record.shared.reference,
+            Some(record) => record.shared.spec.poll.clone(),
         };
         let queues = patch.queues;
-        let placed = queues.map(|queues| self.registry.place(placement, queues));
+        let placed = queues.map(|queues| self.registry.place(&pinned, None, queues));
         let record = self
             .registry
             .find(name)

@@ -1,12 +1,15 @@
 //! The poll threads as control sees them: start, kick registration, wake-ups, stop.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use crossbeam_channel::Sender;
+
 use super::DaemonError;
+use super::command::Command;
 use crate::config::IdlePolicy;
 use crate::poll::{PollShared, Poller};
 use crate::stats::ThreadStats;
@@ -15,6 +18,7 @@ use crate::sys::epoll::Sleeper;
 use crate::sys::eventfd::KickFd;
 use crate::sys::sched;
 use crate::sys::snapshot::Reader;
+use crate::sys::wake::Wake;
 use crate::topology::{Plan, Topology};
 
 /// One poll thread.
@@ -30,46 +34,105 @@ pub(super) struct PollThread {
     pub(super) overdue: Option<Instant>,
     /// What the last plan held, to see whether a new one brings work.
     work: Vec<(usize, usize, bool)>,
+    /// It is to end: its queues go to others, and it gets no more.
+    pub(super) leaving: bool,
+    /// Told to end for good, so its reader comes back.
+    removed: Arc<AtomicBool>,
 }
 
-/// All of them.
+/// All of them, by number.
 #[derive(Debug)]
 pub(super) struct PollThreads {
-    pub(super) threads: Vec<PollThread>,
+    pub(super) threads: BTreeMap<usize, PollThread>,
+    /// Readers of threads that do not exist (yet, or any more): asleep, so nobody waits for them.
+    spare: Vec<Reader<Topology>>,
+    idle: IdlePolicy,
+    epoch: Instant,
+    /// Where a thread that ended hands its reader back.
+    commands: Sender<Command>,
+    wake: Arc<Wake>,
 }
 
 impl PollThreads {
-    /// Starts one thread for each reader, pinned to its CPU if `cpus` names one.
-    pub(super) fn start(
+    /// No thread yet, and a reader for each that there can be.
+    pub(super) fn new(
         readers: Vec<Reader<Topology>>,
-        cpus: &[usize],
         idle: IdlePolicy,
         epoch: Instant,
-    ) -> Result<Self, DaemonError> {
-        let mut threads = PollThreads {
-            threads: Vec::new(),
-        };
-        for reader in readers {
-            let cpu = cpus.get(reader.index()).copied();
-            threads.threads.push(start_one(reader, cpu, idle, epoch)?);
+        commands: Sender<Command>,
+        wake: Arc<Wake>,
+    ) -> Self {
+        PollThreads {
+            threads: BTreeMap::new(),
+            spare: readers,
+            idle,
+            epoch,
+            commands,
+            wake,
         }
-        Ok(threads)
+    }
+
+    /// Starts a thread, pinned to `cpu` if there is one; returns the lowest number that is free, which is now its.
+    pub(super) fn start(&mut self, cpu: Option<usize>) -> Result<usize, DaemonError> {
+        let lowest = self.spare.iter().enumerate();
+        let lowest = lowest.min_by_key(|(_, reader)| reader.index());
+        let Some((at, _)) = lowest else {
+            return Err(DaemonError::TooManyThreads(self.threads.len() + 1));
+        };
+        let reader = self.spare.swap_remove(at);
+        let number = reader.index();
+        match self.start_one(reader, cpu) {
+            Ok(thread) => {
+                self.threads.insert(number, thread);
+                Ok(number)
+            }
+            Err((error, reader)) => {
+                self.spare.extend(reader);
+                Err(error)
+            }
+        }
+    }
+
+    /// Threads that may be given queues.
+    pub(super) fn staying(&self) -> impl Iterator<Item = usize> + '_ {
+        let staying = self.threads.iter().filter(|(_, thread)| !thread.leaving);
+        staying.map(|(number, _)| *number)
+    }
+
+    /// Tells a thread without queues to end; [`Command::PollEnded`] says that it has.
+    pub(super) fn end(&mut self, number: usize) {
+        if let Some(thread) = self.threads.get_mut(&number) {
+            thread.removed.store(true, Ordering::Relaxed);
+            thread.shared.stop.store(true, Ordering::Release);
+            thread.shared.sleeper.wake();
+        }
+    }
+
+    /// A thread has ended: its number is free.
+    pub(super) fn ended(&mut self, reader: Reader<Topology>) {
+        if let Some(mut thread) = self.threads.remove(&reader.index())
+            && let Some(handle) = thread.handle.take()
+        {
+            // It is in its last instructions.
+            let _ = handle.join();
+        }
+        self.spare.push(reader);
     }
 
     /// Brings the kicks of a topology into the threads' beds, before it is published.
     ///
     /// Kicks that are in no plan any more leave epoll here, so before their topology is retired.
     pub(super) fn prepare(&mut self, topology: &Topology) {
-        for (thread, plan) in self.threads.iter_mut().zip(&topology.plans) {
-            thread.prepare(plan);
+        for (number, thread) in &mut self.threads {
+            thread.prepare(&topology.plans[*number]);
         }
     }
 
     /// Wakes the threads that got new work. A thread that is just falling asleep does not look at the topology again,
     /// so the bell rings whether it sleeps or not.
     pub(super) fn wake(&mut self, topology: &Topology) {
-        for (thread, plan) in self.threads.iter_mut().zip(&topology.plans) {
-            let work = work_of(plan);
+        for (number, thread) in &mut self.threads {
+            let work = work_of(&topology.plans[*number]);
             if work.iter().any(|item| !thread.work.contains(item)) {
                 thread.shared.sleeper.wake();
             }
@@ -79,11 +142,11 @@ impl PollThreads {
 
     /// Stops and joins them.
     pub(super) fn stop(&mut self) {
-        for thread in &self.threads {
+        for thread in self.threads.values() {
             thread.shared.stop.store(true, Ordering::Relaxed);
             thread.shared.sleeper.wake();
         }
-        for thread in &mut self.threads {
+        for thread in self.threads.values_mut() {
             if let Some(handle) = thread.handle.take()
                 && handle.join().is_err()
             {
@@ -146,47 +209,66 @@ fn work_of(plan: &Plan) -> Vec<(usize, usize, bool)> {
     queues.chain(starts).collect()
 }
 
-fn start_one(
-    reader: Reader<Topology>,
-    cpu: Option<usize>,
-    idle: IdlePolicy,
-    epoch: Instant,
-) -> Result<PollThread, DaemonError> {
-    let index = reader.index();
-    let shared = Arc::new(PollShared {
-        stats: ThreadStats::default(),
-        sleeper: Sleeper::new().map_err(DaemonError::System)?,
-        stop: AtomicBool::new(false),
-    });
-    let poller = Poller::new(shared.clone(), reader, idle, epoch).map_err(DaemonError::System)?;
-    let tid = Arc::new(AtomicU32::new(0));
-    let (started, answer) = crossbeam_channel::bounded(1);
-    let own_tid = tid.clone();
-    let handle = std::thread::Builder::new()
-        .name(format!("poll-{index}"))
-        .spawn(move || {
-            own_tid.store(sched::thread_id(), Ordering::Relaxed);
-            let pinned = cpu.map_or(Ok(()), affinity::pin);
-            let failed = pinned.is_err();
-            // The starter waits for this answer.
-            let _ = started.send(pinned);
-            if !failed {
-                poller.run();
-            }
+impl PollThreads {
+    /// Starts a thread with `reader`; one that cannot run gives it back, if it can.
+    fn start_one(
+        &self,
+        reader: Reader<Topology>,
+        cpu: Option<usize>,
+    ) -> Result<PollThread, (DaemonError, Option<Reader<Topology>>)> {
+        let system = |error| DaemonError::System(error);
+        let index = reader.index();
+        let sleeper = match Sleeper::new() {
+            Ok(sleeper) => sleeper,
+            Err(error) => return Err((system(error), Some(reader))),
+        };
+        let shared = Arc::new(PollShared {
+            stats: ThreadStats::default(),
+            sleeper,
+            stop: AtomicBool::new(false),
+        });
+        let poller = Poller::new(shared.clone(), reader, self.idle, self.epoch)
+            .map_err(|error| (system(error), None))?;
+        let (tid, removed) = (
+            Arc::new(AtomicU32::new(0)),
+            Arc::new(AtomicBool::new(false)),
+        );
+        let (started, answer) = crossbeam_channel::bounded(1);
+        let (own_tid, own_removed) = (tid.clone(), removed.clone());
+        let (commands, wake) = (self.commands.clone(), self.wake.clone());
+        let handle = std::thread::Builder::new()
+            .name(format!("poll-{index}"))
+            .spawn(move || {
+                own_tid.store(sched::thread_id(), Ordering::Relaxed);
+                // The starter waits for this answer.
+                if let Err(error) = cpu.map_or(Ok(()), affinity::pin) {
+                    let _ = started.send(Err((error, poller.into_reader())));
+                    return;
+                }
+                let _ = started.send(Ok(()));
+                let reader = poller.run();
+                // At the end of the switch readers end with their threads, before the publisher does.
+                if own_removed.load(Ordering::Relaxed) {
+                    let _ = commands.send(Command::PollEnded(reader));
+                    wake.wake();
+                }
+            })
+            .map_err(|error| (system(error), None))?;
+        match answer.recv() {
+            Ok(Ok(())) => {}
+            Ok(Err((error, reader))) => return Err((DaemonError::Pin(error), Some(reader))),
+            Err(_) => return Err((system(std::io::ErrorKind::Other.into()), None)),
+        }
+        Ok(PollThread {
+            shared,
+            cpu,
+            tid,
+            handle: Some(handle),
+            kicks: HashMap::new(),
+            overdue: None,
+            work: Vec::new(),
+            leaving: false,
+            removed,
         })
-        .map_err(DaemonError::System)?;
-    match answer.recv() {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => return Err(DaemonError::Pin(error)),
-        Err(_) => return Err(DaemonError::System(std::io::ErrorKind::Other.into())),
     }
-    Ok(PollThread {
-        shared,
-        cpu,
-        tid,
-        handle: Some(handle),
-        kicks: HashMap::new(),
-        overdue: None,
-        work: Vec::new(),
-    })
 }

@@ -6,9 +6,10 @@ use std::time::Instant;
 
 use super::link::Link;
 use super::pace::Pace;
+use super::placement::Place;
 use super::report::Reports;
 use super::socket::Listener;
-use crate::port::{Device, PortShared};
+use crate::port::{Device, PortShared, Transmit};
 use crate::topology::PortEntry;
 use crate::vhost_user::{SessionStatus, Stopper};
 
@@ -40,7 +41,9 @@ pub(super) struct PortRecord {
     pub(super) shared: Arc<PortShared>,
     pub(super) door: Door,
     /// Poll thread by queue pair.
-    pub(super) placement: Vec<usize>,
+    pub(super) placement: Vec<Place>,
+    /// The operator has placed its queues.
+    pub(super) placed_by_hand: bool,
     /// Queue pairs that the next session is offered.
     pub(super) queues: u16,
     pub(super) session: Option<SessionHandle>,
@@ -67,6 +70,19 @@ impl PortRecord {
             shared: self.shared.clone(),
             device: self.device.clone(),
         }
+    }
+
+    /// The transmit queues that run, each with its pair.
+    pub(super) fn transmit_queues(&self) -> impl Iterator<Item = (u16, &Transmit)> {
+        let pairs = self.device.iter().flat_map(|device| &device.pairs);
+        let queues = (0_u16..).zip(pairs);
+        queues.filter_map(|(pair, queues)| Some((pair, queues.transmit.as_ref()?)))
+    }
+
+    /// Whether the operator has pinned the port, and not to `thread`.
+    pub(super) fn is_pinned_elsewhere(&self, thread: usize) -> bool {
+        let pinned = &self.shared.spec.poll;
+        !pinned.is_empty() && !pinned.iter().any(|number| *number as usize == thread)
     }
 
     /// Whether `link` is the current session's.

@@ -10,6 +10,8 @@ use std::time::Instant;
 
 use crossbeam_channel::Sender;
 
+use super::balance::Loads;
+use super::placement::Moves;
 use super::pollers::PollThreads;
 use super::port::PortRecord;
 use crate::port::PortShared;
@@ -39,6 +41,9 @@ pub(super) struct Registry {
     /// FDB cells that may be used again once this generation is acknowledged.
     fdb_retired: Option<(RetireMark, u64)>,
     epoch: Instant,
+    /// Queues and threads that change hands.
+    pub(super) moves: Moves,
+    pub(super) loads: Loads,
 }
 
 impl Registry {
@@ -62,6 +67,8 @@ impl Registry {
             reaper,
             fdb_retired: None,
             epoch,
+            moves: Moves::default(),
+            loads: Loads::default(),
         }
     }
 
@@ -89,14 +96,6 @@ impl Registry {
             slot: slot as u16,
             generation: self.slots[slot],
         }
-    }
-
-    /// The poll thread for a port's queue pairs: neighbours go to different threads.
-    pub(super) fn place(&self, reference: PortRef, pairs: u16) -> Vec<usize> {
-        let threads = self.polls.threads.len().max(1);
-        (0..pairs)
-            .map(|pair| (usize::from(reference.slot) + usize::from(pair)) % threads)
-            .collect()
     }
 
     /// The record of a port by name.
@@ -163,7 +162,12 @@ impl Registry {
         let Some(record) = current.filter(|record| record.is_session(link)) else {
             return link.port_gone(self.publisher.generation());
         };
+        let first = record.device.is_none();
+        let node = device.as_ref().and_then(|device| device.memory.numa_node());
         record.device = device;
+        if first {
+            self.place_near(&link.port, node);
+        }
         self.posts.push((link.clone(), post));
         self.dirty = true;
     }
@@ -184,13 +188,14 @@ impl Registry {
                 .ports
                 .iter()
                 .find(|record| record.shared.reference == port.reference)?;
-            record.placement.get(usize::from(pair)).copied()
+            record.placement.get(usize::from(pair))?.owner()
         };
         let since = self.waiting_since(Instant::now());
         let topology = Topology::build(&entries, since, self.fdb.clone(), placement);
         self.polls.prepare(&topology);
         let generation = self.publisher.publish(topology);
         self.polls.wake(self.publisher.current());
+        self.moves.published(generation);
         for (link, post) in self.posts.drain(..) {
             link.published(post, generation);
         }
@@ -202,7 +207,7 @@ impl Registry {
     /// Since when each poll thread has something to acknowledge, once a view is published `now`.
     fn waiting_since(&self, now: Instant) -> Box<[Instant]> {
         let since = |thread: usize| self.unacknowledged(thread).unwrap_or(now);
-        (0..self.polls.threads.len()).map(since).collect()
+        (0..MAX_THREADS).map(since).collect()
     }
 
     /// Since when a poll thread has not acknowledged what is published; `None` once it has, and while it sleeps.

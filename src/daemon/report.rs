@@ -79,6 +79,26 @@ impl Report {
         self.hub.publish(&event);
     }
 
+    /// A poll thread that begins or ends, or what they do by themselves.
+    pub(super) fn polling(&self, message: String) {
+        self.daemon(EventKind::PollThread, message);
+    }
+
+    /// Queues of a port that go to another poll thread, and why.
+    pub(super) fn moved(&self, port: &PortShared, pair: Option<u16>, to: usize, why: &str) {
+        let which = pair.map_or("all transmit queues go".to_string(), |pair| {
+            format!("transmit queue {pair} goes")
+        });
+        let message = format!("{which} to poll-{to}: {why}");
+        tracing::info!(port = port.name(), "{message}");
+        let event = Event::new(SystemTime::now(), EventKind::QueueMoved, message);
+        let event = event.of_port(port.name());
+        self.hub.publish(&match pair {
+            Some(pair) => event.of_queue(pair),
+            None => event,
+        });
+    }
+
     /// Something that a session tells.
     pub(super) fn session(&self, port: &PortShared, reports: &Reports, event: &SessionEvent) {
         let kind = match event {

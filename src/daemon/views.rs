@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
+use super::balance::QueueKey;
 use super::control::{OVERDUE, OperationTimes};
+use super::placement::Place;
 use super::port::{Door, PortRecord};
 use super::registry::Registry;
 use crate::api::types::{
@@ -258,13 +260,13 @@ pub(super) fn fdb_flush(registry: &mut Registry, port: Option<&str>) -> Result<u
 
 /// The poll threads and what they work on.
 pub(super) fn poll_threads(registry: &Registry) -> Vec<PollThreadView> {
-    (0..registry.polls.threads.len())
-        .map(|index| poll_thread(registry, index))
-        .collect()
+    let numbers = registry.polls.threads.keys();
+    numbers.map(|index| poll_thread(registry, *index)).collect()
 }
 
-fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
-    let thread = &registry.polls.threads[index];
+/// A poll thread, which exists.
+pub(super) fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
+    let thread = &registry.polls.threads[&index];
     let stats = &thread.shared.stats;
     let acknowledged = registry.acknowledgements.of(index);
     let total = stats.total_ns.get();
@@ -272,16 +274,13 @@ fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
     let overdue = waited.filter(|waited| *waited >= OVERDUE);
     let mut queues = Vec::new();
     for port in &registry.ports {
-        let pairs = port
-            .device
-            .iter()
-            .flat_map(|device| device.pairs.iter().enumerate());
-        for (pair, _) in pairs.filter(|(_, pair)| pair.transmit.is_some()) {
-            if port.placement.get(pair) == Some(&index) {
-                let queue = pair as u16;
+        for (queue, _) in port.transmit_queues() {
+            if port.placement.get(usize::from(queue)) == Some(&Place::On(index)) {
+                let key = QueueKey::new(port.shared.reference, queue);
                 queues.push(QueueRef {
                     port: port.shared.spec.name.clone(),
                     queue,
+                    load: registry.loads.queue(key),
                 });
             }
         }
@@ -306,6 +305,7 @@ fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
         } else {
             stats.busy_ns.get() as f64 / total as f64
         },
+        recent_busy_ratio: registry.loads.busy(index),
         frames: stats.frames.get(),
         sleeps: stats.sleeps.get(),
         generation: registry.generation(),

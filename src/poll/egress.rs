@@ -11,6 +11,7 @@ use crate::virtio::claim::Published;
 use crate::virtio::{Claim, NoClaim};
 
 use super::deliver::{Left, Mask, Target, numbers};
+use super::lanes::{lanes, matching};
 use super::notify::{CALLS, signal};
 use super::owed::Owed;
 
@@ -213,11 +214,27 @@ impl<'t, 'p> Delivery<'t, 'p> {
         let Some(port) = self.context.topology.port(slot).filter(|_| mask != 0) else {
             return;
         };
-        let Some(queue) = port.queues.first() else {
-            return self
+        match &*port.queues {
+            [] => self
                 .context
-                .drop_egress(port, DropReason::EgressNotReady, mask);
-        };
+                .drop_egress(port, DropReason::EgressNotReady, mask),
+            [queue] => self.send_to(burst, port, queue, mask),
+            _ => self.spread(burst, port, mask),
+        }
+    }
+
+    /// Delivers to a port of several receive queues, flow by flow to the queue that its hash says.
+    #[inline(never)]
+    fn spread(&mut self, burst: &Burst<'t>, port: &'t Egress, mask: Mask) {
+        for (queue, mask) in lanes(port, burst, mask) {
+            self.send_to(burst, port, queue, mask);
+        }
+    }
+
+    /// Delivers the frames `mask` to one receive queue, or holds them for the retry.
+    #[inline(always)]
+    fn send_to(&mut self, burst: &Burst<'t>, port: &'t Egress, queue: &'t EgressQueue, mask: Mask) {
+        let slot = port.reference.slot;
         self.make_room(mask.count_ones());
         let behind = if self.held_for.is_empty() {
             0
@@ -366,35 +383,39 @@ impl<'t, 'p> Delivery<'t, 'p> {
             let Some(port) = self.context.topology.port(slot) else {
                 continue;
             };
-            let Some(queue) = port.queues.first() else {
-                continue;
-            };
-            self.make_room(mask.count_ones());
-            let Delivery {
-                context,
-                claim,
-                touched,
-                owed,
-                held,
-                ..
-            } = self;
-            let mut target = Target {
-                context,
-                claim,
-                touched,
-                owed,
-                burst: held,
-                egress: port,
-                queue,
-            };
-            let rest = target.deliver(mask);
-            if rest.mask != 0 {
-                queue.queue.retry_failed();
+            for (queue, mask) in lanes(port, &self.held, mask) {
+                self.retry_in(port, queue, mask);
             }
-            self.context
-                .drop_egress(port, reason_of(rest.reason), rest.mask);
         }
         self.held.clear();
+    }
+
+    /// The same for one receive queue.
+    fn retry_in(&mut self, port: &'t Egress, queue: &'t EgressQueue, mask: Mask) {
+        self.make_room(mask.count_ones());
+        let Delivery {
+            context,
+            claim,
+            touched,
+            owed,
+            held,
+            ..
+        } = self;
+        let mut target = Target {
+            context,
+            claim,
+            touched,
+            owed,
+            burst: held,
+            egress: port,
+            queue,
+        };
+        let rest = target.deliver(mask);
+        if rest.mask != 0 {
+            queue.queue.retry_failed();
+        }
+        self.context
+            .drop_egress(port, reason_of(rest.reason), rest.mask);
     }
 
     /// Waits a bounded time until the claims that chains wait for are published, then forgets those.
@@ -448,15 +469,6 @@ impl<'t, 'p> Delivery<'t, 'p> {
             signal(&mut self.tools, &calls);
         }
     }
-}
-
-/// The frames whose egress is `slot`.
-#[inline(always)]
-fn matching(egress: &[u16; BURST_FRAMES], slot: u16) -> Mask {
-    let numbered = egress.iter().enumerate();
-    numbered.fold(0, |mask, (number, at)| {
-        mask | Mask::from(*at == slot) << number
-    })
 }
 
 /// The drop reason of a claim that failed for good.

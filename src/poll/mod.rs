@@ -6,6 +6,7 @@
 
 mod deliver;
 mod egress;
+mod lanes;
 mod notify;
 mod owed;
 #[cfg(test)]
@@ -171,14 +172,19 @@ impl Poller {
         })
     }
 
-    /// Runs until `PollShared::stop`.
-    pub fn run(self) {
-        self.run_with(|| {});
+    /// Its reader, if it is not to run after all.
+    pub fn into_reader(self) -> Reader<Topology> {
+        self.reader
+    }
+
+    /// Runs until `PollShared::stop`; returns the reader, with nothing borrowed, for another poller to go on with.
+    pub fn run(self) -> Reader<Topology> {
+        self.run_with(|| {})
     }
 
     /// The same for tests and measurements: `between` is called before every pass, for guests that are played by this
     /// thread or in step with it.
-    pub fn run_with(mut self, mut between: impl FnMut()) {
+    pub fn run_with(mut self, mut between: impl FnMut()) -> Reader<Topology> {
         let mut take_over = None;
         loop {
             match self.serve(take_over.take(), &mut between) {
@@ -194,6 +200,8 @@ impl Poller {
                 }
             }
         }
+        self.reader.sleep();
+        self.reader
     }
 
     /// Works on the caller's thread until there is nothing to do, instead of [`Poller::run`]: how the instructions of a

@@ -11,6 +11,7 @@ pub mod epoll;
 pub mod eventfd;
 pub mod listen;
 pub mod memfd;
+pub mod numa;
 pub mod peer;
 pub mod sched;
 pub mod signal;

@@ -212,6 +212,8 @@ impl DeviceState {
             }
         }
         let features = self.features.unwrap_or(0);
+        // Found out here, on the guest's own thread, for control to know.
+        self.memory.numa_node();
         Some(Arc::new(Device {
             memory: Arc::clone(&self.memory),
             features,

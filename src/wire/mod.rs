@@ -5,5 +5,7 @@
 //! and look at the copy, so that what was checked is what is delivered.
 
 mod ethernet;
+mod flow;
 
 pub use ethernet::{EthernetFrame, HEADER_LEN, Mac, MacParseError, VLAN_TAG_LEN, VlanTag};
+pub use flow::flow_hash;

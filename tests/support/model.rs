@@ -166,6 +166,7 @@ impl Control for Model {
             overdue_seconds: Some(2.5),
             passes: 1_000_000,
             busy_ratio: 0.25,
+            recent_busy_ratio: 0.5,
             frames: 17,
             sleeps: 5,
             generation: 4,
@@ -173,6 +174,7 @@ impl Control for Model {
             queues: vec![QueueRef {
                 port: "vm1".into(),
                 queue: 0,
+                load: 0.125,
             }],
             off_cpu_seconds: 0.25,
             pass_length: Some(Latency {
@@ -185,6 +187,41 @@ impl Control for Model {
             takeover_length: None,
             acknowledge_latency: None,
         }])
+    }
+
+    fn poll_add(&self, cpu: Option<u32>) -> Result<PollThreadView, ControlError> {
+        let cpu = cpu.filter(|cpu| *cpu < 64);
+        let no_such = || ControlError::BadArgument("CPU does not exist".into());
+        let cpu = Some(cpu.ok_or_else(no_such)?);
+        let thread = self.poll_threads()?.remove(0);
+        Ok(PollThreadView {
+            cpu,
+            thread: 1,
+            ..thread
+        })
+    }
+
+    fn poll_remove(&self, thread: u32) -> Result<(), ControlError> {
+        match thread {
+            0 => Err(ControlError::Conflict {
+                text: "poll thread 0 is the last one".into(),
+            }),
+            1 => Ok(()),
+            number => Err(ControlError::NotFound {
+                what: What::PollThread(number),
+            }),
+        }
+    }
+
+    fn poll_move(&self, order: PollMove) -> Result<Moved, ControlError> {
+        self.port(&order.port)?;
+        Ok(Moved { queues: 2 })
+    }
+
+    fn poll_set(&self, patch: PollSettingsPatch) -> Result<PollSettings, ControlError> {
+        Ok(PollSettings {
+            rebalance: patch.rebalance.unwrap_or_default(),
+        })
     }
 
     fn stats(&self) -> Result<StatsView, ControlError> {

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::config::Rebalance;
+
 /// Whether a poll thread is polling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -33,8 +35,11 @@ pub struct PollThreadView {
     pub overdue_seconds: Option<f64>,
     /// Turns of the poll loop.
     pub passes: u64,
-    /// Share of the time spent on frames, 0 to 1.
+    /// Share of the time spent on frames since it started, 0 to 1.
     pub busy_ratio: f64,
+    /// The same over the last seconds.
+    #[serde(default)]
+    pub recent_busy_ratio: f64,
     /// Frames taken from its queues.
     pub frames: u64,
     /// Times it went to sleep.
@@ -56,12 +61,60 @@ pub struct PollThreadView {
 }
 
 /// One queue of one port.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct QueueRef {
     /// The port.
     pub port: String,
     /// Its queue pair, from 0.
     pub queue: u16,
+    /// Share of the thread's time that it takes, 0 to 1, estimated over the last seconds.
+    #[serde(default)]
+    pub load: f64,
+}
+
+/// A poll thread to be started.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PollAdd {
+    /// CPU to pin it to; unpinned if null.
+    #[serde(default)]
+    pub cpu: Option<u32>,
+}
+
+/// Queues to be given to a poll thread.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PollMove {
+    /// The port.
+    pub port: String,
+    /// One queue pair of it; all if null.
+    #[serde(default)]
+    pub queue: Option<u16>,
+    /// Number of the poll thread.
+    pub thread: u32,
+}
+
+/// What a move did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Moved {
+    /// Queue pairs that have another owner now.
+    pub queues: u32,
+}
+
+/// How queues are placed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PollSettings {
+    /// Whether queues move by themselves.
+    pub rebalance: Rebalance,
+}
+
+/// What to change of that; what is left out stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PollSettingsPatch {
+    /// Whether queues move by themselves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rebalance: Option<Rebalance>,
 }
 
 /// A distribution of durations.

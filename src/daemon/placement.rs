@@ -1,0 +1,433 @@
+//! Which poll thread owns which transmit queue, and how a queue changes hands.
+//!
+//! A queue moves in two publications: one in which nobody owns it, and, when every poll thread has acknowledged that,
+//! one in which the new thread does. So it never has two owners, what the old one took is delivered before the new one
+//! takes more (a flow keeps its order), and nothing is lost: for the time between, about as long as a pass, frames wait
+//! in the guest's ring. A kick that comes meanwhile stays in its eventfd, and wakes the new thread when that adds the
+//! eventfd to its bed.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::DaemonError;
+use super::balance::{Candidate, QueueKey, Reading, ThreadLoad, lightest};
+use super::command::Reply;
+use super::port::PortRecord;
+use super::registry::Registry;
+use super::views;
+use crate::api::types::{Moved, PollThreadView};
+use crate::api::{ControlError, What};
+use crate::port::PortShared;
+use crate::sys::affinity;
+
+/// Control looks for acknowledgements this long before it goes on with other work: they come within a pass, some 10 µs, and
+/// the timer that would be waited for instead is a hundred times as long. Nobody's acknowledgement is relied upon.
+const HASTE: Duration = Duration::from_micros(100);
+
+/// The owner of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// A poll thread.
+    On(usize),
+    /// Nobody, until the old owner is known to have let go.
+    Between {
+        /// The next owner.
+        to: usize,
+    },
+}
+
+impl Place {
+    /// The thread that owns the queue now.
+    pub(super) fn owner(self) -> Option<usize> {
+        match self {
+            Place::On(thread) => Some(thread),
+            Place::Between { .. } => None,
+        }
+    }
+
+    /// The thread that owns it or will.
+    pub(super) fn thread(self) -> usize {
+        match self {
+            Place::On(thread) | Place::Between { to: thread } => thread,
+        }
+    }
+}
+
+/// Queues on their way to a thread.
+#[derive(Debug)]
+struct Move {
+    port: Arc<PortShared>,
+    pairs: Vec<u16>,
+    to: usize,
+    /// The view without their owner, once it is published.
+    generation: Option<u64>,
+    reply: Option<Reply<Moved>>,
+}
+
+/// What is under way between poll threads.
+#[derive(Debug, Default)]
+pub(super) struct Moves {
+    moves: Vec<Move>,
+    /// Threads that end once their queues have gone; `true` where they have been told to.
+    leaving: Vec<(usize, bool, Option<Reply<()>>)>,
+}
+
+impl Moves {
+    /// The moves of the view that was just published wait for its acknowledgement.
+    pub(super) fn published(&mut self, generation: u64) {
+        for step in &mut self.moves {
+            step.generation.get_or_insert(generation);
+        }
+    }
+
+    pub(super) fn are_under_way(&self) -> bool {
+        !self.moves.is_empty() || !self.leaving.is_empty()
+    }
+}
+
+fn no_thread(thread: usize) -> ControlError {
+    ControlError::NotFound {
+        what: What::PollThread(u32::try_from(thread).unwrap_or(u32::MAX)),
+    }
+}
+
+impl Registry {
+    /// Poll threads for a port's queue pairs: those that the port is pinned to, or else of `node` where there are any; the
+    /// ones with the fewest queues first, so that neighbours go to different threads.
+    pub(super) fn place(&self, allowed: &[u32], node: Option<usize>, pairs: u16) -> Vec<Place> {
+        let mut threads = self.thread_loads();
+        let mut places = Vec::with_capacity(usize::from(pairs));
+        for _ in 0..pairs {
+            let Some(best) = lightest(&threads, allowed, node) else {
+                break;
+            };
+            places.push(Place::On(best));
+            if let Some(thread) = threads.iter_mut().find(|thread| thread.number == best) {
+                thread.queues += 1;
+            }
+        }
+        places
+    }
+
+    /// What each thread that stays has to do.
+    pub(super) fn thread_loads(&self) -> Vec<ThreadLoad> {
+        let queues = |number: usize| {
+            let places = self.ports.iter().flat_map(|port| &port.placement);
+            places.filter(|place| place.thread() == number).count()
+        };
+        let load = |number: usize| ThreadLoad {
+            number,
+            node: self.node_of(number),
+            queues: queues(number),
+            busy: self.loads.busy(number),
+        };
+        self.polls.staying().map(load).collect()
+    }
+
+    /// Every queue that runs, with its load and the threads that its port is pinned to.
+    pub(super) fn candidates(&self) -> Vec<Candidate> {
+        let mut candidates = Vec::new();
+        for port in &self.ports {
+            for (pair, _) in port.transmit_queues() {
+                let Some(Place::On(thread)) = port.placement.get(usize::from(pair)) else {
+                    continue;
+                };
+                let key = QueueKey::new(port.shared.reference, pair);
+                candidates.push(Candidate {
+                    key,
+                    thread: *thread,
+                    load: self.loads.queue(key),
+                    allowed: port.shared.spec.poll.clone(),
+                });
+            }
+        }
+        candidates
+    }
+
+    /// Once a second: how busy threads are, and with which queues.
+    pub(super) fn look_at_loads(&mut self) {
+        let threads = self.polls.threads.iter().map(|(number, thread)| {
+            let stats = &thread.shared.stats;
+            (*number, stats.busy_ns.get(), stats.total_ns.get())
+        });
+        let threads: Vec<_> = threads.collect();
+        let mut queues = Vec::new();
+        for port in &self.ports {
+            for (pair, transmit) in port.transmit_queues() {
+                let owner = port
+                    .placement
+                    .get(usize::from(pair))
+                    .and_then(|at| at.owner());
+                queues.extend(owner.map(|thread| Reading {
+                    key: QueueKey::new(port.shared.reference, pair),
+                    thread,
+                    ring: Arc::as_ptr(&transmit.queue).addr(),
+                    position: transmit.queue.position(),
+                }));
+            }
+        }
+        self.loads.look(&threads, &queues);
+    }
+
+    fn node_of(&self, number: usize) -> Option<usize> {
+        self.polls
+            .threads
+            .get(&number)?
+            .cpu
+            .and_then(affinity::numa_node)
+    }
+
+    /// A port's queues before they run, on threads of the node where the guest's memory is, if they are on others. Nobody
+    /// owns anything yet, so nothing moves. What the operator has said stays.
+    pub(super) fn place_near(&mut self, port: &Arc<PortShared>, node: Option<usize>) {
+        let there = |number: usize| node.is_some() && self.node_of(number) == node;
+        let Some(at) = self
+            .ports
+            .iter()
+            .position(|it| Arc::ptr_eq(&it.shared, port))
+        else {
+            return;
+        };
+        let record = &self.ports[at];
+        let settled = record.placement.iter().all(|place| match place {
+            Place::On(thread) => there(*thread),
+            Place::Between { .. } => true,
+        });
+        if record.placed_by_hand || settled || !self.polls.staying().any(there) {
+            return;
+        }
+        // Its own queues must not count as somebody else's.
+        let pairs = std::mem::take(&mut self.ports[at].placement).len();
+        let pairs = u16::try_from(pairs).unwrap_or(u16::MAX);
+        self.ports[at].placement = self.place(&port.spec.poll, node, pairs);
+    }
+
+    /// Moves one queue pair of a port, or all, to a thread; `reply` is answered when it owns them.
+    pub(super) fn move_queues(
+        &mut self,
+        name: &str,
+        pair: Option<u16>,
+        to: usize,
+        reply: Option<Reply<Moved>>,
+    ) -> Result<(), (ControlError, Option<Reply<Moved>>)> {
+        if !self.polls.staying().any(|thread| thread == to) {
+            return Err((no_thread(to), reply));
+        }
+        let Some(record) = self.find(name) else {
+            return Err((ControlError::no_port(name), reply));
+        };
+        let port = record.shared.clone();
+        let error = if pair.is_some_and(|pair| usize::from(pair) >= record.placement.len()) {
+            let pairs = record.placement.len();
+            Some(ControlError::BadArgument(format!(
+                "port {name:?} has queue pairs 0 to {}",
+                pairs.saturating_sub(1)
+            )))
+        } else if record.is_pinned_elsewhere(to) {
+            let pinned = crate::config::thread_list(&record.shared.spec.poll);
+            Some(ControlError::Conflict {
+                text: format!("port {name:?} is pinned to poll threads {pinned} (poll={pinned})"),
+            })
+        } else {
+            None
+        };
+        if let Some(error) = error {
+            return Err((error, reply));
+        }
+        let mut pairs = Vec::new();
+        for (number, place) in record.placement.iter_mut().enumerate() {
+            let number = u16::try_from(number).unwrap_or(u16::MAX);
+            if pair.is_none_or(|pair| pair == number) && place.thread() != to {
+                *place = Place::Between { to };
+                pairs.push(number);
+            }
+        }
+        self.touch();
+        self.moves.moves.push(Move {
+            port,
+            pairs,
+            to,
+            generation: None,
+            reply,
+        });
+        Ok(())
+    }
+
+    /// Starts a poll thread on a CPU, or unpinned.
+    pub(super) fn add_thread(
+        &mut self,
+        cpu: Option<usize>,
+    ) -> Result<PollThreadView, ControlError> {
+        let taken = |(number, thread): (&usize, &super::pollers::PollThread)| {
+            (cpu.is_some() && thread.cpu == cpu).then_some(*number)
+        };
+        if let (Some(cpu), Some(other)) = (cpu, self.polls.threads.iter().find_map(taken)) {
+            let text = format!("CPU {cpu} has a poll thread already, number {other}");
+            return Err(ControlError::Conflict { text });
+        }
+        let number = self.polls.start(cpu).map_err(|error| match error {
+            DaemonError::Pin(error) => ControlError::BadArgument(error.to_string()),
+            DaemonError::TooManyThreads(_) => ControlError::Conflict {
+                text: format!(
+                    "{} poll threads are the most there can be",
+                    super::registry::MAX_THREADS
+                ),
+            },
+            error => ControlError::Internal(error.to_string()),
+        })?;
+        Ok(views::poll_thread(self, number))
+    }
+
+    /// Gives a thread's queues to the others and ends it; `reply` is answered when it has ended.
+    pub(super) fn remove_thread(
+        &mut self,
+        number: usize,
+        reply: Reply<()>,
+    ) -> Result<(), (ControlError, Reply<()>)> {
+        if !self.polls.staying().any(|thread| thread == number) {
+            return Err((no_thread(number), reply));
+        }
+        if self.polls.staying().count() == 1 {
+            let text = format!("poll thread {number} is the last one; somebody must poll");
+            return Err((ControlError::Conflict { text }, reply));
+        }
+        let stuck = self.ports.iter().find(|port| {
+            let pinned = &port.shared.spec.poll;
+            let elsewhere = |thread: usize| thread != number && !port.is_pinned_elsewhere(thread);
+            !pinned.is_empty() && !self.polls.staying().any(elsewhere)
+        });
+        if let Some(port) = stuck {
+            let name = port.shared.name();
+            let text = format!("port {name:?} is pinned to poll thread {number} alone");
+            return Err((ControlError::Conflict { text }, reply));
+        }
+        if let Some(thread) = self.polls.threads.get_mut(&number) {
+            thread.leaving = true;
+        }
+        self.empty_thread(number);
+        self.moves.leaving.push((number, false, Some(reply)));
+        Ok(())
+    }
+
+    fn empty_thread(&mut self, number: usize) {
+        let on_it = |port: &PortRecord| {
+            let places = port.placement.iter().zip(0_u16..);
+            let there = places.filter(|(place, _)| place.thread() == number);
+            let name = port.shared.name().to_string();
+            there
+                .map(|(_, pair)| (name.clone(), pair))
+                .collect::<Vec<_>>()
+        };
+        let queues: Vec<(String, u16)> = self.ports.iter().flat_map(on_it).collect();
+        for (name, pair) in queues {
+            let threads = self.thread_loads();
+            let Some(record) = self.find(&name) else {
+                continue;
+            };
+            if let Some(to) = lightest(&threads, &record.shared.spec.poll, None) {
+                let _ = self.move_queues(&name, Some(pair), to, None);
+            }
+        }
+    }
+
+    /// Hands over what the old owners are known to have let go, and ends threads that have nothing left. Returns whether
+    /// something still is under way.
+    pub(super) fn finish_moves(&mut self) -> bool {
+        if !self.moves.are_under_way() {
+            return false;
+        }
+        self.await_moves();
+        let (done, waiting) = std::mem::take(&mut self.moves.moves)
+            .into_iter()
+            .partition(|step| self.is_acknowledged(step));
+        self.moves.moves = waiting;
+        for step in done {
+            self.finish(step);
+        }
+        self.publish();
+        self.end_leaving();
+        self.moves.are_under_way()
+    }
+
+    fn is_acknowledged(&self, step: &Move) -> bool {
+        step.generation
+            .is_some_and(|generation| self.acknowledgements.reached(generation))
+    }
+
+    /// Looks for the acknowledgements that moves wait for, for a moment.
+    fn await_moves(&self) {
+        let until = Instant::now() + HASTE;
+        while !self
+            .moves
+            .moves
+            .iter()
+            .all(|step| self.is_acknowledged(step))
+            && Instant::now() < until
+        {
+            std::hint::spin_loop();
+        }
+    }
+
+    fn finish(&mut self, step: Move) {
+        let Move {
+            port,
+            pairs,
+            to,
+            reply,
+            ..
+        } = step;
+        let answer = match self.find_registration(&port) {
+            // Its queues went with it.
+            None => Err(ControlError::Gone {
+                what: What::Port(port.name().to_string()),
+            }),
+            Some(record) => {
+                let mut moved = 0;
+                for pair in pairs {
+                    // A later move may have redirected it.
+                    if let Some(place) = record.placement.get_mut(usize::from(pair))
+                        && *place == (Place::Between { to })
+                    {
+                        *place = Place::On(to);
+                        moved += 1;
+                    }
+                }
+                Ok(Moved { queues: moved })
+            }
+        };
+        self.touch();
+        if let Some(reply) = reply {
+            let _ = reply.send(answer);
+        }
+    }
+
+    fn end_leaving(&mut self) {
+        let mut leaving = std::mem::take(&mut self.moves.leaving);
+        for (number, told, _) in &mut leaving {
+            let mut places = self.ports.iter().flat_map(|port| &port.placement);
+            // The view without its queues is acknowledged, or they would be on their way still.
+            if !*told && self.moves.moves.is_empty() && !places.any(|at| at.thread() == *number) {
+                self.polls.end(*number);
+                *told = true;
+            }
+        }
+        self.moves.leaving = leaving;
+    }
+
+    /// A poll thread has ended.
+    pub(super) fn thread_ended(
+        &mut self,
+        reader: crate::sys::snapshot::Reader<crate::topology::Topology>,
+    ) {
+        let number = reader.index();
+        self.polls.ended(reader);
+        let leaving = std::mem::take(&mut self.moves.leaving);
+        for (thread, told, reply) in leaving {
+            if thread != number {
+                self.moves.leaving.push((thread, told, reply));
+            } else if let Some(reply) = reply {
+                let _ = reply.send(Ok(()));
+            }
+        }
+    }
+}

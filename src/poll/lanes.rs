@@ -1,0 +1,69 @@
+//! Which frames of a burst go to one port, and to which of its receive queues.
+
+use arrayvec::ArrayVec;
+
+use super::deliver::{Mask, numbers};
+use crate::frame::{BURST_FRAMES, Burst};
+use crate::topology::{Egress, EgressQueue};
+use crate::wire::flow_hash;
+
+/// The frames `mask` by the receive queue that each one's flow belongs to.
+///
+/// A flow is in one queue as long as as many are enabled. Which one the guest would like (it sends the flow's answers from
+/// one, virtio 1.2 §5.1.6.5.5) is not asked: that would take a table of flows, written with every frame.
+pub(super) fn lanes<'t>(
+    port: &'t Egress,
+    burst: &Burst<'_>,
+    mask: Mask,
+) -> ArrayVec<(&'t EgressQueue, Mask), BURST_FRAMES> {
+    let mut lanes: ArrayVec<(&EgressQueue, Mask), BURST_FRAMES> = ArrayVec::new();
+    for number in numbers(mask) {
+        let hash = flow_hash(burst.frames()[number].head());
+        let Some(queue) = port.queues.get(scale(hash, port.queues.len())) else {
+            continue;
+        };
+        match lanes
+            .iter_mut()
+            .find(|(other, _)| std::ptr::eq(*other, queue))
+        {
+            Some((_, lane)) => *lane |= 1 << number,
+            None => lanes.push((queue, 1 << number)),
+        }
+    }
+    lanes
+}
+
+/// A hash as a number below `count`, without a division.
+fn scale(hash: u32, count: usize) -> usize {
+    ((u64::from(hash) * count as u64) >> 32) as usize
+}
+
+/// The frames whose egress is `slot`.
+#[inline(always)]
+pub(super) fn matching(egress: &[u16; BURST_FRAMES], slot: u16) -> Mask {
+    let numbered = egress.iter().enumerate();
+    numbered.fold(0, |mask, (number, at)| {
+        mask | Mask::from(*at == slot) << number
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hashes_are_spread_evenly_over_any_number_of_queues() {
+        for count in 1..=128 {
+            let mut hits = vec![0; count];
+            for n in 0..1024 * count as u64 {
+                // Evenly spread hashes: all of the range, in equal steps.
+                let hash = (n << 32) / (1024 * count as u64);
+                hits[scale(hash as u32, count)] += 1;
+            }
+            assert!(
+                hits.iter().all(|hits| (1020..=1028).contains(hits)),
+                "{count}: {hits:?}"
+            );
+        }
+    }
+}
