@@ -229,29 +229,24 @@ impl Checker {
         self.judge(&head, sum)
     }
 
-    /// The sum of all words, four at a time and with no bounds to check for each.
+    /// The sum of all words. What is decided on is what was checked: the head is not read again.
     #[inline(always)]
     fn whole_sum(&self, head: &[u64; 4], frame: Words<'_>) -> u64 {
-        let (words, factors) = (&frame[..self.words], &self.factors[..self.words]);
+        let (head_factors, factors) = self.factors.split_at(head.len());
+        let (words, factors) = (
+            &frame[head.len()..self.words],
+            &factors[..self.words - head.len()],
+        );
         let mut sum = 0u64;
-        let mut add = |word: u64, factor: u64| sum = sum.wrapping_add(word.wrapping_mul(factor));
-        let (words, rest) = words.as_chunks::<4>();
-        let (factors, rest_factors) = factors.as_chunks::<4>();
-        for (n, (words, factors)) in words.iter().zip(factors).enumerate() {
-            for i in 0..4 {
-                // What is decided on is what was checked: the head is not read again.
-                let word = if n == 0 { head[i] } else { load(&words[i]) };
-                add(word, factors[i]);
-            }
+        for (word, factor) in head.iter().zip(head_factors) {
+            sum = sum.wrapping_add(word.wrapping_mul(*factor));
         }
-        for (word, factor) in rest.iter().zip(rest_factors) {
-            add(load(word), *factor);
+        for (word, factor) in words.iter().zip(factors) {
+            sum = sum.wrapping_add(load(word).wrapping_mul(*factor));
         }
         if self.tail != 0 {
-            add(
-                self.cut(self.words, &frame[self.words]),
-                self.factors[self.words],
-            );
+            let tail = self.cut(self.words, &frame[self.words]);
+            sum = sum.wrapping_add(tail.wrapping_mul(self.factors[self.words]));
         }
         sum
     }

@@ -5,6 +5,7 @@
 //! ring first and their lines are prefetched together, since each lies in another core's cache: one after the
 //! other they would cost several times as much.
 
+mod receive;
 mod window;
 
 use std::io;
@@ -13,8 +14,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use arrayvec::ArrayVec;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::receive::Receive;
 use self::window::{Budget, Outgoing};
-use super::frame::{Checker, GUEST_BITS, MIN_SIZE, Words};
+use super::frame::{Checker, GUEST_BITS, MIN_SIZE};
 use super::memory::{BufferArea, GUEST_BASE, GuestRam, NET_HDR, QueuePlace};
 use super::plan::{FlowCounters, FlowSpec, Plan};
 use super::tracker::Tracker;
@@ -206,9 +208,9 @@ impl<'m> Transmit<'m> {
         }
         let mask = self.free.len() - 1;
         let mut budget = Budget::default();
-        let mut sent = 0;
-        while sent < limit {
-            let number = self.free[self.taken & mask];
+        let mut posts = ArrayVec::<(Buffer, u32), BURST>::new();
+        for at in self.taken..self.taken + limit.min(BURST) {
+            let number = self.free[at & mask];
             let buffer = &self.buffers[number as usize];
             let flow = &mut self.flows[buffer.flow];
             if windowed && !budget.take(buffer.flow, self.window, flow, counters, now_ns) {
@@ -216,11 +218,11 @@ impl<'m> Transmit<'m> {
             }
             checker.stamp(buffer.stamp, &buffer.sums, flow.next);
             flow.next += 1;
-            self.taken += 1;
-            sent += 1;
-            let readable = Buffer::readable(buffer.address, self.frame_len);
-            self.port.ring.post_one(readable, number);
+            posts.push((Buffer::readable(buffer.address, self.frame_len), number));
         }
+        // The ring has a descriptor for each buffer.
+        let sent = self.port.ring.post_burst(&posts);
+        self.taken += sent;
         if sent != 0 {
             self.port.publish();
         }
@@ -283,125 +285,6 @@ fn prefill(
         flow,
     );
     checker.prefill(frame, route, u64::from(flow) << 16 | u64::from(number))
-}
-
-/// A receive buffer, looked up once.
-#[derive(Debug)]
-struct Inbound<'m> {
-    /// Header and frame.
-    window: Window<'m>,
-    frame: Words<'m>,
-    address: u64,
-}
-
-/// A receive queue.
-#[derive(Debug)]
-pub struct Receive<'m> {
-    port: Port<'m>,
-    buffers: Vec<Inbound<'m>>,
-    mergeable: bool,
-    /// Buffers of a frame that has not come in whole yet.
-    pieces: Vec<Used>,
-    needed: usize,
-    windows: Vec<(Window<'m>, usize)>,
-}
-
-impl<'m> Receive<'m> {
-    fn new(port: Port<'m>, mergeable: bool) -> Self {
-        let count = port.buffers.count;
-        let buffer = |number| Inbound {
-            window: port.window(number),
-            frame: port.frame(number).atomics(),
-            address: port.address(number),
-        };
-        let mut receive = Receive {
-            buffers: (0..count as u32).map(buffer).collect(),
-            port,
-            mergeable,
-            pieces: Vec::with_capacity(count),
-            needed: 0,
-            windows: Vec::with_capacity(count),
-        };
-        (0..count as u32).for_each(|number| receive.post(number));
-        receive.port.ring.publish();
-        receive
-    }
-
-    #[inline(always)]
-    fn post(&mut self, number: u32) {
-        let address = self.buffers[number as usize].address;
-        let buffer = Buffer::writable(address, self.port.buffers.capacity as u32);
-        self.port.ring.post_one(buffer, number);
-    }
-
-    /// Receives and checks what is there, up to a burst; returns how many frames came.
-    #[inline(always)]
-    pub fn receive(&mut self, checker: &Checker, tracker: &mut Tracker<'_>, now_ns: u64) -> usize {
-        let mut burst = ArrayVec::<Used, BURST>::new();
-        self.port.ring.reap_burst(&mut burst);
-        if burst.is_empty() {
-            return 0;
-        }
-        for used in &burst {
-            let window = &self.buffers[used.token as usize].window;
-            if self.mergeable {
-                window.prefetch(0);
-            }
-            window.prefetch(NET_HDR);
-        }
-        let mut frames = 0;
-        for used in &burst {
-            let buffer = &self.buffers[used.token as usize];
-            if self.mergeable && self.needed_with(&buffer.window) != 1 {
-                frames += usize::from(self.collect(*used, checker, tracker));
-                continue;
-            }
-            // A length beyond the buffer is not the frames' either.
-            let len = (used.len as usize).saturating_sub(NET_HDR);
-            tracker.book(checker.verify(buffer.frame, len));
-            frames += 1;
-            self.post(used.token);
-        }
-        self.port.publish();
-        tracker.settle();
-        tracker.arrived(now_ns);
-        frames
-    }
-
-    /// Buffers of the frame that the one with this header is part of.
-    #[inline(always)]
-    fn needed_with(&self, header: &Window<'_>) -> usize {
-        if self.needed != 0 {
-            return self.needed;
-        }
-        usize::from(header.load_u16(NUM_BUFFERS, Ordering::Relaxed)).max(1)
-    }
-
-    /// Adds a buffer to the frame that is being collected; whether it is whole now.
-    fn collect(&mut self, used: Used, checker: &Checker, tracker: &mut Tracker<'_>) -> bool {
-        self.needed = self.needed_with(&self.buffers[used.token as usize].window);
-        self.pieces.push(used);
-        let impossible = self.pieces.len() == self.port.buffers.count;
-        if self.pieces.len() < self.needed && !impossible {
-            return false;
-        }
-        self.windows.clear();
-        for (i, piece) in self.pieces.iter().enumerate() {
-            let skip = if i == 0 { NET_HDR } else { 0 };
-            let len = (piece.len as usize).min(self.port.buffers.capacity);
-            let len = len.saturating_sub(skip);
-            if let Some(part) = self.buffers[piece.token as usize].window.sub(skip, len) {
-                self.windows.push((part, len));
-            }
-        }
-        tracker.book(checker.verify_pieces(&self.windows));
-        self.needed = 0;
-        for i in 0..self.pieces.len() {
-            self.post(self.pieces[i].token);
-        }
-        self.pieces.clear();
-        true
-    }
 }
 
 /// A guest: its queue pairs and its book.

@@ -54,7 +54,11 @@ impl fmt::Display for Cost {
             "  at most   {:>8.2} Mpps from one client thread",
             1e-6 / both
         )?;
-        writeln!(f, "  (null peer {:.1} ns a frame)", ns(self.peer_seconds))?;
+        writeln!(
+            f,
+            "  (null peer {:.1} ns a frame, on the same core and in its cache)",
+            ns(self.peer_seconds)
+        )?;
         if !self.intact {
             writeln!(f, "  FAILED: frames were lost or changed")?;
         }

@@ -38,6 +38,25 @@ struct FlowState {
     touched: bool,
 }
 
+/// Frames of one flow that came one after the other, and are not booked yet.
+#[derive(Clone, Copy, Debug)]
+pub struct Run {
+    flow: u32,
+    first: u64,
+    next: u64,
+}
+
+impl Default for Run {
+    /// Of no flow.
+    fn default() -> Self {
+        Run {
+            flow: u32::MAX,
+            first: 0,
+            next: 0,
+        }
+    }
+}
+
 /// One guest's book of what came.
 #[derive(Debug)]
 pub struct Tracker<'s> {
@@ -67,20 +86,44 @@ impl<'s> Tracker<'s> {
         }
     }
 
-    /// Books one frame.
+    /// Books one frame. What `run` has gathered is in the book once it has ended.
     #[inline(always)]
-    pub fn book(&mut self, seen: Seen) {
+    pub fn book(&mut self, run: &mut Run, seen: Seen) {
+        match seen {
+            // Most frames: the next one of the flow that the last one was of.
+            Seen::Frame { flow, sequence }
+                if run.flow == u32::from(flow) && run.next == sequence =>
+            {
+                run.next += 1;
+            }
+            seen => self.book_other(run, seen),
+        }
+    }
+
+    #[inline(never)]
+    fn book_other(&mut self, run: &mut Run, seen: Seen) {
+        self.end_run(run);
         let Seen::Frame { flow, sequence } = seen else {
             return self.book_oddity(seen);
         };
-        // All but the first of a burst: what there is to do for each frame.
-        match self.flows.get_mut(usize::from(flow)) {
-            Some(state) if state.touched && state.expected == sequence => {
-                state.expected += 1;
-                state.received += 1;
-                self.counts.received += 1;
-            }
-            _ => self.book_carefully(flow, sequence),
+        self.book_carefully(flow, sequence);
+        if let Some(state) = self.flows.get(usize::from(flow)).filter(|s| s.touched) {
+            *run = Run {
+                flow: u32::from(flow),
+                first: state.expected,
+                next: state.expected,
+            };
+        }
+    }
+
+    /// Books a run, and begins another one.
+    #[inline(always)]
+    pub fn end_run(&mut self, run: &mut Run) {
+        let Run { flow, first, next } = std::mem::take(run);
+        if let Some(state) = self.flows.get_mut(flow as usize) {
+            state.expected = next;
+            state.received += next - first;
+            self.counts.received += next - first;
         }
     }
 
@@ -93,7 +136,6 @@ impl<'s> Tracker<'s> {
         }
     }
 
-    #[inline(never)]
     fn book_carefully(&mut self, flow: u16, sequence: u64) {
         let Some(state) = self.flows.get_mut(usize::from(flow)).filter(|s| s.mine) else {
             self.counts.foreign += 1;
@@ -179,6 +221,12 @@ impl<'s> Tracker<'s> {
 mod tests {
     use super::*;
 
+    fn book(tracker: &mut Tracker<'_>, seen: Seen) {
+        let mut run = Run::default();
+        tracker.book(&mut run, seen);
+        tracker.end_run(&mut run);
+    }
+
     fn counts(sequences: &[u64]) -> Counts {
         let flow = FlowSpec {
             source: 0,
@@ -188,7 +236,7 @@ mod tests {
         let counters = [FlowCounters::default()];
         let mut tracker = Tracker::new(1, &[flow], &counters);
         for &sequence in sequences {
-            tracker.book(Seen::Frame { flow: 0, sequence });
+            book(&mut tracker, Seen::Frame { flow: 0, sequence });
         }
         tracker.settle();
         let shown = counters[0].received.load(Ordering::Relaxed);
@@ -219,15 +267,21 @@ mod tests {
         };
         let counters = [FlowCounters::default()];
         let mut tracker = Tracker::new(0, &[flow], &counters);
-        tracker.book(Seen::Frame {
-            flow: 0,
-            sequence: 0,
-        });
-        tracker.book(Seen::Frame {
-            flow: 7,
-            sequence: 0,
-        });
-        tracker.book(Seen::Corrupt);
+        book(
+            &mut tracker,
+            Seen::Frame {
+                flow: 0,
+                sequence: 0,
+            },
+        );
+        book(
+            &mut tracker,
+            Seen::Frame {
+                flow: 7,
+                sequence: 0,
+            },
+        );
+        book(&mut tracker, Seen::Corrupt);
         assert_eq!((tracker.counts.foreign, tracker.counts.corrupt), (2, 1));
     }
 }

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
+use arrayvec::ArrayVec;
+
 use super::{
     Buffer, DESC_INDIRECT, DESC_NEXT, DESC_SIZE, RingAreas, RingFault, Used, passes_event,
 };
@@ -200,6 +202,40 @@ impl<'m> PackedRing<'m> {
         self.post_single(buffer, buffer.flags(), token)
     }
 
+    /// As one at a time; the counters stay in registers meanwhile.
+    #[inline(always)]
+    pub(super) fn post_burst(&mut self, posts: &[(Buffer, u32)]) -> usize {
+        let (size, room, mut place) = (self.size, self.free, self.next);
+        let (mut taken, mut held) = (self.taken, self.held);
+        let (ids, ring, chains) = (self.ids.as_slice(), self.ring, self.chains.as_mut_slice());
+        let mask = ids.len() as u16 - 1;
+        assert!(chains.len() == usize::from(size) && ring.len() >= usize::from(size));
+        let count = posts.len().min(usize::from(room));
+        for (buffer, token) in &posts[..count] {
+            let id = ids[usize::from(taken & mask)];
+            chains[usize::from(id)] = Chain {
+                token: *token,
+                descriptors: 1,
+                outstanding: true,
+            };
+            let [address, second] = &ring[usize::from(place.index)];
+            address.store(buffer.address.to_le(), Ordering::Relaxed);
+            let rest = Self::rest(buffer.len, id, buffer.flags() | place.available());
+            // As in `offer`.
+            if held.is_none() {
+                held = Some((place.index, rest));
+            } else {
+                second.store(rest.to_le(), Ordering::Release);
+            }
+            place.advance(1, size);
+            taken = taken.wrapping_add(1);
+        }
+        (self.taken, self.held, self.next) = (taken, held, place);
+        self.free -= count as u16;
+        self.posted += count as u16;
+        count
+    }
+
     #[inline(always)]
     fn post_single(&mut self, buffer: Buffer, flags: u16, token: u32) -> bool {
         if self.free == 0 {
@@ -324,6 +360,55 @@ impl<'m> PackedRing<'m> {
             return self.reap_batch(id, len);
         }
         Some(self.retire(id, len))
+    }
+
+    /// As one at a time; the counters stay in registers as long as chains of one buffer come, not in batches.
+    #[inline(always)]
+    pub(super) fn reap_burst<const N: usize>(&mut self, burst: &mut ArrayVec<Used, N>) {
+        if !self.in_order && self.fault.is_none() {
+            self.reap_singles(burst);
+        }
+        while !burst.is_full()
+            && let Some(used) = self.reap()
+        {
+            burst.push(used);
+        }
+    }
+
+    #[inline(always)]
+    fn reap_singles<const N: usize>(&mut self, burst: &mut ArrayVec<Used, N>) {
+        let (size, mut place, mut left) = (self.size, self.reaped, self.outstanding());
+        let (mut returned, mut count) = (self.returned, 0);
+        let (ids, ring) = (self.ids.as_mut_slice(), self.ring);
+        let chains = self.chains.as_mut_slice();
+        let mask = ids.len() as u16 - 1;
+        assert!(ring.len() >= usize::from(size));
+        while left != 0 && !burst.is_full() {
+            // As in `used`.
+            let rest = u64::from_le(ring[usize::from(place.index)][1].load(Ordering::Acquire));
+            let both = if place.wrap { AVAIL | USED } else { 0 };
+            if (rest >> 48) as u16 & (AVAIL | USED) != both {
+                break;
+            }
+            let id = (rest >> 32) as u16;
+            let chain = chains.get_mut(usize::from(id));
+            let Some(chain) = chain.filter(|chain| chain.outstanding && chain.descriptors == 1)
+            else {
+                break;
+            };
+            chain.outstanding = false;
+            burst.push(Used {
+                token: chain.token,
+                len: rest as u32,
+            });
+            ids[usize::from(returned & mask)] = id;
+            returned = returned.wrapping_add(1);
+            place.advance(1, size);
+            left -= 1;
+            count += 1;
+        }
+        (self.reaped, self.returned) = (place, returned);
+        self.free += count;
     }
 
     /// virtio 1.2 §2.8.9: with VIRTIO_F_IN_ORDER one used descriptor may stand for a whole batch, and

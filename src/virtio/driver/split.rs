@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
+use arrayvec::ArrayVec;
+
 use super::{
     Buffer, DESC_INDIRECT, DESC_NEXT, DESC_SIZE, RingAreas, RingFault, Used, passes_event,
 };
@@ -150,6 +152,32 @@ impl<'m> SplitRing<'m> {
         self.post_single(buffer, buffer.flags(), token)
     }
 
+    /// As one at a time; the counters stay in registers meanwhile.
+    #[inline(always)]
+    pub(super) fn post_burst(&mut self, posts: &[(Buffer, u32)]) -> usize {
+        let (mask, room) = (self.mask, self.free());
+        let (mut taken, mut posted) = (self.taken, self.posted);
+        let (free, heads) = (self.free.as_slice(), self.heads);
+        let (descriptors, chains) = (self.descriptors, self.chains.as_mut_slice());
+        for lens in [free.len(), heads.len(), descriptors.len(), chains.len()] {
+            assert!(usize::from(mask) < lens, "parts as long as the ring");
+        }
+        let count = posts.len().min(usize::from(room));
+        for (buffer, token) in &posts[..count] {
+            let head = free[usize::from(taken & mask)] & mask;
+            let [address, rest] = &descriptors[usize::from(head)];
+            address.store(buffer.address.to_le(), Ordering::Relaxed);
+            let word = u64::from(buffer.len) | u64::from(buffer.flags()) << 32;
+            rest.store(word.to_le(), Ordering::Relaxed);
+            chains[usize::from(head)] = (*token, 1);
+            heads[usize::from(posted & mask)].store(head.to_le(), Ordering::Relaxed);
+            taken = taken.wrapping_add(1);
+            posted = posted.wrapping_add(1);
+        }
+        (self.taken, self.posted) = (taken, posted);
+        count
+    }
+
     #[inline(always)]
     fn post_single(&mut self, buffer: Buffer, flags: u16, token: u32) -> bool {
         if self.free() == 0 {
@@ -257,6 +285,52 @@ impl<'m> SplitRing<'m> {
             token,
             len: u32::from_le(len.load(Ordering::Relaxed)),
         })
+    }
+
+    /// As one at a time; the counters stay in registers as long as chains of one buffer come.
+    #[inline(always)]
+    pub(super) fn reap_burst<const N: usize>(&mut self, burst: &mut ArrayVec<Used, N>) {
+        while !burst.is_full() && (self.reaped != self.visible || self.look()) {
+            self.reap_singles(burst);
+            if !burst.is_full() && self.reaped != self.visible {
+                match self.reap() {
+                    Some(used) => burst.push(used),
+                    None => return,
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn reap_singles<const N: usize>(&mut self, burst: &mut ArrayVec<Used, N>) {
+        let mask = self.mask;
+        let (mut reaped, mut returned) = (self.reaped, self.returned);
+        let (free, elements) = (self.free.as_mut_slice(), self.elements);
+        let chains = self.chains.as_mut_slice();
+        for lens in [free.len(), elements.len(), chains.len()] {
+            assert!(usize::from(mask) < lens, "parts as long as the ring");
+        }
+        while reaped != self.visible && !burst.is_full() {
+            let [id, len] = &elements[usize::from(reaped & mask)];
+            let id = if self.in_order {
+                u32::from(returned & mask)
+            } else {
+                u32::from_le(id.load(Ordering::Relaxed))
+            };
+            let Some(chain) = chains.get_mut(id as usize).filter(|chain| chain.1 == 1) else {
+                break;
+            };
+            chain.1 = 0;
+            let len = u32::from_le(len.load(Ordering::Relaxed));
+            burst.push(Used {
+                token: chain.0,
+                len,
+            });
+            free[usize::from(returned & mask)] = id as u16;
+            returned = returned.wrapping_add(1);
+            reaped = reaped.wrapping_add(1);
+        }
+        (self.reaped, self.returned) = (reaped, returned);
     }
 
     /// Reads the used index anew; whether something is there.
