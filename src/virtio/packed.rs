@@ -53,6 +53,8 @@ pub struct PackedRing {
     device_event: PinnedWindow,
     memory: Arc<GuestMemory>,
     size: u16,
+    /// The bit of a position that changes from lap to lap, for sizes that are a power of two; else 0.
+    lap_bit: u64,
     event_idx: bool,
     indirect: bool,
     /// By slot of a used element, id, span and length until its run is published; and how far that has come.
@@ -89,6 +91,11 @@ impl PackedRing {
             device_event: setup.used.clone(),
             memory: setup.memory.clone(),
             size: setup.size,
+            lap_bit: if setup.size.is_power_of_two() {
+                setup.size.into()
+            } else {
+                0
+            },
             event_idx: setup.features.event_idx,
             indirect: setup.features.indirect,
             redo: setup
@@ -163,13 +170,13 @@ impl PackedRing {
     /// The slot of a position, and its wrap counter.
     #[inline(always)]
     fn place(&self, position: u64) -> (usize, bool) {
+        // Several times a frame: no division, and no shift by a number that has to be found first.
+        if self.lap_bit != 0 {
+            let slot = position & (self.lap_bit - 1);
+            return (slot as usize, position & self.lap_bit == 0);
+        }
         let size = u64::from(self.size);
-        let (lap, slot) = if size.is_power_of_two() {
-            (position >> size.trailing_zeros(), position & (size - 1))
-        } else {
-            (position / size, position % size)
-        };
-        (slot as usize, lap & 1 == 0)
+        ((position % size) as usize, (position / size) & 1 == 0)
     }
 
     /// The word that SET_VRING_BASE and GET_VRING_BASE exchange for a position, both halves equal.

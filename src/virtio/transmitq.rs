@@ -31,7 +31,8 @@ pub struct TransmitQueue {
     next: AtomicU64,
     /// Positions before this one are returned to the driver.
     completed: AtomicU64,
-    /// Taken chains by position: id and span.
+    size: u16,
+    /// Taken chains by position: id and span. A power of two of places, so that none is found by division.
     taken: Box<[AtomicU32]>,
     call_wanted: AtomicBool,
     broken: BrokenMark,
@@ -47,7 +48,10 @@ impl TransmitQueue {
             ring,
             next: AtomicU64::new(position),
             completed: AtomicU64::new(position),
-            taken: (0..setup.size).map(|_| AtomicU32::new(0)).collect(),
+            size: setup.size,
+            taken: (0..setup.size.next_power_of_two())
+                .map(|_| AtomicU32::new(0))
+                .collect(),
             call_wanted: AtomicBool::new(true),
             broken: BrokenMark::default(),
             header: setup.features.header(),
@@ -56,13 +60,7 @@ impl TransmitQueue {
 
     #[inline(always)]
     fn slot(&self, position: u64) -> &AtomicU32 {
-        let size = self.taken.len() as u64;
-        let index = if size.is_power_of_two() {
-            position & (size - 1)
-        } else {
-            position % size
-        };
-        &self.taken[index as usize]
+        &self.taken[position as usize & (self.taken.len() - 1)]
     }
 
     /// Bytes of the virtio-net header before each frame.
@@ -88,7 +86,7 @@ impl TransmitQueue {
             return next;
         }
         match self.ring.available_to(next) {
-            Ok(end) => end.min(self.completed() + self.taken.len() as u64),
+            Ok(end) => end.min(self.completed() + u64::from(self.size)),
             Err(broken) => {
                 self.broken.set(broken);
                 next
@@ -208,7 +206,7 @@ impl TransmitQueue {
 
     /// Entries of the ring.
     pub fn size(&self) -> u16 {
-        self.taken.len() as u16
+        self.size
     }
 
     /// The answer to GET_VRING_BASE, once every poll thread has let go of the queue.
