@@ -17,6 +17,10 @@ const ACCEPTS: u32 = 8;
 /// Time after which a frontend that could not be accepted is tried again.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
+/// How long a frontend waits for one that still looks connected. A VMM that starts a program has for a moment two
+/// processes with its sockets, and if it ends then and comes again its predecessor has not hung up yet.
+const DOUBT: Duration = Duration::from_millis(100);
+
 impl Control {
     /// Accepts where it was put off; returns when the next one is due.
     pub(super) fn accept_due(&mut self, now: Instant) -> Option<Instant> {
@@ -65,15 +69,35 @@ impl Control {
                     let port = record.shared.clone();
                     self.start_session(&port, stream);
                 }
-                // Its predecessor is gone and being cleaned up: it waits. (A newer one takes its place.)
-                Some(session) if hung_up(&session.stream) => record.waiting = Some(stream),
+                // Its predecessor is gone and being cleaned up, or may be about to: it waits. (A newer one takes its place.)
                 Some(_) => {
-                    let text = "a second frontend was refused: one is connected already";
-                    let (kind, reports) = (EventKind::SessionRefused, &record.reports);
-                    self.report.paced(&record.shared, reports, kind, text);
+                    record.waiting = Some(stream);
+                    record.doubt_until = Some(now + DOUBT);
                 }
             }
         }
+    }
+
+    /// Refuses the frontends that waited while another one is still connected; returns when the next one is due.
+    pub(super) fn refuse_due(&mut self, now: Instant) -> Option<Instant> {
+        let mut next: Option<Instant> = None;
+        for record in &mut self.registry.ports {
+            let Some(until) = record.doubt_until else {
+                continue;
+            };
+            let gone = |session: &SessionHandle| hung_up(&session.stream);
+            if record.waiting.is_none() || record.session.as_ref().is_none_or(gone) {
+                record.doubt_until = None;
+            } else if until <= now {
+                (record.waiting, record.doubt_until) = (None, None);
+                let text = "a second frontend was refused: one is connected already";
+                let (kind, reports) = (EventKind::SessionRefused, &record.reports);
+                self.report.paced(&record.shared, reports, kind, text);
+            } else {
+                next = Some(next.map_or(until, |next| next.min(until)));
+            }
+        }
+        next
     }
 
     /// Starts the thread that converses with a frontend.

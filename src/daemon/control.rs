@@ -149,6 +149,7 @@ impl Control {
         let due = [
             self.connect_due(now),
             self.accept_due(now),
+            self.refuse_due(now),
             self.take_late(now),
         ];
         for due in due.into_iter().flatten() {

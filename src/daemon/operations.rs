@@ -108,6 +108,7 @@ impl Control {
             queues,
             session: None,
             waiting: None,
+            doubt_until: None,
             device: None,
             last_end: None,
             accept_at: None,

@@ -49,6 +49,8 @@ pub(super) struct PortRecord {
     pub(super) session: Option<SessionHandle>,
     /// A frontend that came while its predecessor is being cleaned up.
     pub(super) waiting: Option<UnixStream>,
+    /// When that is refused, if its predecessor has not hung up by then.
+    pub(super) doubt_until: Option<Instant>,
     pub(super) device: Option<Arc<Device>>,
     /// Why the last session ended.
     pub(super) last_end: Option<String>,
