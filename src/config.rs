@@ -51,8 +51,8 @@ pub struct PortSpec {
     /// Who listens.
     #[serde(default)]
     pub mode: SocketMode,
-    /// Queue pairs offered to the frontend, 1 to 128.
-    #[serde(default = "one")]
+    /// Queue pairs offered to the frontend, 1 to 128; it uses as many of them as it likes.
+    #[serde(default = "default_queues")]
     pub queues: u16,
     /// Numbers of the poll threads that may own its transmit queues; any, where empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -65,8 +65,11 @@ pub struct PortSpec {
     pub socket_group: Option<String>,
 }
 
-fn one() -> u16 {
-    1
+/// Queue pairs offered unless the operator says otherwise: what is offered and not used costs a few hundred bytes.
+pub const DEFAULT_QUEUE_PAIRS: u16 = 8;
+
+fn default_queues() -> u16 {
+    DEFAULT_QUEUE_PAIRS
 }
 
 /// Why a configuration value is refused. The text names the value and the accepted form.
@@ -233,7 +236,7 @@ impl FromStr for PortSpec {
             name: parts.next().unwrap_or_default().to_string(),
             socket: PathBuf::new(),
             mode: SocketMode::Server,
-            queues: 1,
+            queues: DEFAULT_QUEUE_PAIRS,
             poll: Vec::new(),
             socket_mode: None,
             socket_group: None,

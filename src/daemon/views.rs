@@ -89,7 +89,7 @@ fn session(age: Duration, snapshot: &StatusSnapshot) -> SessionView {
             .collect(),
         memory_regions: u32::try_from(snapshot.memory_regions).unwrap_or(u32::MAX),
         memory_bytes: snapshot.memory_bytes,
-        rings: snapshot.rings.iter().map(ring).collect(),
+        rings: snapshot.rings.iter().filter(is_used).map(ring).collect(),
         age_seconds: age.as_secs_f64(),
     }
 }
@@ -121,6 +121,11 @@ fn feature_names(features: u64) -> Vec<String> {
     let set = (0..u64::BITS).filter(|bit| features >> bit & 1 == 1);
     set.map(|bit| name(bit).map_or_else(|| format!("bit_{bit}"), str::to_string))
         .collect()
+}
+
+/// Whether the frontend has said anything of a ring: most use fewer than they are offered.
+fn is_used(ring: &&RingStatus) -> bool {
+    ring.size.is_some() || ring.started || ring.broken.is_some()
 }
 
 fn ring(ring: &RingStatus) -> RingView {
