@@ -59,6 +59,8 @@ struct Slot {
     guest_addr: u64,
     user_addr: u64,
     region: Arc<Region>,
+    /// How often it was added (ADD_MEM_REG).
+    added: u32,
 }
 
 impl Slot {
@@ -141,7 +143,13 @@ impl GuestMemory {
     }
 
     /// The map after ADD_MEM_REG.
+    ///
+    /// The same region may come again: QEMU before 8.0 adds (and removes) everything once for each queue pair. It goes
+    /// when it has been removed as often.
     pub fn with_region(&self, spec: RegionSpec) -> Result<GuestMemory, MemoryError> {
+        if let Some(again) = self.added_again(&spec)? {
+            return Ok(again);
+        }
         let mut placed: Vec<Placed> = self.slots.iter().map(Placed::from).collect();
         placed.push(Placed::from(&spec));
         check_places(placed)?;
@@ -168,8 +176,31 @@ impl GuestMemory {
                 size,
             });
         };
-        slots.remove(at);
+        if slots[at].added > 1 {
+            slots[at].added -= 1;
+        } else {
+            slots.remove(at);
+        }
         Ok(GuestMemory::of(slots, Arc::clone(&self.mark)))
+    }
+
+    /// The map with one more claim to a region that it has: same addresses, same place in the same file.
+    fn added_again(&self, spec: &RegionSpec) -> Result<Option<GuestMemory>, MemoryError> {
+        let is_it = |slot: &Slot| {
+            slot.guest_addr == spec.guest_addr
+                && slot.user_addr == spec.user_addr
+                && slot.size() == spec.size
+        };
+        let Some(at) = self.slots.iter().position(is_it) else {
+            return Ok(None);
+        };
+        let region = self.region(&spec.file, spec)?;
+        if !Arc::ptr_eq(&region, &self.slots[at].region) {
+            return Ok(None);
+        }
+        let mut slots = self.slots.to_vec();
+        slots[at].added = slots[at].added.saturating_add(1);
+        Ok(Some(GuestMemory::of(slots, Arc::clone(&self.mark))))
     }
 
     fn slot(&self, spec: RegionSpec) -> Result<Slot, MemoryError> {
@@ -178,6 +209,7 @@ impl GuestMemory {
             guest_addr: spec.guest_addr,
             user_addr: spec.user_addr,
             region,
+            added: 1,
         })
     }
 

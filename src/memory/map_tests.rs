@@ -229,6 +229,22 @@ fn regions_are_added_and_removed() {
 }
 
 #[test]
+fn a_region_added_twice_goes_when_it_was_removed_twice() {
+    let base = spec(0, 0x1000_0000, PAGE);
+    let one = GuestMemory::default().with_region(again(&base)).unwrap();
+    let two = one.with_region(again(&base)).unwrap();
+    assert_eq!((two.regions().count(), two.len_bytes()), (1, PAGE));
+    assert_eq!(host(&one, 0), host(&two, 0));
+    let left = two.without_region(0, 0x1000_0000, PAGE).unwrap();
+    assert_eq!(host(&left, 0), host(&one, 0));
+    let none = left.without_region(0, 0x1000_0000, PAGE).unwrap();
+    assert_eq!(none.regions().count(), 0);
+    assert!(none.without_region(0, 0x1000_0000, PAGE).is_err());
+    // At the same addresses, but another file's memory: an overlap.
+    assert!(one.with_region(spec(0, 0x1000_0000, PAGE)).is_err());
+}
+
+#[test]
 fn removing_needs_all_three_values() {
     let memory = table(vec![spec(0, 0x1000_0000, PAGE)]).unwrap();
     for (guest, user, size) in [
