@@ -441,12 +441,12 @@ fn adding_and_removing_leaks_nothing() {
     let mut memory = GuestMemory::default();
     let files = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let before = files();
-    for _ in 0..2_000 {
+    for _ in 0..4_000 {
         memory = memory.with_region(again(&base)).unwrap();
         memory = memory.without_region(0, 0, base.size).unwrap();
     }
-    // Other tests of this process open files meanwhile, but not two thousand.
-    assert!(files() < before + 500);
+    // Other tests of this process open files meanwhile, hundreds of them, but not four thousand.
+    assert!(files() < before + 2_000);
 }
 
 #[test]
