@@ -65,7 +65,7 @@ pub struct PortSpec {
     pub socket_group: Option<String>,
 }
 
-/// Queue pairs offered unless the operator says otherwise: what is offered and not used costs a few hundred bytes.
+/// Queue pairs offered unless the operator says otherwise: more than most guests have CPUs to use.
 pub const DEFAULT_QUEUE_PAIRS: u16 = 8;
 
 fn default_queues() -> u16 {

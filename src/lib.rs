@@ -198,8 +198,8 @@
 //!   HASH_REPORT are not offered: they are configured through the control queue, which is the VMM's own in vhost-user, and
 //!   neither QEMU nor cloud-hypervisor passes that on.
 //! - **A transmit queue changes hands in two publications**, the first without an owner: no lock, no message between poll
-//!   threads, and the acknowledgement that frees memory also proves that nobody owns the queue. It stands still for
-//!   about a pass. The snapshots have a reader for each of 32 threads from the start; those without a thread are asleep.
+//!   threads, and the acknowledgement that frees memory also proves that nobody owns the queue. It stands still until
+//!   control has seen that. The snapshots have a reader for each of 32 threads from the start; those without a thread are asleep.
 //! - **Packed rings survive a restart of the switch by a file a ring**, in a directory in memory (`--ring-state`): QEMU keeps
 //!   no position for them. INFLIGHT_SHMFD would be the protocol's place for it, but no frontend that has packed rings
 //!   asks for it for a network device. The record costs two stores a published run, to memory that no guest can touch,

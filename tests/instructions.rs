@@ -206,6 +206,7 @@ impl Guest {
         let device = Device {
             memory: Arc::clone(&self.map),
             features: 0,
+            numa_node: None,
             pairs: vec![pair],
         };
         PortEntry {

@@ -71,6 +71,7 @@ impl<'g> Station<'g> {
         let device = Device {
             memory: guest.map.clone(),
             features: 0,
+            numa_node: None,
             pairs: vec![pair],
         };
         let entry = PortEntry {

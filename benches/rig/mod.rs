@@ -169,6 +169,7 @@ impl Rig {
             device: Some(Arc::new(Device {
                 memory,
                 features: 0,
+                numa_node: None,
                 pairs: vec![pair],
             })),
         }

@@ -23,26 +23,8 @@ const NEWEST: f64 = 0.5;
 /// One transmit queue of one registration of a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct QueueKey {
-    slot: u16,
-    generation: u32,
+    pub(super) port: PortRef,
     pub(super) pair: u16,
-}
-
-impl QueueKey {
-    pub(super) fn new(port: PortRef, pair: u16) -> Self {
-        QueueKey {
-            slot: port.slot,
-            generation: port.generation,
-            pair,
-        }
-    }
-
-    pub(super) fn port(self) -> PortRef {
-        PortRef {
-            slot: self.slot,
-            generation: self.generation,
-        }
-    }
 }
 
 /// What a poll thread has to do.
@@ -67,7 +49,8 @@ pub(super) struct Candidate {
     pub(super) allowed: Vec<u32>,
 }
 
-fn may(allowed: &[u32], thread: usize) -> bool {
+/// Whether a port that is pinned to `allowed` may be on `thread`.
+pub(super) fn may(allowed: &[u32], thread: usize) -> bool {
     allowed.is_empty() || allowed.iter().any(|number| *number as usize == thread)
 }
 
@@ -281,11 +264,11 @@ mod tests {
     }
 
     fn key(slot: u16) -> QueueKey {
-        QueueKey {
+        let port = PortRef {
             slot,
             generation: 1,
-            pair: 0,
-        }
+        };
+        QueueKey { port, pair: 0 }
     }
 
     fn queue(slot: u16, thread: usize, load: f64) -> Candidate {

@@ -347,7 +347,7 @@ impl Control {
             return;
         };
         let mut ports = self.registry.ports.iter();
-        let port = ports.find(|record| record.shared.reference == advice.key.port());
+        let port = ports.find(|record| record.shared.reference == advice.key.port);
         let Some(port) = port.map(|record| record.shared.clone()) else {
             return;
         };

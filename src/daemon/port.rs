@@ -81,12 +81,6 @@ impl PortRecord {
         queues.filter_map(|(pair, queues)| Some((pair, queues.transmit.as_ref()?)))
     }
 
-    /// Whether the operator has pinned the port, and not to `thread`.
-    pub(super) fn is_pinned_elsewhere(&self, thread: usize) -> bool {
-        let pinned = &self.shared.spec.poll;
-        !pinned.is_empty() && !pinned.iter().any(|number| *number as usize == thread)
-    }
-
     /// Whether `link` is the current session's.
     pub(super) fn is_session(&self, link: &Arc<Link>) -> bool {
         self.session

@@ -163,7 +163,7 @@ impl Registry {
             return link.port_gone(self.publisher.generation());
         };
         let first = record.device.is_none();
-        let node = device.as_ref().and_then(|device| device.memory.numa_node());
+        let node = device.as_ref().and_then(|device| device.numa_node);
         record.device = device;
         if first {
             self.place_near(&link.port, node);

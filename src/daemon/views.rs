@@ -281,7 +281,10 @@ pub(super) fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
     for port in &registry.ports {
         for (queue, _) in port.transmit_queues() {
             if port.placement.get(usize::from(queue)) == Some(&Place::On(index)) {
-                let key = QueueKey::new(port.shared.reference, queue);
+                let key = QueueKey {
+                    port: port.shared.reference,
+                    pair: queue,
+                };
                 queues.push(QueueRef {
                     port: port.shared.spec.name.clone(),
                     queue,

@@ -7,12 +7,11 @@
 
 use std::fs::File;
 use std::ptr::NonNull;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use super::fence::FaultMark;
 use super::region::{Examined, PinnedWindow, Region, RegionSpec};
 use super::{MAX_GUEST_BYTES, MAX_REGIONS, MemoryError, RangeKind, Window};
-use crate::sys::numa::node_of;
 
 /// Regions that are compared before the binary search.
 const NEAR: usize = 4;
@@ -76,7 +75,6 @@ pub struct GuestMemory {
     spans: Box<[Span]>,
     slots: Box<[Slot]>,
     mark: Arc<FaultMark>,
-    node: OnceLock<Option<usize>>,
 }
 
 // SAFETY: the pointers in the spans lead into regions that `slots` owns, which are Send and Sync.
@@ -123,7 +121,6 @@ impl GuestMemory {
             spans,
             slots: slots.into_boxed_slice(),
             mark,
-            node: OnceLock::new(),
         }
     }
 
@@ -330,17 +327,6 @@ impl GuestMemory {
     /// Guest address and length of every region, by address.
     pub fn regions(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.slots.iter().map(|slot| (slot.guest_addr, slot.size()))
-    }
-
-    /// The NUMA node where the start of the largest region is; `None` where there are no nodes. The first call touches that
-    /// page, which may block as long as the guest's memory file lets it, so a session makes it.
-    pub fn numa_node(&self) -> Option<usize> {
-        *self.node.get_or_init(|| {
-            let slot = self.slots.iter().max_by_key(|slot| slot.size())?;
-            // Only pages that this process has in its tables have a node for it.
-            self.window(slot.guest_addr, 1)?.read_bytes(0, &mut [0]);
-            node_of(&[slot.region.host().as_ptr().addr()])
-        })
     }
 
     /// Size of all regions together.

@@ -129,6 +129,7 @@ impl<'m> Vm<'m> {
             device: Arc::new(Device {
                 memory: memory.clone(),
                 features: 0,
+                numa_node: None,
                 pairs: vec![pair],
             }),
             receive,
@@ -465,6 +466,7 @@ fn every_outcome_has_a_counter_of_its_own() {
     let mut device = Device {
         memory: vms[2].device.memory.clone(),
         features: 0,
+        numa_node: None,
         pairs: vms[2].device.pairs.clone(),
     };
     device.pairs[0].receive.as_mut().unwrap().enabled = false;

@@ -106,6 +106,8 @@ pub struct Device {
     pub memory: Arc<GuestMemory>,
     /// Acknowledged virtio features.
     pub features: u64,
+    /// NUMA node of the rings, as far as the kernel tells.
+    pub numa_node: Option<usize>,
     /// Queue pairs by number; a pair that is not set up is empty.
     pub pairs: Vec<QueuePair>,
 }

@@ -212,11 +212,10 @@ impl DeviceState {
             }
         }
         let features = self.features.unwrap_or(0);
-        // Found out here, on the guest's own thread, for control to know.
-        self.memory.numa_node();
         Some(Arc::new(Device {
             memory: Arc::clone(&self.memory),
             features,
+            numa_node: self.rings.iter().find_map(|ring| ring.numa_node),
             pairs,
         }))
     }

@@ -12,6 +12,7 @@ use crate::memory::{GuestMemory, PinnedWindow};
 use crate::port::{Receive, Transmit};
 use crate::sys::call::CallFd;
 use crate::sys::eventfd::KickFd;
+use crate::sys::numa::node_of;
 use crate::virtio::{
     Broken, MAX_RING_SIZE, ReceiveQueue, RingFeatures, RingSetup, SetupError, TransmitQueue,
     packed, split,
@@ -150,6 +151,8 @@ pub(super) struct Vring {
     pub(super) refusal: Option<Refusal>,
     /// Its being broken was reported.
     pub(super) broken_reported: bool,
+    /// NUMA node of the ring where it last started, if the kernel tells.
+    pub(super) numa_node: Option<usize>,
 }
 
 impl Vring {
@@ -167,6 +170,7 @@ impl Vring {
             running: None,
             refusal: Some(Refusal::NoFeatures),
             broken_reported: false,
+            numa_node: None,
         }
     }
 
@@ -221,6 +225,8 @@ impl Vring {
     /// Starts the ring.
     pub(super) fn start(&mut self, setup: &RingSetup) -> Result<&Running, Refusal> {
         let running = Running::start(self.name, setup)?;
+        // A page that the start has touched already: for this alone none of the guest's is.
+        self.numa_node = node_of(&[setup.used.window().address()]);
         self.broken_reported = false;
         Ok(self.running.insert(running))
     }

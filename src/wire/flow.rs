@@ -244,6 +244,11 @@ mod tests {
     fn assert_tells_apart(frame: impl Fn(u16) -> Vec<u8>) {
         let hashes: std::collections::HashSet<u32> = (0..200).map(|n| hash(&frame(n))).collect();
         assert!(hashes.len() > 195, "{} of 200", hashes.len());
+        // The upper bits choose among queues: of four, none has less than half of its share.
+        for queue in 0..4 {
+            let share = hashes.iter().filter(|hash| *hash >> 30 == queue).count();
+            assert!(share >= 25, "{share} of 200 in queue {queue}");
+        }
         assert_eq!(hash(&frame(7)), hash(&frame(7)));
     }
 
