@@ -107,12 +107,6 @@ impl<T: Word> PinnedArray<T> {
         // guest memory exists anywhere.
         unsafe { Window::from_raw(self.start.cast(), self.count * size_of::<T>()) }
     }
-
-    /// Asks for the line of a word, to be written. Nothing happens outside.
-    #[inline(always)]
-    pub fn prefetch_write(&self, index: usize) {
-        self.window().prefetch_write(index * size_of::<T>());
-    }
 }
 
 impl<T> std::fmt::Debug for PinnedArray<T> {

@@ -247,11 +247,13 @@ impl<'m> Window<'m> {
         if offset < self.len {
             #[cfg(target_arch = "x86_64")]
             {
-                use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
-                let place = self.ptr.as_ptr().wrapping_add(offset).cast::<i8>();
-                // SAFETY: a prefetch has no architectural effect, whatever the address; where the processor
-                // has no such instruction it does nothing.
-                unsafe { _mm_prefetch(place, _MM_HINT_ET0) }
+                let place = self.ptr.as_ptr().wrapping_add(offset);
+                // The intrinsic with `_MM_HINT_ET0` would be a prefetch for reading: the default target does not promise the
+                // instruction, which older processors execute as nothing at all.
+                // SAFETY: a prefetch has no architectural effect, whatever the address.
+                unsafe {
+                    std::arch::asm!("prefetchw [{}]", in(reg) place, options(nostack, preserves_flags));
+                }
             }
         }
     }
