@@ -30,6 +30,8 @@ pub(super) struct DeviceState {
     protocol: u64,
     memory: Arc<GuestMemory>,
     rings: Vec<Vring>,
+    /// Rings whose position the answer to the message at hand tells, or that it resets.
+    handed_over: Vec<RingName>,
     /// The last post was a device.
     posted: bool,
     /// The truncation of guest memory was reported.
@@ -55,6 +57,7 @@ impl DeviceState {
             sink,
             status,
             features_read: false,
+            handed_over: Vec::new(),
             features: None,
             protocol: 0,
             posted: false,
@@ -184,11 +187,19 @@ impl DeviceState {
         true
     }
 
-    /// Forgets where rings stand: the frontend has been told, or does not want to know.
-    fn forget_records(&self, which: impl Fn(&Vring) -> bool) {
-        if let Some(records) = &self.options.records {
-            let rings = self.rings.iter().filter(|ring| which(ring));
-            rings.for_each(|ring| records.forget(ring.name));
+    /// Where these rings stand is to be forgotten once the message at hand is answered: the frontend will have been told,
+    /// or does not want to know.
+    fn hand_over(&mut self, which: impl Fn(&Vring) -> bool) {
+        let rings = self.rings.iter().filter(|ring| which(ring));
+        self.handed_over.extend(rings.map(|ring| ring.name));
+    }
+
+    /// The answer to the last message is on its way.
+    pub(super) fn answered(&mut self) {
+        for ring in self.handed_over.drain(..) {
+            if let Some(records) = &self.options.records {
+                records.forget(ring);
+            }
         }
     }
 
@@ -376,7 +387,7 @@ impl DeviceState {
         }
         let base = ring.base.unwrap_or(0);
         ring.asked = base;
-        self.forget_records(|ring| ring.name == name);
+        self.hand_over(|ring| ring.name == name);
         self.start();
         Ok(base)
     }
@@ -410,7 +421,7 @@ impl DeviceState {
     /// RESET_DEVICE: rings stop and everything about them but the call descriptors is forgotten; memory stays.
     pub(super) fn reset(&mut self) -> Result<(), SessionError> {
         self.stop(|_| true)?;
-        self.forget_records(|_| true);
+        self.hand_over(|_| true);
         self.rings.iter_mut().for_each(Vring::reset);
         self.features = None;
         self.start();

@@ -154,10 +154,12 @@ impl Session {
     fn dispatch(&mut self, arrived: &Arrived, code: FrontendReq) -> Result<(), SessionError> {
         // Some requests report their failure in the reply, and leave its reason here.
         lock(&self.device).take_failure();
-        let Err(source) = self.handler.handle_request() else {
+        let result = self.handler.handle_request();
+        let mut device = lock(&self.device);
+        let Err(source) = result else {
+            device.answered();
             return Ok(());
         };
-        let mut device = lock(&self.device);
         let failure = device.take_failure();
         // The crate acknowledges what the handler refused, but not what it refused itself, except here.
         let acknowledged = failure.is_some() || code == FrontendReq::SET_MEM_TABLE;

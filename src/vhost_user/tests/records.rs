@@ -146,12 +146,29 @@ fn what_was_handed_over_or_reset_is_forgotten() {
         } else {
             assert_eq!(base(&peer), 0x8005_8005);
         }
+        // Behind the answer, and before the next one.
+        peer.queue_num();
         assert!(!record(dir.path()).exists());
         peer.leave();
         let peer = started(dir.path(), Again::same(&memory));
         assert_eq!(base(&peer), START);
         peer.leave();
     }
+}
+
+#[test]
+fn a_position_that_could_not_be_handed_over_is_kept() {
+    let dir = dir();
+    let memory = left_at_slot_5(dir.path());
+    let peer = started(dir.path(), Again::same(&memory));
+    // The frontend asks, and is not there any more when the answer comes.
+    peer.stream.shutdown(std::net::Shutdown::Read).unwrap();
+    peer.send_ring(FrontendReq::GET_VRING_BASE, 0, 0, 0);
+    assert!(matches!(peer.ended(), SessionEnd::Disconnected));
+    assert!(record(dir.path()).exists());
+    let peer = started(dir.path(), Again::same(&memory));
+    assert_eq!(base(&peer), 0x8005_8005);
+    peer.leave();
 }
 
 #[test]
