@@ -20,7 +20,15 @@ pub(crate) fn stored() {
 /// Runs something, with a look after each of its stores.
 pub(crate) fn watched<R>(look: impl FnMut() + 'static, run: impl FnOnce() -> R) -> R {
     LOOK.set(Some(Box::new(look)));
-    let result = run();
-    LOOK.set(None);
-    result
+    // Also where something panics.
+    let _away = Away;
+    run()
+}
+
+struct Away;
+
+impl Drop for Away {
+    fn drop(&mut self) {
+        LOOK.set(None);
+    }
 }

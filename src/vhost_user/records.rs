@@ -9,7 +9,8 @@
 //! said at the last start; one whose guest has reset its device says slot 0. What is left, a guest that reset a device
 //! which had started at slot 0 and has its new ring in the old place, shows in the ring, which its driver cleared.
 //!
-//! A record is forgotten when a position is handed over (GET_VRING_BASE), at RESET_DEVICE, and with its port.
+//! A record is forgotten when a position was handed over (GET_VRING_BASE), after RESET_DEVICE, and with its port. Not before
+//! the answer is on its way: a process that is killed in between would leave a ring whose position nobody knows.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
@@ -107,7 +108,8 @@ impl RingRecords {
             path: new.clone(),
             source,
         })?;
-        let redo = Redo::new(words, &identity);
+        // The lower half of a base is what counts.
+        let redo = Redo::new(words, &identity, setup.base as u16);
         std::fs::rename(&new, &path).map_err(failed(&path))?;
         Ok(redo)
     }

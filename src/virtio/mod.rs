@@ -15,10 +15,26 @@
 //! there, and used from there. Three classes of trouble: a *malformed chain* is returned with length 0 and counted,
 //! and the ring goes on; an *impossible ring* ([`Broken`]) stops this ring until its next start; nothing is ever fatal.
 
+/// In test builds, whether the calling thread makes a deliberate mistake here (`mutants`).
+#[cfg(test)]
+macro_rules! mutant {
+    ($name:ident) => {
+        super::mutants::is(super::mutants::Mutant::$name)
+    };
+}
+#[cfg(not(test))]
+macro_rules! mutant {
+    ($name:ident) => {
+        false
+    };
+}
+
 pub mod chain;
 pub mod claim;
 #[cfg(test)]
 mod claim_tests;
+#[cfg(test)]
+mod mutants;
 pub mod packed;
 #[cfg(test)]
 pub(crate) mod park;

@@ -107,8 +107,10 @@ impl PackedRing {
             .position(setup.base as u16)
             .ok_or(SetupError::Base(setup.base))?;
         let position = ring.resume().unwrap_or(asked);
-        ring.redo.end(ring.word(position));
-        if !ring.event_idx {
+        if !mutant!(StartUnrecorded) {
+            ring.redo.end(ring.word(position));
+        }
+        if !ring.event_idx && !mutant!(StartUnmarked) {
             // Drivers look at this word only where it counts, and start with zeros: see `resume`.
             let event = ring.device_event.window();
             event.store_u16(0, ring.word(0), Ordering::Relaxed);
@@ -123,19 +125,22 @@ impl PackedRing {
     /// start it has said so by another base, and the record is not this ring's.)
     fn resume(&self) -> Option<u64> {
         let cleared = self.device_event.window().load_u32(0, Ordering::Acquire) == 0;
-        if !self.redo.resumes() || cleared {
+        if !self.redo.resumes() || cleared && !mutant!(ClearedBelieved) {
             return None;
         }
         let run = self.redo.run();
         let from = self.position(run.place)?;
         let to = from + u64::from(run.len);
-        if run.len != 0 && self.is_available(from) {
-            if !self.has_notes(from, to) {
+        if run.len != 0 && (self.is_available(from) || mutant!(AlwaysAgain)) {
+            if !self.has_notes(from, to) && !mutant!(NotesBelieved) {
                 return None;
+            }
+            if mutant!(NeverAgain) {
+                return Some(from);
             }
             self.publish(from, to);
         }
-        Some(to)
+        Some(if mutant!(RunForgotten) { from } else { to })
     }
 
     /// Whether the notes of `[from, to)` are those of whole elements: a record that we did not write is not believed.
@@ -143,7 +148,7 @@ impl PackedRing {
         let mut position = from;
         while position < to {
             let (slot, _) = self.place(position);
-            let note = self.redo.note(slot).load(Ordering::Relaxed);
+            let note = self.redo.note(slot);
             let span = Head::unpack((note >> 32) as u32).span;
             if span == 0 {
                 return false;
@@ -283,15 +288,14 @@ impl PackedRing {
     pub fn write_used(&self, position: u64, head: Head, len: u32) {
         let (slot, _) = self.place(position);
         let note = u64::from(head.pack()) << 32 | u64::from(len);
-        // Relaxed: the tag's release (receiveq) or the single owner (transmitq) orders it before the publisher's load.
-        self.redo.note(slot).store(note, Ordering::Relaxed);
+        self.redo.set_note(slot, note);
     }
 
     /// The used element that was noted for `position`: its span, and the second word of its descriptor with its place.
     #[inline(always)]
     fn element(&self, position: u64) -> (u64, usize, u64) {
         let (slot, wrap) = self.place(position);
-        let note = self.redo.note(slot).load(Ordering::Relaxed);
+        let note = self.redo.note(slot);
         let (head, len) = (Head::unpack((note >> 32) as u32), note as u32);
         let state = if wrap { F_AVAIL | F_USED } else { 0 };
         let written = if len == 0 { 0 } else { F_WRITE };
@@ -327,6 +331,12 @@ impl Publish for PackedRing {
     fn publish(&self, from: u64, to: u64) {
         self.redo.begin(self.word(from), (to - from) as u16);
         let (span, first_at, first) = self.element(from);
+        if mutant!(EarlyEnd) {
+            self.redo.end(self.word(to));
+        }
+        if mutant!(FirstElementFirst) {
+            self.descriptors.store(first_at, first, Ordering::Release);
+        }
         let mut position = from + span;
         while position < to {
             let (span, at, word) = self.element(position);

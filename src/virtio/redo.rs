@@ -24,6 +24,11 @@
 //! Writing a run again is the same as writing it once, as nobody touches its slots before its first flags are there. Its
 //! frames were copied before it was committed. Frames in claims that were not published are lost here and sent again by
 //! their senders, whose chains are completed later than that.
+//!
+//! `redo_tests` kills at each of these stores, and makes deliberate mistakes that it must find (`mutants`). Two things no
+//! record can tell, and then the ring stands still until its driver resets the device: that there is none (no memory for
+//! the file), and that a driver which started anew while no process was there left the ring's memory as it was. No
+//! driver known does: a ring is made of zeros.
 
 use std::sync::atomic::{AtomicU64, Ordering, compiler_fence};
 
@@ -66,11 +71,14 @@ impl Redo {
         }
     }
 
-    /// A new record in `words`, of which there are [`Redo::words`].
-    pub fn new(words: Words, identity: &[u64; IDENTITY]) -> Self {
+    /// A new record in `words`, of which there are [`Redo::words`], of a ring that is to start at this slot and wrap
+    /// counter: a process that is killed before it has started the ring leaves its record, too.
+    pub fn new(words: Words, identity: &[u64; IDENTITY], place: u16) -> Self {
         for (word, value) in words.iter().zip(identity) {
             word.store(*value, Ordering::Relaxed);
         }
+        let place = if mutant!(NewAtZero) { 0 } else { place };
+        words[RUN].store(place.into(), Ordering::Relaxed);
         Redo {
             words,
             resumes: false,
@@ -103,6 +111,13 @@ impl Redo {
     /// The ring is about to be written: `len` descriptors from `place` on, whose notes are there.
     #[inline(always)]
     pub(super) fn begin(&self, place: u16, len: u16) {
+        #[cfg(test)]
+        let (place, len) = match () {
+            () if mutant!(NoRun) => return,
+            () if mutant!(BeginWithoutWrap) => (place & 0x7fff, len),
+            () if mutant!(ShortRun) => (place, len - 1),
+            () => (place, len),
+        };
         let word = u64::from(place) | u64::from(len) << 16;
         // Release: not before the notes. The fence: not after the ring. A process is killed between two instructions, so that
         // the order of instructions is the order that counts, and only the compiler may change it.
@@ -115,14 +130,35 @@ impl Redo {
     /// Everything before `place` is published. Release: not before it is.
     #[inline(always)]
     pub(super) fn end(&self, place: u16) {
+        #[cfg(test)]
+        let place = if mutant!(EndWithoutWrap) {
+            place & 0x7fff
+        } else {
+            place
+        };
         self.words[RUN].store(u64::from(place), Ordering::Release);
         #[cfg(test)]
         crate::memory::probe::stored();
     }
 
-    /// The note of the used element in `slot`.
+    /// The note of the used element in `slot`: id and span, and the length in the lower half.
     #[inline(always)]
-    pub(super) fn note(&self, slot: usize) -> &AtomicU64 {
-        &self.words[NOTES + slot]
+    pub(super) fn note(&self, slot: usize) -> u64 {
+        self.words[NOTES + slot].load(Ordering::Relaxed)
+    }
+
+    /// Notes it. Relaxed: the tag's release (receiveq) or the single owner (transmitq) orders it before the publisher's
+    /// load.
+    #[inline(always)]
+    pub(super) fn set_note(&self, slot: usize, note: u64) {
+        #[cfg(test)]
+        let note = match () {
+            () if mutant!(NoteWithoutLength) => note >> 32 << 32,
+            () if mutant!(NoteOfAnother) => note ^ 1 << 32,
+            () => note,
+        };
+        self.words[NOTES + slot].store(note, Ordering::Relaxed);
+        #[cfg(test)]
+        crate::memory::probe::stored();
     }
 }

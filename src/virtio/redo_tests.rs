@@ -2,13 +2,14 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::panic::catch_unwind;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::driver::{Buffer, DriverRing, RingAreas, RingLayout, Used};
 use super::redo::{IDENTITY, Redo};
-use super::{Claim, ReceiveQueue, RingFeatures, RingSetup, Taken, TransmitQueue, Windows};
+use super::{Claim, ReceiveQueue, RingFeatures, RingSetup, Taken, TransmitQueue, Windows, mutants};
 use crate::memory::{FaultMark, GuestMemory, RegionSpec, SharedMemory, Words, probe};
 
 /// Guest address of the ring, and of what comes after it.
@@ -64,7 +65,7 @@ impl Place {
         };
         let map = map.with_table(vec![region]).unwrap();
         let words = Words::zeroed(Redo::words(size));
-        Redo::new(words.clone(), &IDENTITIES);
+        Redo::new(words.clone(), &IDENTITIES, 0x8000);
         Place {
             memory: Arc::new(memory),
             map: Arc::new(map),
@@ -73,6 +74,7 @@ impl Place {
                 packed: true,
                 event_idx,
                 version_1: true,
+                mergeable: true,
                 ..RingFeatures::default()
             },
             words,
@@ -245,19 +247,30 @@ fn take(queue: &TransmitQueue, most: usize) -> usize {
     count
 }
 
+/// What the driver has not yet done when the next process starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Meanwhile {
+    Nothing,
+    /// It has reaped what it found, and filled its ring again.
+    Posts,
+}
+
 /// The next process serves the driver, from what the killed one left in memory: every chain once, in order; and goes on
-/// doing so. Returns what the driver found used, and what came back of the killed process's frames.
-fn serve<Q: Queue>(place: &Place, driver: &Posted<'_>) -> usize {
+/// doing so. Of the run that was being published, which is `run`, the driver finds all or nothing.
+fn serve<Q: Queue>(place: &Place, driver: &Posted<'_>, run: &[Used], meanwhile: Meanwhile) {
     let mut driver = driver.clone();
-    let seen = driver.reap().len();
+    let mut came = driver.reap();
+    if meanwhile == Meanwhile::Posts {
+        while driver.post(1, Q::WRITABLE) {}
+        driver.ring.publish();
+    }
     let queue = Q::start(&place.setup());
-    let replayed = driver.reap();
+    came.extend(driver.reap());
+    assert!(came.is_empty() || came == run, "{came:?} came of {run:?}");
     queue.use_all();
     let rest = driver.reap();
     assert!(driver.is_idle(), "{} chains are lost", driver.tokens.len());
     if Q::WRITABLE {
-        // Its own frames are those of the run at most; then come those of its successor.
-        assert!(replayed.iter().all(|used| used.len != AFTER + HEADER));
         assert!(rest.iter().all(|used| used.len == AFTER + HEADER));
     }
     for pieces in [1, 2, 1] {
@@ -267,27 +280,31 @@ fn serve<Q: Queue>(place: &Place, driver: &Posted<'_>) -> usize {
         driver.reap();
         assert!(driver.is_idle());
     }
-    seen + replayed.len()
 }
 
 /// Restarts from every image: with the driver that was there, again after the next process was killed too, and with a
 /// driver that has started anew meanwhile.
-fn survive<Q: Queue>(place: &Place, driver: &Posted<'_>, images: &[Image], expected: usize) {
+fn survive<Q: Queue>(place: &Place, driver: &Posted<'_>, images: &[Image], run: &[Used]) {
     let now = place.image();
     for image in images {
         place.restore(image);
         let (_, again) = place.killed(|| Q::start(&place.setup()));
-        for second in [image].into_iter().chain(&again) {
-            place.restore(second);
-            let came = serve::<Q>(place, driver);
-            assert!(came == 0 || came == expected, "{came} of {expected}");
+        for meanwhile in [Meanwhile::Nothing, Meanwhile::Posts] {
+            for second in [image].into_iter().chain(&again) {
+                place.restore(second);
+                serve::<Q>(place, driver, run, meanwhile);
+            }
         }
         place.restore(image);
         let mut anew = Posted::new(place.driver());
         anew.post(2, Q::WRITABLE);
         while anew.post(1, Q::WRITABLE) {}
         anew.ring.publish();
-        assert_eq!(serve::<Q>(place, &anew), 0);
+        let (_, again) = place.killed(|| Q::start(&place.setup()));
+        for second in &again {
+            place.restore(second);
+            serve::<Q>(place, &anew, &[], Meanwhile::Nothing);
+        }
     }
     place.restore(&now);
 }
@@ -300,57 +317,170 @@ fn fill(driver: &mut Posted<'_>, random: &mut Random, writable: bool) {
     driver.ring.publish();
 }
 
-#[test]
-fn a_receiveq_goes_on_wherever_its_process_was_killed() {
+/// Ring sizes, and whether there is an event index.
+const RINGS: [(u16, bool); 6] = [
+    (1, true),
+    (2, false),
+    (3, true),
+    (5, false),
+    (7, true),
+    (8, false),
+];
+
+/// A receiveq whose process is killed at every store of `turns` commits, with other claims open, filled or not.
+fn check_receiveq(size: u16, event_idx: bool, turns: u32) -> usize {
     let mut runs = 0;
-    for (size, event_idx) in [(1, true), (2, false), (3, true), (5, false), (8, true)] {
-        let mut random = Random(0x9e37_79b9 + u64::from(size));
-        let place = Place::new(size, event_idx);
+    let mut random = Random(0x9e37_79b9 + u64::from(size));
+    let place = Place::new(size, event_idx);
+    let mut driver = Posted::new(place.driver());
+    let queue = ReceiveQueue::start(&place.setup()).unwrap();
+    let mut open: Vec<Claim<'_>> = Vec::new();
+    for turn in 0..turns {
+        fill(&mut driver, &mut random, true);
+        let mut claim = Claim::new();
+        // Now and then a frame that takes several buffers, which the driver must see as a whole.
+        let longest = if random.below(4) == 0 { 600 } else { 60 + turn };
+        let lengths = vec![longest; 1 + random.below(3) as usize];
+        if queue.claim(lengths.into_iter(), &mut claim).is_ok() {
+            open.push(claim);
+        }
+        if open.is_empty() || random.below(3) == 0 {
+            continue;
+        }
+        // In any order: runs of several claims.
+        let claim = open.swap_remove(random.below(open.len() as u64) as usize);
+        let before = driver.clone();
+        let (_, images) = place.killed(|| queue.commit(&claim));
+        let run = driver.reap();
+        runs += usize::from(run.len() > 1);
+        survive::<ReceiveQueue>(&place, &before, &images, &run);
+    }
+    runs
+}
+
+/// A transmitq whose process is killed at every store of its completions, and while it goes to sleep and awakes.
+fn check_transmitq(size: u16, event_idx: bool, turns: u32) {
+    let mut random = Random(0x1234_5678 + u64::from(size));
+    let place = Place::new(size, event_idx);
+    let mut driver = Posted::new(place.driver());
+    let queue = TransmitQueue::start(&place.setup()).unwrap();
+    for _ in 0..turns {
+        fill(&mut driver, &mut random, false);
+        take(&queue, 1 + random.below(4) as usize);
+        let before = driver.clone();
+        let act = random.below(4);
+        let (_, images) = place.killed(|| match act {
+            0 => {}
+            1 => drop(queue.arm()),
+            2 => queue.disarm(),
+            _ => queue.complete(queue.position()),
+        });
+        let run = driver.reap();
+        survive::<TransmitQueue>(&place, &before, &images, &run);
+    }
+}
+
+/// A process that is killed after it has made a record and before it has started the ring, which another one had left
+/// elsewhere: its frontend knows where, as it asked.
+fn check_new_record(size: u16) {
+    for at in 0..2 * u64::from(size) {
+        let place = Place::new(size, true);
         let mut driver = Posted::new(place.driver());
         let queue = ReceiveQueue::start(&place.setup()).unwrap();
-        let mut open: Vec<(Claim<'_>, usize)> = Vec::new();
-        for turn in 0..60 {
-            fill(&mut driver, &mut random, true);
-            let mut claim = Claim::new();
-            let lengths = vec![60 + turn; 1 + random.below(3) as usize];
-            if queue.claim(lengths.into_iter(), &mut claim).is_ok() {
-                let frames = claim.frames();
-                open.push((claim, frames));
-            }
-            if open.is_empty() || random.below(3) == 0 {
-                continue;
-            }
-            // In any order: runs of several claims.
-            let (claim, _) = open.swap_remove(random.below(open.len() as u64) as usize);
-            let before = driver.clone();
-            let (_, images) = place.killed(|| queue.commit(&claim));
-            let expected = driver.reap().len();
-            runs += usize::from(expected > 1);
-            survive::<ReceiveQueue>(&place, &before, &images, expected);
+        for _ in 0..at {
+            driver.post(1, true);
+            driver.ring.publish();
+            queue.use_all();
+            driver.reap();
         }
+        let base = queue.base();
+        Redo::new(place.words.clone(), &IDENTITIES, base as u16);
+        while driver.post(1, true) {}
+        driver.ring.publish();
+        let setup = RingSetup {
+            base,
+            ..place.setup()
+        };
+        let queue = ReceiveQueue::start(&setup).unwrap();
+        assert_eq!(queue.base(), base);
+        queue.use_all();
+        driver.reap();
+        assert!(driver.is_idle());
     }
+}
+
+/// A record that names a run, but not its elements: the ring starts where its frontend says, and nothing is written.
+fn check_notes() {
+    let place = Place::new(8, true);
+    let mut driver = Posted::new(place.driver());
+    drop(ReceiveQueue::start(&place.setup()).unwrap());
+    while driver.post(1, true) {}
+    driver.ring.publish();
+    for spans in [[0, 0, 0], [1, 0, 1], [2, 2, 2], [1, 1, u64::from(u16::MAX)]] {
+        let redo = Redo::found(place.words.clone(), &IDENTITIES).unwrap();
+        redo.begin(0x8000, 3);
+        for (slot, span) in spans.into_iter().enumerate() {
+            redo.set_note(slot, span << 48);
+        }
+        let before = place.image();
+        let queue = ReceiveQueue::start(&place.setup()).unwrap();
+        assert_eq!(queue.base(), 0x8000_8000);
+        let written = |image: &Image| image.ring[..8 * 16].to_vec();
+        assert_eq!(written(&place.image()), written(&before));
+        place.restore(&before);
+    }
+}
+
+#[test]
+fn a_receiveq_goes_on_wherever_its_process_was_killed() {
+    let rings = RINGS.into_iter();
+    let runs: usize = rings
+        .map(|(size, event)| check_receiveq(size, event, 60))
+        .sum();
     assert!(runs > 20, "{runs} runs of several elements");
 }
 
 #[test]
 fn a_transmitq_goes_on_wherever_its_process_was_killed() {
-    for (size, event_idx) in [(1, false), (2, true), (3, false), (5, true), (8, false)] {
-        let mut random = Random(0x1234_5678 + u64::from(size));
-        let place = Place::new(size, event_idx);
-        let mut driver = Posted::new(place.driver());
-        let queue = TransmitQueue::start(&place.setup()).unwrap();
-        for _ in 0..60 {
-            fill(&mut driver, &mut random, false);
-            take(&queue, 1 + random.below(4) as usize);
-            if random.below(3) == 0 {
-                continue;
-            }
-            let before = driver.clone();
-            let (_, images) = place.killed(|| queue.complete(queue.position()));
-            let expected = driver.reap().len();
-            survive::<TransmitQueue>(&place, &before, &images, expected);
-        }
+    for (size, event_idx) in RINGS {
+        check_transmitq(size, !event_idx, 60);
     }
+}
+
+#[test]
+fn a_ring_with_a_new_record_starts_where_its_frontend_says() {
+    for size in [1, 3, 8] {
+        check_new_record(size);
+    }
+}
+
+#[test]
+fn a_run_without_notes_is_not_believed() {
+    check_notes();
+}
+
+#[test]
+fn every_deliberate_mistake_is_found() {
+    let find = || {
+        check_new_record(3);
+        check_notes();
+        for event_idx in [false, true] {
+            check_receiveq(5, event_idx, 40);
+            check_transmitq(5, event_idx, 40);
+        }
+    };
+    let missed = mutants::ALL.into_iter().filter(|mutant| {
+        mutants::make(Some(*mutant));
+        let found = catch_unwind(find);
+        mutants::make(None);
+        println!(
+            "{mutant:?}: {}",
+            if found.is_err() { "found" } else { "missed" }
+        );
+        found.is_ok()
+    });
+    assert_eq!(missed.collect::<Vec<_>>(), []);
+    find();
 }
 
 #[test]
