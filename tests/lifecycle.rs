@@ -11,6 +11,7 @@ mod common;
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -24,7 +25,6 @@ use common::{long, pause, wait_for};
 use pollux::bench::frontend::Frontend;
 use rustix::process::Signal;
 use vhost::vhost_user::message::FrontendReq;
-use vmm_sys_util::eventfd::EventFd;
 
 /// Ports 0 and 1 are the bystanders', 2 the victim's, 3 its correspondent's.
 const VICTIM: usize = 2;
@@ -296,6 +296,23 @@ fn a_second_live_frontend_is_refused_and_the_first_goes_on() {
     daemon.stop();
 }
 
+#[test]
+fn frontends_that_crowd_each_other_out_beside_a_live_one_are_told_of() {
+    let daemon = daemon();
+    let ram = Ram::new(GuestOptions::default());
+    let mut guest = Guest::new(&ram);
+    guest.attach(&daemon.sockets()[VICTIM]);
+    let mut others = Vec::new();
+    wait_for("the refusal", || {
+        // Each comes before there is an end to the doubt about the one before it.
+        others.push(UnixStream::connect(&daemon.sockets()[VICTIM]).unwrap());
+        daemon.log().contains("a second frontend was refused")
+    });
+    assert!(others.len() < 50, "{} frontends", others.len());
+    drop((guest, others));
+    daemon.stop();
+}
+
 // ---- ports that come and go --------------------------------------------------------------------------
 
 /// How far a frontend has come when its port is removed.
@@ -454,12 +471,7 @@ fn a_call_descriptor_that_blocks_stops_nobody() {
         ..GuestOptions::default()
     });
     let mut guest = Guest::new(&ram);
-    // Full, and without O_NONBLOCK: whoever writes to it sleeps for ever.
-    guest.calls = [(); 2].map(|()| {
-        let call = EventFd::new(0).unwrap();
-        call.write(u64::MAX - 1).unwrap();
-        call
-    });
+    guest.block_calls();
     guest.attach(&daemon.sockets()[VICTIM]);
     // Each of these wants a call.
     for number in 0..200 {
@@ -484,7 +496,7 @@ fn notification_descriptors_that_are_no_eventfds_are_refused() {
     let daemon = daemon();
     let (reader, writer) = std::io::pipe().unwrap();
     let file = fs::File::create(daemon.dir().join("file")).unwrap();
-    let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let (socket, _other) = UnixStream::pair().unwrap();
     let ram = Ram::new(GuestOptions::default());
     let guest = Guest::new(&ram);
     for fd in [reader.as_fd(), writer.as_fd(), file.as_fd(), socket.as_fd()] {

@@ -26,7 +26,6 @@ use common::traffic::{Bystanders, frame, mac, read};
 use common::{long, pause, socket_path, wait_for};
 use pollux::api::client::{Client, ClientError};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
-use vmm_sys_util::eventfd::EventFd;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -265,12 +264,8 @@ fn ports_are_removed_while_frames_wait_for_a_retry_and_calls_are_owed() {
             ..GuestOptions::default()
         });
         let mut guest = Guest::new(&ram);
-        // Calls that come to nothing: the eventfd is full, and blocks whoever writes to it.
-        guest.calls = [(); 2].map(|()| {
-            let call = EventFd::new(0).unwrap();
-            call.write(u64::MAX - 1).unwrap();
-            call
-        });
+        // Calls that come to nothing.
+        guest.block_calls();
         scene.attach_sink(&mut sink);
         scene.attach_victim(&mut guest, &mut sink);
         let stop = AtomicBool::new(false);

@@ -20,6 +20,8 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// How long a frontend waits for one that still looks connected. A VMM that starts a program has for a moment two
 /// processes with its sockets, and if it ends then and comes again its predecessor has not hung up yet.
 const DOUBT: Duration = Duration::from_millis(100);
+/// Why one that waited is let go.
+const SECOND: &str = "a second frontend was refused: one is connected already";
 
 impl Control {
     /// Accepts where it was put off; returns when the next one is due.
@@ -69,10 +71,14 @@ impl Control {
                     let port = record.shared.clone();
                     self.start_session(&port, stream);
                 }
-                // Its predecessor is gone and being cleaned up, or may be about to: it waits. (A newer one takes its place.)
-                Some(_) => {
-                    record.waiting = Some(stream);
+                // Its predecessor is gone and being cleaned up, or may be about to: it waits. A newer one takes its place,
+                // and one that crowds another out is told of at once: as long as they come, no doubt ends.
+                Some(session) => {
                     record.doubt_until = Some(now + DOUBT);
+                    if record.waiting.replace(stream).is_some() && !hung_up(&session.stream) {
+                        let (kind, reports) = (EventKind::SessionRefused, &record.reports);
+                        self.report.paced(&record.shared, reports, kind, SECOND);
+                    }
                 }
             }
         }
@@ -90,9 +96,8 @@ impl Control {
                 record.doubt_until = None;
             } else if until <= now {
                 (record.waiting, record.doubt_until) = (None, None);
-                let text = "a second frontend was refused: one is connected already";
                 let (kind, reports) = (EventKind::SessionRefused, &record.reports);
-                self.report.paced(&record.shared, reports, kind, text);
+                self.report.paced(&record.shared, reports, kind, SECOND);
             } else {
                 next = Some(next.map_or(until, |next| next.min(until)));
             }

@@ -407,6 +407,16 @@ impl<'m> Guest<'m> {
         }
     }
 
+    /// From the next attachment on, calls come to nothing: their eventfds are full, and without O_NONBLOCK, so that
+    /// whoever writes to one sleeps for ever.
+    pub(crate) fn block_calls(&mut self) {
+        self.calls = [(); 2].map(|()| {
+            let call = EventFd::new(0).expect("an eventfd");
+            call.write(u64::MAX - 1).expect("room for a count");
+            call
+        });
+    }
+
     /// Makes the device look at a ring whose memory was rewritten behind the driver's back.
     pub(crate) fn kick(&self, which: usize) {
         let _ = self.kicks[which].write(1);
