@@ -1,7 +1,7 @@
 //! Passes one at a time, between scripted guests in this process: what happens when is the test's choice.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::egress::Tools;
@@ -15,7 +15,7 @@ use crate::switch::fdb::{Fdb, FdbConfig};
 use crate::sys::aio::Caller;
 use crate::topology::{PortEntry, Topology};
 use crate::virtio::driver::{Buffer, DriverRing, RingAreas, RingLayout};
-use crate::virtio::{NET_HDR_SIZE, ReceiveQueue, RingFeatures, RingSetup, TransmitQueue};
+use crate::virtio::{NET_HDR_SIZE, ReceiveQueue, RingFeatures, RingSetup, TransmitQueue, park};
 use crate::wire::Mac;
 
 const ENTRIES: u16 = 256;
@@ -59,11 +59,7 @@ struct Vm<'m> {
 
 impl<'m> Vm<'m> {
     /// A guest on the port of this slot, with all receive buffers posted.
-    fn new(ram: &'m SharedMemory, slot: u16) -> Self {
-        Vm::of_kind(ram, slot, false)
-    }
-
-    fn of_kind(ram: &'m SharedMemory, slot: u16, packed: bool) -> Self {
+    fn new(ram: &'m SharedMemory, slot: u16, packed: bool) -> Self {
         let features = RingFeatures {
             packed,
             version_1: true,
@@ -203,6 +199,14 @@ impl<'m> Vm<'m> {
     }
 }
 
+/// A guest in each memory, on ports by number.
+fn vms(rams: &[SharedMemory], packed: bool) -> Vec<Vm<'_>> {
+    let numbered = rams.iter().zip(0..);
+    numbered
+        .map(|(ram, slot)| Vm::new(ram, slot, packed))
+        .collect()
+}
+
 fn receive_buffer(token: u32) -> Buffer {
     let address = BASE + (2 * RING + token as usize * BUFFER) as u64;
     Buffer::writable(address, BUFFER as u32)
@@ -270,11 +274,7 @@ const RECEIVER: usize = 2;
 /// A flooder, and a sender of 1 % of what the receiver takes.
 fn flood_beside_paced(packed: bool, threads: usize, returned_at_once: usize) {
     let rams = rams::<3>();
-    let mut vms: Vec<Vm<'_>> = rams
-        .iter()
-        .zip(0..)
-        .map(|(ram, slot)| Vm::of_kind(ram, slot, packed))
-        .collect();
+    let mut vms = vms(&rams, packed);
     let topology = topology(&vms, threads, |slot| usize::from(slot) % threads);
     let mut tools = Threads::new(threads);
     let mut passes = tools.passes(&topology);
@@ -326,11 +326,7 @@ fn a_flooder_leaves_a_paced_sender_its_share_on_two_threads() {
 #[test]
 fn a_ring_that_was_never_full_is_filled_to_the_last_buffer() {
     let rams = rams::<2>();
-    let mut vms: Vec<Vm<'_>> = rams
-        .iter()
-        .zip(0..)
-        .map(|(ram, slot)| Vm::new(ram, slot))
-        .collect();
+    let mut vms = vms(&rams, false);
     let topology = topology(&vms, 1, |_| 0);
     let mut tools = Threads::new(1);
     let mut passes = tools.passes(&topology);
@@ -348,11 +344,7 @@ fn a_ring_that_was_never_full_is_filled_to_the_last_buffer() {
 #[test]
 fn a_sender_alone_goes_on_when_its_receiver_posts_fewer_buffers_than_before() {
     let rams = rams::<2>();
-    let mut vms: Vec<Vm<'_>> = rams
-        .iter()
-        .zip(0..)
-        .map(|(ram, slot)| Vm::new(ram, slot))
-        .collect();
+    let mut vms = vms(&rams, false);
     let topology = topology(&vms, 1, |_| 0);
     let mut tools = Threads::new(1);
     let mut passes = tools.passes(&topology);
@@ -385,11 +377,7 @@ fn a_sender_alone_goes_on_when_its_receiver_posts_fewer_buffers_than_before() {
 #[test]
 fn the_largest_chains_do_not_delay_small_frames_by_more_than_one_of_them() {
     let rams = rams::<4>();
-    let mut vms: Vec<Vm<'_>> = rams
-        .iter()
-        .zip(0..)
-        .map(|(ram, slot)| Vm::new(ram, slot))
-        .collect();
+    let mut vms = vms(&rams, false);
     let topology = topology(&vms, 1, |_| 0);
     let mut tools = Threads::new(1);
     let mut passes = tools.passes(&topology);
@@ -416,11 +404,7 @@ fn the_largest_chains_do_not_delay_small_frames_by_more_than_one_of_them() {
 #[test]
 fn a_receiver_that_returns_nothing_does_not_take_the_places_of_another_one() {
     let rams = rams::<4>();
-    let mut vms: Vec<Vm<'_>> = rams
-        .iter()
-        .zip(0..)
-        .map(|(ram, slot)| Vm::new(ram, slot))
-        .collect();
+    let mut vms = vms(&rams, false);
     let topology = topology(&vms, 1, |_| 0);
     let mut tools = Threads::new(1);
     let mut passes = tools.passes(&topology);
@@ -457,11 +441,7 @@ fn a_receiver_that_returns_nothing_does_not_take_the_places_of_another_one() {
 #[test]
 fn every_outcome_has_a_counter_of_its_own() {
     let rams = rams::<4>();
-    let mut vms: Vec<Vm<'_>> = rams
-        .iter()
-        .zip(0..)
-        .map(|(ram, slot)| Vm::new(ram, slot))
-        .collect();
+    let mut vms = vms(&rams, false);
     // The third one was disabled, with its address still known.
     let mut device = Device {
         memory: vms[2].device.memory.clone(),
@@ -497,4 +477,78 @@ fn every_outcome_has_a_counter_of_its_own() {
     assert_eq!(seen(0), []);
     assert!(vms[3].queue().broken().is_some());
     assert_eq!(vms[1].queue().broken(), None);
+}
+
+/// A poll thread is about to claim, eight times, and each time another one has claimed and published before it does.
+#[test]
+fn a_claim_that_another_poll_thread_always_wins_is_counted_and_harms_nothing() {
+    for packed in [false, true] {
+        let rams = rams::<3>();
+        let mut vms = vms(&rams, packed);
+        let topology = topology(&vms, 2, |slot| usize::from(slot == 1));
+        let mut tools = Threads::new(2);
+        let mut passes = tools.passes(&topology);
+        let (mut second, mut first) = (passes.pop().unwrap(), passes.pop().unwrap());
+        let [loser, winner, receiver] = &mut vms[..] else {
+            unreachable!("three guests")
+        };
+        let queue = receiver.device.pairs[0].receive.clone().unwrap().queue;
+        let lost = Arc::new(AtomicU64::new(0));
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let stop = Stop(&stop);
+            scope.spawn(|| {
+                while !stop.0.load(Ordering::Relaxed) {
+                    winner.send(2, 60, 8);
+                    second.run(0, || true);
+                    receiver.take(usize::MAX);
+                    receiver.give_back();
+                }
+            });
+            assert_eq!(loser.send(2, 60, 3), 3);
+            park::set_rival(Some({
+                let (queue, lost) = (queue.clone(), lost.clone());
+                Box::new(move || {
+                    // More than one claim can be open meanwhile: one was made since.
+                    let (seen, begun) = (queue.published(), Instant::now());
+                    while queue.published() < seen + 64 {
+                        assert!(begun.elapsed().as_secs() < 20, "nobody else claims");
+                        std::thread::yield_now();
+                    }
+                    lost.fetch_add(1, Ordering::Relaxed);
+                })
+            }));
+            first.run(0, || true);
+            park::set_rival(None);
+            // Undisturbed, its frames arrive.
+            assert_eq!(loser.send(2, 60, 5), 5);
+            first.run(0, || true);
+        });
+        receiver.take(usize::MAX);
+        // Four tries of a claim, and four at the end of the pass.
+        assert_eq!(lost.load(Ordering::Relaxed), 8);
+        assert_eq!(receiver.drops(DropReason::EgressContended), 3);
+        assert_eq!(receiver.from[0], 5);
+        assert_eq!(queue.broken(), None);
+        for reason in DropReason::ALL {
+            let expected = if reason == DropReason::EgressContended {
+                3
+            } else {
+                0
+            };
+            assert_eq!(receiver.drops(reason), expected, "{reason:?}");
+        }
+        // Its sender has all its buffers again.
+        assert_eq!(std::iter::from_fn(|| loser.transmit.reap()).count(), 5);
+        assert_eq!(loser.transmit.outstanding(), 0);
+    }
+}
+
+/// Ends the other thread, also when an assertion fails.
+struct Stop<'s>(&'s AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }

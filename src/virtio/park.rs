@@ -1,4 +1,5 @@
-//! A hook of tests: stops a producer at a chosen point of a delivery, and counts what its thread tries.
+//! Hooks of tests: stop a producer at a chosen point of a delivery, let another one forestall it, and count what its
+//! thread tries.
 //!
 //! It exists under `cfg(test)` only; a production build has not one instruction of it.
 
@@ -38,7 +39,10 @@ struct Order {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Brake(Arc<(Mutex<Order>, Condvar)>);
 
+type Rival = Box<dyn FnMut()>;
+
 thread_local! {
+    static RIVAL: RefCell<Option<Rival>> = const { RefCell::new(None) };
     static BRAKE: RefCell<Option<Brake>> = const { RefCell::new(None) };
     static TRIES: Cell<Tries> = const { Cell::new(Tries { claims: 0, publishes: 0 }) };
 }
@@ -94,6 +98,20 @@ pub(super) fn claims() {
     TRIES.set(Tries {
         claims: tries().claims + 1,
         ..tries()
+    });
+}
+
+/// From now on the calling thread runs `rival` between reading where it would claim and claiming there.
+pub(crate) fn set_rival(rival: Option<Rival>) {
+    RIVAL.set(rival);
+}
+
+/// A producer knows what it would claim.
+pub(super) fn planned() {
+    RIVAL.with_borrow_mut(|rival| {
+        if let Some(rival) = rival {
+            rival();
+        }
     });
 }
 

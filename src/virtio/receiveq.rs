@@ -256,6 +256,8 @@ impl ReceiveQueue {
                     continue;
                 }
             }
+            #[cfg(test)]
+            super::park::planned();
             if self.claims.try_claim(position, claim.span) {
                 #[cfg(test)]
                 super::park::at(super::park::Point::Claimed);
