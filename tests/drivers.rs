@@ -162,6 +162,44 @@ fn chains_that_end_within_the_header_are_returned_and_counted() {
     daemon.stop();
 }
 
+#[test]
+fn a_legacy_driver_that_wants_no_calls_is_called_when_a_ring_is_empty() {
+    let daemon = daemon(2);
+    for event_idx in [false, true] {
+        let options = GuestOptions {
+            event_idx,
+            entries: 16,
+            ..legacy()
+        };
+        let rams = [options, split()].map(Ram::new);
+        let mut guests = attach(&daemon, &rams, 0);
+        let called = |guest: &Guest<'_>, which: usize| guest.calls[which].read().is_ok();
+        for which in [RECEIVE, TRANSMIT] {
+            wait_for("the call of a start", || called(&guests[0], which));
+        }
+        // Nothing is left in its transmitq once this one is taken.
+        guests[0].send(&frame(mac(2), mac(1), 1, 100));
+        wait_for("the call of an empty transmitq", || {
+            called(&guests[0], TRANSMIT)
+        });
+        assert!(guests[1].receive(LIMIT).is_some());
+        for number in 0..16 {
+            assert!(!called(&guests[0], RECEIVE), "after {number} frames");
+            guests[1].send(&frame(mac(1), mac(2), number, 100));
+            wait_for("the frame to be taken", || guests[1].in_flight() == 0);
+            daemon.settle();
+        }
+        wait_for("the call of an empty receiveq", || {
+            called(&guests[0], RECEIVE)
+        });
+        drop(guests);
+        wait_for("the ports", || {
+            daemon.ports().iter().all(|port| port["state"] == "waiting")
+        });
+    }
+    daemon.stop();
+}
+
 // ---- other drivers in the same guest -----------------------------------------------------------------
 
 /// What a guest's drivers are, one after the other: firmware, kernels, a driver loaded again with other rings.

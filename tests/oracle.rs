@@ -927,6 +927,91 @@ fn a_driver_armed_inside_another_threads_claim_on_a_split_ring_is_called() {
     });
 }
 
+/// The first word of the available ring: the driver wants no calls.
+const NO_INTERRUPT: u16 = 1;
+
+/// VIRTIO_F_NOTIFY_ON_EMPTY, of legacy drivers: a call when everything available is used, whatever else was asked for.
+#[test]
+fn a_legacy_driver_is_called_when_its_ring_is_empty_if_it_wants_that() {
+    for (notify_on_empty, event_idx) in [(false, false), (false, true), (true, false), (true, true)]
+    {
+        for start in [0_u16, 1, 65534] {
+            let features = RingFeatures {
+                indirect: true,
+                event_idx,
+                notify_on_empty,
+                ..RingFeatures::default()
+            };
+            let guest = Guest::new(4, features);
+            let suppress = |driver: &mut Driver<'_>| {
+                if event_idx {
+                    driver.split().set_event(start.wrapping_sub(1));
+                } else {
+                    guest
+                        .areas()
+                        .available
+                        .store_u16(0, NO_INTERRUPT, Ordering::Relaxed);
+                }
+            };
+
+            let mut driver = guest.driver_at(start);
+            let queue = ReceiveQueue::start(&guest.setup(0)).unwrap();
+            suppress(&mut driver);
+            assert!(queue.take_call_wanted(), "the start's call");
+            let deliver = |count| {
+                let mut claim = Claim::new();
+                queue
+                    .claim(std::iter::repeat_n(60, count), &mut claim)
+                    .unwrap();
+                assert_eq!(claim.frames(), count);
+                queue.commit(&claim);
+                queue.take_call_wanted()
+            };
+            for _ in 0..4 {
+                driver.post(&[writable(DATA, 100)]);
+            }
+            assert!(!deliver(1));
+            assert!(!deliver(2));
+            assert_eq!(deliver(1), notify_on_empty);
+            driver.reap_all();
+            driver.post(&[writable(DATA, 100)]);
+            assert_eq!(deliver(1), notify_on_empty);
+            // The last of several threads makes all of it visible.
+            driver.reap_all();
+            for _ in 0..3 {
+                driver.post(&[writable(DATA, 100)]);
+            }
+            let (mut one, mut two) = (Claim::new(), Claim::new());
+            queue.claim(std::iter::repeat_n(60, 2), &mut one).unwrap();
+            queue.claim(std::iter::once(60), &mut two).unwrap();
+            queue.commit(&two);
+            assert!(!queue.take_call_wanted());
+            queue.commit(&one);
+            assert_eq!(queue.take_call_wanted(), notify_on_empty);
+
+            let mut driver = guest.driver_at(start);
+            let queue = TransmitQueue::start(&guest.setup(0)).unwrap();
+            suppress(&mut driver);
+            assert!(queue.take_call_wanted(), "the start's call");
+            for _ in 0..3 {
+                driver.post(&[readable(DATA, 100)]);
+            }
+            let mut windows = Windows::<16>::new();
+            let end = queue.available_to();
+            while queue.take(end, &mut windows) != Taken::Nothing {}
+            queue.complete(u64::from(start) + 2);
+            assert!(!queue.take_call_wanted());
+            // More came meanwhile: not empty.
+            driver.post(&[readable(DATA, 100)]);
+            queue.complete(u64::from(start) + 3);
+            assert!(!queue.take_call_wanted());
+            queue.take(queue.available_to(), &mut windows);
+            queue.complete(u64::from(start) + 4);
+            assert_eq!(queue.take_call_wanted(), notify_on_empty);
+        }
+    }
+}
+
 const PRODUCERS: usize = 3;
 const FRAMES: usize = 2000;
 const BUFFER: u32 = 256;
