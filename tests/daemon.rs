@@ -10,12 +10,13 @@
 mod common;
 
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, Ram};
-use common::traffic::Exchange;
+use common::traffic::{Exchange, frame, mac};
 use common::{long, short_tempdir};
 use pollux::bench::frontend::Frontend;
 use rustix::process::Signal;
@@ -124,25 +125,27 @@ fn silent_guests_cost_next_to_nothing_and_the_next_frame_arrives() {
 
 // ---- death and resurrection --------------------------------------------------------------------------
 
-/// Three guests, two of which send into the third, keep their rings while their daemon is killed and started anew.
-///
-/// A frame that was delivered but not completed comes again; none is lost, and no buffer is returned twice (the
-/// guests check that at every step).
-fn survive_the_daemon(guest: GuestOptions, args: &[&str], cycles: u32) {
-    // In memory, which the directory of a test may not be.
+/// Three ports, and a directory for the state of their rings: in memory, which the directory of a test may not be.
+fn with_ring_state(args: &[&str]) -> (tempfile::TempDir, DaemonOptions) {
     let state = tempfile::Builder::new()
         .prefix("plx-")
         .tempdir_in("/dev/shm")
         .unwrap();
     let ring_state = ["--ring-state", state.path().to_str().unwrap()];
+    let args = args.iter().chain(&ring_state);
     let options = DaemonOptions {
-        args: args
-            .iter()
-            .chain(&ring_state)
-            .map(|arg| arg.to_string())
-            .collect(),
+        args: args.map(|arg| arg.to_string()).collect(),
         ..options(3)
     };
+    (state, options)
+}
+
+/// Three guests, two of which send into the third, keep their rings while their daemon is killed and started anew.
+///
+/// A frame that was delivered but not completed comes again; none is lost, and no buffer is returned twice (the
+/// guests check that at every step).
+fn survive_the_daemon(guest: GuestOptions, args: &[&str], cycles: u32) {
+    let (_state, options) = with_ring_state(args);
     let mut daemon = Daemon::start_in(short_tempdir(), &options);
     let rams = [(); 3].map(|()| Ram::new(guest));
     let guests = rams.iter().zip(daemon.sockets()).map(|(ram, socket)| {
@@ -235,6 +238,86 @@ fn two_poll_threads_into_one_receiver_lose_nothing_when_the_daemon_is_killed() {
     if cpus > 1 {
         survive_the_daemon(GuestOptions::default(), &["--poll-cpus", "0,1"], cycles());
     }
+}
+
+/// A guest with packed rings, and one with split rings, whose daemon is killed in the middle of their lives; `lost` does
+/// something to the records of packed rings. The guest with the packed rings has started anew when this returns, and all
+/// is as it was.
+fn start_anew(while_away: bool, lost: impl Fn(&Path)) {
+    let (state, options) = with_ring_state(&[]);
+    let daemon = Daemon::start_in(short_tempdir(), &options);
+    let rams = [packed(), GuestOptions::default(), GuestOptions::default()].map(Ram::new);
+    let attach = |guest: &mut Guest<'_>, daemon: &Daemon, port: usize| {
+        guest.detach();
+        guest.attach(&daemon.sockets()[port]);
+    };
+    let mut guests: Vec<Guest<'_>> = rams.iter().map(Guest::new).collect();
+    for (port, guest) in guests.iter_mut().enumerate() {
+        attach(guest, &daemon, port);
+    }
+    let flows = [(0, 1), (1, 0), (1, 2), (2, 1)];
+    let mut exchange = Exchange::new(guests, 1, &flows, 16, 200);
+    exchange.meet();
+    // A lap and a part of one.
+    exchange.exchange(900);
+    exchange.drain();
+    let mut guests = exchange.guests;
+    let records = fs::read_dir(state.path()).unwrap().count();
+    assert_eq!(records, 2);
+    let daemon = Daemon::start_in(
+        {
+            let dir = daemon.kill();
+            lost(state.path());
+            dir
+        },
+        &options,
+    );
+    if while_away {
+        guests[0] = Guest::new(&rams[0]);
+    }
+    for (port, guest) in guests.iter_mut().enumerate() {
+        attach(guest, &daemon, port);
+    }
+    daemon.settle();
+    if !while_away {
+        // Whatever becomes of these, nobody else feels it.
+        for number in 0..8 {
+            guests[0].try_send(&frame(mac(2), mac(1), number, 100));
+            guests[1].try_send(&frame(mac(1), mac(2), number, 100));
+        }
+        daemon.settle();
+        let others = guests.drain(1..).collect();
+        let mut pair = Exchange::new(others, 2, &[(0, 1), (1, 0)], 16, 200);
+        pair.meet();
+        pair.exchange(500);
+        pair.drain();
+        guests.append(&mut pair.guests);
+        guests[0].reboot(packed());
+        daemon.settle();
+        while guests[1].try_receive().is_some() {}
+    }
+    let mut exchange = Exchange::new(guests, 1, &flows, 16, 300);
+    exchange.meet();
+    exchange.exchange(900);
+    exchange.drain();
+    let log = daemon.log();
+    assert!(!log.contains("panicked") && !log.contains("ERROR"), "{log}");
+    drop(exchange);
+    daemon.stop();
+}
+
+#[test]
+fn a_guest_that_resets_while_its_daemon_is_away_starts_anew() {
+    start_anew(true, |_| {});
+}
+
+#[test]
+fn a_guest_whose_records_are_lost_is_healed_by_its_driver() {
+    start_anew(false, |state| {
+        for entry in fs::read_dir(state).unwrap() {
+            fs::remove_file(entry.unwrap().path()).unwrap();
+        }
+    });
 }
 
 #[test]

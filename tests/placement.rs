@@ -306,3 +306,28 @@ fn a_port_that_goes_away_takes_its_moves_with_it() {
     do_it(&daemon, &["poll", "remove", "1"]);
     daemon.stop();
 }
+
+#[test]
+fn guests_come_back_with_other_numbers_of_queues_and_other_rings() {
+    let daemon = two_threads(2, 4, &[]);
+    for (number, ring, size) in [
+        (4, "packed", "320"),
+        (1, "split", "64"),
+        (2, "packed", "100"),
+        (4, "split", "1024"),
+        (1, "packed", "256"),
+    ] {
+        let count = number.to_string();
+        let args = ["--queues", &count, "--ring", ring, "--ring-size", size];
+        let load = load(daemon.sockets(), &args, 1);
+        wait_for("the queues", || {
+            queues(&daemon, 0).len() + queues(&daemon, 1).len() == 2 * number
+        });
+        assert_whole(load);
+        wait_for("the ports", || {
+            daemon.ports().iter().all(|port| port["state"] == "waiting")
+        });
+        assert_eq!(queues(&daemon, 0).len() + queues(&daemon, 1).len(), 0);
+    }
+    daemon.stop();
+}
