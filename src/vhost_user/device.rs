@@ -30,7 +30,8 @@ pub(super) struct DeviceState {
     protocol: u64,
     memory: Arc<GuestMemory>,
     rings: Vec<Vring>,
-    /// Rings whose position the answer to the message at hand tells, or that it resets.
+    /// Rings whose position the answer to the message at hand tells, or that it resets: their records are forgotten when
+    /// it is on its way.
     handed_over: Vec<RingName>,
     /// The last post was a device.
     posted: bool,
@@ -187,19 +188,11 @@ impl DeviceState {
         true
     }
 
-    /// Where these rings stand is to be forgotten once the message at hand is answered: the frontend will have been told,
-    /// or does not want to know.
-    fn hand_over(&mut self, which: impl Fn(&Vring) -> bool) {
-        let rings = self.rings.iter().filter(|ring| which(ring));
-        self.handed_over.extend(rings.map(|ring| ring.name));
-    }
-
-    /// The answer to the last message is on its way.
+    /// The answer to the last message is on its way: the frontend knows where its rings stand, or does not want to know.
     pub(super) fn answered(&mut self) {
-        for ring in self.handed_over.drain(..) {
-            if let Some(records) = &self.options.records {
-                records.forget(ring);
-            }
+        let rings = self.handed_over.drain(..);
+        if let Some(records) = &self.options.records {
+            rings.for_each(|ring| records.forget(ring));
         }
     }
 
@@ -379,15 +372,8 @@ impl DeviceState {
         self.stop(|ring| ring.name == name)?;
         // QEMU stops a ring that its driver resets, and starts it again without another call descriptor.
         let resets = self.features.is_some_and(has_ring_reset);
-        let ring = self.ring(index)?;
-        ring.kicked = false;
-        ring.kick = None;
-        if !resets {
-            ring.call = None;
-        }
-        let base = ring.base.unwrap_or(0);
-        ring.asked = base;
-        self.hand_over(|ring| ring.name == name);
+        let base = self.ring(index)?.halt(resets);
+        self.handed_over.push(name);
         self.start();
         Ok(base)
     }
@@ -421,7 +407,8 @@ impl DeviceState {
     /// RESET_DEVICE: rings stop and everything about them but the call descriptors is forgotten; memory stays.
     pub(super) fn reset(&mut self) -> Result<(), SessionError> {
         self.stop(|_| true)?;
-        self.hand_over(|_| true);
+        self.handed_over
+            .extend(self.rings.iter().map(|ring| ring.name));
         self.rings.iter_mut().for_each(Vring::reset);
         self.features = None;
         self.start();

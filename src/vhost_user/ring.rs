@@ -183,6 +183,17 @@ impl Vring {
         };
     }
 
+    /// It stays stopped until the next kick descriptor comes. Returns where it stands.
+    pub(super) fn halt(&mut self, keeps_call: bool) -> u32 {
+        self.kicked = false;
+        self.kick = None;
+        if !keeps_call {
+            self.call = None;
+        }
+        self.asked = self.base.unwrap_or(0);
+        self.asked
+    }
+
     /// What the ring needs to start, or what is missing or wrong.
     pub(super) fn setup(
         &self,
