@@ -92,6 +92,25 @@ fn scene_of(ports: usize, act: impl FnOnce(&Scene, &mut Guest<'_>)) {
     scene.finish();
 }
 
+/// The same to a victim of this kind, which goes afterwards.
+fn with_victim(options: GuestOptions, act: impl FnOnce(&Scene, &mut Guest<'_>, &mut Guest<'_>)) {
+    scene(|scene, sink| {
+        let ram = Ram::new(options);
+        let mut guest = Guest::new(&ram);
+        scene.attach_victim(&mut guest, sink);
+        act(scene, &mut guest, sink);
+        guest.detach();
+        last_end(scene);
+    });
+}
+
+fn kinds() -> [GuestOptions; 2] {
+    [false, true].map(|packed| GuestOptions {
+        packed,
+        ..GuestOptions::default()
+    })
+}
+
 // ---- slow ones ---------------------------------------------------------------------------------------
 
 #[test]
@@ -493,10 +512,7 @@ fn memory_that_cannot_be_shared_is_refused_in_words_and_good_memory_taken_afterw
 
 #[test]
 fn a_driver_that_wants_more_queues_than_there_are_keeps_those_that_it_has() {
-    scene(|scene, sink| {
-        let ram = Ram::new(GuestOptions::default());
-        let mut guest = Guest::new(&ram);
-        scene.attach_victim(&mut guest, sink);
+    with_victim(GuestOptions::default(), |scene, guest, sink| {
         let frontend = guest.frontend.as_ref().unwrap();
         let queue = guest.queue(RECEIVE);
         frontend.set_vring_num(2, 256).unwrap();
@@ -512,11 +528,101 @@ fn a_driver_that_wants_more_queues_than_there_are_keeps_those_that_it_has() {
         });
         // Beyond the rings that exist at all, it is told so.
         assert!(frontend.set_vring_num(4, 256).is_err());
-        scene.passes(&mut guest, sink, 1);
-        scene.reaches(&mut guest, sink, 2);
-        guest.detach();
-        last_end(scene);
+        scene.passes(guest, sink, 1);
+        scene.reaches(guest, sink, 2);
     });
+}
+
+// ---- rings that are set up in odd ways ---------------------------------------------------------------
+
+#[test]
+fn a_device_with_one_ring_is_served_in_one_direction() {
+    for options in kinds() {
+        scene(|scene, sink| {
+            for which in [RECEIVE, TRANSMIT] {
+                let ram = Ram::new(options);
+                let mut guest = Guest::new(&ram);
+                let mut frontend = guest.negotiate(scene.victim()).unwrap();
+                frontend.set_features(frontend.features()).unwrap();
+                frontend.set_mem_table(&[guest.region()]).unwrap();
+                guest.start_ring(&frontend, which).unwrap();
+                guest.frontend = Some(frontend);
+                scene.daemon.settle();
+                for number in 0..100 {
+                    if which == TRANSMIT {
+                        scene.passes(&mut guest, sink, number);
+                    } else {
+                        scene.reaches(&mut guest, sink, number);
+                    }
+                }
+                guest.detach();
+                last_end(scene);
+            }
+        });
+    }
+}
+
+#[test]
+fn both_rings_in_one_place_harm_nobody() {
+    for options in kinds() {
+        scene(|scene, sink| {
+            let ram = Ram::new(options);
+            let mut guest = Guest::new(&ram);
+            let mut frontend = guest.negotiate(scene.victim()).unwrap();
+            frontend.set_features(frontend.features()).unwrap();
+            frontend.set_mem_table(&[guest.region()]).unwrap();
+            let transmit = guest.queue(TRANSMIT);
+            for queue in [guest.queue(RECEIVE), guest.queue(TRANSMIT)] {
+                // The receive ring where the transmit ring is, and its used ring twice.
+                let queue = pollux::bench::frontend::Queue {
+                    descriptors: transmit.descriptors,
+                    available: transmit.available,
+                    used: transmit.used,
+                    ..queue
+                };
+                frontend.set_vring_num(queue.index, 256).unwrap();
+                frontend.set_vring_base(queue.index, queue.base).unwrap();
+                frontend.set_vring_addr(&queue).unwrap();
+                frontend.set_vring_kick(queue.index, queue.kick).unwrap();
+                frontend.set_vring_enable(queue.index, true).unwrap();
+            }
+            guest.frontend = Some(frontend);
+            for number in 0..300 {
+                // What comes of it is the guest's own affair; it looks at nothing that comes back.
+                if number < 100 {
+                    guest.try_send(&frame(mac(4), mac(3), number, 100));
+                }
+                sink.try_send(&frame(mac(3), mac(4), number, 100));
+                while sink.try_receive().is_some() {}
+            }
+            scene.bystanders.go_on(200);
+            guest.detach();
+            last_end(scene);
+            while sink.try_receive().is_some() {}
+        });
+    }
+}
+
+#[test]
+fn frames_in_a_transmitq_that_is_disabled_are_taken_and_go_nowhere() {
+    for options in kinds() {
+        with_victim(options, |scene, guest, sink| {
+            for number in 0..3 {
+                let frontend = guest.frontend.take().unwrap();
+                frontend.set_vring_enable(TRANSMIT as u32, false).unwrap();
+                for discarded in 0..100 {
+                    guest.send(&frame(mac(4), mac(3), 1 << 40 | discarded, 100));
+                }
+                wait_for("the buffers", || guest.in_flight() == 0);
+                // The other direction goes on.
+                scene.reaches(guest, sink, number);
+                frontend.set_vring_enable(TRANSMIT as u32, true).unwrap();
+                guest.frontend = Some(frontend);
+                // Nothing of what was discarded comes before this one.
+                scene.passes(guest, sink, number);
+            }
+        });
+    }
 }
 
 // ---- notification descriptors ------------------------------------------------------------------------
@@ -603,10 +709,7 @@ fn a_guest_without_descriptors_is_polled_and_called_by_nobody() {
 
 #[test]
 fn a_storm_of_kicks_delays_nobody() {
-    scene(|scene, sink| {
-        let ram = Ram::new(GuestOptions::default());
-        let mut guest = Guest::new(&ram);
-        scene.attach_victim(&mut guest, sink);
+    with_victim(GuestOptions::default(), |scene, guest, sink| {
         let stop = AtomicBool::new(false);
         let kick = guest.kicks[TRANSMIT].try_clone().unwrap();
         std::thread::scope(|scope| {
@@ -617,11 +720,9 @@ fn a_storm_of_kicks_delays_nobody() {
                 }
             });
             scene.bystanders.go_on(500);
-            scene.passes(&mut guest, sink, 1);
+            scene.passes(guest, sink, 1);
             stop.store(true, Ordering::Relaxed);
         });
-        guest.detach();
-        last_end(scene);
     });
 }
 
@@ -694,21 +795,19 @@ fn a_frame_is_delivered_as_it_was_judged() {
 
 #[test]
 fn notification_words_that_flip_stall_nobody() {
-    for packed in [false, true] {
-        scene(|scene, sink| {
-            let ram = Ram::new(GuestOptions {
-                packed,
-                ..GuestOptions::default()
-            });
-            let mut guest = Guest::new(&ram);
-            scene.attach_victim(&mut guest, sink);
+    for options in kinds() {
+        with_victim(options, |scene, guest, sink| {
             let stop = AtomicBool::new(false);
             std::thread::scope(|scope| {
                 let stop = &stop;
                 let words = [RECEIVE, TRANSMIT].map(|which| {
                     let available = guest.areas(which).available;
                     // Flags and used_event of a split ring; both words of a packed one.
-                    let event = if packed { 2 } else { available.len() - 2 };
+                    let event = if options.packed {
+                        2
+                    } else {
+                        available.len() - 2
+                    };
                     (available, event)
                 });
                 scope.spawn(move || {
@@ -722,52 +821,74 @@ fn notification_words_that_flip_stall_nobody() {
                     }
                 });
                 for number in 0..300 {
-                    scene.passes(&mut guest, sink, number);
-                    scene.reaches(&mut guest, sink, number);
+                    scene.passes(guest, sink, number);
+                    scene.reaches(guest, sink, number);
                 }
                 stop.store(true, Ordering::Relaxed);
             });
-            guest.detach();
-            last_end(scene);
         });
+    }
+}
+
+/// Ways to stop rings in the middle of a burst; when they are answered, guest memory is the guest's alone.
+#[derive(Clone, Copy, Debug)]
+enum StopBy {
+    GetVringBase,
+    DisableFirst,
+    ResetDevice,
+}
+
+fn stop_rings(frontend: &Frontend, how: StopBy) {
+    match how {
+        StopBy::GetVringBase => {
+            frontend.get_vring_base(0).unwrap();
+            frontend.get_vring_base(1).unwrap();
+        }
+        StopBy::DisableFirst => drop(frontend.stop(&[0, 1]).unwrap()),
+        StopBy::ResetDevice => frontend.tell(FrontendReq::RESET_DEVICE, &[], &[]).unwrap(),
     }
 }
 
 #[test]
 fn nothing_is_written_to_a_guest_whose_rings_are_stopped() {
-    scene(|scene, sink| {
-        for packed in [false, true] {
-            let ram = Ram::new(GuestOptions {
-                packed,
-                ..GuestOptions::default()
-            });
-            let mut guest = Guest::new(&ram);
-            scene.attach_victim(&mut guest, sink);
-            let stop = AtomicBool::new(false);
-            let len = ram.memory.len();
-            std::thread::scope(|scope| {
-                let (stop, sink) = (&stop, &mut *sink);
-                scope.spawn(move || {
-                    let mut number = 0;
-                    while !stop.load(Ordering::Relaxed) {
-                        number += u64::from(sink.try_send(&frame(mac(3), mac(4), number, 300)));
-                        while sink.try_receive().is_some() {}
-                    }
+    for options in kinds() {
+        for how in [
+            StopBy::GetVringBase,
+            StopBy::DisableFirst,
+            StopBy::ResetDevice,
+        ] {
+            with_victim(options, |scene, guest, sink| {
+                let mut frontend = guest.frontend.take().unwrap();
+                let protocol = frontend.get_protocol_features().unwrap();
+                frontend.set_protocol_features(protocol).unwrap();
+                let stop = AtomicBool::new(false);
+                let region = guest.memory();
+                std::thread::scope(|scope| {
+                    let (stop, sink) = (&stop, &mut *sink);
+                    scope.spawn(move || {
+                        let mut number = 0;
+                        while !stop.load(Ordering::Relaxed) {
+                            number += u64::from(sink.try_send(&frame(mac(3), mac(4), number, 300)));
+                            while sink.try_receive().is_some() {}
+                        }
+                    });
+                    wait_for("frames at the victim", || {
+                        guest.try_send(&frame(mac(4), mac(3), 1, 100));
+                        guest.try_receive().is_some()
+                    });
+                    stop_rings(&frontend, how);
+                    let copy = || {
+                        let mut bytes = vec![0; region.len()];
+                        region.read_bytes(0, &mut bytes);
+                        bytes
+                    };
+                    let stopped = copy();
+                    scene.bystanders.go_on(200);
+                    assert!(stopped == copy(), "packed: {}, {how:?}", options.packed);
+                    stop.store(true, Ordering::Relaxed);
                 });
-                wait_for("frames at the victim", || guest.try_receive().is_some());
-                guest.frontend.as_ref().unwrap().stop(&[0, 1]).unwrap();
-                let copy = || {
-                    let mut bytes = vec![0; len];
-                    ram.memory.window(0, len).unwrap().read_bytes(0, &mut bytes);
-                    bytes
-                };
-                let stopped = copy();
-                scene.bystanders.go_on(200);
-                assert!(stopped == copy(), "packed: {packed}");
-                stop.store(true, Ordering::Relaxed);
+                guest.frontend = Some(frontend);
             });
-            guest.detach();
-            last_end(scene);
         }
-    });
+    }
 }

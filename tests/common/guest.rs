@@ -303,6 +303,12 @@ impl<'m> Guest<'m> {
         Region::whole(&self.ram.memory, GUEST_BASE)
     }
 
+    /// The same, to look at.
+    pub(crate) fn memory(&self) -> Window<'m> {
+        let memory = &self.ram.memory;
+        memory.window(0, memory.len()).expect("all of it")
+    }
+
     /// A ring as a message describes it.
     pub(crate) fn queue(&self, which: usize) -> Queue<'_> {
         let areas = &self.areas[which];

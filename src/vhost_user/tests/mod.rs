@@ -3,6 +3,7 @@
 mod hostile;
 mod life;
 mod records;
+mod setup;
 
 use std::fs::File;
 use std::io::{Read, Write};

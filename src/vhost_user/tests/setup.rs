@@ -1,0 +1,342 @@
+//! Rings as they are set up: sizes, places, orders and repetitions of messages, split and packed.
+
+use super::*;
+
+/// A peer that has come as far as its memory.
+fn with_memory(packed: bool) -> Peer {
+    let mut peer = Peer::new();
+    let features = peer.negotiate() | if packed { PACKED } else { 0 };
+    peer.frontend.set_features(features).unwrap();
+    peer.share_memory();
+    peer
+}
+
+fn refusal(peer: &Peer) -> String {
+    // Whatever came before has been done by the time of its answer.
+    peer.queue_num();
+    peer.status.snapshot().state
+}
+
+#[test]
+fn sizes_of_packed_rings_are_any_up_to_the_largest() {
+    for negotiated in [false, true] {
+        let mut peer = Peer::new();
+        let features = peer.negotiate() | PACKED;
+        if negotiated {
+            peer.frontend.set_features(features).unwrap();
+        }
+        for (size, refused) in [
+            (0, 1),
+            (32769, 1),
+            (65535, 1),
+            (65536, 1),
+            (0x1_0100, 1),
+            (u32::MAX, 1),
+            (1, 0),
+            (3, 0),
+            (320, 0),
+            (32767, 0),
+            (32768, 0),
+        ] {
+            peer.send_ring(FrontendReq::SET_VRING_NUM, NEED_REPLY, 0, size);
+            assert_eq!(peer.reply(), Some(refused), "{size}");
+        }
+        peer.leave();
+    }
+}
+
+#[test]
+fn a_size_for_a_packed_ring_is_none_for_a_split_one() {
+    let mut peer = Peer::new();
+    let features = peer.negotiate();
+    // It may still become a packed ring.
+    peer.send_ring(FrontendReq::SET_VRING_NUM, NEED_REPLY, 0, 320);
+    assert_eq!(peer.reply(), Some(0));
+    peer.frontend.set_features(features).unwrap();
+    peer.share_memory();
+    peer.frontend
+        .set_vring_addr(0, &Peer::addresses(0))
+        .unwrap();
+    peer.frontend.set_vring_kick(0, &peer.calls[0]).unwrap();
+    let state = refusal(&peer);
+    assert!(!peer.started(0) && state.contains("320 entries"), "{state}");
+    peer.send_ring(FrontendReq::SET_VRING_NUM, NEED_REPLY, 0, 320);
+    assert_eq!(peer.reply(), Some(1));
+    peer.frontend.set_vring_num(0, ENTRIES).unwrap();
+    assert!(peer.started(0));
+    peer.leave();
+}
+
+/// Descriptors, available and used ring, from a ring's good addresses.
+type Misplace = fn(&mut VringConfigData);
+
+#[test]
+fn rings_that_are_misplaced_do_not_start() {
+    const UNALIGNED: &str = "not aligned";
+    const OUTSIDE: &str = "outside of guest memory";
+    let both: &[(Misplace, &str)] = &[
+        // In no region, and with its end in none.
+        (|at| at.desc_table_addr = 0x1000, OUTSIDE),
+        (|at| at.avail_ring_addr = USER + 4 * SIZE, OUTSIDE),
+        (|at| at.desc_table_addr = USER + 2 * SIZE - 16, OUTSIDE),
+        (|at| at.used_ring_addr = USER + 2 * SIZE, OUTSIDE),
+        // Across two regions that touch, in addresses of the frontend as in the guest's.
+        (|at| at.desc_table_addr = USER + SIZE - 16, OUTSIDE),
+        (|at| at.desc_table_addr = u64::MAX - 15, OUTSIDE),
+        (|at| at.avail_ring_addr = u64::MAX - 3, OUTSIDE),
+        (|at| at.used_ring_addr = u64::MAX - 3, OUTSIDE),
+    ];
+    for packed in [false, true] {
+        let places = |misplace: Misplace| {
+            let mut at = Peer::addresses(0);
+            misplace(&mut at);
+            at
+        };
+        let bad = both.iter().map(|(misplace, why)| (places(*misplace), *why));
+        let mut bad: Vec<_> = bad.collect();
+        if packed {
+            // Two bytes are enough for a split ring.
+            bad.push((places(|at| at.avail_ring_addr += 2), UNALIGNED));
+        } else {
+            // Only the event index is missing behind its last entry.
+            let end = 4 + 2 * u64::from(ENTRIES);
+            let mut at = Peer::addresses(0);
+            at.avail_ring_addr = USER + 2 * SIZE - end;
+            bad.push((at, OUTSIDE));
+            bad.push((
+                places(|at| at.used_ring_addr = USER + 2 * SIZE - 4),
+                OUTSIDE,
+            ));
+        }
+        for (at, why) in bad {
+            let place = [at.desc_table_addr, at.avail_ring_addr, at.used_ring_addr];
+            let what = format!("packed: {packed}, {place:x?}");
+            // Addresses before memory, and behind it.
+            for early in [false, true] {
+                let mut peer = Peer::new();
+                let features = peer.negotiate() | if packed { PACKED } else { 0 };
+                peer.frontend.set_features(features).unwrap();
+                peer.frontend.set_vring_num(0, ENTRIES).unwrap();
+                peer.frontend.set_vring_kick(0, &peer.calls[0]).unwrap();
+                let share = || {
+                    let regions = [peer.region(0, 0, SIZE), peer.region(SIZE, SIZE, SIZE)];
+                    peer.frontend.set_mem_table(&regions).unwrap();
+                };
+                if early {
+                    peer.frontend.set_vring_addr(0, &at).unwrap();
+                    share();
+                } else {
+                    share();
+                    let refused = peer.frontend.set_vring_addr(0, &at).is_err();
+                    assert_eq!(refused, why == OUTSIDE, "{what}");
+                }
+                let state = refusal(&peer);
+                assert!(!peer.started(0), "{what}");
+                assert!(!early || state.contains(why), "{what}: {state}");
+                peer.frontend
+                    .set_vring_addr(0, &Peer::addresses(0))
+                    .unwrap();
+                assert!(peer.started(0), "after {what}");
+                peer.leave();
+            }
+        }
+    }
+}
+
+#[test]
+fn misaligned_rings_end_their_session() {
+    let bad: [Misplace; 3] = [
+        |at| at.desc_table_addr += 8,
+        |at| at.avail_ring_addr += 1,
+        |at| at.used_ring_addr += 2,
+    ];
+    for (packed, misplace) in [false, true].into_iter().flat_map(|p| bad.map(|m| (p, m))) {
+        let peer = with_memory(packed);
+        peer.frontend.set_vring_num(0, ENTRIES).unwrap();
+        let mut at = Peer::addresses(0);
+        misplace(&mut at);
+        assert!(peer.frontend.set_vring_addr(0, &at).is_err());
+        assert!(peer.refused().contains("SET_VRING_ADDR: invalid message"));
+    }
+}
+
+/// All orders of these numbers.
+fn orders(of: &[usize]) -> Vec<Vec<usize>> {
+    if of.is_empty() {
+        return vec![Vec::new()];
+    }
+    let each = of.iter().enumerate().flat_map(|(at, first)| {
+        let rest = [&of[..at], &of[at + 1..]].concat();
+        let mut all = orders(&rest);
+        all.iter_mut().for_each(|order| order.insert(0, *first));
+        all
+    });
+    each.collect()
+}
+
+#[test]
+fn set_up_messages_may_come_in_any_order() {
+    for (turn, order) in orders(&[0, 1, 2, 3, 4, 5]).into_iter().enumerate() {
+        let packed = turn % 2 == 1;
+        let mut peer = Peer::new();
+        let features = peer.negotiate() | if packed { PACKED } else { 0 };
+        if turn % 4 < 2 {
+            peer.send_ring(FrontendReq::SET_VRING_ENABLE, NEED_REPLY, 0, 1);
+            assert_eq!(peer.reply(), Some(0));
+        }
+        peer.poke(0, USED + 2, 3);
+        let base = if packed { 0x8003_8003 } else { 3 };
+        // A ring starts without a base, too; behind the start it comes too late.
+        let late = order[5] == 4;
+        for (at, step) in order.iter().enumerate() {
+            assert_eq!(peer.started(0), late && at == 5, "{order:?}");
+            match step {
+                0 => peer.frontend.set_features(features).unwrap(),
+                1 => peer.share_memory(),
+                2 => peer.frontend.set_vring_num(0, ENTRIES).unwrap(),
+                3 => {
+                    let at = Peer::addresses(0);
+                    peer.frontend.set_vring_addr(0, &at).unwrap();
+                }
+                4 => {
+                    peer.send_ring(FrontendReq::SET_VRING_BASE, NEED_REPLY, 0, base);
+                    assert_eq!(peer.reply(), Some(u64::from(late)));
+                }
+                _ => peer.frontend.set_vring_kick(0, &peer.calls[8]).unwrap(),
+            }
+        }
+        assert!(peer.started(0), "{order:?}");
+        let expected = if packed && late { 0x8000_8000 } else { base };
+        let found = peer.frontend.get_vring_base(0).unwrap();
+        assert_eq!(found, expected, "{order:?}");
+        peer.leave();
+    }
+}
+
+#[test]
+fn messages_that_are_repeated_leave_nothing_behind() {
+    let mut peer = Peer::new();
+    peer.memory = memfd::create("vu-again", 2 * SIZE).unwrap();
+    let features = peer.negotiate();
+    for turn in 0..1000_u16 {
+        peer.frontend.set_owner().unwrap();
+        peer.frontend.set_features(features).unwrap();
+        peer.frontend.set_vring_num(0, 1 << (turn % 16)).unwrap();
+        peer.frontend.set_vring_base(0, turn).unwrap();
+        peer.share_memory();
+        for ring in 0..4 {
+            let call = &peer.calls[0];
+            peer.frontend.set_vring_call(ring, call).unwrap();
+            peer.frontend.set_vring_err(ring, call).unwrap();
+        }
+    }
+    // Ours, and the one that the region keeps.
+    assert!(descriptors("vu-again") <= 2);
+    let info = format!("/proc/self/fdinfo/{}", peer.calls[0].as_raw_fd());
+    let info = std::fs::read_to_string(info).unwrap();
+    let id = info.lines().find(|line| line.starts_with("eventfd-id"));
+    if let Some(id) = id {
+        // Ours, and one a ring.
+        assert_eq!(descriptors(&format!("{id}\n")), 5);
+    }
+    peer.frontend.set_vring_num(0, ENTRIES).unwrap();
+    peer.frontend.set_vring_num(1, ENTRIES).unwrap();
+    for ring in 0..2 {
+        peer.start_ring(ring, 0);
+        peer.frontend.set_vring_enable(ring, true).unwrap();
+        assert!(peer.started(ring));
+    }
+    peer.leave();
+}
+
+#[test]
+fn owners_come_late_twice_or_never() {
+    for packed in [false, true] {
+        let peer = with_memory(packed);
+        peer.start_ring(0, 0);
+        peer.frontend.set_owner().unwrap();
+        peer.frontend.set_owner().unwrap();
+        assert!(peer.started(0));
+        // The specification would rather have it ignored.
+        peer.frontend.reset_owner().unwrap();
+        assert!(peer.started(0));
+        peer.leave();
+        let peer = Peer::new();
+        let features = peer.frontend.get_features().unwrap();
+        let packed = if packed { PACKED } else { 0 };
+        peer.frontend
+            .set_features(features & !PACKED | packed)
+            .unwrap();
+        peer.share_memory();
+        peer.start_ring(0, 0);
+        // An answer behind all that.
+        peer.frontend.get_vring_base(3).unwrap();
+        assert!(peer.started(0));
+        peer.leave();
+    }
+}
+
+#[test]
+fn protocol_features_may_be_set_again_and_shrink() {
+    let mut peer = Peer::up();
+    let all = peer.frontend.get_protocol_features().unwrap();
+    for features in [all, Protocol::MQ | Protocol::REPLY_ACK, all] {
+        peer.frontend.set_protocol_features(features).unwrap();
+        assert!(peer.started(0) && peer.started(1));
+    }
+    // Without acknowledgements from here on: a refusal ends the session.
+    peer.frontend.set_protocol_features(Protocol::MQ).unwrap();
+    peer.frontend.set_hdr_flags(VhostUserHeaderFlag::empty());
+    assert_eq!(peer.queue_num(), Some(2));
+    assert!(peer.started(0));
+    peer.send_ring(FrontendReq::SET_VRING_NUM, NEED_REPLY, 0, 7);
+    assert!(peer.refused().contains("cannot have 7 entries"));
+}
+
+#[test]
+fn a_log_address_means_nothing_where_no_log_is_offered() {
+    for packed in [false, true] {
+        let peer = with_memory(packed);
+        let at = VringConfigData {
+            flags: 1,
+            log_addr: Some(u64::MAX - 7),
+            ..Peer::addresses(0)
+        };
+        peer.frontend.set_vring_num(0, ENTRIES).unwrap();
+        peer.frontend.set_vring_addr(0, &at).unwrap();
+        peer.frontend.set_vring_kick(0, &peer.calls[0]).unwrap();
+        assert!(peer.started(0));
+        peer.leave();
+    }
+}
+
+#[test]
+fn descriptors_of_rings_that_are_none_are_refused() {
+    for request in [FrontendReq::SET_VRING_KICK, FrontendReq::SET_VRING_CALL] {
+        let mut peer = Peer::new();
+        peer.negotiate();
+        for index in [4_u64, 5, 0xff] {
+            // Bit 8: there is no descriptor.
+            peer.send(request as u32, NEED_REPLY, &(index | 1 << 8).to_ne_bytes());
+            assert_eq!(peer.reply(), Some(1), "{request:?} {index}");
+        }
+        assert!(peer.frontend.get_features().is_ok());
+        peer.leave();
+    }
+}
+
+#[test]
+fn a_split_base_is_counted_in_16_bits() {
+    let peer = with_memory(false);
+    peer.poke(0, USED + 2, 5);
+    peer.frontend.set_vring_num(0, ENTRIES).unwrap();
+    peer.send_ring(FrontendReq::SET_VRING_BASE, NEED_REPLY, 0, 0xffff_0005);
+    assert_eq!(peer.reply(), Some(0));
+    peer.frontend
+        .set_vring_addr(0, &Peer::addresses(0))
+        .unwrap();
+    peer.frontend.set_vring_kick(0, &peer.calls[0]).unwrap();
+    assert!(peer.started(0) && !peer.said("not at the base"));
+    assert_eq!(peer.frontend.get_vring_base(0).unwrap(), 5);
+    peer.leave();
+}
