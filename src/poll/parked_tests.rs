@@ -5,7 +5,8 @@
 //! `B`, which sends to `X` and `Y` in turn, and of `C`, which sends to `Z`; it also plays all guests. The rates are
 //! compared with a thread 0 that stands still between two passes, so that the machine is equally busy.
 //!
-//! `POLLUX_LONG=1` stops it for a second and asks for 95 % of the rate, which wants a release build and a quiet machine.
+//! `POLLUX_LONG=1` stops it for a second, seven times each, and asks for 95 % of the rate in the median, which wants a
+//! quiet machine.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -247,27 +248,36 @@ impl Drop for Stop {
 
 const POINTS: [Point; 3] = [Point::Claimed, Point::Filled, Point::Publishing];
 
+/// Parks a producer; nothing comes at its own queue, and only a full ring drops. The rates at `Y` and `Z`.
+fn rates_beside(point: Point, packed: bool) -> [f64; 2] {
+    let shown = park_at(point, false, packed);
+    let [from, to] = shown.parked;
+    // Not one frame becomes visible behind the parked one...
+    assert_eq!(
+        from.received[X], to.received[X],
+        "{point:?} packed={packed}"
+    );
+    // ... and what does not fit behind it any more says so.
+    let full = shown.x.drops[DropReason::EgressRingFull.name()];
+    assert_eq!(shown.x.tx_dropped, full);
+    [shown.rate(Y), shown.rate(Z)]
+}
+
 #[test]
 fn a_parked_producer_delays_its_own_queue_and_no_other() {
-    let least = if long() { 0.95 } else { 0.5 };
+    // A single comparison of two seconds on a shared machine is off by a fifth, either way: the median of several.
+    let (least, rounds) = if long() { (0.95, 7) } else { (0.5, 1) };
     for (point, packed) in POINTS.into_iter().flat_map(|p| [(p, false), (p, true)]) {
-        let shown = park_at(point, false, packed);
-        let [from, to] = shown.parked;
-        // Not one frame becomes visible behind the parked one...
-        assert_eq!(
-            from.received[X], to.received[X],
-            "{point:?} packed={packed}"
-        );
-        // ... and all other queues go on, also from the sender whose frames for X pile up or are dropped.
-        let (y, z) = (shown.rate(Y), shown.rate(Z));
-        println!("{point:?} packed={packed}: rate at Y {y:.3}, at Z {z:.3} of the quiet one");
-        assert!(
-            y >= least && z >= least,
-            "{point:?} packed={packed}: {y} {z}"
-        );
-        // Only a full ring drops, and it says so.
-        let full = shown.x.drops[DropReason::EgressRingFull.name()];
-        assert_eq!(shown.x.tx_dropped, full);
+        let mut all: Vec<[f64; 2]> = (0..rounds).map(|_| rates_beside(point, packed)).collect();
+        // All other queues go on, also from the sender whose frames for X pile up or are dropped.
+        for (at, receiver) in ["Y", "Z"].into_iter().enumerate() {
+            all.sort_by(|one, other| one[at].total_cmp(&other[at]));
+            let [lowest, rate, highest] = [0, rounds / 2, rounds - 1].map(|n| all[n][at]);
+            println!(
+                "{point:?} packed={packed}: {receiver} {rate:.3} of {lowest:.3} to {highest:.3}"
+            );
+            assert!(rate >= least, "{point:?} packed={packed}: {all:?}");
+        }
     }
 }
 
