@@ -14,8 +14,13 @@ use serde::{Deserialize, Serialize};
 pub const MAX_PORT_NAME: usize = 63;
 /// Longest socket path the kernel takes (`sun_path` less the terminating zero).
 pub const MAX_SOCKET_PATH: usize = 107;
-/// Most queue pairs of one port: SET_VRING_KICK and SET_VRING_CALL name a ring in 8 bits.
+/// Most queue pairs of one port. The payload of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR names a ring in its bits
+/// 0 to 7 (bit 8 says that no descriptor comes), so 256 rings are all that a frontend can name; QEMU masks with 0xff, and DPDK
+/// has as many.
 pub const MAX_QUEUE_PAIRS: u16 = 128;
+/// What `queues=` takes.
+pub(crate) const QUEUE_PAIRS: &str =
+    "1 to 128 queue pairs; vhost-user's kick and call messages have 8 bits for a ring";
 /// Most ports of one daemon.
 pub const MAX_PORTS: usize = 4096;
 
@@ -157,7 +162,7 @@ impl PortSpec {
                 name: self.name.clone(),
                 key: "queues",
                 value: self.queues.to_string(),
-                expected: "1 to 128 queue pairs",
+                expected: QUEUE_PAIRS,
             });
         }
         let threads = &self.poll;
@@ -198,9 +203,7 @@ impl PortSpec {
                 }
             }
             "queues" => {
-                self.queues = value
-                    .parse()
-                    .map_err(|_| bad("queues", "1 to 128 queue pairs"))?
+                self.queues = value.parse().map_err(|_| bad("queues", QUEUE_PAIRS))?;
             }
             "poll" => {
                 let numbers: Result<Vec<u32>, _> = value.split('+').map(str::parse).collect();
@@ -439,6 +442,7 @@ mod tests {
             ("vm1,socket=/x,mode=both", "server or client"),
             ("vm1,socket=/x,queues=0", "1 to 128"),
             ("vm1,socket=/x,queues=129", "1 to 128"),
+            ("vm1,socket=/x,queues=256", "8 bits for a ring"),
             ("vm1,socket=/x,poll=0-2", "numbers of poll threads"),
             ("vm1,socket=/x,poll=0+0", "each once"),
             ("vm1,socket=/x,socket-mode=999", "octal"),

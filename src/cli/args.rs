@@ -8,7 +8,7 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand, ValueHint};
 
 use crate::api::types::{MAX_VLAN, MacAddr, PortPatch};
-use crate::config::{CpuList, IdlePolicy, MAX_QUEUE_PAIRS, PortSpec, Rebalance};
+use crate::config::{CpuList, IdlePolicy, MAX_QUEUE_PAIRS, PortSpec, QUEUE_PAIRS, Rebalance};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -316,7 +316,7 @@ pub enum SettingError {
     #[error("{0:?} cannot be set; known is queues=N")]
     Unknown(String),
     /// A number out of range.
-    #[error("queues={0} is not valid: 1 to {MAX_QUEUE_PAIRS} queue pairs")]
+    #[error("queues={0} is not valid: {QUEUE_PAIRS}")]
     Queues(String),
     /// The same for `pollux poll set`.
     #[error("{0:?} cannot be set; known is rebalance=auto|off")]

@@ -40,7 +40,7 @@ pub(super) const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(VhostUserProtocolFeatures::RESET_DEVICE);
 
-/// KICK and CALL name a ring in 8 bits.
+/// KICK, CALL and ERR name a ring in 8 bits.
 const MAX_PAIRS: u16 = 128;
 /// Most rings of one session.
 pub(super) const MAX_RINGS: u16 = 2 * MAX_PAIRS;

@@ -6,7 +6,7 @@
 //!   `benches/backends`;
 //! - [`testpmd`]: DPDK's virtio-user driver, an independent frontend that needs no VM;
 //! - [`process`]: what they share; [`park`]: a thread of a daemon, stopped;
-//! - [`guest`], [`traffic`]: scripted guests, and numbered frames between them in closed loops;
+//! - [`guest`], [`many`], [`traffic`]: scripted guests, also with many queues, and numbered frames between them in closed loops;
 //! - [`scene`]: bystanders that must notice nothing of what is done to a fourth port;
 //! - [`events`], [`holdings`]: what the daemon tells of itself, and what it holds of the system;
 //! - [`journey`]: pcap files sent through a backend by testpmd, and compared;
@@ -22,6 +22,7 @@ pub(crate) mod frames;
 pub(crate) mod guest;
 pub(crate) mod holdings;
 pub(crate) mod journey;
+pub(crate) mod many;
 pub(crate) mod park;
 pub(crate) mod process;
 pub(crate) mod scene;
