@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::memory::GuestMemory;
-use crate::port::{Device, PortShared};
+use crate::port::{Device, PortShared, Receive};
 use crate::switch::PortRef;
 use crate::switch::fdb::Fdb;
 use crate::sys::call::CallFd;
@@ -36,6 +36,9 @@ pub struct Egress {
     pub memory: Option<Arc<GuestMemory>>,
     /// Started and enabled receive queues; empty while the port cannot receive.
     pub queues: Box<[EgressQueue]>,
+    /// What it was made of, and who owns the queues of each pair: if both are the same, it serves the next topology, too.
+    device: Option<Arc<Device>>,
+    owners: Box<[Option<usize>]>,
 }
 
 /// A transmit queue as a place to take from, in the plan of the thread that owns it.
@@ -90,15 +93,19 @@ pub struct PortEntry {
     pub device: Option<Arc<Device>>,
 }
 
+/// Most transmit queues of one poll thread: the frames of a burst name theirs in 16 bits. What is beyond rests in its ring
+/// until another thread owns it.
+const MAX_PLAN: usize = 1 << 16;
+
 /// The whole switch at one generation.
 #[derive(Debug)]
 pub struct Topology {
     /// Ports by slot.
-    pub ports: Box<[Option<Egress>]>,
+    pub ports: Box<[Option<Arc<Egress>>]>,
     /// Slots of the ports that can receive: where a flood goes.
     pub flood: Box<[u16]>,
     /// Work by poll thread.
-    pub plans: Box<[Plan]>,
+    pub plans: Box<[Arc<Plan>]>,
     /// The forwarding data base; the same object in every topology.
     pub fdb: Arc<Fdb>,
     /// By poll thread: since when there is something published that it has not acknowledged.
@@ -113,43 +120,55 @@ impl Topology {
         fdb: Arc<Fdb>,
         owner: impl Fn(&PortShared, u16) -> Option<usize>,
     ) -> Self {
-        let slots = entries
-            .iter()
-            .map(|entry| usize::from(entry.shared.reference.slot) + 1)
-            .max();
-        let mut ports: Vec<Option<Egress>> = Vec::new();
-        ports.resize_with(slots.unwrap_or(0), || None);
-        let mut plans: Vec<(Vec<Ingress>, Vec<Start>)> = Vec::new();
-        plans.resize_with(since.len(), Default::default);
+        Topology::succeed(None, entries, since, fdb, owner)
+    }
+
+    /// The same behind another one, for as many poll threads. It shares every port and every plan that is no other than it
+    /// was: a change costs what changes, and a look at each port.
+    pub fn succeed(
+        before: Option<&Topology>,
+        entries: &[PortEntry],
+        since: Box<[Instant]>,
+        fdb: Arc<Fdb>,
+        owner: impl Fn(&PortShared, u16) -> Option<usize>,
+    ) -> Self {
+        let slot = |entry: &PortEntry| usize::from(entry.shared.reference.slot);
+        let slots = entries.iter().map(|entry| slot(entry) + 1).max();
+        let mut ports: Vec<Option<Arc<Egress>>> = vec![None; slots.unwrap_or(0)];
+        // The threads that own a queue of something that was, or is, not the same.
+        let mut changed = vec![before.is_none(); since.len()];
+        let mut touch = |port: &Egress| {
+            let owners = port.owners.iter().flatten();
+            owners.for_each(|thread| changed[*thread] = true);
+        };
         for entry in entries {
-            let slot = entry.shared.reference.slot;
-            let egress = egress(entry, |pair, start| {
-                if let Some(thread) = owner(&entry.shared, pair) {
-                    plans[thread].1.push(start);
-                }
-            });
-            ports[usize::from(slot)] = Some(egress);
-            for ingress in ingresses(entry) {
-                if let Some(thread) = owner(&entry.shared, ingress.pair) {
-                    plans[thread].0.push(ingress);
-                }
+            let owner = |pair| owner(&entry.shared, pair);
+            let same = before.and_then(|before| before.ports.get(slot(entry))?.as_ref());
+            let egress = match same.filter(|egress| egress.is_made_of(entry, owner)) {
+                Some(same) => same.clone(),
+                None => Arc::new(Egress::new(entry, owner)),
+            };
+            if same.is_none_or(|same| !Arc::ptr_eq(same, &egress)) {
+                touch(&egress);
+            }
+            ports[slot(entry)] = Some(egress);
+        }
+        for (slot, old) in before
+            .iter()
+            .flat_map(|before| before.ports.iter().enumerate())
+        {
+            let now = ports.get(slot).and_then(Option::as_ref);
+            if let Some(old) = old
+                && now.is_none_or(|now| !Arc::ptr_eq(now, old))
+            {
+                touch(old);
             }
         }
-        let ready = |egress: &&Egress| !egress.queues.is_empty();
-        let flood = ports
-            .iter()
-            .flatten()
-            .filter(ready)
-            .map(|egress| egress.reference.slot);
+        let ready = |egress: &&Arc<Egress>| !egress.queues.is_empty();
+        let flood = ports.iter().flatten().filter(ready);
         Topology {
-            flood: flood.collect(),
-            plans: plans
-                .into_iter()
-                .map(|(queues, starts)| Plan {
-                    queues: queues.into(),
-                    starts: starts.into(),
-                })
-                .collect(),
+            flood: flood.map(|egress| egress.reference.slot).collect(),
+            plans: plans(before, entries, &ports, &changed),
             ports: ports.into(),
             fdb,
             since,
@@ -159,45 +178,113 @@ impl Topology {
     /// The port in a slot.
     #[inline(always)]
     pub fn port(&self, slot: u16) -> Option<&Egress> {
-        self.ports.get(usize::from(slot))?.as_ref()
+        self.ports.get(usize::from(slot))?.as_deref()
     }
 }
 
-fn egress(entry: &PortEntry, mut start: impl FnMut(u16, Start)) -> Egress {
-    let mut queues = Vec::new();
-    for (pair, queue) in entry
-        .device
-        .iter()
-        .flat_map(|device| device.pairs.iter().enumerate())
-    {
-        let Some(receive) = queue.receive.as_ref().filter(|receive| receive.enabled) else {
+/// The plans of the threads that `changed`, made anew, and the others' as they were.
+fn plans(
+    before: Option<&Topology>,
+    entries: &[PortEntry],
+    ports: &[Option<Arc<Egress>>],
+    changed: &[bool],
+) -> Box<[Arc<Plan>]> {
+    let mut plans: Vec<(Vec<Ingress>, Vec<Start>)> = Vec::new();
+    plans.resize_with(changed.len(), Default::default);
+    let entries = if changed.contains(&true) {
+        entries
+    } else {
+        &[]
+    };
+    for entry in entries {
+        let Some(port) = &ports[usize::from(entry.shared.reference.slot)] else {
             continue;
         };
-        let address = Arc::as_ptr(&receive.queue).addr();
-        let index = queues.len() as u16;
-        start(
-            pair as u16,
-            Start {
-                slot: entry.shared.reference.slot,
-                index,
-                address,
-                call: receive
-                    .call
-                    .as_ref()
-                    .map_or(0, |call| Arc::as_ptr(call).addr()),
-            },
-        );
-        queues.push(EgressQueue {
+        let owner = |pair: u16| port.owners[usize::from(pair)].filter(|thread| changed[*thread]);
+        if !port.owners.iter().flatten().any(|thread| changed[*thread]) {
+            continue;
+        }
+        for (pair, start) in starts(entry) {
+            if let Some(thread) = owner(pair) {
+                plans[thread].1.push(start);
+            }
+        }
+        for ingress in ingresses(entry) {
+            if let Some(thread) = owner(ingress.pair)
+                && plans[thread].0.len() < MAX_PLAN
+            {
+                plans[thread].0.push(ingress);
+            }
+        }
+    }
+    let plans = plans.into_iter().enumerate();
+    let plan = |(thread, (queues, starts)): (usize, (Vec<_>, Vec<_>))| match before {
+        Some(before) if !changed[thread] => before.plans[thread].clone(),
+        _ => Arc::new(Plan {
+            queues: queues.into(),
+            starts: starts.into(),
+        }),
+    };
+    plans.map(plan).collect()
+}
+
+/// The receive queues that frames may be delivered into, each with its pair.
+fn receive_queues(entry: &PortEntry) -> impl Iterator<Item = (u16, &Receive)> {
+    let pairs = entry.device.iter().flat_map(|device| &device.pairs);
+    let queues = (0_u16..).zip(pairs);
+    queues.filter_map(|(pair, queues)| {
+        let receive = queues.receive.as_ref()?;
+        receive.enabled.then_some((pair, receive))
+    })
+}
+
+fn starts(entry: &PortEntry) -> impl Iterator<Item = (u16, Start)> {
+    let queues = (0_u16..).zip(receive_queues(entry));
+    queues.map(|(index, (pair, receive))| {
+        let call = receive.call.as_ref();
+        let start = Start {
+            slot: entry.shared.reference.slot,
+            index,
+            address: Arc::as_ptr(&receive.queue).addr(),
+            call: call.map_or(0, |call| Arc::as_ptr(call).addr()),
+        };
+        (pair, start)
+    })
+}
+
+impl Egress {
+    fn new(entry: &PortEntry, owner: impl Fn(u16) -> Option<usize>) -> Self {
+        let queues = receive_queues(entry).map(|(_, receive)| EgressQueue {
             queue: receive.queue.clone(),
             call: receive.call.clone(),
         });
+        Egress {
+            reference: entry.shared.reference,
+            shared: entry.shared.clone(),
+            memory: entry.device.as_ref().map(|device| device.memory.clone()),
+            queues: queues.collect(),
+            device: entry.device.clone(),
+            owners: pairs(entry).map(owner).collect(),
+        }
     }
-    Egress {
-        reference: entry.shared.reference,
-        shared: entry.shared.clone(),
-        memory: entry.device.as_ref().map(|device| device.memory.clone()),
-        queues: queues.into(),
+
+    /// Whether it would be the same, made anew.
+    fn is_made_of(&self, entry: &PortEntry, owner: impl Fn(u16) -> Option<usize>) -> bool {
+        let device = match (&self.device, &entry.device) {
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            (None, None) => true,
+            _ => false,
+        };
+        device
+            && Arc::ptr_eq(&self.shared, &entry.shared)
+            && pairs(entry).map(owner).eq(self.owners.iter().copied())
     }
+}
+
+/// The numbers of the queue pairs that a port's device has.
+fn pairs(entry: &PortEntry) -> impl Iterator<Item = u16> {
+    let device = entry.device.iter();
+    device.flat_map(|device| (0_u16..).zip(&device.pairs).map(|(pair, _)| pair))
 }
 
 fn ingresses(entry: &PortEntry) -> impl Iterator<Item = Ingress> + '_ {
@@ -220,4 +307,92 @@ fn ingresses(entry: &PortEntry) -> impl Iterator<Item = Ingress> + '_ {
                 })
             })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{PortSpec, SocketMode};
+    use crate::port::QueuePair;
+    use crate::switch::fdb::FdbConfig;
+
+    fn entry(slot: u16) -> PortEntry {
+        let spec = PortSpec {
+            name: format!("p{slot}"),
+            socket: "/none".into(),
+            mode: SocketMode::Server,
+            queues: 1,
+            poll: Vec::new(),
+            socket_mode: None,
+            socket_group: None,
+        };
+        let generation = 1;
+        let shared = PortShared::new(spec, PortRef { slot, generation }).unwrap();
+        PortEntry {
+            shared,
+            device: Some(device()),
+        }
+    }
+
+    fn device() -> Arc<Device> {
+        Arc::new(Device {
+            memory: Arc::default(),
+            features: 0,
+            numa_node: None,
+            pairs: vec![QueuePair::default()],
+        })
+    }
+
+    #[test]
+    fn what_does_not_change_is_shared_with_the_topology_before() {
+        let fdb = Arc::new(Fdb::new(FdbConfig::with_capacity(64)).unwrap());
+        let after = |before: Option<&Topology>, entries: &[PortEntry], owners: &[usize]| {
+            let since = vec![Instant::now(); 3].into();
+            Topology::succeed(before, entries, since, fdb.clone(), |port, _| {
+                Some(owners[usize::from(port.reference.slot)])
+            })
+        };
+        let shared = |one: &Topology, other: &Topology| {
+            let port = |slot: usize| {
+                let [one, other] = [one, other].map(|topology| topology.ports.get(slot));
+                matches!((one, other), (Some(Some(one)), Some(Some(other))) if Arc::ptr_eq(one, other))
+            };
+            let plan = |thread: usize| Arc::ptr_eq(&one.plans[thread], &other.plans[thread]);
+            ([0, 1].map(port), [0, 1, 2].map(plan))
+        };
+        let mut entries = vec![entry(0), entry(1)];
+        let first = after(None, &entries, &[0, 1]);
+        let same = after(Some(&first), &entries, &[0, 1]);
+        assert_eq!(shared(&first, &same), ([true, true], [true, true, true]));
+        // Another port, without a frontend.
+        entries.push(PortEntry {
+            device: None,
+            ..entry(2)
+        });
+        let more = after(Some(&same), &entries, &[0, 1, 0]);
+        assert_eq!(shared(&same, &more), ([true, true], [true, true, true]));
+        assert!(more.port(2).is_some());
+        // Another device, another owner, and then none: the port went, or its slot is another one's.
+        entries[1].device = Some(device());
+        let device = after(Some(&more), &entries, &[0, 1, 0]);
+        assert_eq!(shared(&more, &device), ([true, false], [true, false, true]));
+        let moved = after(Some(&device), &entries, &[2, 1, 0]);
+        assert_eq!(
+            shared(&device, &moved),
+            ([false, true], [false, true, false])
+        );
+        entries[1] = entry(1);
+        let replaced = after(Some(&moved), &entries, &[2, 1, 0]);
+        assert_eq!(
+            shared(&moved, &replaced),
+            ([true, false], [true, false, true])
+        );
+        entries.truncate(1);
+        let gone = after(Some(&replaced), &entries, &[2]);
+        assert_eq!(
+            shared(&replaced, &gone),
+            ([true, false], [true, false, true])
+        );
+        assert!(gone.port(1).is_none());
+    }
 }

@@ -172,6 +172,22 @@ fn a_port_that_cannot_be_made_leaves_nothing_and_its_name_is_free_at_once() {
 }
 
 #[test]
+fn a_limit_of_descriptors_that_may_not_be_enough_is_named_before_it_is_reached() {
+    let scene = Scene::new();
+    let daemon = &scene.daemon;
+    // 32 ports with all queues in use would want more; none is.
+    limit_descriptors(daemon, Some(1000));
+    for n in 0..32 {
+        let socket = daemon.dir().join(format!("new{n}"));
+        let spec = format!("new{n},socket={}", socket.display());
+        assert_eq!(daemon.try_pollux(&["port", "add", &spec]).0, 0);
+    }
+    daemon.assert_logged("and the limit is 1000 (LimitNOFILE=");
+    assert_eq!(daemon.log().matches("the limit is").count(), 1);
+    scene.finish();
+}
+
+#[test]
 fn what_cannot_be_added_is_refused_by_name_and_nobody_notices() {
     let scene = Scene::new();
     let dir = scene.daemon.dir();

@@ -66,6 +66,8 @@ pub(super) struct Control {
     /// Sessions whose ports post more than they may, and when they are served: all with one publication.
     late: Vec<Arc<Link>>,
     late_at: Instant,
+    /// It was said that descriptors may run out.
+    pub(super) short_of_descriptors: bool,
     stopping: bool,
 }
 
@@ -107,6 +109,7 @@ impl Control {
             sessions: Vec::new(),
             late: Vec::new(),
             late_at: now,
+            short_of_descriptors: false,
             stopping: false,
         }
     }

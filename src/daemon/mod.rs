@@ -14,6 +14,7 @@ mod command;
 mod control;
 pub mod embedded;
 mod handle;
+mod handover;
 mod link;
 mod operations;
 mod pace;

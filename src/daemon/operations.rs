@@ -1,8 +1,11 @@
 //! What an operator does to ports, on the control thread.
 
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events};
+use rustix::process::{Resource, getrlimit};
 
 use super::control::{Control, LISTENER};
 use super::pace::Pace;
@@ -23,6 +26,16 @@ const ACCEPT_EVERY: Duration = Duration::from_millis(5);
 const POSTS: u32 = 256;
 const POST_EVERY: Duration = Duration::from_millis(5);
 
+/// Descriptors of a port with a frontend: two of its own, three of the session.
+const PORT_DESCRIPTORS: u64 = 5;
+/// A kick and a call for each ring.
+const PAIR_DESCRIPTORS: u64 = 4;
+
+/// A path without what does not matter, such as a slash too many: two such paths are the same if their bytes are.
+fn plain(path: &Path) -> OsString {
+    path.components().collect::<PathBuf>().into_os_string()
+}
+
 impl Control {
     pub(super) fn add_port(
         &mut self,
@@ -39,11 +52,12 @@ impl Control {
                 text: format!("port {:?} exists already", spec.name),
             });
         }
+        let socket = plain(&spec.socket);
         if let Some(other) = self
             .registry
             .ports
             .iter()
-            .find(|port| port.shared.spec.socket == spec.socket)
+            .find(|port| port.socket == socket)
         {
             return Err(ControlError::Conflict {
                 text: format!(
@@ -101,6 +115,7 @@ impl Control {
         }
         let now = Instant::now();
         let record = PortRecord {
+            socket: plain(&shared.spec.socket),
             shared: shared.clone(),
             door,
             placement: self.registry.place(&shared.spec.poll, None, queues),
@@ -119,12 +134,27 @@ impl Control {
         };
         let view = views::port(&record);
         self.registry.register(record);
+        self.look_at_descriptors();
         let text = format!(
             "port added on {:?}, mode {}",
             shared.spec.socket, shared.spec.mode
         );
         self.report.port(&shared, EventKind::PortAdded, text);
         Ok(view)
+    }
+
+    /// Says once, before a frontend has to be turned away, that the ports may use more descriptors than there can be.
+    fn look_at_descriptors(&mut self) {
+        let pairs = |record: &PortRecord| u64::from(record.queues) * PAIR_DESCRIPTORS;
+        let ports = self.registry.ports.iter();
+        let wanted: u64 = ports.map(|port| PORT_DESCRIPTORS + pairs(port)).sum();
+        let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        if wanted > limit && !std::mem::replace(&mut self.short_of_descriptors, true) {
+            tracing::warn!(
+                "with all queues in use the ports take {wanted} descriptors, and the limit is {limit} (LimitNOFILE=, \
+                 ulimit -Hn): frontends beyond it will have to wait"
+            );
+        }
     }
 
     pub(super) fn remove_port(

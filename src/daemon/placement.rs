@@ -12,55 +12,24 @@ use std::time::{Duration, Instant};
 use super::DaemonError;
 use super::balance::{Candidate, QueueKey, Reading, ThreadLoad, lightest, may};
 use super::command::Reply;
+use super::handover::{HandOver, Place};
 use super::port::PortRecord;
 use super::registry::Registry;
 use super::views;
 use crate::api::types::{Moved, PollThreadView};
 use crate::api::{ControlError, What};
 use crate::port::PortShared;
-use crate::sys::affinity;
 
 /// Control looks for acknowledgements this long before it goes on with other work: half of them come within about 20 µs, and
 /// the timer that would be waited for instead is a hundred times as long. Nobody's acknowledgement is relied upon.
 const HASTE: Duration = Duration::from_micros(100);
-
-/// The owner of a queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
-    /// A poll thread.
-    On(usize),
-    /// Nobody, until the old owner is known to have let go.
-    Between {
-        /// The next owner.
-        to: usize,
-    },
-}
-
-impl Place {
-    /// The thread that owns the queue now.
-    pub(super) fn owner(self) -> Option<usize> {
-        match self {
-            Place::On(thread) => Some(thread),
-            Place::Between { .. } => None,
-        }
-    }
-
-    /// The thread that owns it or will.
-    pub(super) fn thread(self) -> usize {
-        match self {
-            Place::On(thread) | Place::Between { to: thread } => thread,
-        }
-    }
-}
 
 /// Queues on their way to a thread.
 #[derive(Debug)]
 struct Move {
     port: Arc<PortShared>,
     pairs: Vec<u16>,
-    to: usize,
-    /// The view without their owner, once it is published.
-    generation: Option<u64>,
+    step: HandOver,
     reply: Option<Reply<Moved>>,
 }
 
@@ -75,8 +44,8 @@ pub(super) struct Moves {
 impl Moves {
     /// The moves of the view that was just published wait for its acknowledgement.
     pub(super) fn published(&mut self, generation: u64) {
-        for step in &mut self.moves {
-            step.generation.get_or_insert(generation);
+        for under_way in &mut self.moves {
+            under_way.step.published(generation);
         }
     }
 
@@ -111,14 +80,14 @@ impl Registry {
 
     /// What each thread that stays has to do.
     pub(super) fn thread_loads(&self) -> Vec<ThreadLoad> {
-        let queues = |number: usize| {
-            let places = self.ports.iter().flat_map(|port| &port.placement);
-            places.filter(|place| place.thread() == number).count()
-        };
+        let mut queues = [0; super::registry::MAX_THREADS];
+        for place in self.ports.iter().flat_map(|port| &port.placement) {
+            queues[place.thread()] += 1;
+        }
         let load = |number: usize| ThreadLoad {
             number,
             node: self.node_of(number),
-            queues: queues(number),
+            queues: queues[number],
             busy: self.loads.busy(number),
         };
         self.polls.staying().map(load).collect()
@@ -176,11 +145,7 @@ impl Registry {
     }
 
     fn node_of(&self, number: usize) -> Option<usize> {
-        self.polls
-            .threads
-            .get(&number)?
-            .cpu
-            .and_then(affinity::numa_node)
+        self.polls.threads.get(&number)?.node
     }
 
     /// A port's queues before they run, on threads of the node where the guest's memory is, if they are on others. Nobody
@@ -243,8 +208,7 @@ impl Registry {
         let mut pairs = Vec::new();
         for (number, place) in record.placement.iter_mut().enumerate() {
             let number = u16::try_from(number).unwrap_or(u16::MAX);
-            if pair.is_none_or(|pair| pair == number) && place.thread() != to {
-                *place = Place::Between { to };
+            if pair.is_none_or(|pair| pair == number) && place.leave_for(to) {
                 pairs.push(number);
             }
         }
@@ -252,8 +216,7 @@ impl Registry {
         self.moves.moves.push(Move {
             port,
             pairs,
-            to,
-            generation: None,
+            step: HandOver::new(to),
             reply,
         });
         Ok(())
@@ -324,13 +287,15 @@ impl Registry {
                 .collect::<Vec<_>>()
         };
         let queues: Vec<(String, u16)> = self.ports.iter().flat_map(on_it).collect();
+        let mut threads = self.thread_loads();
         for (name, pair) in queues {
-            let threads = self.thread_loads();
             let Some(record) = self.find(&name) else {
                 continue;
             };
             if let Some(to) = lightest(&threads, &record.shared.spec.poll, None) {
                 let _ = self.move_queues(&name, Some(pair), to, None);
+                let thread = threads.iter_mut().find(|thread| thread.number == to);
+                thread.into_iter().for_each(|thread| thread.queues += 1);
             }
         }
     }
@@ -344,19 +309,19 @@ impl Registry {
         self.await_moves();
         let (done, waiting) = std::mem::take(&mut self.moves.moves)
             .into_iter()
-            .partition(|step| self.is_acknowledged(step));
+            .partition(|under_way| self.is_free(under_way));
         self.moves.moves = waiting;
-        for step in done {
-            self.finish(step);
+        for free in done {
+            self.finish(free);
         }
         self.publish();
         self.end_leaving();
         self.moves.are_under_way()
     }
 
-    fn is_acknowledged(&self, step: &Move) -> bool {
-        step.generation
-            .is_some_and(|generation| self.acknowledgements.reached(generation))
+    fn is_free(&self, under_way: &Move) -> bool {
+        let reached = |generation| self.acknowledgements.reached(generation);
+        under_way.step.is_free(reached)
     }
 
     /// Looks for the acknowledgements that moves wait for, for a moment.
@@ -366,21 +331,20 @@ impl Registry {
             .moves
             .moves
             .iter()
-            .all(|step| self.is_acknowledged(step))
+            .all(|under_way| self.is_free(under_way))
             && Instant::now() < until
         {
             std::hint::spin_loop();
         }
     }
 
-    fn finish(&mut self, step: Move) {
+    fn finish(&mut self, free: Move) {
         let Move {
             port,
             pairs,
-            to,
+            step,
             reply,
-            ..
-        } = step;
+        } = free;
         let answer = match self.find_registration(&port) {
             // Its queues went with it.
             None => Err(ControlError::Gone {
@@ -389,12 +353,8 @@ impl Registry {
             Some(record) => {
                 let mut moved = 0;
                 for pair in pairs {
-                    // A later move may have redirected it.
-                    if let Some(place) = record.placement.get_mut(usize::from(pair))
-                        && *place == (Place::Between { to })
-                    {
-                        *place = Place::On(to);
-                        moved += 1;
+                    if let Some(place) = record.placement.get_mut(usize::from(pair)) {
+                        moved += u32::from(step.arrive(place));
                     }
                 }
                 Ok(Moved { queues: moved })

@@ -1,6 +1,6 @@
 //! The poll threads as control sees them: start, kick registration, wake-ups, stop.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
@@ -26,12 +26,16 @@ use crate::topology::{Plan, Topology};
 pub(super) struct PollThread {
     pub(super) shared: Arc<PollShared>,
     pub(super) cpu: Option<usize>,
+    /// NUMA node of that CPU.
+    pub(super) node: Option<usize>,
     pub(super) tid: Arc<AtomicU32>,
     handle: Option<JoinHandle<()>>,
     /// Kicks in the thread's epoll, by address of the object (which they keep alive).
     kicks: HashMap<usize, Arc<KickFd>>,
     /// It was reported as overdue, for what was published then.
     pub(super) overdue: Option<Instant>,
+    /// The newest plan is another one than before.
+    changed: bool,
     /// What the last plan held, to see whether a new one brings work.
     work: Vec<(usize, usize, bool)>,
     /// It is to end: its queues go to others, and it gets no more.
@@ -122,18 +126,26 @@ impl PollThreads {
     /// Brings the kicks of a topology into the threads' beds, before it is published.
     ///
     /// Kicks that are in no plan any more leave epoll here, so before their topology is retired.
-    pub(super) fn prepare(&mut self, topology: &Topology) {
+    pub(super) fn prepare(&mut self, before: &Topology, topology: &Topology) {
         for (number, thread) in &mut self.threads {
-            thread.prepare(&topology.plans[*number]);
+            let (old, new) = (&before.plans[*number], &topology.plans[*number]);
+            thread.changed = !Arc::ptr_eq(old, new);
+            if thread.changed {
+                thread.prepare(new);
+            }
         }
     }
 
-    /// Wakes the threads that got new work. A thread that is just falling asleep does not look at the topology again,
+    /// Wakes the threads that got new work, as [`PollThreads::prepare`] has noted. A thread that is just falling asleep does not look at the topology again,
     /// so the bell rings whether it sleeps or not.
     pub(super) fn wake(&mut self, topology: &Topology) {
         for (number, thread) in &mut self.threads {
+            if !std::mem::take(&mut thread.changed) {
+                continue;
+            }
             let work = work_of(&topology.plans[*number]);
-            if work.iter().any(|item| !thread.work.contains(item)) {
+            let known: HashSet<_> = thread.work.iter().collect();
+            if work.iter().any(|item| !known.contains(item)) {
                 thread.shared.sleeper.wake();
             }
             thread.work = work;
@@ -262,10 +274,12 @@ impl PollThreads {
         Ok(PollThread {
             shared,
             cpu,
+            node: cpu.and_then(affinity::numa_node),
             tid,
             handle: Some(handle),
             kicks: HashMap::new(),
             overdue: None,
+            changed: false,
             work: Vec::new(),
             leaving: false,
             removed,

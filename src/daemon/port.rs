@@ -1,12 +1,13 @@
 //! A registered port as control knows it: socket, session, device.
 
+use std::ffi::OsString;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::handover::Place;
 use super::link::Link;
 use super::pace::Pace;
-use super::placement::Place;
 use super::report::Reports;
 use super::socket::Listener;
 use crate::port::{Device, PortShared, Transmit};
@@ -39,6 +40,8 @@ pub(super) struct SessionHandle {
 #[derive(Debug)]
 pub(super) struct PortRecord {
     pub(super) shared: Arc<PortShared>,
+    /// The path of its socket, in the one form that equal paths have.
+    pub(super) socket: OsString,
     pub(super) door: Door,
     /// Poll thread by queue pair.
     pub(super) placement: Vec<Place>,

@@ -11,6 +11,7 @@ use std::time::Instant;
 use crossbeam_channel::Sender;
 
 use super::balance::Loads;
+use super::handover::Place;
 use super::placement::Moves;
 use super::pollers::PollThreads;
 use super::port::PortRecord;
@@ -79,14 +80,12 @@ impl Registry {
 
     /// A slot that no port has, with a generation that it never had.
     pub(super) fn free_slot(&mut self) -> PortRef {
-        let used = |slot: usize| {
-            self.ports
-                .iter()
-                .any(|port| usize::from(port.shared.reference.slot) == slot)
-        };
-        let slot = (0..self.slots.len())
-            .find(|slot| !used(*slot))
-            .unwrap_or(self.slots.len());
+        let mut free = vec![true; self.slots.len()];
+        for port in &self.ports {
+            free[usize::from(port.shared.reference.slot)] = false;
+        }
+        let slot = free.iter().position(|free| *free);
+        let slot = slot.unwrap_or(self.slots.len());
         if slot == self.slots.len() {
             self.slots.push(0);
         }
@@ -183,16 +182,20 @@ impl Registry {
             return;
         }
         let entries: Vec<PortEntry> = self.ports.iter().map(PortRecord::entry).collect();
+        // By slot: one search for each port would make a view cost their square.
+        let mut placements: Vec<&[Place]> = vec![&[]; self.slots.len()];
+        for record in &self.ports {
+            placements[usize::from(record.shared.reference.slot)] = &record.placement;
+        }
         let placement = |port: &PortShared, pair: u16| {
-            let record = self
-                .ports
-                .iter()
-                .find(|record| record.shared.reference == port.reference)?;
-            record.placement.get(usize::from(pair))?.owner()
+            let places = placements[usize::from(port.reference.slot)];
+            places.get(usize::from(pair))?.owner()
         };
         let since = self.waiting_since(Instant::now());
-        let topology = Topology::build(&entries, since, self.fdb.clone(), placement);
-        self.polls.prepare(&topology);
+        let before = self.publisher.current();
+        let fdb = self.fdb.clone();
+        let topology = Topology::succeed(Some(before), &entries, since, fdb, placement);
+        self.polls.prepare(before, &topology);
         let generation = self.publisher.publish(topology);
         self.polls.wake(self.publisher.current());
         self.moves.published(generation);

@@ -8,7 +8,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::balance::QueueKey;
 use super::control::{OVERDUE, OperationTimes};
-use super::placement::Place;
+use super::handover::Place;
 use super::port::{Door, PortRecord};
 use super::registry::Registry;
 use crate::api::types::{
@@ -19,7 +19,6 @@ use crate::api::types::{
 use crate::api::{ControlError, What};
 use crate::port::PortShared;
 use crate::stats::{Direction, DropReason, Histogram};
-use crate::sys::affinity;
 use crate::sys::call::Way;
 use crate::vhost_user::{RingStatus, StatusSnapshot};
 use crate::wire::Mac;
@@ -296,10 +295,7 @@ pub(super) fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
     PollThreadView {
         thread: index as u32,
         cpu: thread.cpu.map(|cpu| cpu as u32),
-        numa_node: thread
-            .cpu
-            .and_then(affinity::numa_node)
-            .map(|node| node as u32),
+        numa_node: thread.node.map(|node| node as u32),
         tid: thread.tid.load(Ordering::Relaxed),
         state: match acknowledged {
             None => PollState::Asleep,

@@ -1,0 +1,132 @@
+//! Many ports: 512 of them in one daemon, with a guest at each.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "helpers of tests fail by panicking, like tests"
+)]
+
+mod common;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use common::daemon::{Daemon, DaemonOptions};
+use common::holdings::Holdings;
+use common::many::{ManyQueues, ManyRam};
+use common::traffic::Bystanders;
+use common::wait_for_within;
+use pollux::api::client::Client;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::json;
+
+const PORTS: usize = 512;
+/// With the tests' optimisation, and other tests beside it.
+const LIMIT: Duration = Duration::from_secs(120);
+/// Changes of which the median is taken, and how often that is tried: tests share their CPUs.
+const CHANGES: usize = 51;
+const ATTEMPTS: usize = 5;
+
+/// This process plays all guests: six descriptors each.
+fn raise_descriptor_limit() {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let raised = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    setrlimit(Resource::Nofile, raised).unwrap();
+}
+
+fn attach<'m>(rams: &'m [ManyRam], daemon: &Daemon, from: usize) -> Vec<ManyQueues<'m>> {
+    let sockets = daemon.sockets()[from..].iter();
+    let guests: Vec<_> = rams
+        .iter()
+        .zip(sockets)
+        .map(|(ram, socket)| ManyQueues::attach(ram, socket))
+        .collect();
+    wait_for_within(LIMIT, "the ports to run", || {
+        let ports = daemon.ports();
+        let running = ports.iter().filter(|port| port["state"] == "running");
+        running.count() == guests.len()
+    });
+    daemon.settle();
+    guests
+}
+
+/// Time from the request for another port to the answer; the port goes again.
+fn add(client: &Client, dir: &Path) -> Duration {
+    let spec = json!({"name": "new", "socket": dir.join("new")});
+    let began = Instant::now();
+    client.post("/v1/ports", &spec).unwrap();
+    let took = began.elapsed();
+    client.delete("/v1/ports/new").unwrap();
+    took
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+/// Medians of adding a port to either daemon, in turn.
+fn medians(daemons: [&Daemon; 2]) -> [Duration; 2] {
+    let clients = daemons.map(|daemon| Client::new(daemon.dir().join("api.sock")));
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..CHANGES {
+        for ((client, daemon), times) in clients.iter().zip(daemons).zip(&mut times) {
+            times.push(add(client, daemon.dir()));
+        }
+    }
+    times.map(median)
+}
+
+#[test]
+fn the_513th_port_takes_no_longer_than_twice_the_second_and_all_of_them_work() {
+    raise_descriptor_limit();
+    let with = |ports| DaemonOptions {
+        ports,
+        ..DaemonOptions::default()
+    };
+    let (few, many) = (Daemon::start(&with(1)), Daemon::start(&with(PORTS)));
+    // The first two ports are for guests that do something.
+    let rams: Vec<ManyRam> = (0..PORTS - 2).map(|_| ManyRam::new(1)).collect();
+    let (own, others) = rams.split_first().unwrap();
+    let alone = attach(std::slice::from_ref(own), &few, 0);
+    let mut idle = attach(others, &many, 3);
+    let before = Holdings::of(&many);
+
+    let mut tried = Vec::new();
+    let fast = (0..ATTEMPTS).any(|_| {
+        let [second, last] = medians([&few, &many]);
+        tried.push((second, last));
+        last <= 2 * second
+    });
+    println!("the second port, and the 513th: {tried:?}");
+    assert!(fast, "{tried:?}");
+
+    // Frames pass as ever, also to the last port, while others come and go.
+    let bystanders = Bystanders::start([&many.sockets()[0], &many.sockets()[1]]);
+    let client = Client::new(many.dir().join("api.sock"));
+    for _ in 0..10 {
+        add(&client, many.dir());
+    }
+    let hello = common::traffic::frame(common::traffic::BROADCAST, [2, 0, 0, 0, 7, 7], 0, 60);
+    assert!(idle[0].try_send(0, &hello));
+    for (n, guest) in idle.iter_mut().enumerate().skip(1) {
+        wait_for_within(LIMIT, "a broadcast at every port", || {
+            let frame = guest.try_receive(0);
+            frame.is_some_and(|frame| frame == hello)
+        });
+        assert_eq!(guest.in_flight(0), 0, "guest {n}");
+    }
+    bystanders.go_on(100);
+    bystanders.finish();
+    drop((alone, idle));
+    few.stop();
+    // What the guests had is given back.
+    wait_for_within(LIMIT, "the ports to be free", || {
+        let ports = many.ports();
+        ports.iter().all(|port| port["state"] == "waiting")
+    });
+    assert!(Holdings::of(&many).fds < before.fds);
+    many.stop();
+}
