@@ -3,7 +3,7 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `production.rs` | `virtio/claim.rs` and `sys/snapshot.rs` as they stand, over loom's atomics |
+//! | `production.rs` | `virtio/claim.rs`, `sys/snapshot.rs` and `daemon/handover.rs` as they stand, over loom's atomics |
 //! | `delivery.rs` | (a) claim, fill, commit, publish: producers and a driver, split and packed |
 //! | `views.rs` | (b) publish, acknowledge, retire; (c) a transmit queue changes its poll thread |
 //! | `registry.rs` | (d) a session that enables its rings against the removal of its port |

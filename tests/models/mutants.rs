@@ -22,7 +22,25 @@ macro_rules! claim_mutant {
 macro_rules! snapshot_mutant {
     ($name:ident) => {
         mod $name {
+            #[allow(dead_code, reason = "not everything has a model")]
+            #[path = "../../../../src/daemon/handover.rs"]
+            pub mod handover;
             #[allow(dead_code, reason = "a copy")]
+            pub mod snapshot;
+            #[allow(dead_code, reason = "not every model is run")]
+            #[path = "../../views.rs"]
+            pub mod views;
+        }
+    };
+}
+
+macro_rules! handover_mutant {
+    ($name:ident) => {
+        mod $name {
+            #[allow(dead_code, reason = "a copy")]
+            pub mod handover;
+            #[allow(dead_code, reason = "not everything has a model")]
+            #[path = "../../../../src/sys/snapshot.rs"]
             pub mod snapshot;
             #[allow(dead_code, reason = "not every model is run")]
             #[path = "../../views.rs"]
@@ -37,6 +55,9 @@ claim_mutant!(no_barrier);
 claim_mutant!(no_room);
 snapshot_mutant!(acknowledges_unread);
 snapshot_mutant!(wakes_without_barrier);
+handover_mutant!(owned_on_its_way);
+handover_mutant!(unacknowledged);
+handover_mutant!(arrives_twice);
 
 /// Copy, text of the original, and what is replaced by what.
 const COPIES: &[(&str, &str, &str, &str)] = &[
@@ -75,6 +96,24 @@ const COPIES: &[(&str, &str, &str, &str)] = &[
         include_str!("../../src/sys/snapshot.rs"),
         "// Pairs with the barrier in `Publisher::publish`.\n            fence(Ordering::SeqCst);",
         "// Pairs with the barrier in `Publisher::publish`.\n            fence(Ordering::Release);",
+    ),
+    (
+        "owned_on_its_way/handover.rs",
+        include_str!("../../src/daemon/handover.rs"),
+        "Place::Between { .. } => None,",
+        "Place::Between { to } => Some(to),",
+    ),
+    (
+        "unacknowledged/handover.rs",
+        include_str!("../../src/daemon/handover.rs"),
+        "self.generation.is_some_and(reached)",
+        "self.generation.map(reached).is_some()",
+    ),
+    (
+        "arrives_twice/handover.rs",
+        include_str!("../../src/daemon/handover.rs"),
+        "let here = *place == (Place::Between { to: self.to });",
+        "let here = matches!(*place, Place::Between { .. });",
     ),
 ];
 
@@ -175,16 +214,35 @@ fn a_sleeper_that_keeps_its_borrow() {
     });
 }
 
+// From the old owner straight to the new one.
 #[test]
 #[should_panic(expected = "Causality violation")]
 fn a_queue_moved_by_one_publication() {
     explore(2, || {
-        production::views::hand_over(MoveFault::OnePublication)
+        owned_on_its_way::views::hand_over(MoveFault::None, &[1]);
+    });
+}
+
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn a_hand_over_that_does_not_wait() {
+    explore(2, || {
+        unacknowledged::views::hand_over(MoveFault::None, &[1]);
+    });
+}
+
+#[test]
+#[should_panic(expected = "arrives once")]
+fn a_hand_over_that_was_overtaken() {
+    explore(2, || {
+        arrives_twice::views::hand_over(MoveFault::None, &[1, 0]);
     });
 }
 
 #[test]
 #[should_panic(expected = "no kick came")]
 fn asleep_without_a_second_look() {
-    explore(2, || production::views::hand_over(MoveFault::NoSecondLook));
+    explore(2, || {
+        production::views::hand_over(MoveFault::NoSecondLook, &[1]);
+    });
 }

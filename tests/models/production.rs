@@ -6,6 +6,9 @@ pub mod claim;
 #[path = "delivery.rs"]
 pub mod delivery;
 #[allow(dead_code, reason = "not everything has a model")]
+#[path = "../../src/daemon/handover.rs"]
+pub mod handover;
+#[allow(dead_code, reason = "not everything has a model")]
 #[path = "../../src/sys/snapshot.rs"]
 pub mod snapshot;
 #[path = "views.rs"]

@@ -15,8 +15,6 @@ pub enum ReadFault {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum MoveFault {
     None,
-    /// From the old owner straight to the new one.
-    OnePublication,
     /// Sleeps after asking for kicks, without looking again.
     NoSecondLook,
 }
@@ -33,5 +31,15 @@ fn two_readers_two_publications() {
 
 #[test]
 fn a_transmit_queue_moves() {
-    explore(2, || views::hand_over(MoveFault::None));
+    explore(2, || views::hand_over(MoveFault::None, &[1]));
+}
+
+#[test]
+fn a_transmit_queue_is_sent_back_on_its_way() {
+    explore(2, || views::hand_over(MoveFault::None, &[1, 0]));
+}
+
+#[test]
+fn a_transmit_queue_is_sent_elsewhere_on_its_way() {
+    explore(1, || views::hand_over(MoveFault::None, &[1, 2]));
 }

@@ -1,11 +1,12 @@
 //! (b) Views are published, acknowledged and retired while readers fall asleep and wake; (c) a transmit queue goes
-//! from one poll thread to another by two publications. Included once for every `snapshot.rs`.
+//! from one poll thread to another as control hands it over. Included once for every `snapshot.rs` and `handover.rs`.
 
 use std::sync::Arc;
 
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use loom::thread::{self, ThreadId};
 
+use super::handover::{HandOver, Place};
 use super::snapshot::{Reader, snapshots};
 use crate::sync::Shared;
 use crate::view_models::{MoveFault, ReadFault};
@@ -135,11 +136,11 @@ impl Queue {
     }
 }
 
-/// Who owns the queue.
+/// Who owns the queue, as control writes it into a view.
 type Plan = Option<usize>;
 
 /// A poll thread, from its waking until it sleeps: `Poller::serve` in small.
-fn poll(mut reader: Reader<Plan>, queue: &Queue, fault: MoveFault) -> Reader<Plan> {
+fn poll(reader: &mut Reader<Plan>, queue: &Queue, fault: MoveFault) {
     let me = reader.index();
     loop {
         let plan = reader.borrow();
@@ -147,7 +148,7 @@ fn poll(mut reader: Reader<Plan>, queue: &Queue, fault: MoveFault) -> Reader<Pla
             // Without work: asleep until control rings the bell.
             drop(plan);
             reader.sleep();
-            return reader;
+            return;
         }
         queue.kicked.swap(false, Ordering::AcqRel);
         queue.want_kicks(false);
@@ -170,25 +171,38 @@ fn poll(mut reader: Reader<Plan>, queue: &Queue, fault: MoveFault) -> Reader<Pla
         drop(plan);
         if quiet {
             reader.sleep();
-            return reader;
+            return;
         }
+        // The view is stored before its generation: until both are, there is nothing to do but to look again.
+        thread::yield_now();
     }
 }
 
-/// Control moves the queue from the first reader to the second, which it then runs as the second poll thread.
-pub fn hand_over(fault: MoveFault) {
+/// Control orders the queue from the first poll thread to each of `targets` in turn, each order before the one before it
+/// is carried out, as `Registry::move_queues`, `publish` and `finish_moves` do. The second poll thread wakes once meanwhile, for
+/// some other reason. In the end the bell wakes whoever owns the queue.
+pub fn hand_over(fault: MoveFault, targets: &[usize]) {
     let queue = Arc::new(Queue {
         next: Shared::new(0),
         available: AtomicU64::new(0),
         kicks_wanted: AtomicBool::new(false),
         kicked: AtomicBool::new(false),
     });
-    let (mut publisher, readers) = snapshots::<Plan>(Some(0), 2);
-    let [first, second] = readers.try_into().unwrap();
-    let old = {
-        let queue = queue.clone();
-        thread::spawn(move || poll(first, &queue, fault))
-    };
+    let mut place = Place::On(0);
+    let threads = targets.iter().max().unwrap() + 1;
+    let (mut publisher, readers) = snapshots::<Plan>(place.owner(), threads);
+    let mut readers = readers.into_iter();
+    let awake: Vec<_> = readers
+        .by_ref()
+        .take(2)
+        .map(|mut reader| {
+            let queue = queue.clone();
+            thread::spawn(move || {
+                poll(&mut reader, &queue, fault);
+                reader
+            })
+        })
+        .collect();
     let driver = {
         let queue = queue.clone();
         thread::spawn(move || {
@@ -196,18 +210,33 @@ pub fn hand_over(fault: MoveFault) {
             queue.offer();
         })
     };
-    if fault != MoveFault::OnePublication {
-        let generation = publisher.publish(None);
-        let acknowledgements = publisher.acknowledgements();
-        while !acknowledgements.reached(generation) {
-            thread::yield_now();
+    let mut under_way = Vec::new();
+    for to in targets {
+        assert!(place.leave_for(*to), "it is elsewhere");
+        under_way.push(HandOver::new(*to));
+        let generation = publisher.publish(place.owner());
+        for step in &mut under_way {
+            step.published(generation);
         }
     }
-    publisher.publish(Some(1));
-    let second = poll(second, &queue, fault);
-    let first = old.join().unwrap();
+    let acknowledgements = publisher.acknowledgements();
+    let mut arrived = 0;
+    for step in under_way {
+        while !step.is_free(|generation| acknowledgements.reached(generation)) {
+            thread::yield_now();
+        }
+        arrived += usize::from(step.arrive(&mut place));
+        publisher.publish(place.owner());
+    }
+    let ended = awake.into_iter().map(|thread| thread.join().unwrap());
+    let mut all: Vec<_> = ended.chain(readers).collect();
+    for reader in &mut all {
+        poll(reader, &queue, fault);
+    }
     driver.join().unwrap();
-    drop((first, second));
+    drop(all);
+    let last = *targets.last().unwrap();
+    assert_eq!((arrived, place), (1, Place::On(last)), "it arrives once");
     let taken = queue.next.get();
     assert!(
         taken == queue.available() || queue.kicked.load(Ordering::Acquire),
