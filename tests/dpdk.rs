@@ -211,7 +211,7 @@ fn a_closed_loop_loses_nothing_where_the_frontend_listens() {
     let sockets: Vec<_> = (0..2).map(|n| common::socket_path(dir.path(), n)).collect();
     // It listens on its first socket and opens the second once the first is connected.
     let mut testpmd = Testpmd::spawn(&loop_options(&port, &sockets));
-    let backend = Backend::connecting(dir, 2);
+    let backend = Backend::connecting(dir, 2, 1);
     testpmd.wait_ready();
     closed_loop(&mut testpmd, 64, WINDOW, run_time());
     backend.assert_no_drops();

@@ -65,6 +65,11 @@ fn next(state: &mut u64) -> u64 {
     *state
 }
 
+/// The flow of a frame.
+pub(crate) fn flow(frame: &[u8]) -> u16 {
+    u16::from_be_bytes([frame[14], frame[15]])
+}
+
 /// Panics unless `received` is exactly `sent`: every frame once, unchanged, in order within its
 /// flow.
 pub(crate) fn assert_same(sent: &[Vec<u8>], received: &[Vec<u8>]) {

@@ -1,15 +1,17 @@
 //! Journeys: numbered frames from pcap files go in at one virtio-user port and come out at another, into pcap files,
-//! in both directions at once; then the files are compared. Each frame once, unchanged, in order within its flow.
+//! in both directions at once; then the files are compared. Each frame once, unchanged, in order within its flow. Each
+//! transmit queue has flows of its own, and a flow must come out of one receive queue.
 
-use std::path::Path;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::backend::Backend;
-use super::frames::{Plan, assert_same, read_pcap, write_pcap};
+use super::frames::{Plan, assert_same, flow, read_pcap, write_pcap};
 use super::testpmd::{Testpmd, TestpmdOptions, VirtioUser, counter};
 use super::{short_tempdir, socket_path, wait_for_within};
 
-/// Frames of each direction that go together.
+/// Flows of each transmit queue.
 const FLOWS: u16 = 7;
 
 /// What travels, and how.
@@ -38,7 +40,7 @@ impl Journey {
         let plans = [0, 1].map(|n: u8| Plan {
             to: [0x52, 0x54, 0, 0, 0, 2 - n],
             from: [0x52, 0x54, 0, 0, 0, 1 + n],
-            flows: FLOWS,
+            flows: FLOWS * self.port.queues,
             count: self.batch * self.batches,
             sizes: self.sizes.clone(),
         });
@@ -46,7 +48,13 @@ impl Journey {
         let files = short_tempdir();
         for (n, frames) in sent.iter().enumerate() {
             for (turn, batch) in frames.chunks(self.batch as usize).enumerate() {
-                write_pcap(&self.file(files.path(), "in", n, turn), batch);
+                for queue in 0..self.port.queues {
+                    let own = batch
+                        .iter()
+                        .filter(|frame| flow(frame) % self.port.queues == queue);
+                    let own: Vec<_> = own.cloned().collect();
+                    write_pcap(&self.file(files.path(), "in", n, turn, queue), &own);
+                }
             }
         }
         let (mut testpmd, backend) = self.start(files.path());
@@ -57,15 +65,35 @@ impl Journey {
         backend.assert_carried(u64::from(self.batch * self.batches));
         testpmd.quit();
         for (n, frames) in sent.iter().enumerate() {
-            let batches = (0..self.batches as usize)
-                .flat_map(|turn| read_pcap(&self.file(files.path(), "out", 1 - n, turn)));
-            assert_same(frames, &batches.collect::<Vec<_>>());
+            assert_same(frames, &self.arrived(files.path(), 1 - n));
         }
         backend.stop();
     }
 
-    fn file(&self, dir: &Path, name: &str, port: usize, turn: usize) -> std::path::PathBuf {
-        dir.join(format!("{name}{port}-{turn}.pcap"))
+    /// What came out of a port, one receive queue after the other; no flow out of several.
+    fn arrived(&self, files: &Path, port: usize) -> Vec<Vec<u8>> {
+        let (mut all, mut flows, mut used) = (Vec::new(), HashSet::new(), 0);
+        for queue in 0..self.port.queues {
+            let turns = 0..self.batches as usize;
+            let frames =
+                turns.flat_map(|turn| read_pcap(&self.file(files, "out", port, turn, queue)));
+            let frames: Vec<_> = frames.collect();
+            let own: HashSet<u16> = frames.iter().map(|frame| flow(frame)).collect();
+            assert!(flows.is_disjoint(&own), "a flow is in two queues");
+            flows.extend(&own);
+            used += u16::from(!own.is_empty());
+            all.extend(frames);
+        }
+        // A single frame is in one of them.
+        assert!(
+            used == self.port.queues || all.len() == 1,
+            "{used} queues were used"
+        );
+        all
+    }
+
+    fn file(&self, dir: &Path, name: &str, port: usize, turn: usize, queue: u16) -> PathBuf {
+        dir.join(format!("{name}{port}-{turn}-{queue}.pcap"))
     }
 
     /// testpmd with both virtio ports and a pcap port for each of them and each batch, attached to a backend.
@@ -75,12 +103,15 @@ impl Journey {
         let mut vdevs: Vec<String> = (0..2).map(|n| self.port.vdev(n, &sockets[n])).collect();
         for turn in 0..self.batches as usize {
             for n in 0..2 {
-                vdevs.push(format!(
-                    "net_pcap{},rx_pcap={},tx_pcap={}",
-                    2 * turn + n,
-                    self.file(files, "in", n, turn).display(),
-                    self.file(files, "out", n, turn).display()
-                ));
+                let mut vdev = format!("net_pcap{}", 2 * turn + n);
+                for queue in 0..self.port.queues {
+                    vdev += &format!(
+                        ",rx_pcap={},tx_pcap={}",
+                        self.file(files, "in", n, turn, queue).display(),
+                        self.file(files, "out", n, turn, queue).display()
+                    );
+                }
+                vdevs.push(vdev);
             }
         }
         let mut args = vec![format!("--burst={}", self.burst)];
@@ -88,25 +119,26 @@ impl Journey {
         args.push("--disable-device-start".into());
         if let Some(size) = self.mbuf_size {
             args.push(format!("--mbuf-size={size}"));
-            // They need memory.
-            args.push("--total-num-mbufs=8192".into());
+            // They need memory; every receive ring of both ports holds its entries.
+            let posted = 2 * u32::from(self.port.queues) * u32::from(self.port.queue_size);
+            args.push(format!("--total-num-mbufs={}", 8192.max(posted + 4096)));
         }
         let options = TestpmdOptions {
             vdevs,
             forward_mode: "io",
+            queues: self.port.queues,
             txd: self.txd,
             rxd: self.port.queue_size,
             args,
-            ..TestpmdOptions::default()
         };
         let (mut testpmd, backend) = if self.port.server {
             // It listens on its first socket and opens the second once the first is connected.
             let mut testpmd = Testpmd::spawn(&options);
-            let backend = Backend::connecting(dir, 2);
+            let backend = Backend::connecting(dir, 2, self.port.queues);
             testpmd.wait_ready();
             (testpmd, backend)
         } else {
-            let backend = Backend::listening_in(dir, 2);
+            let backend = Backend::listening_in(dir, 2, self.port.queues);
             (Testpmd::start(&options), backend)
         };
         if self.mbuf_size.is_some_and(|size| size < 2176) {

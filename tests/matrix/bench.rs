@@ -14,9 +14,9 @@ const SECONDS: &str = "0.3";
 pub(crate) fn run(cell: &Cell) {
     let daemon = Daemon::start(&DaemonOptions {
         ports: 2,
+        queues: cell.queues,
         client: cell.client,
         args: vec!["--poll-cpus".to_string(), cpus().0.to_string()],
-        ..DaemonOptions::default()
     });
     for size in cell.sizes() {
         exchange(cell, &daemon, *size);
@@ -52,6 +52,7 @@ fn exchange(cell: &Cell, daemon: &Daemon, size: usize) {
     command.args(["--size", &size.to_string()]);
     command.args(["--ring", if cell.packed { "packed" } else { "split" }]);
     command.args(["--ring-size", &cell.entries.to_string()]);
+    command.args(["--queues", &cell.queues.to_string()]);
     command.args(["--mergeable", on(cell.mergeable)]);
     command.args(["--in-order", on(cell.in_order)]);
     command.args([

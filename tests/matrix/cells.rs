@@ -30,6 +30,8 @@ pub(crate) struct Cell {
     pub(crate) in_order: bool,
     pub(crate) vectorized: bool,
     pub(crate) entries: u16,
+    /// Queue pairs of each guest.
+    pub(crate) queues: u16,
     /// The frontend listens, Pollux connects.
     pub(crate) client: bool,
 }
@@ -39,13 +41,14 @@ impl fmt::Display for Cell {
         let when = |set: bool, word: &'static str| if set { word } else { "" };
         write!(
             f,
-            "{:?} {}{}{}{}, {} entries, Pollux {}",
+            "{:?} {}{}{}{}, {} entries, {} queues, Pollux {}",
             self.driver,
             if self.packed { "packed" } else { "split" },
             when(self.mergeable, ", mergeable"),
             when(self.in_order, ", in order"),
             when(self.vectorized, ", vectorised"),
             self.entries,
+            self.queues,
             if self.client { "connects" } else { "listens" },
         )
     }
@@ -53,13 +56,14 @@ impl fmt::Display for Cell {
 
 impl Cell {
     /// Each dimension's value.
-    fn values(&self) -> [u16; 6] {
+    fn values(&self) -> [u16; 7] {
         [
             u16::from(self.packed),
             u16::from(self.mergeable),
             u16::from(self.in_order),
             u16::from(self.vectorized),
             self.entries,
+            self.queues,
             u16::from(self.client),
         ]
     }
@@ -104,6 +108,7 @@ impl Cell {
 /// All cells of a driver.
 pub(crate) fn cells(driver: Driver) -> Vec<Cell> {
     const BOTH: [bool; 2] = [false, true];
+    const QUEUES: [u16; 2] = [1, 4];
     let linux = driver == Driver::Qemu;
     // What Linux in QEMU negotiates is not for us to choose: never in order, 256 entries.
     let choice: &[bool] = if linux { &[false] } else { &BOTH };
@@ -123,16 +128,17 @@ pub(crate) fn cells(driver: Driver) -> Vec<Cell> {
             for &in_order in choice {
                 for &vectorized in vectors {
                     for &entries in entries {
-                        for &client in choice {
-                            cells.push(Cell {
+                        for queues in QUEUES {
+                            cells.extend(choice.iter().map(|&client| Cell {
                                 driver,
                                 packed,
                                 mergeable,
                                 in_order,
                                 vectorized,
                                 entries,
+                                queues,
                                 client,
-                            });
+                            }));
                         }
                     }
                 }
@@ -184,7 +190,7 @@ pub(crate) fn page() -> String {
             Driver::Bench => "\n## `pollux bench` to `pollux bench`\n",
             Driver::Qemu => "\n## Linux in QEMU, to a scripted guest and back\n",
         };
-        page += "\n| ring | mergeable | in order | vectorised | entries | Pollux | bytes |\n|---|---|---|---|---|---|---|\n";
+        page += "\n| ring | mergeable | in order | vectorised | entries | queues | Pollux | bytes |\n|---|---|---|---|---|---|---|---|\n";
         for cell in cells(driver) {
             page += &row(&cell);
         }
@@ -205,12 +211,13 @@ fn row(cell: &Cell) -> String {
     };
     let refused = |reason: &str| format!("refused: {reason}");
     format!(
-        "| {} | {} | {} | {} | {} | {} | {} |\n",
+        "| {} | {} | {} | {} | {} | {} | {} | {} |\n",
         if cell.packed { "packed" } else { "split" },
         yes(cell.mergeable),
         yes(cell.in_order),
         yes(cell.vectorized),
         cell.entries,
+        cell.queues,
         if cell.client { "connects" } else { "listens" },
         cell.refusal().map_or_else(sizes, refused),
     )

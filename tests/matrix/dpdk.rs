@@ -21,20 +21,20 @@ pub(crate) fn run(cell: &Cell) {
     journey(cell).run(|testpmd, backend| attached(cell, testpmd, backend));
 }
 
-/// Frames stream where what waits in the sender's ring and what testpmd adds in two turns fit the receiver's: then none can
-/// be dropped, however late the switch is. With few entries they go in batches that fit the ring; so they do where a frame
-/// may take several buffers, of which testpmd takes fewer in a turn than it sends.
+/// Frames stream where what waits in the sender's rings and what testpmd adds in two turns fit one of the receiver's: then
+/// none can be dropped, however late the switch is and however flows are spread. With few entries they go in batches that
+/// fit the ring; so they do where a frame may take several buffers, of which testpmd takes fewer in a turn than it sends.
 fn journey(cell: &Cell) -> Journey {
-    let entries = cell.entries;
+    let (entries, queues) = (cell.entries, cell.queues);
     let (batch, batches) = match cell.refusal() {
         Some(_) => (1, 1),
         None if cell.mergeable => (u32::from(entries / MOST_BUFFERS), 10),
-        None if entries < 4 * LEAST_TXD => (u32::from(entries - REARM), 10),
+        None if entries < 4 * queues * LEAST_TXD => (u32::from(entries - REARM), 10),
         None => (FRAMES, 1),
     };
     Journey {
         port: VirtioUser {
-            queues: 1,
+            queues,
             queue_size: entries,
             mergeable: cell.mergeable,
             in_order: cell.in_order,
@@ -45,9 +45,9 @@ fn journey(cell: &Cell) -> Journey {
         sizes: cell.sizes().to_vec(),
         batch,
         batches,
-        txd: LEAST_TXD.max(entries / 4),
+        txd: LEAST_TXD.max(entries / (4 * queues)),
         // The vectorised driver takes eight at least.
-        burst: (entries / 16).clamp(8, 32),
+        burst: (entries / (16 * queues)).clamp(8, 32),
         // A buffer that holds the longest frame, unless frames may span several.
         mbuf_size: (!cell.mergeable).then_some(9600),
         limit: Duration::from_secs(30),

@@ -17,13 +17,15 @@ use crate::common::{pause, wait_for_within};
 const LINUX: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
 const OURS: [u8; 6] = [0x52, 0x54, 0, 0, 0, 2];
 const LINUX_IP: [u8; 4] = [10, 0, 0, 1];
-const OUR_IP: [u8; 4] = [10, 0, 0, 2];
+const NET: &str = "10.0.0";
 /// Ethernet, IP, ICMP echo.
 const HEADERS: usize = 42;
 /// Pings of each length, several times as many as a ring has entries; and how many may be on their way: Linux drops
 /// answers beyond what its ICMP socket may hold, about ten of 9000 bytes.
 const PINGS: u16 = 1000;
 const WINDOW: u16 = 4;
+/// Addresses that pings come from, in turn: a flow each, so that several receive queues of Linux are used.
+const FLOWS: u16 = 16;
 /// pktgen's mark at the start of its UDP payload; a number follows it.
 const PKTGEN: [u8; 4] = [0xbe, 0x9b, 0xe9, 0x55];
 /// A guest without hardware virtualisation is slow, also to boot.
@@ -38,6 +40,7 @@ struct Linux {
 pub(crate) fn run(cell: &Cell) {
     let daemon = Daemon::start(&DaemonOptions {
         ports: 2,
+        queues: cell.queues,
         ..DaemonOptions::default()
     });
     let linux = Linux::start(cell, &daemon);
@@ -45,7 +48,9 @@ pub(crate) fn run(cell: &Cell) {
     let mut guest = Guest::new(&ram);
     guest.attach(&daemon.sockets()[1]);
     linux.ask(&format!(
-        "ip link set eth0 mtu 9000 up && ip address add 10.0.0.1/24 dev eth0 && arp -s 10.0.0.2 {}",
+        "ip link set eth0 mtu 9000 up && ip address add {NET}.1/24 dev eth0 && \
+         for n in $(seq 2 {}); do arp -s {NET}.$n {} || exit 1; done",
+        FLOWS + 1,
         name(OURS)
     ));
     wait_for_within(LIMIT, "both ports to run", || {
@@ -69,6 +74,7 @@ pub(crate) fn run(cell: &Cell) {
         ping(&mut guest, 60);
         sent += u64::from(PINGS);
     }
+    assert_spread(&daemon, cell.queues);
     let (frames, lost) = flood(&linux, &mut guest, &daemon);
 
     // Each side's counters, the other's, and those of the switch.
@@ -120,6 +126,7 @@ impl Linux {
         let mut command = Command::new(script("guest"));
         command.arg("--dir").arg(&dir);
         command.arg("--socket").arg(&daemon.sockets()[0]);
+        command.args(["--queues", &cell.queues.to_string()]);
         command.args(["--mrg-rxbuf", if cell.mergeable { "on" } else { "off" }]);
         if cell.packed {
             command.arg("--packed");
@@ -158,9 +165,21 @@ impl Linux {
     }
 }
 
-/// Sends numbered pings of `size` bytes; each must be answered once, in order, with what it said.
+/// Pings have come to each receive queue of Linux; split rings tell, a packed one's position goes in circles.
+fn assert_spread(daemon: &Daemon, queues: u16) {
+    let rings = daemon.port("p0")["session"]["rings"].clone();
+    let receive = rings.as_array().expect("rings").iter();
+    let receive = receive.filter(|ring| ring["direction"] == "tx" && ring["kind"] == "split");
+    for ring in receive {
+        let least = u64::from(PINGS) / u64::from(8 * queues);
+        assert!(ring["position"].as_u64() > Some(least), "{ring}");
+    }
+}
+
+/// Sends numbered pings of `size` bytes; each must be answered once, in order within its flow, with what it said.
 fn ping(guest: &mut Guest<'_>, size: usize) {
     let (mut asked, mut answered) = (0, 0);
+    let mut next: Vec<u16> = (0..FLOWS).collect();
     let mut last = Instant::now();
     while answered < PINGS {
         while asked < PINGS
@@ -178,15 +197,25 @@ fn ping(guest: &mut Guest<'_>, size: usize) {
             continue;
         };
         // The addresses change places, the kind of message and its sum change.
-        let request = echo_request(size, answered);
+        let flow = frame.get(33).map_or(0, |last| last.wrapping_sub(2));
+        let number = next
+            .get_mut(usize::from(flow))
+            .expect("one of our addresses");
+        let request = echo_request(size, *number);
         let expected_reply = reply_to(&request, &frame);
         assert!(
             frame == expected_reply,
-            "{size} bytes: answer {answered} is not that to its ping: {frame:02x?}"
+            "{size} bytes: an answer is not that to ping {number}: {frame:02x?}"
         );
+        *number += FLOWS;
         answered += 1;
         last = Instant::now();
     }
+}
+
+/// The address that a ping comes from.
+fn our_ip(number: u16) -> [u8; 4] {
+    [10, 0, 0, 2 + (number % FLOWS) as u8]
 }
 
 /// An ICMP echo request of `size` bytes with a number, and bytes that follow from it.
@@ -199,7 +228,7 @@ fn echo_request(size: usize, number: u16) -> Vec<u8> {
         &[0, 0, 0x40, 0, 64, 1, 0, 0],
     ]
     .concat();
-    ip.extend(OUR_IP);
+    ip.extend(our_ip(number));
     ip.extend(LINUX_IP);
     let sum = checksum(&ip);
     ip[10..12].copy_from_slice(&sum.to_be_bytes());
@@ -219,7 +248,7 @@ fn reply_to(request: &[u8], answer: &[u8]) -> Vec<u8> {
     reply[..6].copy_from_slice(&OURS);
     reply[6..12].copy_from_slice(&LINUX);
     reply[26..30].copy_from_slice(&LINUX_IP);
-    reply[30..34].copy_from_slice(&OUR_IP);
+    reply[30..34].copy_from_slice(&request[26..30]);
     for own in [15..16, 18..23] {
         reply[own.clone()].copy_from_slice(&answer[own]);
     }
