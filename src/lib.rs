@@ -38,8 +38,8 @@
 //! # From control to the data path: one mechanism
 //!
 //! [`topology::Topology`] is an immutable snapshot: ports, each poll thread's work ready-made, and its
-//! generation. Control publishes a new one for every change ([`sys::snapshot`]): it stores the pointer, then the
-//! generation. A poll thread compares the generation after every burst (one relaxed load of a line that changes
+//! generation. Control publishes a new one for every change ([`sys::snapshot`]), which shares the ports and plans that stay
+//! as they are with the one before: it stores the pointer, then the generation. A poll thread compares the generation after every burst (one relaxed load of a line that changes
 //! only then), settles everything it owes (claims, completions, retries, calls), borrows the new snapshot and
 //! acknowledges the generation stored inside it, in a padded word of its own.
 //!

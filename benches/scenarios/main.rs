@@ -1,7 +1,8 @@
 //! What changes cost: the scenarios of `benches/change` that need a program of their own.
 //!
 //! ```text
-//! scenarios claims|gather                      in this process, without sockets
+//! scenarios claims|gather|pairs                in this process, without sockets
+//! scenarios scale                              a switch of its own, with 2 to 512 ports
 //! scenarios slow|flood|fair  --attach A,B,…    guests on a switch's sockets, all played by one thread
 //! scenarios victim|reset     --attach A,B      guests that come, go and are killed
 //! ```
@@ -17,8 +18,13 @@
 mod attached;
 mod claims;
 mod gather;
+#[path = "../../tests/common/many.rs"]
+#[allow(dead_code, reason = "a helper of tests")]
+mod many;
+mod pairs;
 #[path = "../rig/mod.rs"]
 mod rig;
+mod scale;
 mod victims;
 
 use std::path::PathBuf;
@@ -58,6 +64,14 @@ enum Scenario {
     },
     /// 32 ports that send one frame each in a pass, against one port that sends 32
     Gather,
+    /// Two poll threads that serve two pairs of guests, against one
+    Pairs,
+    /// Start, memory, passes and changes of a switch with many ports
+    Scale {
+        /// Numbers of ports
+        #[arg(long, value_delimiter = ',', default_value = "2,8,32,128,512")]
+        ports: Vec<usize>,
+    },
     /// A sender, a fast receiver, and one that at times returns no buffer
     Slow {
         #[arg(long, value_delimiter = ',')]
@@ -141,6 +155,8 @@ fn run(scenario: &Scenario, effort: &Effort) -> Result<serde_json::Value, RunErr
     match scenario {
         Scenario::Claims { frames } => Ok(claims::measure(frames, effort)),
         Scenario::Gather => Ok(gather::measure(effort)),
+        Scenario::Pairs => Ok(pairs::measure(effort)),
+        Scenario::Scale { ports } => Ok(scale::measure(ports, effort)),
         Scenario::Slow { attach } => attached::slow(attach, effort),
         Scenario::Flood { attach } => attached::flood(attach, effort),
         Scenario::Fair { attach, size } => attached::fair(attach, *size, effort),

@@ -26,10 +26,10 @@ const ACCEPT_EVERY: Duration = Duration::from_millis(5);
 const POSTS: u32 = 256;
 const POST_EVERY: Duration = Duration::from_millis(5);
 
-/// Descriptors of a port with a frontend: two of its own, three of the session.
-const PORT_DESCRIPTORS: u64 = 5;
-/// A kick and a call for each ring.
-const PAIR_DESCRIPTORS: u64 = 4;
+/// Descriptors of a port with a frontend: two of its own, four of the session.
+const PORT_DESCRIPTORS: u64 = 6;
+/// A kick and a call for each ring; while they are replaced, both.
+const PAIR_DESCRIPTORS: u64 = 8;
 
 /// A path without what does not matter, such as a slash too many: two such paths are the same if their bytes are.
 fn plain(path: &Path) -> OsString {
