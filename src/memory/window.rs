@@ -240,21 +240,4 @@ impl<'m> Window<'m> {
             }
         }
     }
-
-    /// The same for writing: the line comes exclusively, so that the store need not ask for it again.
-    #[inline(always)]
-    pub fn prefetch_write(&self, offset: usize) {
-        if offset < self.len {
-            #[cfg(target_arch = "x86_64")]
-            {
-                let place = self.ptr.as_ptr().wrapping_add(offset);
-                // The intrinsic with `_MM_HINT_ET0` would be a prefetch for reading: the default target does not promise the
-                // instruction, which older processors execute as nothing at all.
-                // SAFETY: a prefetch has no architectural effect, whatever the address.
-                unsafe {
-                    std::arch::asm!("prefetchw [{}]", in(reg) place, options(nostack, preserves_flags));
-                }
-            }
-        }
-    }
 }
