@@ -10,6 +10,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+mod observe;
+
+pub use observe::{MAX_FILTER, MAX_OBSERVERS, MAX_SNAPLEN, MAX_TRACE, ObserveDirection};
+
 /// Longest port name, in bytes.
 pub const MAX_PORT_NAME: usize = 63;
 /// Longest socket path the kernel takes (`sun_path` less the terminating zero).
@@ -135,16 +139,21 @@ pub enum ConfigError {
     /// `--poll-cpus` takes another form.
     #[error("CPU list {0:?}: use numbers and ranges such as 0,2-3, each CPU once")]
     Cpus(String),
+    /// `--direction` takes another word.
+    #[error("direction {0:?}: use rx, tx or both")]
+    Direction(String),
+}
+
+/// Whether a text can name a port or a mirror.
+pub fn is_name(text: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+    (1..=MAX_PORT_NAME).contains(&text.len()) && text.bytes().all(allowed)
 }
 
 impl PortSpec {
     /// Checks what the types do not: name, path length, range of queues.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
-        if self.name.is_empty()
-            || self.name.len() > MAX_PORT_NAME
-            || !self.name.bytes().all(allowed)
-        {
+        if !is_name(&self.name) {
             return Err(ConfigError::PortName(self.name.clone()));
         }
         let path = self.socket.as_os_str().as_encoded_bytes();

@@ -150,14 +150,15 @@
 //! | module | role | may use |
 //! |---|---|---|
 //! | `main` | parse, run, exit code | `cli`, `bench`, `config`, `daemon` |
-//! | [`cli`] | arguments and client commands | `api`, `bench`, `config` |
-//! | [`daemon`] | composition root: control, registry, sessions' glue, reaper | `api`, `bench`, `config`, `memory`, `poll`, `port`, `stats`, `switch`, `sys`, `topology`, `vhost_user`, `wire` |
+//! | [`cli`] | arguments and client commands | `api`, `bench`, `config`, `wire` |
+//! | [`daemon`] | composition root: control, registry, sessions' glue, reaper | `api`, `bench`, `config`, `memory`, `observe`, `poll`, `port`, `stats`, `switch`, `sys`, `topology`, `vhost_user`, `wire` |
 //! | [`mod@bench`] | the load generator: guests that measure a switch | `config`, `memory`, `virtio` |
 //! | [`api`] | HTTP/JSON: types, server, client | `config`, `sys` |
 //! | [`vhost_user`] | the protocol with one frontend | `memory`, `port`, `sys`, `virtio` |
-//! | [`poll`] | poll thread: pass, delivery, idle policy | `config`, `frame`, `memory`, `stats`, `switch`, `sys`, `topology`, `virtio`, `wire` |
-//! | [`topology`] | the snapshot | `memory`, `port`, `switch`, `sys`, `virtio` |
+//! | [`poll`] | poll thread: pass, delivery, idle policy | `config`, `frame`, `memory`, `observe`, `stats`, `switch`, `sys`, `topology`, `virtio`, `wire` |
+//! | [`topology`] | the snapshot | `memory`, `observe`, `port`, `switch`, `sys`, `virtio` |
 //! | [`port`] | a port's two halves | `config`, `memory`, `stats`, `switch`, `sys`, `virtio` |
+//! | [`observe`] | captures, traces, mirrors: buffers, filters, formats | `config`, `memory`, `stats`, `switch` |
 //! | [`switch`] | decisions and FDB; no clock, thread or I/O | `stats`, `wire` |
 //! | [`frame`] | header snapshot, burst | `memory`, `stats`, `virtio`, `wire` |
 //! | [`virtio`] | rings, chains, claims; and the driver's side for `bench` and tests | `memory`, `sync` |
@@ -176,7 +177,8 @@
 //! (rx) comes out of a transmitq. *ingress*, *egress*: the ports of one frame. *descriptor, chain, head*: as in
 //! virtio. *kick*: driver to device; *call*: device to driver. *claim, fill, commit, publish*: above; to publish
 //! is to make visible, to the driver or to poll threads. *window*: a checked place in guest memory. *port*: what the
-//! operator made; *uplink*: a port that is no guest (none yet). *observer*: a capture or mirror (none yet).
+//! operator made; *uplink*: a port that is no guest (none yet). *observer*: a capture, trace or mirror.
+//! *tap, pen, lane*: where a poll thread meets observers, what it writes with, and where.
 //! *FDB*: learn, look up, age. *verdict*: unicast, flood, drop. *burst*: up to 64 frames handled together.
 //! *pass*: one turn of the poll loop. *generation*: of a topology, or of a port in its slot. *retire, reap*: take
 //! out of use, free.
@@ -216,6 +218,18 @@
 //!   threads whose work changed.
 //! - **GET_QUEUE_NUM answers at least 2**: QEMU compares it with queue pairs, cloud-hypervisor with rings. Rings of
 //!   pairs that are not offered are remembered and never started.
+//! - **Observers write into a byte ring for each poll thread** ([`observe`]), made by `rtrb` with room for every thread there can be. A
+//!   poll thread has the writing ends only while it works with a topology, by an exchange of one word each when it takes that
+//!   over: so an observer can be in a shared snapshot, and its ring needs neither a lock nor a model of our own. With no
+//!   observer a topology has no `taps`, which is tested once a burst, once a claim and at each drop; nothing is
+//!   carried in a frame for them.
+//! - **A capture reads the sender's memory once more**, instead of the receiver's copy: that one belongs to the receiver from
+//!   its publication on. What a hostile sender changes in between is then different in the capture.
+//! - **A mirror's copies wait for the next pass** of the thread that made them, or for the end of its work with a topology, and have no
+//!   retry: a mirror of a flood must not hold up the frames that it is a copy of.
+//! - **Filters are our own small language**, tcpdump's as far as it goes: the libraries that compile the whole of it bind libpcap,
+//!   which a bare machine does not have.
+//! - **The API makes pcapng, the client cuts it into files**: whoever has `curl` has captures, and a rotation knows blocks only.
 //! - **Slow calls are demoted by the port, by cost, for a minute of calm** ([`sys::call`]). Not by the descriptor or the
 //!   session, which a frontend renews at will; not at the first slow one, which may be noise; not for ever.
 
@@ -231,6 +245,7 @@ pub mod daemon;
 pub mod frame;
 #[allow(unsafe_code)]
 pub mod memory;
+pub mod observe;
 pub mod poll;
 pub mod port;
 pub mod stats;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::memory::GuestMemory;
+use crate::observe::{Observer, Taps};
 use crate::port::{Device, PortShared, Receive};
 use crate::switch::PortRef;
 use crate::switch::fdb::Fdb;
@@ -23,6 +24,8 @@ pub struct EgressQueue {
     pub queue: Arc<ReceiveQueue>,
     /// How its driver is called.
     pub call: Option<Arc<CallFd>>,
+    /// Queue pair.
+    pub pair: u16,
 }
 
 /// A port as a place to deliver to.
@@ -108,6 +111,8 @@ pub struct Topology {
     pub plans: Box<[Arc<Plan>]>,
     /// The forwarding data base; the same object in every topology.
     pub fdb: Arc<Fdb>,
+    /// Whoever looks on; `None` without any observer.
+    pub taps: Option<Taps>,
     /// By poll thread: since when there is something published that it has not acknowledged.
     pub since: Box<[Instant]>,
 }
@@ -171,7 +176,17 @@ impl Topology {
             plans: plans(before, entries, &ports, &changed),
             ports: ports.into(),
             fdb,
+            taps: None,
             since,
+        }
+    }
+
+    /// The same with observers.
+    pub fn with_observers(self, observers: &[Arc<Observer>]) -> Self {
+        let ports = self.ports.iter().flatten().map(|port| port.reference);
+        Topology {
+            taps: Taps::build(observers, ports),
+            ..self
         }
     }
 
@@ -254,9 +269,10 @@ fn starts(entry: &PortEntry) -> impl Iterator<Item = (u16, Start)> {
 
 impl Egress {
     fn new(entry: &PortEntry, owner: impl Fn(u16) -> Option<usize>) -> Self {
-        let queues = receive_queues(entry).map(|(_, receive)| EgressQueue {
+        let queues = receive_queues(entry).map(|(pair, receive)| EgressQueue {
             queue: receive.queue.clone(),
             call: receive.call.clone(),
+            pair,
         });
         Egress {
             reference: entry.shared.reference,

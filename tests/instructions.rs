@@ -18,8 +18,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use pollux::config::{IdlePolicy, PortSpec, SocketMode};
+use pollux::config::{IdlePolicy, MAX_SNAPLEN, ObserveDirection, PortSpec, SocketMode};
 use pollux::memory::{GuestMemory, RegionSpec, SharedMemory};
+use pollux::observe::{Filter, Kind, Observer, ObserverSpec};
 use pollux::poll::{PollShared, Poller};
 use pollux::port::{Device, PortShared, QueuePair, Receive, Transmit};
 use pollux::stats::ThreadStats;
@@ -57,6 +58,8 @@ struct Scenario {
     flood: bool,
     /// Poll threads; neighbouring ports, which send to each other, are on different ones.
     threads: usize,
+    /// Somebody captures all of it.
+    captured: bool,
 }
 
 const USUAL: Scenario = Scenario {
@@ -68,12 +71,13 @@ const USUAL: Scenario = Scenario {
     ports: 2,
     flood: false,
     threads: 1,
+    captured: false,
 };
 
 /// These two must cost the same: nothing of a frame depends on how many threads there are.
 const ALIKE: [&str; 2] = ["split, four ports", "split, four ports on two threads"];
 
-const SCENARIOS: [Scenario; 9] = [
+const SCENARIOS: [Scenario; 10] = [
     USUAL,
     Scenario {
         name: "packed",
@@ -120,6 +124,11 @@ const SCENARIOS: [Scenario; 9] = [
         name: ALIKE[1],
         ports: 4,
         threads: 2,
+        ..USUAL
+    },
+    Scenario {
+        name: "split, captured",
+        captured: true,
         ..USUAL
     },
 ];
@@ -258,6 +267,17 @@ fn run(scenario: &Scenario, rounds: u32) -> u64 {
     let topology = Topology::build(&entries, since, fdb, |port, _| {
         Some(usize::from(port.reference.slot) % scenario.threads)
     });
+    let capture = ObserverSpec {
+        kind: Kind::Capture,
+        ports: None,
+        direction: ObserveDirection::Both,
+        snaplen: MAX_SNAPLEN,
+        filter: Filter::default(),
+    };
+    let (observer, mut records) = Observer::with_reader(capture, 0..scenario.threads);
+    let observers = [observer];
+    let topology = topology.with_observers(&observers[..usize::from(scenario.captured)]);
+    let mut bytes = Vec::new();
     let (_publisher, readers) = snapshots(topology, scenario.threads);
     let poller = |reader| {
         let shared = Arc::new(PollShared {
@@ -302,6 +322,7 @@ fn run(scenario: &Scenario, rounds: u32) -> u64 {
         }
         sent += frames(scenario);
         pollers.iter_mut().for_each(Poller::drain);
+        while records.next(&mut bytes).is_some() {}
         for [receive, transmit] in &mut drivers {
             let mut bytes = 0;
             while let Some(used) = receive.reap() {
@@ -311,6 +332,9 @@ fn run(scenario: &Scenario, rounds: u32) -> u64 {
             while transmit.reap().is_some() {}
         }
     }
+    let seen = 2 * arrived * u64::from(scenario.captured);
+    let counts = observers[0].counts();
+    assert_eq!((counts.captured, counts.missed), (seen, 0), "not captured");
     let senders = if scenario.flood {
         1
     } else {

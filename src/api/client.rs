@@ -17,8 +17,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::net::UnixStream;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
+use super::routes::observe::OBSERVER;
 use super::types::ApiError;
 
 /// How long a command waits for an answer; longer than the server waits for the daemon.
@@ -213,6 +215,50 @@ impl Client {
                 }
             }
             Ok(())
+        })
+    }
+
+    /// GET of a capture: says the name of its observer, then hands over what comes, until it is told to stop or the daemon
+    /// ends the stream. SIGINT and SIGTERM make the daemon end it, with everything that was captured until then.
+    pub fn stream_bytes(
+        &self,
+        target: &str,
+        begun: impl FnOnce(&str),
+        mut chunk: impl FnMut(&[u8]) -> ControlFlow<()>,
+    ) -> Result<(), ClientError> {
+        self.block_on(async {
+            let handler = |kind| signal(kind).map_err(|error| self.io(error));
+            let mut interrupt = handler(SignalKind::interrupt())?;
+            let mut terminate = handler(SignalKind::terminate())?;
+            let (_, response) = self.send(Method::GET, target, Bytes::new()).await?;
+            let name = response.headers().get(OBSERVER);
+            let name = name.and_then(|name| name.to_str().ok()).unwrap_or_default();
+            let name = name.to_string();
+            begun(&name);
+            let end = format!("/v1/observers/{name}");
+            let mut body = response.into_body();
+            loop {
+                let frame = tokio::select! {
+                    frame = body.frame() => frame,
+                    _ = interrupt.recv() => {
+                        self.send(Method::DELETE, &end, Bytes::new()).await?;
+                        continue;
+                    }
+                    _ = terminate.recv() => {
+                        self.send(Method::DELETE, &end, Bytes::new()).await?;
+                        continue;
+                    }
+                };
+                let Some(frame) = frame else {
+                    return Ok(());
+                };
+                let Ok(data) = frame.map_err(|_| self.cut())?.into_data() else {
+                    continue;
+                };
+                if chunk(&data).is_break() {
+                    return Ok(());
+                }
+            }
         })
     }
 

@@ -1,11 +1,14 @@
 //! A connection that gives up on a peer that does not read.
 //!
 //! The HTTP layer limits how long a peer may take to *send* its request; nothing there limits how
-//! long it may leave an answer or an event stream unread, with its buffers held here.
+//! long it may leave an answer or an event stream unread, with its buffers held here. A capture may be left unread for as
+//! long as its reader likes: what it misses is counted, and nothing grows meanwhile.
 
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -13,21 +16,34 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, Sleep, sleep};
 
+/// Whether a connection waits for its reader for ever.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Patience(Arc<AtomicBool>);
+
+impl Patience {
+    /// From now on it does.
+    pub(super) fn is_endless(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// A stream whose writes fail with `TimedOut` once none has made progress for a while.
 #[derive(Debug)]
 pub(super) struct WriteDeadline {
     stream: UnixStream,
     limit: Duration,
     stalled: bool,
+    patience: Patience,
     timer: Pin<Box<Sleep>>,
 }
 
 impl WriteDeadline {
-    pub(super) fn new(stream: UnixStream, limit: Duration) -> Self {
+    pub(super) fn new(stream: UnixStream, limit: Duration, patience: Patience) -> Self {
         WriteDeadline {
             stream,
             limit,
             stalled: false,
+            patience,
             timer: Box::pin(sleep(limit)),
         }
     }
@@ -40,6 +56,9 @@ impl WriteDeadline {
         if result.is_ready() {
             self.stalled = false;
             return result;
+        }
+        if self.patience.0.load(Ordering::Relaxed) {
+            return Poll::Pending;
         }
         if !self.stalled {
             self.stalled = true;

@@ -9,8 +9,9 @@ use std::fmt;
 use crossbeam_channel::Receiver;
 
 use super::types::{
-    Event, FdbAdd, FdbEntry, FdbKey, Moved, PollMove, PollSettings, PollSettingsPatch,
-    PollThreadView, PortPatch, PortView, StatsView, VersionView,
+    CaptureOrder, Event, FdbAdd, FdbEntry, FdbKey, MirrorAdd, Moved, ObserverView, PollMove,
+    PollSettings, PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView, TraceOrder,
+    VersionView,
 };
 use crate::config::PortSpec;
 
@@ -23,12 +24,15 @@ pub enum What {
     Address(FdbKey),
     /// A poll thread, by number.
     PollThread(u32),
+    /// An observer, by name.
+    Observer(String),
 }
 
 impl fmt::Display for What {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             What::Port(name) => write!(f, "port {name:?}"),
+            What::Observer(name) => write!(f, "observer {name:?}"),
             What::PollThread(number) => write!(f, "poll thread {number}"),
             What::Address(FdbKey { mac, vlan }) => write!(f, "address {mac} in VLAN {vlan}"),
         }
@@ -79,6 +83,14 @@ impl From<crate::config::ConfigError> for ControlError {
     }
 }
 
+/// Bytes that the daemon makes as time passes.
+pub trait ByteStream: Send {
+    /// The name of the observer behind it.
+    fn name(&self) -> &str;
+    /// Appends what there is by now, and says whether more may come. Waits for nothing.
+    fn read(&mut self, out: &mut Vec<u8>) -> bool;
+}
+
 /// The operations behind the API.
 pub trait Control: Send + Sync {
     /// Creates a port. With `may_exist`, a port that exists with the same values is the answer.
@@ -114,6 +126,18 @@ pub trait Control: Send + Sync {
     /// Events from now on. The channel is bounded; a reader too slow for it is disconnected after
     /// an event that says so.
     fn subscribe(&self) -> Receiver<Event>;
+    /// All observers.
+    fn observers(&self) -> Result<Vec<ObserverView>, ControlError>;
+    /// Ends an observer; its stream, if it has one, ends in order.
+    fn observer_remove(&self, name: &str) -> Result<(), ControlError>;
+    /// Starts a capture: a pcapng section. It has begun when this returns, and ends when the stream is dropped.
+    fn capture(&self, order: CaptureOrder) -> Result<Box<dyn ByteStream>, ControlError>;
+    /// Starts a trace: lines of JSON. It has begun when this returns, and ends when the stream is dropped.
+    fn trace(&self, order: TraceOrder) -> Result<Box<dyn ByteStream>, ControlError>;
+    /// Adds a mirror.
+    fn mirror_add(&self, order: MirrorAdd) -> Result<ObserverView, ControlError>;
+    /// Removes a mirror.
+    fn mirror_remove(&self, name: &str) -> Result<(), ControlError>;
     /// What is running.
     fn version(&self) -> VersionView;
 }

@@ -23,6 +23,6 @@ mod routes;
 mod socket;
 mod stream;
 
-pub use control::{Control, ControlError, What};
+pub use control::{ByteStream, Control, ControlError, What};
 pub use events::EventHub;
 pub use server::{Server, ServerError};

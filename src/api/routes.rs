@@ -3,6 +3,7 @@
 //! Every answer that is no success is an [`ApiError`], also for unknown routes and requests that
 //! are too large or too slow.
 
+pub(super) mod observe;
 mod poll;
 
 use std::sync::Arc;
@@ -45,6 +46,8 @@ const CALL_LIMIT: Duration = Duration::from_secs(8);
 pub(super) const MAX_CALLS: usize = 8;
 /// Event streams at once.
 pub(super) const MAX_STREAMS: usize = 16;
+/// Captures and traces at once.
+pub(super) const MAX_CAPTURES: usize = 16;
 /// The `Server:` header, by which clients recognise a pollux and its version.
 pub(super) const SERVER: &str = concat!("pollux/", env!("CARGO_PKG_VERSION"));
 
@@ -53,6 +56,7 @@ struct Api {
     control: Arc<dyn Control>,
     calls: Arc<Semaphore>,
     streams: Arc<Semaphore>,
+    captures: Arc<Semaphore>,
     stopped: watch::Receiver<bool>,
 }
 
@@ -139,6 +143,7 @@ pub(super) fn router(control: Arc<dyn Control>, stopped: watch::Receiver<bool>) 
         control,
         calls: Arc::new(Semaphore::new(MAX_CALLS)),
         streams: Arc::new(Semaphore::new(MAX_STREAMS)),
+        captures: Arc::new(Semaphore::new(MAX_CAPTURES)),
         stopped,
     };
     Router::new()
@@ -157,6 +162,15 @@ pub(super) fn router(control: Arc<dyn Control>, stopped: watch::Receiver<bool>) 
         )
         .route("/v1/poll/moves", post(poll::poll_move))
         .route("/v1/poll/{thread}", delete(poll::poll_remove))
+        .route("/v1/observers", get(observe::observers))
+        .route("/v1/observers/{name}", delete(observe::observer_remove))
+        .route(
+            "/v1/mirrors",
+            get(observe::mirrors).post(observe::mirror_add),
+        )
+        .route("/v1/mirrors/{name}", delete(observe::mirror_remove))
+        .route("/v1/capture", get(observe::capture))
+        .route("/v1/trace", get(observe::trace))
         .route("/v1/stats", get(stats))
         .route("/v1/events", get(events))
         .route("/v1/openapi.json", get(openapi_json))
@@ -438,6 +452,13 @@ async fn openapi_json() -> Response {
         poll::poll_remove,
         poll::poll_move,
         poll::poll_set,
+        observe::observers,
+        observe::observer_remove,
+        observe::mirrors,
+        observe::mirror_add,
+        observe::mirror_remove,
+        observe::capture,
+        observe::trace,
         stats,
         events,
         openapi_json

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Extension, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -25,8 +25,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use super::conn::WriteDeadline;
-use super::routes::{self, MAX_CALLS, MAX_STREAMS};
+use super::conn::{Patience, WriteDeadline};
+use super::routes::{self, MAX_CALLS, MAX_CAPTURES, MAX_STREAMS};
 use super::socket::ApiSocket;
 use super::{Control, types::ApiError};
 use crate::config::MAX_SOCKET_PATH;
@@ -118,7 +118,7 @@ impl Server {
         let (socket, listener) = ApiSocket::bind(path, group)?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            .max_blocking_threads(MAX_CALLS + MAX_STREAMS)
+            .max_blocking_threads(MAX_CALLS + MAX_STREAMS + MAX_CAPTURES)
             .thread_name("api-call")
             .build()
             .map_err(ServerError::Thread)?;
@@ -266,7 +266,9 @@ async fn connection(
     _slot: OwnedSemaphorePermit,
     mut stopped: watch::Receiver<bool>,
 ) {
-    let io = TokioIo::new(WriteDeadline::new(stream, WRITE_LIMIT));
+    let patience = Patience::default();
+    let router = router.layer(Extension(patience.clone()));
+    let io = TokioIo::new(WriteDeadline::new(stream, WRITE_LIMIT, patience));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_LIMIT)

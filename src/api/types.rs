@@ -13,8 +13,13 @@ use utoipa::ToSchema;
 
 use crate::config::SocketMode;
 
+mod observe;
 mod poll;
 
+pub use observe::{
+    CaptureOrder, MirrorAdd, ObserverKind, ObserverStatistics, ObserverView, TraceFrame, TraceLine,
+    TraceOrder, TraceOutcome,
+};
 pub use poll::{
     Latency, Moved, PollAdd, PollMove, PollSettings, PollSettingsPatch, PollState, PollThreadView,
     QueueRef,
@@ -403,6 +408,10 @@ pub enum EventKind {
     PollThread,
     /// A transmit queue goes to another poll thread.
     QueueMoved,
+    /// An observer was added: a capture, a trace or a mirror.
+    ObserverAdded,
+    /// An observer has ended.
+    ObserverEnded,
     /// The reader was too slow and is cut off; this is the last event of the stream.
     TooSlow,
     /// The daemon stops; this is the last event of the stream.

@@ -10,6 +10,10 @@ use clap::{Args, Parser, Subcommand, ValueHint};
 use crate::api::types::{MAX_VLAN, MacAddr, PortPatch};
 use crate::config::{CpuList, IdlePolicy, MAX_QUEUE_PAIRS, PortSpec, QUEUE_PAIRS, Rebalance};
 
+mod observe;
+
+pub(super) use observe::{CaptureArgs, ExtcapArgs, MirrorCommand, WatchArgs};
+
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done
@@ -75,6 +79,29 @@ pub enum Command {
     Poll(PollCommand),
     /// Print what happens to ports, sessions and rings, as it happens
     Events(Output),
+    /// Look at the frames of a port, or of all: as lines, or as pcapng for Wireshark
+    Capture(CaptureArgs),
+    /// Tell what becomes of the next frames that enter through a port, a line each
+    Trace {
+        /// The port.
+        port: String,
+        /// How many frames
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 10,
+            value_parser = clap::value_parser!(u64).range(1..=crate::config::MAX_TRACE)
+        )]
+        count: u64,
+        /// How to print it.
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Send copies of frames to a port
+    #[command(subcommand)]
+    Mirror(MirrorCommand),
+    /// Be an extcap program for Wireshark, which calls this
+    Extcap(ExtcapArgs),
     /// Measure a switch with guests of our own, over real vhost-user sockets
     Bench(crate::bench::Args),
     /// Print a completion script for a shell

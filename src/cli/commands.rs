@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 
 use super::args::{Command, FdbCommand, Output, PollCommand, PortCommand};
 use super::text::print;
-use super::{Failure, views};
+use super::{Failure, observe, views};
 use crate::api::client::{Answer, Client, ClientError};
 use crate::api::types::{
     Event, EventKind, FdbAdd, FdbEntry, Flushed, Moved, PollAdd, PollMove, PollSettings,
@@ -27,6 +27,14 @@ pub(super) fn execute(command: Command, socket: PathBuf) -> Result<(), Failure> 
         Command::Stats { watch, output } => stats(&client, watch, output),
         Command::Poll(command) => poll(&client, command),
         Command::Events(output) => events(&client, output),
+        Command::Capture(args) => observe::capture(&client, &args),
+        Command::Trace {
+            port,
+            count,
+            output,
+        } => observe::trace(&client, &port, count, output),
+        Command::Mirror(command) => observe::mirror(&client, command),
+        Command::Extcap(args) => observe::extcap(&client, &args),
         Command::Run(_) | Command::Bench(_) | Command::Completions { .. } | Command::Man { .. } => {
             Err(Failure::internal(
                 "this command needs no daemon and was sent to one",
@@ -190,7 +198,7 @@ fn events(client: &Client, output: Output) -> Result<(), Failure> {
 }
 
 /// Gets `target` and prints it as it stands, or as `table` lays it out.
-fn show<T: DeserializeOwned>(
+pub(super) fn show<T: DeserializeOwned>(
     client: &Client,
     target: &str,
     output: Output,
@@ -205,7 +213,10 @@ fn show<T: DeserializeOwned>(
     print(&format!("{text}\n"))
 }
 
-fn absent_is_fine(result: Result<Answer, ClientError>, if_exists: bool) -> Result<(), Failure> {
+pub(super) fn absent_is_fine(
+    result: Result<Answer, ClientError>,
+    if_exists: bool,
+) -> Result<(), Failure> {
     match result {
         Ok(_) => Ok(()),
         Err(ClientError::Refused { error, .. })
@@ -225,7 +236,7 @@ fn port_target(name: &str) -> Result<String, Failure> {
 }
 
 /// Percent-encodes what is not plain in a URL.
-fn encode(text: &str) -> String {
+pub(super) fn encode(text: &str) -> String {
     let mut encoded = String::with_capacity(text.len());
     for byte in text.bytes() {
         if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.') {

@@ -2,13 +2,16 @@
 //!
 //! - `args`: what exists on the command line; help, man pages and completions come from it.
 //! - `commands`: the client commands, one request each.
+//! - `observe`, `blocks`: captures, traces and mirrors; pcapng as it arrives.
 //! - `views`, `text`: answers as tables for people. Text that a frontend may have chosen is escaped
 //!   before it reaches a terminal.
 //!
 //! `pollux run` is handed to a [`Runner`], so that nothing here knows the daemon.
 
 mod args;
+mod blocks;
 mod commands;
+mod observe;
 mod text;
 mod views;
 

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{self, Write};
+use std::time::Duration;
 
 use super::Failure;
 
@@ -156,6 +157,13 @@ pub(super) fn timestamp(time: f64) -> String {
         millis_of_day % 1000
     );
     text
+}
+
+/// The same with all nanoseconds.
+pub(super) fn timestamp_ns(time: Duration) -> String {
+    let whole = timestamp(time.as_secs() as f64);
+    let seconds = whole.split('.').next().unwrap_or_default();
+    format!("{seconds}.{:09}Z", time.subsec_nanos())
 }
 
 /// The Gregorian date of a day counted from 1970-01-01. Years start in March here, so that a leap

@@ -5,12 +5,14 @@ use std::sync::Arc;
 use crossbeam_channel::Sender;
 
 use super::link::Link;
+use super::observers::{ObserverRecord, Prospect};
 use crate::api::ControlError;
 use crate::api::types::{
-    FdbAdd, FdbEntry, FdbKey, Moved, PollMove, PollSettings, PollSettingsPatch, PollThreadView,
-    PortPatch, PortView, StatsView,
+    FdbAdd, FdbEntry, FdbKey, Moved, ObserverView, PollMove, PollSettings, PollSettingsPatch,
+    PollThreadView, PortPatch, PortView, StatsView,
 };
 use crate::config::PortSpec;
+use crate::observe::Observer;
 use crate::sys::snapshot::Reader;
 use crate::topology::Topology;
 
@@ -44,6 +46,15 @@ pub(super) enum Command {
     PollRemove(usize, Reply<()>),
     PollMove(PollMove, Reply<Moved>),
     PollSet(PollSettingsPatch, Reply<PollSettings>),
+    /// Resolves the ports that an observer names: those it looks at (all, where `None`), and where a mirror sends to.
+    Prospect(Option<Vec<String>>, Option<String>, Reply<Prospect>),
+    /// Registers an observer; the answer is its name and the generation from which on it is there.
+    Observe(ObserverRecord, Reply<(String, u64)>),
+    Observers(Reply<Vec<ObserverView>>),
+    /// Ends an observer by name; only if it is a mirror, where so.
+    EndObserver(String, bool, Reply<()>),
+    /// Whoever read from an observer has left, or has enough, and why.
+    LeaveObserver(Arc<Observer>, &'static str),
     /// A poll thread that was removed has ended; its reader is free.
     PollEnded(Reader<Topology>),
     /// End the daemon.

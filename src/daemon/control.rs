@@ -307,6 +307,20 @@ impl Control {
             Command::PollSet(patch, reply) => {
                 let _ = reply.send(Ok(self.set_poll(patch)));
             }
+            Command::Prospect(ports, to, reply) => {
+                let answer = self.registry.prospect(ports.as_deref(), to.as_deref());
+                let _ = reply.send(answer);
+            }
+            Command::Observe(record, reply) => {
+                let _ = reply.send(self.observe(record));
+            }
+            Command::Observers(reply) => {
+                let _ = reply.send(Ok(self.observers()));
+            }
+            Command::EndObserver(name, mirror, reply) => {
+                let _ = reply.send(self.end_observer(&name, mirror));
+            }
+            Command::LeaveObserver(observer, why) => self.leave_observer(&observer, why),
             Command::PollEnded(reader) => {
                 let text = format!("poll-{} has ended", reader.index());
                 self.registry.thread_ended(reader);

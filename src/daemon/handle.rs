@@ -6,14 +6,19 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::command::{Command, Reply};
+use super::observers::Names;
 use super::report::Report;
+use super::streams::{CaptureStream, TraceStream, add_mirror};
 use crate::api::types::{
-    Event, FdbAdd, FdbEntry, FdbKey, Moved, PollMove, PollSettings, PollSettingsPatch,
-    PollThreadView, PortPatch, PortView, StatsView, VersionView,
+    CaptureOrder, Event, FdbAdd, FdbEntry, FdbKey, MirrorAdd, Moved, ObserverView, PollMove,
+    PollSettings, PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView, TraceOrder,
+    VersionView,
 };
-use crate::api::{Control, ControlError};
+use crate::api::{ByteStream, Control, ControlError};
 use crate::config::PortSpec;
+use crate::sys::snapshot::Acknowledgements;
 use crate::sys::wake::Wake;
+use crate::topology::Topology;
 
 /// Control answers within a turn of its loop; more than this means that the machine stands still.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -24,6 +29,9 @@ pub struct Handle {
     pub(super) commands: Sender<Command>,
     pub(super) wake: Arc<Wake>,
     pub(super) report: Arc<Report>,
+    /// Names of ports, for records of observers.
+    pub(super) names: Arc<Names>,
+    pub(super) acknowledgements: Acknowledgements<Topology>,
 }
 
 impl Handle {
@@ -34,7 +42,10 @@ impl Handle {
         Ok(())
     }
 
-    fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, ControlError> {
+    pub(super) fn ask<T>(
+        &self,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> Result<T, ControlError> {
         let (reply, answer) = bounded(1);
         self.tell(command(reply))?;
         let late = |_| ControlError::Internal("the daemon does not answer".to_string());
@@ -105,6 +116,30 @@ impl Control for Handle {
 
     fn subscribe(&self) -> Receiver<Event> {
         self.report.hub.subscribe()
+    }
+
+    fn observers(&self) -> Result<Vec<ObserverView>, ControlError> {
+        self.ask(Command::Observers)
+    }
+
+    fn observer_remove(&self, name: &str) -> Result<(), ControlError> {
+        self.ask(|reply| Command::EndObserver(name.to_string(), false, reply))
+    }
+
+    fn capture(&self, order: CaptureOrder) -> Result<Box<dyn ByteStream>, ControlError> {
+        Ok(Box::new(CaptureStream::start(self, &order)?))
+    }
+
+    fn trace(&self, order: TraceOrder) -> Result<Box<dyn ByteStream>, ControlError> {
+        Ok(Box::new(TraceStream::start(self, &order)?))
+    }
+
+    fn mirror_add(&self, order: MirrorAdd) -> Result<ObserverView, ControlError> {
+        add_mirror(self, &order)
+    }
+
+    fn mirror_remove(&self, name: &str) -> Result<(), ControlError> {
+        self.ask(|reply| Command::EndObserver(name.to_string(), true, reply))
     }
 
     fn version(&self) -> VersionView {

@@ -16,6 +16,7 @@ pub mod embedded;
 mod handle;
 mod handover;
 mod link;
+mod observers;
 mod operations;
 mod pace;
 mod placement;
@@ -25,6 +26,7 @@ mod port;
 mod registry;
 mod report;
 mod socket;
+mod streams;
 mod views;
 
 use std::io;
@@ -47,6 +49,7 @@ use crate::topology::Topology;
 use command::Command;
 use control::Control;
 pub use handle::Handle;
+use observers::Names;
 use pollers::PollThreads;
 use registry::{MAX_THREADS, Registry};
 use report::Report;
@@ -225,12 +228,17 @@ fn assemble(
         .name("reaper".to_string())
         .spawn(move || retired.iter().for_each(drop))
         .map_err(DaemonError::System)?;
-    let registry = Registry::new(publisher, polls, (fdb, config.fdb_size), reap, epoch);
+    let names = Arc::new(Names::default());
+    let acknowledgements = publisher.acknowledgements();
+    let fdb = (fdb, config.fdb_size);
+    let registry = Registry::new(publisher, polls, fdb, reap, epoch, names.clone());
     let report = Arc::new(Report::default());
     let handle = Handle {
         commands: sender.clone(),
         wake: wake.clone(),
         report: report.clone(),
+        names,
+        acknowledgements,
     };
     let control = Control::new(
         registry,

@@ -162,7 +162,7 @@ impl Control {
         name: &str,
         ops: &mut EventOps,
     ) -> Result<(), ControlError> {
-        let record = self
+        let (record, observers) = self
             .registry
             .unregister(name)
             .ok_or_else(|| ControlError::no_port(name))?;
@@ -182,6 +182,9 @@ impl Control {
         }
         self.report
             .port(&record.shared, EventKind::PortRemoved, "port removed");
+        for observer in &observers {
+            self.report_end(observer, "port removed");
+        }
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use crossbeam_channel::Sender;
 
 use super::balance::Loads;
 use super::handover::Place;
+use super::observers::{Names, ObserverRecord};
 use super::placement::Moves;
 use super::pollers::PollThreads;
 use super::port::PortRecord;
@@ -45,6 +46,12 @@ pub(super) struct Registry {
     /// Queues and threads that change hands.
     pub(super) moves: Moves,
     pub(super) loads: Loads,
+    /// Captures, traces, mirrors.
+    pub(super) observers: Vec<ObserverRecord>,
+    /// Those that there have ever been without a name of their own.
+    pub(super) observed: u64,
+    /// For whoever reads what they write.
+    pub(super) names: Arc<Names>,
 }
 
 impl Registry {
@@ -54,6 +61,7 @@ impl Registry {
         (fdb, fdb_capacity): (Arc<Fdb>, usize),
         reaper: Sender<Retired<Topology>>,
         epoch: Instant,
+        names: Arc<Names>,
     ) -> Self {
         Registry {
             ports: Vec::new(),
@@ -70,6 +78,9 @@ impl Registry {
             epoch,
             moves: Moves::default(),
             loads: Loads::default(),
+            observers: Vec::new(),
+            observed: 0,
+            names,
         }
     }
 
@@ -113,13 +124,15 @@ impl Registry {
 
     /// Registers a port that is wholly built.
     pub(super) fn register(&mut self, record: PortRecord) {
+        let shared = &record.shared;
+        self.names.add(shared.reference, shared.name());
         self.ports.push(record);
         self.dirty = true;
         self.publish();
     }
 
-    /// Takes a port out, and returns its record for its session to be ended.
-    pub(super) fn unregister(&mut self, name: &str) -> Option<PortRecord> {
+    /// Takes a port out, and returns its record for its session to be ended, and the observers that end with it.
+    pub(super) fn unregister(&mut self, name: &str) -> Option<(PortRecord, Vec<ObserverRecord>)> {
         let at = self
             .ports
             .iter()
@@ -127,12 +140,17 @@ impl Registry {
         let record = self.ports.remove(at);
         record.shared.set_gone();
         self.fdb.port_removed(record.shared.reference);
+        let observers = self.observers_of(record.shared.reference);
+        self.names.remove(record.shared.reference);
         self.dirty = true;
         self.publish();
+        for observer in &observers {
+            observer.observer.end("port removed", self.generation());
+        }
         if let Some(session) = &record.session {
             session.link.port_gone(self.publisher.generation());
         }
-        Some(record)
+        Some((record, observers))
     }
 
     /// Takes all ports out, in one view: with one after the other, those that are still there would lose what they send to
@@ -142,8 +160,12 @@ impl Registry {
         for record in &records {
             record.shared.set_gone();
         }
+        let observers = std::mem::take(&mut self.observers);
         self.dirty = true;
         self.publish();
+        for observer in observers {
+            observer.observer.end("the daemon stops", self.generation());
+        }
         for session in records.iter().filter_map(|record| record.session.as_ref()) {
             session.link.port_gone(self.publisher.generation());
         }
@@ -195,6 +217,9 @@ impl Registry {
         let before = self.publisher.current();
         let fdb = self.fdb.clone();
         let topology = Topology::succeed(Some(before), &entries, since, fdb, placement);
+        let observers = self.observers.iter();
+        let observers: Vec<_> = observers.map(|record| record.observer.clone()).collect();
+        let topology = topology.with_observers(&observers);
         self.polls.prepare(before, &topology);
         let generation = self.publisher.publish(topology);
         self.polls.wake(self.publisher.current());

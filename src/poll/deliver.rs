@@ -11,11 +11,12 @@ use crate::stats::{DropReason, PortCounters};
 use crate::topology::{Egress, EgressQueue};
 use crate::virtio::{Claim, LEGACY_NET_HDR_SIZE, NET_HDR_SIZE, NoClaim};
 
-use super::egress::{Context, Touched};
+use super::context::Context;
+use super::egress::Touched;
 use super::owed::Owed;
 
 /// Claims that held nothing but unusable buffers, in a row, before the queue counts as full.
-const BARREN_CLAIMS: u32 = 4;
+pub(super) const BARREN_CLAIMS: u32 = 4;
 
 /// The frames of a burst by their numbers.
 pub(super) type Mask = u64;
@@ -136,7 +137,12 @@ impl<'t> Target<'_, 't> {
             match queue.claim_leaving(lengths, leave, self.claim) {
                 Ok(()) => {}
                 Err(NoClaim::TooLong) => {
-                    counters.dropped(DropReason::EgressTooLong, 1);
+                    let (to, first) = (
+                        (self.egress, Some(self.queue.pair)),
+                        mask & mask.wrapping_neg(),
+                    );
+                    let reason = DropReason::EgressTooLong;
+                    self.context.drop_egress(to, reason, self.burst, first);
                     mask &= mask - 1;
                     continue;
                 }
@@ -146,7 +152,8 @@ impl<'t> Target<'_, 't> {
                 }
             }
             let claim = &mut *self.claim;
-            let done = fill(self.context, self.burst, self.egress, claim, mask, counters);
+            let to = (self.egress, self.queue.pair);
+            let done = fill(self.context, self.burst, to, claim, mask, counters);
             self.touched.note(self.queue, queue.commit(claim));
             used += claim.span();
             if claim.bad_buffers() > 0 {
@@ -177,7 +184,7 @@ impl<'t> Target<'_, 't> {
 fn fill<'t>(
     context: &Context<'t>,
     burst: &Burst<'t>,
-    egress: &Egress,
+    (egress, pair): (&Egress, u16),
     claim: &mut Claim<'t>,
     mask: Mask,
     counters: &PortCounters,
@@ -204,8 +211,12 @@ fn fill<'t>(
         .as_ref()
         .is_some_and(|memory| memory.faulted())
     {
-        counters.dropped(DropReason::EgressMemoryFault, count);
+        let reason = DropReason::EgressMemoryFault;
+        context.drop_egress((egress, Some(pair)), reason, burst, done);
     } else {
+        if let Some(tap) = &context.tap {
+            tap.borrow_mut().delivered(burst, egress, pair, done);
+        }
         counters.tx_frames.add(count);
         counters.tx_bytes.add(bytes);
     }

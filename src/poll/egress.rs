@@ -6,14 +6,16 @@ use crate::frame::{BURST_FRAMES, Burst};
 use crate::stats::{DropReason, ThreadStats};
 use crate::sys::aio::Caller;
 use crate::sys::call::CallFd;
-use crate::topology::{Egress, EgressQueue, Ingress, Plan, Topology};
+use crate::topology::{Egress, EgressQueue, Topology};
 use crate::virtio::claim::Published;
 use crate::virtio::{Claim, NoClaim};
 
+use super::context::Context;
 use super::deliver::{Left, Mask, Target, numbers};
 use super::lanes::{lanes, matching};
 use super::notify::{CALLS, signal};
 use super::owed::Owed;
+use super::tap::{Lost, Tap};
 
 /// Copies of one pass after which calls are made and no more is taken: a flood to 500 ports is 500.
 const PASS_COPIES: u32 = 4096;
@@ -32,40 +34,6 @@ pub(super) struct Tools<'p> {
     pub(super) caller: &'p mut Caller,
     pub(super) stats: &'p ThreadStats,
     pub(super) clock: &'p quanta::Clock,
-}
-
-/// What every step of a pass looks at.
-#[derive(Debug)]
-pub(super) struct Context<'t> {
-    /// The borrowed snapshot.
-    pub(super) topology: &'t Topology,
-    /// This thread's part of it.
-    pub(super) plan: &'t Plan,
-    /// Number of the thread.
-    pub(super) thread: usize,
-}
-
-impl<'t> Context<'t> {
-    /// A queue of the plan.
-    #[inline(always)]
-    pub(super) fn ingress(&self, number: u16) -> &'t Ingress {
-        &self.plan.queues[usize::from(number)]
-    }
-
-    /// Counts a frame dropped at its ingress.
-    #[cold]
-    pub(super) fn drop_taken(&self, ingress: &Ingress, reason: DropReason) {
-        ingress.shared.stats.thread(self.thread).dropped(reason, 1);
-    }
-
-    /// Counts frames dropped at their egress.
-    #[cold]
-    fn drop_egress(&self, port: &Egress, reason: DropReason, mask: Mask) {
-        let count = u64::from(mask.count_ones());
-        if count > 0 {
-            port.shared.stats.thread(self.thread).dropped(reason, count);
-        }
-    }
 }
 
 /// Receive queues delivered to since calls were last made, and whether their publish is to be repeated.
@@ -106,8 +74,8 @@ pub(super) struct Delivery<'t, 'p> {
     pub(super) tools: Tools<'p>,
     pub(super) owed: Owed<'t>,
     /// The thread's one claim, empty between deliveries.
-    claim: Claim<'t>,
-    touched: Touched<'t>,
+    pub(super) claim: Claim<'t>,
+    pub(super) touched: Touched<'t>,
     /// Frames kept for the retry at the end of the pass.
     held: Burst<'t>,
     /// Egress slot of each held frame.
@@ -124,6 +92,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
                 topology,
                 plan: &topology.plans[thread],
                 thread,
+                tap: Tap::new(topology, thread, tools.clock),
             },
             tools,
             owed: Owed::default(),
@@ -201,8 +170,9 @@ impl<'t, 'p> Delivery<'t, 'p> {
         }
         while homeless != 0 {
             let frame = &burst.frames()[homeless.trailing_zeros() as usize];
-            let ingress = self.context.ingress(frame.ingress);
-            self.context.drop_taken(ingress, DropReason::NoDestination);
+            let lost = Lost::Read(burst, frame);
+            let reason = DropReason::NoDestination;
+            self.context.drop_taken(frame.ingress, reason, lost);
             homeless &= homeless - 1;
         }
         left
@@ -215,9 +185,10 @@ impl<'t, 'p> Delivery<'t, 'p> {
             return;
         };
         match &*port.queues {
-            [] => self
-                .context
-                .drop_egress(port, DropReason::EgressNotReady, mask),
+            [] => {
+                let reason = DropReason::EgressNotReady;
+                self.context.drop_egress((port, None), reason, burst, mask);
+            }
             [queue] => self.send_to(burst, port, queue, mask),
             _ => self.spread(burst, port, mask),
         }
@@ -262,7 +233,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
             // A ring that is short has kept its sender's share waiting already.
             left.hold |= if queue.queue.is_short() { 0 } else { behind };
             left.mask |= behind;
-            self.hold(burst, port, left);
+            self.hold(burst, (port, queue.pair), left);
         }
     }
 
@@ -294,7 +265,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
 
     /// Makes room for one more delivery: calls after many copies, owed chains before their list is full.
     #[inline(always)]
-    fn make_room(&mut self, copies: u32) {
+    pub(super) fn make_room(&mut self, copies: u32) {
         self.copies += copies;
         if self.copies > PASS_COPIES || self.touched.0.is_full() {
             self.spent |= self.copies > PASS_COPIES;
@@ -309,7 +280,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
 
     /// Keeps frames that found no buffer for the end of the pass; drops those that do not fit there.
     #[cold]
-    fn hold(&mut self, burst: &Burst<'t>, port: &Egress, left: Left) {
+    fn hold(&mut self, burst: &Burst<'t>, (port, pair): (&Egress, u16), left: Left) {
         let mut mask = left.hold;
         while mask != 0 && self.owed.has_room() {
             let frame = &burst.frames()[mask.trailing_zeros() as usize];
@@ -321,8 +292,8 @@ impl<'t, 'p> Delivery<'t, 'p> {
             mask &= mask - 1;
         }
         let dropped = mask | (left.mask & !left.hold);
-        self.context
-            .drop_egress(port, reason_of(left.reason), dropped);
+        let (to, reason) = ((port, Some(pair)), reason_of(left.reason));
+        self.context.drop_egress(to, reason, burst, dropped);
     }
 
     /// Completes the queues of a burst, as far as their frames are published.
@@ -414,8 +385,8 @@ impl<'t, 'p> Delivery<'t, 'p> {
         if rest.mask != 0 {
             queue.queue.retry_failed();
         }
-        self.context
-            .drop_egress(port, reason_of(rest.reason), rest.mask);
+        let (to, reason) = ((port, Some(queue.pair)), reason_of(rest.reason));
+        self.context.drop_egress(to, reason, &self.held, rest.mask);
     }
 
     /// Waits a bounded time until the claims that chains wait for are published, then forgets those.

@@ -34,7 +34,7 @@ pub(super) fn lanes<'t>(
 }
 
 /// A hash as a number below `count`, without a division.
-fn scale(hash: u32, count: usize) -> usize {
+pub(super) fn scale(hash: u32, count: usize) -> usize {
     ((u64::from(hash) * count as u64) >> 32) as usize
 }
 

@@ -4,14 +4,17 @@
 //! idle sleep, and a look at its own CPU time where that cannot matter: once a second, around taking over a topology, and
 //! after a pass that was long already. The look tells a long pass from a thread that had no CPU. It borrows the topology and acknowledges a new one after every burst; see `sys::snapshot`.
 
+mod context;
 mod deliver;
 mod egress;
 mod lanes;
+mod mirror;
 mod notify;
 mod owed;
 #[cfg(test)]
 mod parked_tests;
 mod pass;
+mod tap;
 #[cfg(test)]
 mod tests;
 

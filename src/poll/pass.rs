@@ -10,7 +10,9 @@ use crate::topology::{Ingress, Topology};
 use crate::virtio::Taken;
 use crate::wire::EthernetFrame;
 
-use super::egress::{Context, Delivery, EVERYWHERE, NOWHERE, Tools};
+use super::context::Context;
+use super::egress::{Delivery, EVERYWHERE, NOWHERE, Tools};
+use super::tap::Lost;
 
 /// Frames taken from one queue in one pass; a queue that has more waits for the thread's other queues.
 const QUEUE_FRAMES: usize = BURST_FRAMES;
@@ -50,7 +52,7 @@ impl<'t, 'p> Pass<'t, 'p> {
     pub(super) fn run(&mut self, now_s: u32, current: impl Fn() -> bool) -> bool {
         let queues = &self.context().plan.queues;
         let count = queues.len();
-        let mut worked = false;
+        let mut worked = self.delivery.replay();
         for turn in 0..count {
             let at = self.first + turn;
             let number = if at < count { at } else { at - count };
@@ -112,12 +114,18 @@ impl<'t, 'p> Pass<'t, 'p> {
             };
             taken += 1;
             if let Err(reason) = admitted {
-                self.context().drop_taken(ingress, reason);
+                let len = match found {
+                    Taken::Chain { len } => len.saturating_sub(queue.header() as u32),
+                    _ => 0,
+                };
+                let lost = Lost::Unread { position, len };
+                self.context().drop_taken(number, reason, lost);
             }
             // The pages may have gone while we read them (the file was truncated): zeros came instead.
             if ingress.memory.faulted() {
+                let lost = Lost::Unread { position, len: 0 };
                 self.context()
-                    .drop_taken(ingress, DropReason::RxMemoryFault);
+                    .drop_taken(number, DropReason::RxMemoryFault, lost);
                 break;
             }
         }
@@ -138,15 +146,33 @@ impl<'t, 'p> Pass<'t, 'p> {
         }
         self.burst.load_heads();
         let mut egress = [NOWHERE; BURST_FRAMES];
-        let flooding = self.decide(&mut egress, now_s);
+        let flooding = match &self.context().tap {
+            None => self.decide::<false>(&mut egress, now_s),
+            Some(_) => self.decide_watched(&mut egress, now_s),
+        };
         self.delivery.dispatch(&self.burst, &egress, flooding);
         self.delivery.complete_burst(&self.burst);
         self.burst.clear();
     }
 
-    /// Fills in each frame's egress slot; returns whether any is to be flooded.
+    /// The same with observers.
+    #[cold]
+    #[inline(never)]
+    fn decide_watched(&self, egress: &mut [u16; BURST_FRAMES], now_s: u32) -> bool {
+        let Some(tap) = &self.context().tap else {
+            return false;
+        };
+        tap.borrow_mut().received(&self.burst);
+        if tap.borrow().traces() {
+            self.decide::<true>(egress, now_s)
+        } else {
+            self.decide::<false>(egress, now_s)
+        }
+    }
+
+    /// Fills in each frame's egress slot; returns whether any is to be flooded. `TRACED`: somebody wants to know why.
     #[inline(always)]
-    fn decide(&self, egress: &mut [u16; BURST_FRAMES], now_s: u32) -> bool {
+    fn decide<const TRACED: bool>(&self, egress: &mut [u16; BURST_FRAMES], now_s: u32) -> bool {
         let context = self.context();
         let generation = |slot| {
             context
@@ -163,7 +189,7 @@ impl<'t, 'p> Pass<'t, 'p> {
             counted.add(frame, context);
             let key = (frame.addresses(), frame.ingress);
             let verdict = match last {
-                Some((same, verdict)) if same == key => verdict,
+                Some((same, verdict)) if same == key && !TRACED => verdict,
                 _ => {
                     let Some(ethernet) = EthernetFrame::parse(frame.head()) else {
                         continue;
@@ -173,7 +199,11 @@ impl<'t, 'p> Pass<'t, 'p> {
                         src: ethernet.src(),
                         len: frame.len,
                     };
-                    decide(&head, ingress.reference, fdb, &generation, now_s)
+                    let decision = decide(&head, ingress.reference, fdb, &generation, now_s);
+                    if TRACED && let Some(tap) = &context.tap {
+                        tap.borrow_mut().decided(&self.burst, frame, &decision);
+                    }
+                    decision.verdict
                 }
             };
             last = Some((key, verdict));
@@ -183,7 +213,10 @@ impl<'t, 'p> Pass<'t, 'p> {
                     *egress = EVERYWHERE;
                     flooding = true;
                 }
-                Verdict::Drop(reason) => context.drop_taken(ingress, reason),
+                Verdict::Drop(reason) => {
+                    let lost = Lost::Read(&self.burst, frame);
+                    context.drop_taken(frame.ingress, reason, lost);
+                }
             }
         }
         counted.flush(context);
@@ -195,6 +228,8 @@ impl<'t, 'p> Pass<'t, 'p> {
 
     /// Repeats until nothing of ours waits to be published: before sleeping and before acknowledging.
     pub(super) fn settle(&mut self) {
+        // What the last pass has mirrored: its next one may be of a topology without the mirror.
+        self.delivery.replay();
         self.delivery.settle_wholly();
     }
 

@@ -16,7 +16,7 @@
 //! 6. Unknown destinations are flooded.
 
 use super::PortRef;
-use super::fdb::Fdb;
+use super::fdb::{Fdb, Learned};
 use crate::stats::DropReason;
 use crate::wire::{HEADER_LEN, Mac};
 
@@ -45,6 +45,31 @@ pub enum Verdict {
     Drop(DropReason),
 }
 
+/// A verdict, and what it came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// Where the frame goes.
+    pub verdict: Verdict,
+    /// What its source has taught; `None` where it could teach nothing.
+    pub learned: Option<Learned>,
+    /// The port that its destination is behind, as far as that was looked up and found.
+    pub known: Option<PortRef>,
+}
+
+impl Decision {
+    fn new(verdict: Verdict, learned: Option<Learned>) -> Self {
+        Decision {
+            verdict,
+            learned,
+            known: None,
+        }
+    }
+
+    fn drop(reason: DropReason, learned: Option<Learned>) -> Self {
+        Decision::new(Verdict::Drop(reason), learned)
+    }
+}
+
 /// Decides where `view` goes that came from `ingress`, and learns from it.
 ///
 /// `ports` tells the generation of the port in a slot of the current topology, `None` if the slot
@@ -56,33 +81,35 @@ pub fn decide(
     fdb: &Fdb,
     ports: &impl Fn(u16) -> Option<u32>,
     now_s: u32,
-) -> Verdict {
+) -> Decision {
     if (view.len as usize) < HEADER_LEN {
-        return Verdict::Drop(DropReason::RxShortFrame);
+        return Decision::drop(DropReason::RxShortFrame, None);
     }
     if view.src.is_multicast() || view.src.is_zero() {
-        return Verdict::Drop(DropReason::RxBadSource);
+        return Decision::drop(DropReason::RxBadSource, None);
     }
-    fdb.learn(UNTAGGED, view.src, ingress, now_s);
+    let learned = Some(fdb.learn(UNTAGGED, view.src, ingress, now_s));
     if view.dst.is_multicast() {
         if view.dst.is_link_local() {
-            return Verdict::Drop(DropReason::LinkLocalFiltered);
+            return Decision::drop(DropReason::LinkLocalFiltered, learned);
         }
-        return Verdict::Flood;
+        return Decision::new(Verdict::Flood, learned);
     }
     // Not left to the look-up: where learning was refused, a frame to its own sender would flood.
     if view.dst == view.src {
-        return Verdict::Drop(DropReason::SamePort);
+        return Decision::drop(DropReason::SamePort, learned);
     }
     match fdb.lookup(UNTAGGED, view.dst) {
-        Some(port) if ports(port.slot) == Some(port.generation) => {
-            if port.slot == ingress.slot {
+        Some(port) if ports(port.slot) == Some(port.generation) => Decision {
+            verdict: if port.slot == ingress.slot {
                 Verdict::Drop(DropReason::SamePort)
             } else {
                 Verdict::Unicast(port.slot)
-            }
-        }
-        _ => Verdict::Flood,
+            },
+            learned,
+            known: Some(port),
+        },
+        _ => Decision::new(Verdict::Flood, learned),
     }
 }
 
@@ -117,7 +144,7 @@ mod tests {
                 src: mac(src),
                 len: 60,
             };
-            decide(&head, ingress, &self.fdb, &topology, 1)
+            decide(&head, ingress, &self.fdb, &topology, 1).verdict
         }
 
         fn knows(&self, address: &str) -> Option<PortRef> {
@@ -232,7 +259,7 @@ mod tests {
             src: mac(A),
             len: 13,
         };
-        let verdict = decide(&head, ALICE, &bench.fdb, &topology, 1);
+        let verdict = decide(&head, ALICE, &bench.fdb, &topology, 1).verdict;
         assert_eq!(verdict, Verdict::Drop(DropReason::RxShortFrame));
         assert!(bench.fdb.is_empty());
     }

@@ -6,6 +6,8 @@
 
 mod ethernet;
 mod flow;
+mod summary;
 
 pub use ethernet::{EthernetFrame, HEADER_LEN, Mac, MacParseError, VLAN_TAG_LEN, VlanTag};
 pub use flow::flow_hash;
+pub use summary::summary;

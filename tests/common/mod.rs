@@ -10,12 +10,14 @@
 //! - [`scene`]: bystanders that must notice nothing of what is done to a fourth port;
 //! - [`events`], [`holdings`]: what the daemon tells of itself, and what it holds of the system;
 //! - [`journey`]: pcap files sent through a backend by testpmd, and compared;
+//! - [`capture`]: captures, and their files as tshark reads them;
 //! - [`frames`]: numbered frames in pcap files, and their comparison after a journey.
 
 // Each test binary compiles this module anew and uses its own part of it.
 #![allow(dead_code)]
 
 pub(crate) mod backend;
+pub(crate) mod capture;
 pub(crate) mod daemon;
 pub(crate) mod events;
 pub(crate) mod frames;

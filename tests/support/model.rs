@@ -7,12 +7,13 @@ use std::time::{Duration, SystemTime};
 
 use crossbeam_channel::Receiver;
 use pollux::api::types::*;
-use pollux::api::{Control, ControlError, EventHub, Server, What};
+use pollux::api::{ByteStream, Control, ControlError, EventHub, Server, What};
 use pollux::config::PortSpec;
 
 #[derive(Default)]
 pub(crate) struct Model {
     specs: Mutex<Vec<PortSpec>>,
+    mirrors: Mutex<Vec<MirrorAdd>>,
     fdb: Mutex<Vec<FdbEntry>>,
     pub(crate) hub: EventHub,
     pub(crate) delay: Mutex<Duration>,
@@ -59,6 +60,37 @@ fn view(spec: &PortSpec) -> PortView {
             slow_calls: 3,
             deferred_calls: 40,
         },
+    }
+}
+
+fn mirror_view(mirror: &MirrorAdd) -> ObserverView {
+    ObserverView {
+        name: mirror.name.clone(),
+        kind: ObserverKind::Mirror,
+        ports: mirror.from.clone(),
+        to: Some(mirror.to.clone()),
+        direction: mirror.direction,
+        snaplen: mirror.snaplen,
+        filter: String::new(),
+        statistics: ObserverStatistics {
+            captured: 12,
+            missed: 3,
+            filtered: 0,
+        },
+    }
+}
+
+/// A stream that comes at once.
+struct Bytes(Vec<u8>);
+
+impl ByteStream for Bytes {
+    fn name(&self) -> &str {
+        "capture-1"
+    }
+
+    fn read(&mut self, out: &mut Vec<u8>) -> bool {
+        out.append(&mut self.0);
+        false
     }
 }
 
@@ -241,6 +273,50 @@ impl Control for Model {
 
     fn subscribe(&self) -> Receiver<Event> {
         self.hub.subscribe()
+    }
+
+    fn observers(&self) -> Result<Vec<ObserverView>, ControlError> {
+        let mirrors = self.mirrors.lock().unwrap();
+        Ok(mirrors.iter().map(mirror_view).collect())
+    }
+
+    fn observer_remove(&self, name: &str) -> Result<(), ControlError> {
+        self.mirror_remove(name)
+    }
+
+    fn capture(&self, order: CaptureOrder) -> Result<Box<dyn ByteStream>, ControlError> {
+        if let Some(port) = &order.port {
+            self.port(port)?;
+        }
+        // What is no section of pcapng, for a client to refuse.
+        Ok(Box::new(Bytes(vec![7; 40])))
+    }
+
+    fn trace(&self, order: TraceOrder) -> Result<Box<dyn ByteStream>, ControlError> {
+        self.port(&order.port)?;
+        let end = TraceLine::End {
+            reason: "port removed".into(),
+            frames: 0,
+            missed: 0,
+        };
+        let mut line = serde_json::to_vec(&end).unwrap();
+        line.push(b'\n');
+        Ok(Box::new(Bytes(line)))
+    }
+
+    fn mirror_add(&self, order: MirrorAdd) -> Result<ObserverView, ControlError> {
+        let view = mirror_view(&order);
+        self.mirrors.lock().unwrap().push(order);
+        Ok(view)
+    }
+
+    fn mirror_remove(&self, name: &str) -> Result<(), ControlError> {
+        let mut mirrors = self.mirrors.lock().unwrap();
+        let at = mirrors.iter().position(|mirror| mirror.name == name);
+        mirrors.remove(at.ok_or_else(|| ControlError::NotFound {
+            what: What::Observer(name.into()),
+        })?);
+        Ok(())
     }
 
     fn version(&self) -> VersionView {

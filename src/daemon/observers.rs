@@ -1,0 +1,259 @@
+//! Observers as control knows them: names, registration, and the end that comes with their ports.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::control::Control;
+use super::registry::Registry;
+use crate::api::types::{EventKind, ObserverKind, ObserverStatistics, ObserverView};
+use crate::api::{ControlError, What};
+use crate::config::MAX_OBSERVERS;
+use crate::observe::{Kind, Observer};
+use crate::switch::PortRef;
+
+/// Names of removed ports that are kept, for records that still speak of them.
+const GONE: usize = 256;
+
+/// Names of ports by registration, for whoever reads records.
+#[derive(Debug, Default)]
+pub(super) struct Names(Mutex<VecDeque<(PortRef, String, bool)>>);
+
+impl Names {
+    fn entries(&self) -> std::sync::MutexGuard<'_, VecDeque<(PortRef, String, bool)>> {
+        // A list that is whole at every moment.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn add(&self, port: PortRef, name: &str) {
+        self.entries().push_back((port, name.to_string(), false));
+    }
+
+    pub(super) fn remove(&self, port: PortRef) {
+        let mut entries = self.entries();
+        if let Some(entry) = entries.iter_mut().find(|entry| entry.0 == port) {
+            entry.2 = true;
+        }
+        let gone = entries.iter().filter(|entry| entry.2).count();
+        if gone > GONE
+            && let Some(oldest) = entries.iter().position(|entry| entry.2)
+        {
+            entries.remove(oldest);
+        }
+    }
+
+    /// The name of a registration.
+    pub(super) fn of(&self, port: PortRef) -> String {
+        let entries = self.entries();
+        let found = entries.iter().find(|entry| entry.0 == port);
+        found.map_or_else(|| format!("slot {}", port.slot), |entry| entry.1.clone())
+    }
+
+    /// Every registration that is known.
+    pub(super) fn all(&self) -> Vec<PortRef> {
+        self.entries().iter().map(|entry| entry.0).collect()
+    }
+}
+
+/// An observer and its names.
+#[derive(Clone, Debug)]
+pub(super) struct ObserverRecord {
+    pub(super) name: String,
+    pub(super) observer: Arc<Observer>,
+    /// Names of its ports; empty for all.
+    pub(super) ports: Vec<String>,
+    /// Destination of a mirror.
+    pub(super) to: Option<String>,
+}
+
+impl ObserverRecord {
+    fn view(&self) -> ObserverView {
+        let spec = &self.observer.spec;
+        let counts = self.observer.counts();
+        ObserverView {
+            name: self.name.clone(),
+            kind: match spec.kind {
+                Kind::Capture => ObserverKind::Capture,
+                Kind::Drops => ObserverKind::Drops,
+                Kind::Trace => ObserverKind::Trace,
+                Kind::Mirror(_) => ObserverKind::Mirror,
+            },
+            ports: self.ports.clone(),
+            to: self.to.clone(),
+            direction: spec.direction,
+            snaplen: spec.snaplen,
+            filter: spec.filter.text().to_string(),
+            statistics: ObserverStatistics {
+                captured: counts.captured,
+                missed: counts.missed,
+                filtered: counts.filtered,
+            },
+        }
+    }
+
+    /// Whether it has nothing to do without this port.
+    fn ends_with(&self, gone: PortRef, mut is_there: impl FnMut(PortRef) -> bool) -> bool {
+        let spec = &self.observer.spec;
+        if matches!(spec.kind, Kind::Mirror(to) if to == gone) {
+            return true;
+        }
+        let Some(ports) = &spec.ports else {
+            return false;
+        };
+        ports.contains(&gone) && !ports.iter().any(|port| *port != gone && is_there(*port))
+    }
+}
+
+/// What an observer needs to know before it is made.
+#[derive(Clone, Debug)]
+pub(super) struct Prospect {
+    /// The ports, in the order in which they were named; `None` for all.
+    pub(super) ports: Option<Vec<PortRef>>,
+    pub(super) to: Option<PortRef>,
+    /// Poll threads that there are.
+    pub(super) threads: Vec<usize>,
+}
+
+impl Registry {
+    /// Resolves the ports that an observer names.
+    pub(super) fn prospect(
+        &mut self,
+        ports: Option<&[String]>,
+        to: Option<&str>,
+    ) -> Result<Prospect, ControlError> {
+        let mut reference = |name: &str| {
+            let record = self.find(name);
+            let found = record.map(|record| record.shared.reference);
+            found.ok_or_else(|| ControlError::no_port(name))
+        };
+        let to = to.map(&mut reference).transpose()?;
+        let ports = ports.map(|names| names.iter().map(|name| reference(name)).collect());
+        Ok(Prospect {
+            ports: ports.transpose()?,
+            to,
+            threads: self.polls.staying().collect(),
+        })
+    }
+
+    /// Registers an observer that is wholly built, in the next view; returns the generation of that.
+    pub(super) fn observe(&mut self, record: ObserverRecord) -> Result<u64, ControlError> {
+        if self.observers.len() >= MAX_OBSERVERS {
+            return Err(ControlError::Conflict {
+                text: format!("{MAX_OBSERVERS} observers are the most there can be"),
+            });
+        }
+        if self.observers.iter().any(|other| other.name == record.name) {
+            return Err(ControlError::Conflict {
+                text: format!("observer {:?} exists already", record.name),
+            });
+        }
+        let spec = &record.observer.spec;
+        let to = match spec.kind {
+            Kind::Mirror(to) => Some(to),
+            _ => None,
+        };
+        // Any of them may have gone while the observer was made.
+        for port in spec.ports.iter().flatten().chain(&to) {
+            if !self.is_registered(*port) {
+                let what = What::Port(self.names.of(*port));
+                return Err(ControlError::Gone { what });
+            }
+        }
+        self.observers.push(record);
+        self.touch();
+        self.publish();
+        Ok(self.generation())
+    }
+
+    fn is_registered(&self, port: PortRef) -> bool {
+        let mut ports = self.ports.iter();
+        ports.any(|record| record.shared.reference == port)
+    }
+
+    /// Takes out the observers that have nothing to do without `gone`, before the view without it is published.
+    pub(super) fn observers_of(&mut self, gone: PortRef) -> Vec<ObserverRecord> {
+        let ports: Vec<PortRef> = self.ports.iter().map(|p| p.shared.reference).collect();
+        let ends =
+            |record: &mut ObserverRecord| record.ends_with(gone, |port| ports.contains(&port));
+        self.observers.extract_if(.., ends).collect()
+    }
+
+    /// Takes an observer out, if it is there.
+    fn stop_observing(
+        &mut self,
+        which: impl Fn(&ObserverRecord) -> bool,
+        why: &str,
+    ) -> Option<ObserverRecord> {
+        let at = self.observers.iter().position(which)?;
+        let record = self.observers.remove(at);
+        self.touch();
+        self.publish();
+        record.observer.end(why, self.generation());
+        Some(record)
+    }
+}
+
+impl Control {
+    pub(super) fn observe(
+        &mut self,
+        mut record: ObserverRecord,
+    ) -> Result<(String, u64), ControlError> {
+        if record.name.is_empty() {
+            self.registry.observed += 1;
+            let kind = record.observer.spec.kind.name();
+            record.name = format!("{kind}-{}", self.registry.observed);
+        }
+        let name = record.name.clone();
+        let kind = record.observer.spec.kind.name();
+        let ports = match record.ports.join(", ") {
+            none if none.is_empty() => "all ports".to_string(),
+            ports => ports,
+        };
+        let to = record.to.as_ref().map(|to| format!(" to {to}"));
+        let generation = self.registry.observe(record)?;
+        let text = format!("{kind} {name:?} of {ports}{}", to.unwrap_or_default());
+        self.report.daemon(EventKind::ObserverAdded, text);
+        Ok((name, generation))
+    }
+
+    /// Ends an observer by name; a mirror only, with `mirror`.
+    pub(super) fn end_observer(&mut self, name: &str, mirror: bool) -> Result<(), ControlError> {
+        let which = |record: &ObserverRecord| {
+            let is_mirror = matches!(record.observer.spec.kind, Kind::Mirror(_));
+            record.name == name && (is_mirror || !mirror)
+        };
+        let ended = self.registry.stop_observing(which, "stopped");
+        let Some(record) = ended else {
+            return Err(ControlError::NotFound {
+                what: What::Observer(name.to_string()),
+            });
+        };
+        self.report_end(&record, "stopped");
+        Ok(())
+    }
+
+    /// Whoever read from an observer has left, or has enough.
+    pub(super) fn leave_observer(&mut self, observer: &Arc<Observer>, why: &str) {
+        let which = |record: &ObserverRecord| Arc::ptr_eq(&record.observer, observer);
+        if let Some(record) = self.registry.stop_observing(which, why) {
+            self.report_end(&record, why);
+        }
+    }
+
+    /// Says that observers have ended with their port.
+    pub(super) fn report_end(&self, record: &ObserverRecord, why: &str) {
+        let counts = record.observer.counts();
+        let text = format!(
+            "{} {:?} ends: {why}; {} frames, {} missed",
+            record.observer.spec.kind.name(),
+            record.name,
+            counts.captured,
+            counts.missed
+        );
+        self.report.daemon(EventKind::ObserverEnded, text);
+    }
+
+    pub(super) fn observers(&self) -> Vec<ObserverView> {
+        let observers = self.registry.observers.iter();
+        observers.map(ObserverRecord::view).collect()
+    }
+}

@@ -1,0 +1,440 @@
+//! What clients read from observers: captures as pcapng, traces as lines; and how observers are made.
+//!
+//! All of it runs on the API's helper threads. Control only registers and takes out.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::command::Command;
+use super::handle::Handle;
+use super::observers::{ObserverRecord, Prospect};
+use crate::api::types::{
+    CaptureOrder, MirrorAdd, ObserverView, TraceFrame, TraceLine, TraceOrder, TraceOutcome,
+};
+use crate::api::{ByteStream, Control, ControlError};
+use crate::config::{MAX_FILTER, MAX_PORT_NAME, MAX_SNAPLEN, MAX_TRACE, ObserveDirection, is_name};
+use crate::observe::pcapng::Section;
+use crate::observe::trace::{Journey, Tracer};
+use crate::observe::{
+    Filter, Kind, Observer, ObserverSpec, Reader, Record, WallClock, What, since_1970,
+};
+use crate::switch::PortRef;
+use crate::switch::fdb::Learned;
+use crate::switch::forward::Verdict;
+use crate::wire;
+
+/// Bytes of records taken at once.
+const CHUNK: usize = 256 * 1024;
+/// How long a start or an end waits for the poll threads. One that stands still is reported elsewhere.
+const SETTLED: Duration = Duration::from_secs(2);
+/// Bytes of a traced frame that its line is made from.
+const TRACED_BYTES: u32 = 128;
+/// Shortest copy of a mirror: an Ethernet header.
+const MIN_COPY: u32 = 14;
+
+fn bad<T>(text: String) -> Result<T, ControlError> {
+    Err(ControlError::BadArgument(text))
+}
+
+/// An observer that is registered: what its stream, or its mirror, needs of it.
+#[derive(Debug)]
+struct Registered {
+    name: String,
+    observer: Arc<Observer>,
+    handle: Handle,
+}
+
+impl Registered {
+    /// Resolves the ports that an observer is to look at.
+    fn prospect(
+        handle: &Handle,
+        ports: Option<Vec<String>>,
+        to: Option<String>,
+    ) -> Result<Prospect, ControlError> {
+        handle.ask(|reply| Command::Prospect(ports, to, reply))
+    }
+
+    /// Registers it, and waits until every poll thread sees it.
+    fn new(handle: &Handle, record: ObserverRecord) -> Result<Registered, ControlError> {
+        let observer = record.observer.clone();
+        let (name, generation) = handle.ask(|reply| Command::Observe(record, reply))?;
+        let registered = Registered {
+            name,
+            observer,
+            handle: handle.clone(),
+        };
+        let deadline = Instant::now() + SETTLED;
+        while !handle.acknowledgements.reached(generation) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        Ok(registered)
+    }
+
+    /// Takes it out, unless it has ended already.
+    fn leave(&self, why: &'static str) {
+        if self.observer.ended().is_none() {
+            // A daemon that stops has taken it out.
+            let command = Command::LeaveObserver(self.observer.clone(), why);
+            let _ = self.handle.tell(command);
+        }
+    }
+
+    /// Why it has ended, once nobody writes to it any more.
+    fn settled_end(&self, since: &mut Option<Instant>) -> Option<String> {
+        let (why, generation) = self.observer.ended()?;
+        let since = since.get_or_insert_with(Instant::now);
+        let settled = self.handle.acknowledgements.reached(generation);
+        (settled || since.elapsed() > SETTLED).then(|| why.to_string())
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.leave("its reader has left");
+    }
+}
+
+/// A capture being read.
+#[derive(Debug)]
+pub(super) struct CaptureStream {
+    registered: Registered,
+    reader: Reader,
+    section: Section,
+    clock: WallClock,
+    /// Frames written, by interface.
+    written: Vec<u64>,
+    left: Option<u64>,
+    deadline: Option<Instant>,
+    ending: Option<Instant>,
+    bytes: Vec<u8>,
+}
+
+impl CaptureStream {
+    pub(super) fn start(handle: &Handle, order: &CaptureOrder) -> Result<Self, ControlError> {
+        if !(1..=MAX_SNAPLEN).contains(&order.snaplen) {
+            return bad(format!(
+                "snaplen {}: 1 to {MAX_SNAPLEN} bytes",
+                order.snaplen
+            ));
+        }
+        if order.count == Some(0) || order.seconds == Some(0) {
+            return bad("a capture of no frame or no time".to_string());
+        }
+        if order.filter.len() > MAX_FILTER {
+            return bad(format!("a filter may have at most {MAX_FILTER} bytes"));
+        }
+        let filter = Filter::compile(&order.filter)
+            .map_err(|error| ControlError::BadArgument(error.to_string()))?;
+        let names: Option<Vec<String>> = order.port.clone().map(|port| vec![port]);
+        let prospect = Registered::prospect(handle, names.clone(), None)?;
+        let spec = ObserverSpec {
+            kind: if order.drops {
+                Kind::Drops
+            } else {
+                Kind::Capture
+            },
+            ports: prospect.ports.clone().map(Into::into),
+            direction: order.direction,
+            snaplen: order.snaplen,
+            filter,
+        };
+        let (observer, reader) = Observer::with_reader(spec, prospect.threads.iter().copied());
+        let record = ObserverRecord {
+            name: String::new(),
+            observer,
+            ports: names.unwrap_or_default(),
+            to: None,
+        };
+        let registered = Registered::new(handle, record)?;
+        let section = Section::new(&registered.observer, since_1970());
+        let mut stream = CaptureStream {
+            section: section.map_err(|error| ControlError::Internal(error.to_string()))?,
+            registered,
+            reader,
+            clock: WallClock::default(),
+            written: Vec::new(),
+            left: order.count,
+            deadline: order
+                .seconds
+                .map(|s| Instant::now() + Duration::from_secs(s)),
+            ending: None,
+            bytes: Vec::new(),
+        };
+        // Readers want to know the interfaces before the first frame.
+        for port in prospect.ports.unwrap_or_else(|| handle.names.all()) {
+            stream.interface(port);
+        }
+        Ok(stream)
+    }
+
+    fn interface(&mut self, port: PortRef) -> u32 {
+        let names = &self.registered.handle.names;
+        // Writing to memory cannot fail.
+        let number = self.section.interface(port, || names.of(port)).unwrap_or(0);
+        let known = self.written.len().max(number as usize + 1);
+        self.written.resize(known, 0);
+        number
+    }
+
+    /// Writes what there is, up to a chunk and up to the count; says whether there may be more at once.
+    fn take(&mut self) -> bool {
+        let mut bytes = std::mem::take(&mut self.bytes);
+        let mut taken = 0;
+        while taken < CHUNK && self.left != Some(0) {
+            let Some((_, record)) = self.reader.next(&mut bytes) else {
+                break;
+            };
+            taken += bytes.len() + 100;
+            self.frame(&record, &bytes);
+        }
+        self.bytes = bytes;
+        taken >= CHUNK
+    }
+
+    fn frame(&mut self, record: &Record, bytes: &[u8]) {
+        let interface = self.interface(record.port);
+        let time = self.clock.at(record.time);
+        let written = self.section.frame(interface, time, record, bytes);
+        if written.is_ok() {
+            self.written[interface as usize] += 1;
+        }
+        self.left = self.left.map(|left| left - 1);
+    }
+
+    fn finish(&mut self, why: &str) {
+        let observer = self.registered.observer.clone();
+        // Ports all of whose frames were missed.
+        for port in self.registered.handle.names.all() {
+            if observer.missed_at(port.slot) > 0 {
+                self.interface(port);
+            }
+        }
+        let finished = self
+            .section
+            .finish(&observer, &self.written, since_1970(), why);
+        if let Err(error) = finished {
+            tracing::debug!("the end of a capture: {error}");
+        }
+    }
+}
+
+impl ByteStream for CaptureStream {
+    fn name(&self) -> &str {
+        &self.registered.name
+    }
+
+    fn read(&mut self, out: &mut Vec<u8>) -> bool {
+        self.clock.refresh();
+        if self
+            .deadline
+            .is_some_and(|deadline| Instant::now() >= deadline)
+        {
+            self.registered.leave("its time is over");
+        }
+        // Looked at before the records are: what was written until the end is then among them.
+        let end = self.registered.settled_end(&mut self.ending);
+        let more = self.take();
+        if self.left == Some(0) {
+            self.registered.leave("it has as many frames as asked for");
+        }
+        let goes_on = match end {
+            Some(why) if !more => {
+                self.finish(&why);
+                false
+            }
+            _ => true,
+        };
+        self.section.take(out);
+        goes_on
+    }
+}
+
+/// A trace being read.
+#[derive(Debug)]
+pub(super) struct TraceStream {
+    registered: Registered,
+    reader: Reader,
+    tracer: Tracer,
+    clock: WallClock,
+    left: u64,
+    frames: u64,
+    ending: Option<Instant>,
+    bytes: Vec<u8>,
+}
+
+impl TraceStream {
+    pub(super) fn start(handle: &Handle, order: &TraceOrder) -> Result<Self, ControlError> {
+        if !(1..=MAX_TRACE).contains(&order.count) {
+            return bad(format!("count {}: 1 to {MAX_TRACE} frames", order.count));
+        }
+        let names = vec![order.port.clone()];
+        let prospect = Registered::prospect(handle, Some(names.clone()), None)?;
+        let spec = ObserverSpec {
+            kind: Kind::Trace,
+            ports: prospect.ports.map(Into::into),
+            direction: ObserveDirection::Rx,
+            snaplen: TRACED_BYTES,
+            filter: Filter::default(),
+        };
+        let (observer, reader) = Observer::with_reader(spec, prospect.threads.iter().copied());
+        let record = ObserverRecord {
+            name: String::new(),
+            observer,
+            ports: names,
+            to: None,
+        };
+        Ok(TraceStream {
+            registered: Registered::new(handle, record)?,
+            reader,
+            tracer: Tracer::default(),
+            clock: WallClock::default(),
+            left: order.count,
+            frames: 0,
+            ending: None,
+            bytes: Vec::new(),
+        })
+    }
+
+    fn frame(&self, journey: &Journey) -> TraceFrame {
+        let names = &self.registered.handle.names;
+        let Journey {
+            entered,
+            decided,
+            head,
+            outcomes,
+        } = journey;
+        let outcomes = outcomes.iter().map(|record| TraceOutcome {
+            port: names.of(record.port),
+            queue: record.queue,
+            outcome: match record.what {
+                What::Dropped(reason) => reason.name().to_string(),
+                _ => "delivered".to_string(),
+            },
+        });
+        TraceFrame {
+            time: self.clock.at(entered.time).as_secs_f64(),
+            port: names.of(entered.port),
+            queue: entered.queue,
+            length: entered.len,
+            summary: wire::summary(head, entered.len),
+            learned: decided
+                .and_then(|decided| decided.learned)
+                .map(|learned| learned_name(learned).to_string()),
+            lookup: decided
+                .and_then(|decided| decided.known)
+                .map(|port| names.of(port)),
+            verdict: match decided.map(|decided| decided.verdict) {
+                Some(Verdict::Unicast(_)) => "unicast",
+                Some(Verdict::Flood) => "flood",
+                Some(Verdict::Drop(_)) | None => "drop",
+            }
+            .to_string(),
+            outcomes: outcomes.collect(),
+        }
+    }
+
+    fn line(out: &mut Vec<u8>, line: &TraceLine) {
+        // Into memory, from plain values: it cannot fail.
+        if serde_json::to_writer(&mut *out, line).is_ok() {
+            out.push(b'\n');
+        }
+    }
+}
+
+impl ByteStream for TraceStream {
+    fn name(&self) -> &str {
+        &self.registered.name
+    }
+
+    fn read(&mut self, out: &mut Vec<u8>) -> bool {
+        self.clock.refresh();
+        let end = self.registered.settled_end(&mut self.ending);
+        let now = Instant::now();
+        let mut taken = 0;
+        while taken < CHUNK && self.left > 0 {
+            let Some((thread, record)) = self.reader.next(&mut self.bytes) else {
+                break;
+            };
+            taken += self.bytes.len() + 100;
+            self.tracer.take(thread, record, &self.bytes, now);
+        }
+        let over = end.is_some() && taken < CHUNK;
+        while self.left > 0
+            && let Some(journey) = self.tracer.next(now, over)
+        {
+            Self::line(out, &TraceLine::Frame(self.frame(&journey)));
+            self.left -= 1;
+            self.frames += 1;
+        }
+        if self.left == 0 {
+            self.registered.leave("it has as many frames as asked for");
+        }
+        let Some(reason) = end.filter(|_| over) else {
+            return true;
+        };
+        let end = TraceLine::End {
+            reason,
+            frames: self.frames,
+            missed: self.registered.observer.counts().missed,
+        };
+        Self::line(out, &end);
+        false
+    }
+}
+
+/// The word for what a frame has taught.
+fn learned_name(learned: Learned) -> &'static str {
+    match learned {
+        Learned::Known | Learned::Refreshed => "known",
+        Learned::New => "new",
+        Learned::Moved => "moved",
+        Learned::Full => "full",
+        Learned::Quota => "quota",
+        Learned::MoveLimited => "move_limited",
+        Learned::Static => "static",
+        Learned::Gone => "gone",
+        Learned::Contended => "contended",
+    }
+}
+
+/// Adds a mirror; it works when this returns.
+pub(super) fn add_mirror(handle: &Handle, order: &MirrorAdd) -> Result<ObserverView, ControlError> {
+    if !is_name(&order.name) {
+        return bad(format!(
+            "mirror name {:?}: use 1 to {MAX_PORT_NAME} letters, digits, '-', '_' or '.'",
+            order.name
+        ));
+    }
+    if !(MIN_COPY..=MAX_SNAPLEN).contains(&order.snaplen) {
+        let text = format!(
+            "snaplen {}: {MIN_COPY} to {MAX_SNAPLEN} bytes",
+            order.snaplen
+        );
+        return bad(text);
+    }
+    if order.from.is_empty() || order.from.contains(&order.to) {
+        return bad("a mirror sends frames of some ports to another one".to_string());
+    }
+    let (from, to) = (order.from.clone(), order.to.clone());
+    let prospect = Registered::prospect(handle, Some(from.clone()), Some(to.clone()))?;
+    let (Some(ports), Some(destination)) = (prospect.ports, prospect.to) else {
+        return Err(ControlError::no_port(&order.to));
+    };
+    let spec = ObserverSpec {
+        kind: Kind::Mirror(destination),
+        ports: Some(ports.into()),
+        direction: order.direction,
+        snaplen: order.snaplen,
+        filter: Filter::default(),
+    };
+    let record = ObserverRecord {
+        name: order.name.clone(),
+        observer: Observer::mirror(spec, prospect.threads.iter().copied()),
+        ports: from,
+        to: Some(to),
+    };
+    let (name, _) = handle.ask(|reply| Command::Observe(record, reply))?;
+    let mut views = handle.observers()?.into_iter();
+    let view = views.find(|view| view.name == name);
+    view.ok_or_else(|| ControlError::Internal(format!("mirror {name:?} has ended at once")))
+}

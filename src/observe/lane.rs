@@ -1,0 +1,273 @@
+//! One poll thread's part of an observer: a buffer that it writes and somebody else reads, and counters.
+
+use std::ops::Add;
+
+use crossbeam_utils::atomic::AtomicCell;
+use rtrb::{Consumer, Producer, RingBuffer};
+
+use super::ObserverSpec;
+use super::mirror::Copies;
+use super::record::{RECORD_HEAD, Record};
+use crate::config::MAX_PORTS;
+use crate::memory::Window;
+use crate::stats::Counter;
+
+/// Bytes of a buffer: 40,000 frames of 64 bytes, so 40 ms at a million a second.
+const RING_BYTES: usize = 4 << 20;
+
+/// The bytes of a frame, where they are.
+#[derive(Clone, Copy, Debug)]
+pub struct Content<'a, 't> {
+    /// The first bytes, a private copy.
+    pub head: &'a [u8],
+    /// What follows, in the sender's memory.
+    pub payload: &'a [Window<'t>],
+    /// Bytes of the frame. Those of a frame that was dropped unread are not there.
+    pub len: u32,
+}
+
+impl Content<'_, '_> {
+    /// Bytes that there are.
+    pub fn available(&self) -> usize {
+        let payload = self.payload.iter().map(Window::len);
+        self.head.len() + payload.sum::<usize>()
+    }
+
+    /// Hands over the first `len` bytes, piece by piece: from private memory, or from the sender's.
+    pub(super) fn pieces<S>(
+        &self,
+        sink: &mut S,
+        len: usize,
+        private: impl Fn(&mut S, &[u8]),
+        shared: impl Fn(&mut S, &Window<'_>),
+    ) {
+        let mut left = len.min(self.head.len());
+        private(sink, &self.head[..left]);
+        left = len - left;
+        for window in self.payload {
+            let bytes = left.min(window.len());
+            if let Some(piece) = window.sub(0, bytes).filter(|piece| !piece.is_empty()) {
+                shared(sink, &piece);
+            }
+            left -= bytes;
+        }
+    }
+}
+
+/// The writing end of a lane; its poll thread has it while it works.
+#[derive(Debug)]
+pub enum Pen {
+    /// Somebody reads on another thread.
+    Ring(Producer<u8>),
+    /// The poll thread itself sends it on, in its next pass.
+    Mirror(Copies),
+}
+
+/// What an observer has counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Frames that it kept.
+    pub captured: u64,
+    /// Frames that did not fit into its buffer, or whose copy found no room in the destination of a mirror.
+    pub missed: u64,
+    /// Frames that its filter refused.
+    pub filtered: u64,
+}
+
+impl Add for Counts {
+    type Output = Counts;
+
+    fn add(self, other: Counts) -> Counts {
+        Counts {
+            captured: self.captured + other.captured,
+            missed: self.missed + other.missed,
+            filtered: self.filtered + other.filtered,
+        }
+    }
+}
+
+/// One poll thread's part of an observer.
+pub struct Lane {
+    pen: AtomicCell<Option<Box<Pen>>>,
+    /// Frames kept; of a mirror, delivered.
+    pub captured: Counter,
+    /// Frames refused by the filter.
+    pub filtered: Counter,
+    /// Frames not kept for lack of room, by slot of the port.
+    missed: Box<[Counter]>,
+}
+
+impl std::fmt::Debug for Lane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Lane({:?})", self.counts())
+    }
+}
+
+impl Lane {
+    pub(super) fn ring(spec: &ObserverSpec, touch: bool) -> (Lane, Consumer<u8>) {
+        let (mut producer, mut consumer) = RingBuffer::new(RING_BYTES);
+        if touch && let Ok(chunk) = producer.write_chunk(RING_BYTES) {
+            chunk.commit_all();
+            if let Ok(chunk) = consumer.read_chunk(RING_BYTES) {
+                chunk.commit_all();
+            }
+        }
+        (Lane::with(spec, Pen::Ring(producer)), consumer)
+    }
+
+    pub(super) fn mirror(spec: &ObserverSpec, touch: bool) -> Lane {
+        Lane::with(spec, Pen::Mirror(Copies::new(touch)))
+    }
+
+    fn with(spec: &ObserverSpec, pen: Pen) -> Lane {
+        let slots = match &spec.ports {
+            None => MAX_PORTS,
+            Some(ports) => {
+                let highest = ports.iter().map(|port| usize::from(port.slot) + 1).max();
+                highest.unwrap_or(0)
+            }
+        };
+        Lane {
+            pen: AtomicCell::new(Some(Box::new(pen))),
+            captured: Counter::default(),
+            filtered: Counter::default(),
+            missed: (0..slots).map(|_| Counter::default()).collect(),
+        }
+    }
+
+    /// Takes the pen: for the lane's poll thread, when it takes a topology over.
+    pub fn take(&self) -> Option<Box<Pen>> {
+        self.pen.take()
+    }
+
+    /// Puts the pen back, before the topology is let go.
+    pub fn put_back(&self, pen: Box<Pen>) {
+        self.pen.store(Some(pen));
+    }
+
+    /// Counts a frame of the port in `slot` that was not kept.
+    pub fn miss(&self, slot: u16) {
+        if let Some(missed) = self.missed.get(usize::from(slot)) {
+            missed.add(1);
+        }
+    }
+
+    pub(super) fn missed_at(&self, slot: u16) -> u64 {
+        self.missed.get(usize::from(slot)).map_or(0, Counter::get)
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        Counts {
+            captured: self.captured.get(),
+            missed: self.missed.iter().map(Counter::get).sum(),
+            filtered: self.filtered.get(),
+        }
+    }
+
+    /// Writes a record of a frame: `extra`, then as much of the frame as its head says. Counts it, or counts that there
+    /// was no room.
+    pub fn write(&self, pen: &mut Pen, record: &Record, extra: &[u8], content: &Content<'_, '_>) {
+        let kept = match pen {
+            Pen::Ring(producer) => write_ring(producer, record, extra, content),
+            // Counted once its copy is delivered.
+            Pen::Mirror(copies) => {
+                if !copies.push(record, content) {
+                    self.miss(record.port.slot);
+                }
+                return;
+            }
+        };
+        if kept {
+            self.captured.add(1);
+        } else {
+            self.miss(record.port.slot);
+        }
+    }
+}
+
+fn write_ring(
+    producer: &mut Producer<u8>,
+    record: &Record,
+    extra: &[u8],
+    content: &Content<'_, '_>,
+) -> bool {
+    let captured = record.captured as usize;
+    if producer.slots() < RECORD_HEAD + captured {
+        return false;
+    }
+    // There is room for all of it, so none of the pushes fails; the reader waits until the whole record is there.
+    let push = |producer: &mut Producer<u8>, bytes: &[u8]| {
+        let _ = producer.push_entire_slice(bytes);
+    };
+    push(producer, &record.encode());
+    push(producer, extra);
+    content.pieces(
+        producer,
+        captured - extra.len(),
+        push,
+        |producer, window| {
+            let Ok(mut chunk) = producer.write_chunk(window.len()) else {
+                return;
+            };
+            let (first, second) = chunk.as_mut_slices();
+            window.read_bytes(0, first);
+            window.read_bytes(first.len(), second);
+            chunk.commit_all();
+        },
+    );
+    true
+}
+
+/// The reading ends of an observer's lanes.
+#[derive(Debug)]
+pub struct Reader {
+    /// Each with the head of the record that is next in it, if that was looked at already.
+    lanes: Vec<(Consumer<u8>, Option<Record>)>,
+}
+
+impl Reader {
+    pub(super) fn new(consumers: Vec<Consumer<u8>>) -> Reader {
+        let lanes = consumers.into_iter().map(|consumer| (consumer, None));
+        Reader {
+            lanes: lanes.collect(),
+        }
+    }
+
+    /// Takes the oldest record there is, and its poll thread's number; `bytes` becomes what follows its head.
+    pub fn next(&mut self, bytes: &mut Vec<u8>) -> Option<(usize, Record)> {
+        let mut oldest: Option<(usize, Record)> = None;
+        for (thread, (consumer, head)) in self.lanes.iter_mut().enumerate() {
+            if head.is_none() {
+                *head = peek(consumer);
+            }
+            if let Some(record) = head
+                && oldest.is_none_or(|(_, other)| record.time < other.time)
+            {
+                oldest = Some((thread, *record));
+            }
+        }
+        let (thread, record) = oldest?;
+        let (consumer, head) = &mut self.lanes[thread];
+        let len = RECORD_HEAD + record.captured as usize;
+        // Its writer may be in the midst of it.
+        let chunk = consumer.read_chunk(len).ok()?;
+        let (first, second) = chunk.as_slices();
+        bytes.clear();
+        bytes.extend_from_slice(first);
+        bytes.extend_from_slice(second);
+        bytes.drain(..RECORD_HEAD);
+        chunk.commit_all();
+        *head = None;
+        Some((thread, record))
+    }
+}
+
+fn peek(consumer: &mut Consumer<u8>) -> Option<Record> {
+    let chunk = consumer.read_chunk(RECORD_HEAD).ok()?;
+    let (first, second) = chunk.as_slices();
+    let mut head = [0; RECORD_HEAD];
+    head[..first.len()].copy_from_slice(first);
+    head[first.len()..].copy_from_slice(second);
+    // Not committed: it stays where it is.
+    Some(Record::decode(&head))
+}

@@ -1,0 +1,257 @@
+//! Observers: captures, traces and mirrors, each an object of its own.
+//!
+//! What belongs to a port and what belongs to whoever looks at it are separate: an [`Observer`] has its own filter,
+//! buffers, counters and lifetime. Any number of them (up to `MAX_OBSERVERS`) may look at one port, and none of them
+//! matters to another. They are registered, and taken away, like ports: by publishing a topology with or without them. The
+//! last reference is the reaper's, or that of whoever reads.
+//!
+//! - A poll thread that finds no observer in its topology tests one word a burst.
+//! - Each observer has a [`Lane`] for every poll thread that there can ever be: counters, and a bounded buffer that this
+//!   thread alone writes, without waiting: what does not fit is counted as missed. Buffers are reserved when the
+//!   observer is made, so a poll thread allocates nothing, not even for a thread that is added later.
+//! - A poll thread takes its pens (the writing ends) out of the lanes when it takes a topology over, and puts them back before
+//!   it acknowledges another one: an exchange of one word each, and none a frame.
+//! - `rtrb` makes the buffers: one writer, one reader, wait-free, so there is no protocol of ours to be model-checked here.
+//!   That no frame is lost between an observer and its successor needs none either: they share nothing.
+//!
+//! The bytes that an observer sees are read from the sender's memory (but the first 128, of which there is a private copy that
+//! is also what is delivered). A guest that writes to a frame which it has given away makes these two readings
+//! differ, and no third one would tell which is right.
+
+mod filter;
+mod lane;
+pub mod mirror;
+pub mod pcapng;
+mod record;
+mod time;
+pub mod trace;
+
+use std::sync::Arc;
+use std::sync::OnceLock;
+
+use crossbeam_utils::CachePadded;
+
+use crate::config::{MAX_OBSERVERS, ObserveDirection};
+use crate::stats::MAX_POLL_THREADS;
+use crate::switch::PortRef;
+
+pub use filter::{Filter, FilterError};
+pub use lane::{Content, Counts, Lane, Pen, Reader};
+pub use record::{RECORD_HEAD, Record, What};
+pub use time::{WallClock, since_1970};
+
+/// What an observer does with the frames that it sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Hands them to a reader as they pass.
+    Capture,
+    /// The same of those that are dropped, with the reason.
+    Drops,
+    /// Tells what becomes of each frame that enters.
+    Trace,
+    /// Sends copies to a port.
+    Mirror(PortRef),
+}
+
+impl Kind {
+    /// The word in the API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Capture => "capture",
+            Kind::Drops => "drops",
+            Kind::Trace => "trace",
+            Kind::Mirror(_) => "mirror",
+        }
+    }
+}
+
+/// What an observer looks at, and how.
+#[derive(Clone, Debug)]
+pub struct ObserverSpec {
+    /// What it does.
+    pub kind: Kind,
+    /// The ports; all, those that come later among them, where `None`.
+    pub ports: Option<Box<[PortRef]>>,
+    /// Which of their frames. A drop is rx if it is counted at the frame's ingress, else tx.
+    pub direction: ObserveDirection,
+    /// Bytes kept of each frame.
+    pub snaplen: u32,
+    /// Which of these frames.
+    pub filter: Filter,
+}
+
+impl ObserverSpec {
+    fn covers(&self, port: PortRef) -> bool {
+        self.ports
+            .as_ref()
+            .is_none_or(|ports| ports.contains(&port))
+    }
+}
+
+/// A capture, trace or mirror.
+#[derive(Debug)]
+pub struct Observer {
+    /// What it looks at.
+    pub spec: ObserverSpec,
+    lanes: Box<[CachePadded<Lane>]>,
+    /// Why it has ended, and with which generation it left the topology.
+    ended: OnceLock<(String, u64)>,
+}
+
+impl Observer {
+    /// A capture or trace and its reader. `threads` are the poll threads that there are: their buffers are touched now, so
+    /// that they take no page faults later.
+    pub fn with_reader(
+        spec: ObserverSpec,
+        threads: impl Iterator<Item = usize> + Clone,
+    ) -> (Arc<Observer>, Reader) {
+        let mut consumers = Vec::with_capacity(MAX_POLL_THREADS);
+        let lanes = (0..MAX_POLL_THREADS).map(|thread| {
+            let is_there = threads.clone().any(|there| there == thread);
+            let (lane, consumer) = Lane::ring(&spec, is_there);
+            consumers.push(consumer);
+            CachePadded::new(lane)
+        });
+        let lanes = lanes.collect();
+        let ended = OnceLock::new();
+        let observer = Arc::new(Observer { spec, lanes, ended });
+        (observer, Reader::new(consumers))
+    }
+
+    /// A mirror, for the same `threads`.
+    pub fn mirror(
+        spec: ObserverSpec,
+        threads: impl Iterator<Item = usize> + Clone,
+    ) -> Arc<Observer> {
+        let lanes = (0..MAX_POLL_THREADS).map(|thread| {
+            let is_there = threads.clone().any(|there| there == thread);
+            CachePadded::new(Lane::mirror(&spec, is_there))
+        });
+        let lanes = lanes.collect();
+        let ended = OnceLock::new();
+        Arc::new(Observer { spec, lanes, ended })
+    }
+
+    /// The lane of a poll thread.
+    #[inline]
+    pub fn lane(&self, thread: usize) -> &Lane {
+        &self.lanes[thread]
+    }
+
+    /// The sum of all lanes; exact once no poll thread has it any more.
+    pub fn counts(&self) -> Counts {
+        let lanes = self.lanes.iter();
+        lanes.fold(Counts::default(), |sum, lane| sum + lane.counts())
+    }
+
+    /// Frames of the port in `slot` that did not fit into the buffers.
+    pub fn missed_at(&self, slot: u16) -> u64 {
+        self.lanes.iter().map(|lane| lane.missed_at(slot)).sum()
+    }
+
+    /// It was taken out of the topology with this generation. The first reason stays.
+    pub fn end(&self, reason: impl Into<String>, generation: u64) {
+        let _ = self.ended.set((reason.into(), generation));
+    }
+
+    /// Why it has ended, and the generation from whose acknowledgement on nobody writes to it.
+    pub fn ended(&self) -> Option<(&str, u64)> {
+        let (reason, generation) = self.ended.get()?;
+        Some((reason, *generation))
+    }
+}
+
+/// Which observers want what of one port: a bit for each, by its number in [`Taps`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Interest {
+    /// Frames that enter.
+    pub rx: u32,
+    /// Frames that leave.
+    pub tx: u32,
+    /// Drops counted on entry.
+    pub rx_drops: u32,
+    /// Drops counted on the way out.
+    pub tx_drops: u32,
+    /// What becomes of frames that enter.
+    pub trace: u32,
+}
+
+/// The observers of one topology.
+#[derive(Debug)]
+pub struct Taps {
+    /// By number.
+    pub observers: Box<[Arc<Observer>]>,
+    by_slot: Box<[Interest]>,
+    /// Numbers of the mirrors, as bits.
+    pub mirrors: u32,
+    /// Somebody wants to know what is decided.
+    pub traces: bool,
+}
+
+impl Taps {
+    /// What poll threads need to know; `None` without observers. At most [`MAX_OBSERVERS`] are looked at.
+    pub fn build(
+        observers: &[Arc<Observer>],
+        ports: impl Iterator<Item = PortRef>,
+    ) -> Option<Taps> {
+        if observers.is_empty() {
+            return None;
+        }
+        let observers = &observers[..observers.len().min(MAX_OBSERVERS)];
+        let mut by_slot = Vec::new();
+        for port in ports {
+            let slot = usize::from(port.slot);
+            if by_slot.len() <= slot {
+                by_slot.resize(slot + 1, Interest::default());
+            }
+            by_slot[slot] = interest(observers, port);
+        }
+        let with = |kind: fn(&Kind) -> bool| {
+            let numbered = (0_u32..).zip(observers);
+            let them = numbered.filter(|(_, observer)| kind(&observer.spec.kind));
+            them.fold(0, |bits, (number, _)| bits | 1 << number)
+        };
+        Some(Taps {
+            mirrors: with(|kind| matches!(kind, Kind::Mirror(_))),
+            traces: with(|kind| matches!(kind, Kind::Trace)) != 0,
+            observers: observers.into(),
+            by_slot: by_slot.into(),
+        })
+    }
+
+    /// Who wants what of the port in a slot.
+    #[inline]
+    pub fn interest(&self, slot: u16) -> Interest {
+        self.by_slot
+            .get(usize::from(slot))
+            .copied()
+            .unwrap_or_default()
+    }
+}
+
+fn interest(observers: &[Arc<Observer>], port: PortRef) -> Interest {
+    let mut interest = Interest::default();
+    for (number, observer) in observers.iter().enumerate() {
+        let spec = &observer.spec;
+        if !spec.covers(port) {
+            continue;
+        }
+        let when = |wanted: bool| u32::from(wanted) << number;
+        let (rx, tx) = (when(spec.direction.rx()), when(spec.direction.tx()));
+        match spec.kind {
+            Kind::Capture | Kind::Mirror(_) => {
+                interest.rx |= rx;
+                interest.tx |= tx;
+            }
+            Kind::Drops => {
+                interest.rx_drops |= rx;
+                interest.tx_drops |= tx;
+            }
+            Kind::Trace => interest.trace |= when(true),
+        }
+    }
+    interest
+}
+
+#[cfg(test)]
+mod tests;

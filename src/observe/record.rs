@@ -1,0 +1,125 @@
+//! What poll threads write into an observer's buffers: a head of fixed size, then bytes of the frame.
+
+use crate::stats::DropReason;
+use crate::switch::PortRef;
+
+/// Bytes of a record before those of its frame.
+pub const RECORD_HEAD: usize = 32;
+
+/// What happened to the frame of a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// It entered the switch through the port.
+    Received,
+    /// It was delivered into the port.
+    Delivered,
+    /// It was dropped, counted at the port.
+    Dropped(DropReason),
+    /// The switch has decided where it goes; its bytes begin with a [`Decided`](super::trace::Decided).
+    Decided,
+}
+
+/// The head of a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// When, by the raw clock of `quanta`.
+    pub time: u64,
+    /// Bytes of the frame.
+    pub len: u32,
+    /// Bytes that follow.
+    pub captured: u32,
+    /// The port it happened at.
+    pub port: PortRef,
+    /// Queue pair of the port; `None` where the frame came to no queue.
+    pub queue: Option<u16>,
+    /// What happened.
+    pub what: What,
+    /// Names the frame among those that one poll thread has in hand: the number of its transmit queue in the thread's
+    /// plan, and the low bits of its position there.
+    pub frame: (u16, u32),
+}
+
+const NO_QUEUE: u16 = u16::MAX;
+const RECEIVED: u8 = 0;
+const DELIVERED: u8 = 1;
+const DROPPED: u8 = 2;
+const DECIDED: u8 = 3;
+
+impl Record {
+    pub(super) fn encode(&self) -> [u8; RECORD_HEAD] {
+        let (what, reason) = match self.what {
+            What::Received => (RECEIVED, 0),
+            What::Delivered => (DELIVERED, 0),
+            What::Dropped(reason) => (DROPPED, reason as u8),
+            What::Decided => (DECIDED, 0),
+        };
+        let mut bytes = [0; RECORD_HEAD];
+        bytes[0..8].copy_from_slice(&self.time.to_ne_bytes());
+        bytes[8..12].copy_from_slice(&self.len.to_ne_bytes());
+        bytes[12..16].copy_from_slice(&self.captured.to_ne_bytes());
+        bytes[16..20].copy_from_slice(&self.port.generation.to_ne_bytes());
+        bytes[20..22].copy_from_slice(&self.port.slot.to_ne_bytes());
+        bytes[22..24].copy_from_slice(&self.queue.unwrap_or(NO_QUEUE).to_ne_bytes());
+        bytes[24..28].copy_from_slice(&self.frame.1.to_ne_bytes());
+        bytes[28..30].copy_from_slice(&self.frame.0.to_ne_bytes());
+        (bytes[30], bytes[31]) = (what, reason);
+        bytes
+    }
+
+    pub(super) fn decode(bytes: &[u8; RECORD_HEAD]) -> Record {
+        let u16_at = |at| u16::from_ne_bytes(part(bytes, at));
+        let u32_at = |at| u32::from_ne_bytes(part(bytes, at));
+        let queue = u16_at(22);
+        let reason = DropReason::ALL[usize::from(bytes[31]).min(DropReason::ALL.len() - 1)];
+        Record {
+            time: u64::from_ne_bytes(part(bytes, 0)),
+            len: u32_at(8),
+            captured: u32_at(12),
+            port: PortRef {
+                slot: u16_at(20),
+                generation: u32_at(16),
+            },
+            queue: (queue != NO_QUEUE).then_some(queue),
+            what: match bytes[30] {
+                RECEIVED => What::Received,
+                DELIVERED => What::Delivered,
+                DROPPED => What::Dropped(reason),
+                _ => What::Decided,
+            },
+            frame: (u16_at(28), u32_at(24)),
+        }
+    }
+}
+
+/// `N` bytes from `at` on, which are there.
+pub(super) fn part<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    let mut part = [0; N];
+    part.copy_from_slice(&bytes[at..at + N]);
+    part
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_read_as_it_was_written() {
+        let reasons = DropReason::ALL.into_iter().map(What::Dropped);
+        let whats = [What::Received, What::Delivered, What::Decided].into_iter();
+        for (n, what) in (0..).zip(whats.chain(reasons)) {
+            let record = Record {
+                time: u64::MAX - u64::from(n),
+                len: 70_000 + n,
+                captured: 65_000 - n,
+                port: PortRef {
+                    slot: 4000,
+                    generation: 0x8000_0001 + n,
+                },
+                queue: (n % 2 == 0).then_some(127),
+                what,
+                frame: (600, u32::MAX - n),
+            };
+            assert_eq!(Record::decode(&record.encode()), record);
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! What every step of a pass looks at, and where drops are counted.
+
+use std::cell::RefCell;
+
+use crate::frame::Burst;
+use crate::stats::DropReason;
+use crate::topology::{Egress, Ingress, Plan, Topology};
+
+use super::deliver::Mask;
+use super::tap::{Lost, Tap};
+
+/// What every step of a pass looks at.
+#[derive(Debug)]
+pub(super) struct Context<'t> {
+    /// The borrowed snapshot.
+    pub(super) topology: &'t Topology,
+    /// This thread's part of it.
+    pub(super) plan: &'t Plan,
+    /// Number of the thread.
+    pub(super) thread: usize,
+    /// Whoever looks on.
+    pub(super) tap: Option<RefCell<Tap<'t>>>,
+}
+
+impl<'t> Context<'t> {
+    /// A queue of the plan.
+    #[inline(always)]
+    pub(super) fn ingress(&self, number: u16) -> &'t Ingress {
+        &self.plan.queues[usize::from(number)]
+    }
+
+    /// Counts a frame dropped at its ingress.
+    #[cold]
+    pub(super) fn drop_taken(&self, number: u16, reason: DropReason, lost: Lost<'_, '_>) {
+        let ingress = self.ingress(number);
+        ingress.shared.stats.thread(self.thread).dropped(reason, 1);
+        if let Some(tap) = &self.tap {
+            tap.borrow_mut().lost(number, reason, lost);
+        }
+    }
+
+    /// Counts frames dropped at their egress.
+    #[cold]
+    pub(super) fn drop_egress(
+        &self,
+        (port, pair): (&Egress, Option<u16>),
+        reason: DropReason,
+        burst: &Burst<'_>,
+        mask: Mask,
+    ) {
+        let count = u64::from(mask.count_ones());
+        if count == 0 {
+            return;
+        }
+        port.shared.stats.thread(self.thread).dropped(reason, count);
+        if let Some(tap) = &self.tap {
+            let to = (port.reference, pair);
+            tap.borrow_mut().refused(burst, to, reason, mask);
+        }
+    }
+}

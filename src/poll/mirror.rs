@@ -1,0 +1,135 @@
+//! What mirrors have copied in one pass goes to their destinations before the next.
+//!
+//! A copy takes the usual way into a receive queue, but it has no sender: nothing is learned from it, no chain waits for it,
+//! it has no share of a ring that is short, and there is no retry. Where there is no room it is the mirror that has missed
+//! a frame, and no port that has dropped one.
+
+use crate::frame::NUM_BUFFERS_AT;
+use crate::observe::{Kind, Lane, Pen};
+use crate::switch::PortRef;
+use crate::topology::{Egress, EgressQueue};
+use crate::virtio::{Claim, NET_HDR_SIZE};
+use crate::wire::flow_hash;
+
+use super::deliver::BARREN_CLAIMS;
+use super::egress::Delivery;
+use super::lanes::scale;
+
+impl<'t> Delivery<'t, '_> {
+    /// Sends on what mirrors have copied; returns whether there was anything.
+    #[inline(always)]
+    pub(super) fn replay(&mut self) -> bool {
+        match &self.context.tap {
+            None => false,
+            Some(tap) => {
+                let mirrors = tap.borrow().mirrors();
+                mirrors != 0 && self.replay_all(mirrors)
+            }
+        }
+    }
+
+    #[cold]
+    fn replay_all(&mut self, mut mirrors: u32) -> bool {
+        let mut any = false;
+        while mirrors != 0 {
+            let number = mirrors.trailing_zeros() as usize;
+            mirrors &= mirrors - 1;
+            any |= self.replay_one(number);
+        }
+        any
+    }
+
+    fn replay_one(&mut self, number: usize) -> bool {
+        let topology = self.context.topology;
+        let Some((taps, tap)) = topology.taps.as_ref().zip(self.context.tap.as_ref()) else {
+            return false;
+        };
+        let observer = &taps.observers[number];
+        let Kind::Mirror(to) = observer.spec.kind else {
+            return false;
+        };
+        // Out of its place while copies are delivered: captures of the destination write meanwhile.
+        let mut pen = tap.borrow_mut().pen(number).take();
+        let mut any = false;
+        if let Some(Pen::Mirror(copies)) = pen.as_deref_mut() {
+            any = !copies.is_empty();
+            let lane = observer.lane(self.context.thread);
+            for copy in 0..copies.len() {
+                let (bytes, from) = copies.get(copy);
+                self.send_copy(bytes, from, to, lane);
+            }
+            copies.clear();
+        }
+        if let Some(tap) = &self.context.tap {
+            *tap.borrow_mut().pen(number) = pen;
+        }
+        any
+    }
+
+    fn send_copy(&mut self, bytes: &[u8], from: PortRef, to: PortRef, lane: &Lane) {
+        let port = self.context.topology.port(to.slot);
+        let port = port.filter(|port| port.reference == to);
+        let delivered = port.is_some_and(|port| {
+            let hash = flow_hash(bytes);
+            let queue = port.queues.get(scale(hash, port.queues.len()));
+            queue.is_some_and(|queue| self.put_copy(bytes, port, queue))
+        });
+        if delivered {
+            lane.captured.add(1);
+        } else {
+            lane.miss(from.slot);
+        }
+    }
+
+    /// Delivers one copy; `false` if there is no room for it.
+    fn put_copy(&mut self, bytes: &[u8], port: &'t Egress, queue: &'t EgressQueue) -> bool {
+        self.make_room(1);
+        let ring = &*queue.queue;
+        let leave = if ring.is_short() { ring.kept() } else { 0 };
+        let counters = port.shared.stats.thread(self.context.thread);
+        for _ in 0..BARREN_CLAIMS {
+            let claim = &mut self.claim;
+            let lengths = std::iter::once(bytes.len() as u32);
+            if ring.claim_leaving(lengths, leave, claim).is_err() {
+                return false;
+            }
+            let filled = claim.frames() > 0;
+            if filled {
+                fill(claim, bytes);
+            }
+            if claim.bad_buffers() > 0 {
+                counters.bad_buffers.add(u64::from(claim.bad_buffers()));
+            }
+            self.touched.note(queue, ring.commit(claim));
+            if !filled {
+                continue;
+            }
+            let memory = port.memory.as_ref();
+            if memory.is_some_and(|memory| memory.faulted()) {
+                return false;
+            }
+            counters.tx_frames.add(1);
+            counters.tx_bytes.add(bytes.len() as u64);
+            if let Some(tap) = &self.context.tap {
+                tap.borrow_mut().mirrored(bytes, port, queue.pair);
+            }
+            return true;
+        }
+        false
+    }
+}
+
+/// Copies header and frame into the buffers of the claim's one frame.
+fn fill(claim: &Claim<'_>, bytes: &[u8]) {
+    let mut header = [0_u8; NET_HDR_SIZE];
+    header[NUM_BUFFERS_AT..NUM_BUFFERS_AT + 2].copy_from_slice(&claim.buffers(0).to_le_bytes());
+    let (mut header, mut rest) = (&header[..claim.header()], bytes);
+    for (window, room) in claim.pieces(0) {
+        let (first, later) = header.split_at(header.len().min(room));
+        window.write_bytes(0, first);
+        header = later;
+        let (now, then) = rest.split_at(rest.len().min(room - first.len()));
+        window.write_bytes(first.len(), now);
+        rest = then;
+    }
+}

@@ -1,0 +1,254 @@
+//! Where observers look at the data path.
+//!
+//! A pass without observers finds `None` in its context and does nothing of this. With some, each step hands over its
+//! frames here: entered, decided, delivered, dropped. All of it writes into the thread's own lanes and waits for nobody.
+
+use std::cell::RefCell;
+
+use arrayvec::ArrayVec;
+
+use crate::config::MAX_OBSERVERS;
+use crate::frame::{Burst, Frame};
+use crate::observe::trace::Decided;
+use crate::observe::{Content, Pen, Record, Taps, What};
+use crate::stats::{Direction, DropReason};
+use crate::switch::PortRef;
+use crate::switch::forward::Decision;
+use crate::topology::{Egress, Ingress, Plan, Topology};
+
+use super::deliver::{Mask, numbers};
+
+/// A frame that goes no further.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Lost<'a, 't> {
+    /// It was not even read; so many bytes, as far as they were counted.
+    Unread { position: u64, len: u32 },
+    /// It is in this burst.
+    Read(&'a Burst<'t>, &'a Frame),
+}
+
+/// A poll thread's pens while it works with one topology.
+#[derive(Debug)]
+pub(super) struct Tap<'t> {
+    taps: &'t Taps,
+    plan: &'t Plan,
+    flood: &'t [u16],
+    thread: usize,
+    /// By number of the observer; empty where another thread of the same number has not put it back, which cannot be.
+    pens: ArrayVec<Option<Box<Pen>>, MAX_OBSERVERS>,
+    clock: quanta::Clock,
+}
+
+impl<'t> Tap<'t> {
+    /// Takes the thread's pens, if there are observers.
+    pub(super) fn new(
+        topology: &'t Topology,
+        thread: usize,
+        clock: &quanta::Clock,
+    ) -> Option<RefCell<Tap<'t>>> {
+        let taps = topology.taps.as_ref()?;
+        let pens = taps.observers.iter();
+        Some(RefCell::new(Tap {
+            taps,
+            plan: &topology.plans[thread],
+            flood: &topology.flood,
+            thread,
+            pens: pens.map(|observer| observer.lane(thread).take()).collect(),
+            clock: clock.clone(),
+        }))
+    }
+
+    /// Whether somebody wants to know what is decided.
+    pub(super) fn traces(&self) -> bool {
+        self.taps.traces
+    }
+
+    fn ingress(&self, number: u16) -> &'t Ingress {
+        &self.plan.queues[usize::from(number)]
+    }
+
+    /// Frames that have entered the switch.
+    #[cold]
+    pub(super) fn received(&mut self, burst: &Burst<'_>) {
+        let time = self.clock.raw();
+        for frame in burst.frames() {
+            let ingress = self.ingress(frame.ingress);
+            let wanted = self.taps.interest(ingress.reference.slot).rx;
+            if wanted != 0 {
+                let record = record(time, What::Received, ingress.reference, Some(ingress.pair));
+                self.write(wanted, of(record, frame), &[], &content(burst, frame));
+            }
+        }
+    }
+
+    /// What was decided about a frame.
+    #[cold]
+    pub(super) fn decided(&mut self, burst: &Burst<'_>, frame: &Frame, decision: &Decision) {
+        let ingress = self.ingress(frame.ingress);
+        let wanted = self.taps.interest(ingress.reference.slot).trace;
+        if wanted == 0 {
+            return;
+        }
+        let time = self.clock.raw();
+        let record = record(time, What::Decided, ingress.reference, Some(ingress.pair));
+        let others = self
+            .flood
+            .iter()
+            .filter(|to| **to != ingress.reference.slot);
+        let decided = Decided::new(decision, others.count());
+        let content = content(burst, frame);
+        self.write(wanted, of(record, frame), &decided.encode(), &content);
+    }
+
+    /// Frames of a burst that were copied into a port's receive queue.
+    #[cold]
+    pub(super) fn delivered(&mut self, burst: &Burst<'_>, to: &Egress, pair: u16, mask: Mask) {
+        let time = self.clock.raw();
+        let tx = self.taps.interest(to.reference.slot).tx;
+        for number in numbers(mask) {
+            let frame = &burst.frames()[number];
+            let wanted = tx | self.trace_of(frame);
+            if wanted != 0 {
+                let record = record(time, What::Delivered, to.reference, Some(pair));
+                self.write(wanted, of(record, frame), &[], &content(burst, frame));
+            }
+        }
+    }
+
+    /// A copy that a mirror has delivered: for captures of its destination. It is neither mirrored again nor traced.
+    #[cold]
+    pub(super) fn mirrored(&mut self, bytes: &[u8], to: &Egress, pair: u16) {
+        let wanted = self.taps.interest(to.reference.slot).tx & !self.taps.mirrors;
+        let content = Content {
+            head: bytes,
+            payload: &[],
+            len: bytes.len() as u32,
+        };
+        let time = self.clock.raw();
+        let record = record(time, What::Delivered, to.reference, Some(pair));
+        self.write(wanted, record, &[], &content);
+    }
+
+    /// A frame dropped at its ingress.
+    #[cold]
+    pub(super) fn lost(&mut self, number: u16, reason: DropReason, lost: Lost<'_, '_>) {
+        let ingress = self.ingress(number);
+        let interest = self.taps.interest(ingress.reference.slot);
+        let wanted = interest.rx_drops | interest.trace;
+        let time = self.clock.raw();
+        let what = What::Dropped(reason);
+        let record = record(time, what, ingress.reference, Some(ingress.pair));
+        match lost {
+            Lost::Read(burst, frame) => {
+                self.write(wanted, of(record, frame), &[], &content(burst, frame));
+            }
+            Lost::Unread { position, len } => {
+                let content = Content {
+                    head: &[],
+                    payload: &[],
+                    len,
+                };
+                let frame = (number, position as u32);
+                self.write(wanted, Record { frame, ..record }, &[], &content);
+            }
+        }
+    }
+
+    /// Frames of a burst that a port did not get.
+    #[cold]
+    pub(super) fn refused(
+        &mut self,
+        burst: &Burst<'_>,
+        (to, pair): (PortRef, Option<u16>),
+        reason: DropReason,
+        mask: Mask,
+    ) {
+        debug_assert_eq!(reason.direction(), Direction::Tx);
+        let time = self.clock.raw();
+        let drops = self.taps.interest(to.slot).tx_drops;
+        for number in numbers(mask) {
+            let frame = &burst.frames()[number];
+            let wanted = drops | self.trace_of(frame);
+            let record = record(time, What::Dropped(reason), to, pair);
+            self.write(wanted, of(record, frame), &[], &content(burst, frame));
+        }
+    }
+
+    fn trace_of(&self, frame: &Frame) -> u32 {
+        let from = self.ingress(frame.ingress).reference.slot;
+        self.taps.interest(from).trace
+    }
+
+    /// Writes a frame for each observer of `wanted` whose filter it passes.
+    fn write(&mut self, mut wanted: u32, record: Record, extra: &[u8], content: &Content<'_, '_>) {
+        while wanted != 0 {
+            let number = wanted.trailing_zeros() as usize;
+            wanted &= wanted - 1;
+            let observer = &self.taps.observers[number];
+            let lane = observer.lane(self.thread);
+            let spec = &observer.spec;
+            if !spec.filter.accepts(content.head, content.len) {
+                lane.filtered.add(1);
+                continue;
+            }
+            let captured = content.available().min(spec.snaplen as usize) + extra.len();
+            let record = Record {
+                captured: captured as u32,
+                len: content.len,
+                ..record
+            };
+            match &mut self.pens[number] {
+                Some(pen) => lane.write(pen, &record, extra, content),
+                None => lane.miss(record.port.slot),
+            }
+        }
+    }
+
+    /// Numbers of the mirrors, as bits.
+    pub(super) fn mirrors(&self) -> u32 {
+        self.taps.mirrors
+    }
+
+    /// The pen of an observer, to be put back.
+    pub(super) fn pen(&mut self, number: usize) -> &mut Option<Box<Pen>> {
+        &mut self.pens[number]
+    }
+}
+
+impl Drop for Tap<'_> {
+    fn drop(&mut self) {
+        for (observer, pen) in self.taps.observers.iter().zip(self.pens.drain(..)) {
+            if let Some(pen) = pen {
+                observer.lane(self.thread).put_back(pen);
+            }
+        }
+    }
+}
+
+fn record(time: u64, what: What, port: PortRef, queue: Option<u16>) -> Record {
+    Record {
+        time,
+        len: 0,
+        captured: 0,
+        port,
+        queue,
+        what,
+        frame: (0, 0),
+    }
+}
+
+/// The same of a frame of the burst in hand.
+fn of(record: Record, frame: &Frame) -> Record {
+    Record {
+        frame: (frame.ingress, frame.position as u32),
+        ..record
+    }
+}
+
+fn content<'a, 't>(burst: &'a Burst<'t>, frame: &'a Frame) -> Content<'a, 't> {
+    Content {
+        head: frame.head(),
+        payload: burst.payload(frame),
+        len: frame.len,
+    }
+}
