@@ -108,7 +108,7 @@ pub(crate) fn read(path: &Path) -> Vec<Seen> {
         plain.to_str().expect("plain"),
     );
     tshark(&["-r", from, "-F", "pcap", "-w", to]);
-    let bytes = super::frames::read_pcap(&plain);
+    let bytes = captured_bytes(&plain);
     let fields = [
         "frame.interface_name",
         "frame.packet_flags_direction",
@@ -134,4 +134,18 @@ pub(crate) fn read(path: &Path) -> Vec<Seen> {
         }
     });
     seen.collect()
+}
+
+/// The bytes of each frame in a pcap file of this machine's byte order, however many were kept.
+fn captured_bytes(path: &Path) -> Vec<Vec<u8>> {
+    let file = std::fs::read(path).expect("tshark's file");
+    let mut frames = Vec::new();
+    let mut at = 24;
+    while at < file.len() {
+        let kept = file[at + 8..at + 12].try_into().expect("four bytes");
+        let end = at + 16 + u32::from_ne_bytes(kept) as usize;
+        frames.push(file[at + 16..end].to_vec());
+        at = end;
+    }
+    frames
 }
