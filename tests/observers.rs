@@ -673,6 +673,34 @@ fn a_capture_goes_on_in_the_next_file() {
     daemon.stop();
 }
 
+/// Our extcap program where tshark looks for it, until it is dropped.
+struct Installed(std::path::PathBuf);
+
+impl Installed {
+    /// In a directory that the environment may name; for root tshark knows its own only.
+    fn new(dir: &std::path::Path) -> Installed {
+        let folders = tshark(&["-G", "folders"]);
+        let own = folders
+            .lines()
+            .find_map(|line| line.strip_prefix("Extcap path:"));
+        let dir = match own.filter(|_| rustix::process::geteuid().is_root()) {
+            Some(own) => std::path::PathBuf::from(own.trim()),
+            None => dir.to_path_buf(),
+        };
+        std::fs::create_dir_all(&dir).unwrap();
+        let place = dir.join(format!("pollux-{}", std::process::id()));
+        let program = concat!(env!("CARGO_MANIFEST_DIR"), "/wireshark/pollux");
+        std::fs::copy(program, &place).unwrap();
+        Installed(place)
+    }
+}
+
+impl Drop for Installed {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
 #[test]
 fn tshark_reads_a_pipe_and_finds_the_interfaces() {
     let scene = Scene::new();
@@ -705,8 +733,7 @@ fn tshark_reads_a_pipe_and_finds_the_interfaces() {
 
     let extcap = daemon.dir().join("extcap");
     std::fs::create_dir(&extcap).unwrap();
-    let installed = concat!(env!("CARGO_MANIFEST_DIR"), "/wireshark/pollux");
-    std::fs::copy(installed, extcap.join("pollux")).unwrap();
+    let _installed = Installed::new(&extcap);
     let path = std::path::Path::new(pollux)
         .parent()
         .unwrap()
