@@ -13,6 +13,7 @@ use common::traffic::{Exchange, frame, mac};
 use common::wait_for;
 use pollux::bench::frontend::{Order, Region};
 use pollux::memory::SharedMemory;
+use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const RINGS: [usize; 2] = [RECEIVE, TRANSMIT];
@@ -132,5 +133,33 @@ fn rings_are_called_when_their_daemon_comes_back() {
     assert_called(&daemon, &guest, 1, "the second start");
     wait_for("the buffer", || guest.in_flight() == 0);
     drop(guest);
+    daemon.stop();
+}
+
+#[test]
+fn a_sleeping_poll_thread_looks_at_a_ring_whose_kick_is_taken_away() {
+    let daemon = Daemon::start(&DaemonOptions {
+        ports: 2,
+        ..DaemonOptions::default()
+    });
+    let rams = [(); 2].map(|()| Ram::new(GuestOptions::default()));
+    let (mut guest, mut other) = (Guest::new(&rams[0]), Guest::new(&rams[1]));
+    guest.attach(&daemon.sockets()[0]);
+    other.attach(&daemon.sockets()[1]);
+    let asleep = || {
+        let threads = daemon.poll_threads();
+        let mut threads = threads.as_array().unwrap().iter();
+        threads.all(|thread| thread["state"] == "asleep")
+    };
+    wait_for("the poll thread to sleep", asleep);
+    // Bit 8: there is no descriptor, the ring is to be polled from now on.
+    let none = (TRANSMIT as u64 | 1 << 8).to_le_bytes();
+    let frontend = guest.frontend.as_ref().unwrap();
+    frontend
+        .tell(FrontendReq::SET_VRING_KICK, &none, &[])
+        .unwrap();
+    daemon.settle();
+    guest.send(&frame(mac(2), mac(1), 7, 100));
+    wait_for("the frame", || other.try_receive().is_some());
     daemon.stop();
 }

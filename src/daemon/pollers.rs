@@ -37,7 +37,7 @@ pub(super) struct PollThread {
     /// The newest plan is another one than before.
     changed: bool,
     /// What the last plan held, to see whether a new one brings work.
-    work: Vec<(usize, usize, bool)>,
+    work: Vec<Work>,
     /// It is to end: its queues go to others, and it gets no more.
     pub(super) leaving: bool,
     /// Told to end for good, so its reader comes back.
@@ -205,19 +205,36 @@ impl PollThread {
     }
 }
 
-/// What of a plan may need a thread that sleeps: queues, where they are called, whether they are enabled.
-fn work_of(plan: &Plan) -> Vec<(usize, usize, bool)> {
-    let queues = plan.queues.iter().map(|queue| {
-        let call = queue
+/// What of a plan may need a thread that sleeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Work {
+    /// Addresses, of which none is used again while the view that has it is the current one.
+    queue: usize,
+    call: usize,
+    /// 0: it must be polled. A kick that came by an earlier one may have been taken out with it.
+    kick: usize,
+    enabled: bool,
+}
+
+fn work_of(plan: &Plan) -> Vec<Work> {
+    let queues = plan.queues.iter().map(|queue| Work {
+        queue: Arc::as_ptr(&queue.queue).addr(),
+        call: queue
             .call
             .as_ref()
-            .map_or(0, |call| Arc::as_ptr(call).addr());
-        (Arc::as_ptr(&queue.queue).addr(), call, queue.enabled)
+            .map_or(0, |call| Arc::as_ptr(call).addr()),
+        kick: queue
+            .kick
+            .as_ref()
+            .map_or(0, |kick| Arc::as_ptr(kick).addr()),
+        enabled: queue.enabled,
     });
-    let starts = plan
-        .starts
-        .iter()
-        .map(|start| (start.address, start.call, true));
+    let starts = plan.starts.iter().map(|start| Work {
+        queue: start.address,
+        call: start.call,
+        kick: 0,
+        enabled: true,
+    });
     queues.chain(starts).collect()
 }
 
