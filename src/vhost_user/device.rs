@@ -219,7 +219,7 @@ impl DeviceState {
         Some(Arc::new(Device {
             memory: Arc::clone(&self.memory),
             features,
-            numa_node: self.rings.iter().find_map(|ring| ring.numa_node),
+            numa_node: self.rings.iter().find_map(Vring::numa_node),
             pairs,
         }))
     }

@@ -96,28 +96,40 @@ impl RingRecords {
             .mode(0o700)
             .create(&self.dir)
             .map_err(failed(&self.dir))?;
-        let new = self.dir.join(format!("{}.{}.new", self.port, ring.0));
+        let new = self.unfinished(ring);
         let _ = std::fs::remove_file(&new);
         let mut options = OpenOptions::new();
         options.create_new(true).mode(0o600);
         let file = open(options, &new).map_err(failed(&new))?;
-        // Now, not at the first store to a page that there is no memory for.
-        fallocate(&file, FallocateFlags::empty(), 0, bytes)
-            .map_err(|errno| failed(&new)(errno.into()))?;
-        let words = map(&file, bytes).map_err(|source| RecordError::Memory {
-            path: new.clone(),
-            source,
-        })?;
-        // The lower half of a base is what counts.
-        let redo = Redo::new(words, &identity, setup.base as u16);
-        std::fs::rename(&new, &path).map_err(failed(&path))?;
-        Ok(redo)
+        let made = || {
+            // Now, not at the first store to a page that there is no memory for.
+            fallocate(&file, FallocateFlags::empty(), 0, bytes)
+                .map_err(|errno| failed(&new)(errno.into()))?;
+            let words = map(&file, bytes).map_err(|source| RecordError::Memory {
+                path: new.clone(),
+                source,
+            })?;
+            // The lower half of a base is what counts.
+            let redo = Redo::new(words, &identity, setup.base as u16);
+            std::fs::rename(&new, &path).map_err(failed(&path))?;
+            Ok(redo)
+        };
+        made().inspect_err(|_| {
+            let _ = std::fs::remove_file(&new);
+        })
+    }
+
+    /// Where a record is made.
+    fn unfinished(&self, ring: RingName) -> PathBuf {
+        self.dir.join(format!("{}.{}.new", self.port, ring.0))
     }
 
     /// The ring's position is no longer the switch's to know.
     pub(super) fn forget(&self, ring: RingName) {
         // One that was never made is forgotten, too.
         let _ = std::fs::remove_file(self.path(ring));
+        // Left by a process that was killed while it made it.
+        let _ = std::fs::remove_file(self.unfinished(ring));
     }
 
     /// The port is gone.

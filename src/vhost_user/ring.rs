@@ -152,7 +152,7 @@ pub(super) struct Vring {
     /// Its being broken was reported.
     pub(super) broken_reported: bool,
     /// NUMA node of the ring where it last started, if the kernel tells.
-    pub(super) numa_node: Option<usize>,
+    node: Option<usize>,
 }
 
 impl Vring {
@@ -170,8 +170,13 @@ impl Vring {
             running: None,
             refusal: Some(Refusal::NoFeatures),
             broken_reported: false,
-            numa_node: None,
+            node: None,
         }
+    }
+
+    /// NUMA node of a ring that runs, if the kernel tells.
+    pub(super) fn numa_node(&self) -> Option<usize> {
+        self.running.as_ref().and(self.node)
     }
 
     /// Everything but the call descriptor is forgotten: a frontend that resets sends the rest again.
@@ -237,7 +242,7 @@ impl Vring {
     pub(super) fn start(&mut self, setup: &RingSetup) -> Result<&Running, Refusal> {
         let running = Running::start(self.name, setup)?;
         // A page that the start has touched already: for this alone none of the guest's is.
-        self.numa_node = node_of(&[setup.used.window().address()]);
+        self.node = node_of(&[setup.used.window().address()]);
         self.broken_reported = false;
         Ok(self.running.insert(running))
     }
