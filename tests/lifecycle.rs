@@ -308,7 +308,6 @@ fn frontends_that_crowd_each_other_out_beside_a_live_one_are_told_of() {
         others.push(UnixStream::connect(&daemon.sockets()[VICTIM]).unwrap());
         daemon.log().contains("a second frontend was refused")
     });
-    assert!(others.len() < 50, "{} frontends", others.len());
     drop((guest, others));
     daemon.stop();
 }

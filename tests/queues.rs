@@ -14,7 +14,7 @@ use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, Ram};
 use common::many::{ENTRIES, ManyQueues, ManyRam};
 use common::traffic::{Bystanders, Mac, frame, mac, read};
-use common::{long, pause, wait_for};
+use common::{long, wait_for};
 
 /// All pairs whose rings SET_VRING_KICK can name.
 const MOST: u16 = 128;
@@ -201,7 +201,6 @@ fn a_change_of_the_number_of_queues_loses_nothing() {
         assert_eq!(drops, serde_json::json!({}), "{port}");
     }
     // And what the guest sends on the queues that it has enabled.
-    let mut came = 0;
     for sequence in 0..400_u64 {
         let pair = (sequence % 3) as u16;
         let sent = party
@@ -211,9 +210,7 @@ fn a_change_of_the_number_of_queues_loses_nothing() {
         wait_for("a frame of the guest", || {
             party.sender.try_receive().is_some()
         });
-        came += 1;
     }
-    assert_eq!(came, 400);
     daemon.stop();
 }
 
@@ -286,9 +283,7 @@ fn queues_that_were_never_configured_get_nothing_however_enabled() {
     let running = rings.as_array().unwrap().iter();
     let running = running.filter(|ring| ring["state"] == "running").count();
     assert_eq!(running, 2 * usize::from(PAIRS), "{rings}");
-    while bystanders.frames() < 100 {
-        pause();
-    }
+    bystanders.go_on(100);
     bystanders.finish();
     daemon.stop();
 }
