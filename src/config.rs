@@ -85,7 +85,9 @@ fn default_queues() -> u16 {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// The port's name is empty, too long or holds other characters.
-    #[error("port name {0:?}: use 1 to {MAX_PORT_NAME} letters, digits, '-', '_' or '.'")]
+    #[error(
+        "port name {0:?}: use 1 to {MAX_PORT_NAME} letters, digits, '-', '_' or '.', and not all"
+    )]
     PortName(String),
     /// No `socket=` given.
     #[error("port {0}: a socket is needed: {0},socket=/run/pollux/{0}.sock")]
@@ -153,7 +155,8 @@ pub fn is_name(text: &str) -> bool {
 impl PortSpec {
     /// Checks what the types do not: name, path length, range of queues.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        if !is_name(&self.name) {
+        // `pollux capture all` is of every port.
+        if !is_name(&self.name) || self.name == "all" {
             return Err(ConfigError::PortName(self.name.clone()));
         }
         let path = self.socket.as_os_str().as_encoded_bytes();

@@ -28,7 +28,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Largest answer read.
 const MAX_ANSWER: usize = 64 << 20;
 /// Longest line of a stream.
-const MAX_LINE: usize = 64 << 10;
+const MAX_LINE: usize = 1 << 20;
 /// The version in the daemon's `Server:` header is behind this.
 const PRODUCT: &str = "pollux/";
 const OURS: &str = env!("CARGO_PKG_VERSION");
@@ -219,7 +219,8 @@ impl Client {
     }
 
     /// GET of a capture: says the name of its observer, then hands over what comes, until it is told to stop or the daemon
-    /// ends the stream. SIGINT and SIGTERM make the daemon end it, with everything that was captured until then.
+    /// ends the stream. SIGINT and SIGTERM make the daemon end it, with everything that was captured until then; a second
+    /// one breaks off.
     pub fn stream_bytes(
         &self,
         target: &str,
@@ -236,18 +237,21 @@ impl Client {
             let name = name.to_string();
             begun(&name);
             let end = format!("/v1/observers/{name}");
-            let mut body = response.into_body();
+            let (mut body, mut asked) = (response.into_body(), false);
             loop {
                 let frame = tokio::select! {
-                    frame = body.frame() => frame,
-                    _ = interrupt.recv() => {
-                        self.send(Method::DELETE, &end, Bytes::new()).await?;
-                        continue;
+                    frame = body.frame() => Some(frame),
+                    _ = interrupt.recv() => None,
+                    _ = terminate.recv() => None,
+                };
+                let Some(frame) = frame else {
+                    if asked {
+                        return Err(self.cut());
                     }
-                    _ = terminate.recv() => {
-                        self.send(Method::DELETE, &end, Bytes::new()).await?;
-                        continue;
-                    }
+                    asked = true;
+                    // It may have ended by itself; what it has written is still to come.
+                    let _ = self.send(Method::DELETE, &end, Bytes::new()).await;
+                    continue;
                 };
                 let Some(frame) = frame else {
                     return Ok(());

@@ -54,7 +54,13 @@ impl Files {
         limit: Option<u64>,
         keep: Option<u64>,
     ) -> Result<Files, Failure> {
-        let file = File::create(path).map_err(|error| {
+        // What is there stays until there is something to be written: the capture may be refused.
+        let options = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path);
+        let file = options.map_err(|error| {
             Failure::bad_arguments(format!("cannot write to {path:?}: {error}"))
         })?;
         Ok(Files {
@@ -93,6 +99,10 @@ impl Files {
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.written == 0 {
+            // A pipe has no length.
+            let _ = self.file.set_len(0);
+        }
         self.file.write_all(bytes)?;
         self.written += bytes.len() as u64;
         Ok(())

@@ -36,8 +36,11 @@ pub(super) fn capture(client: &Client, args: &CaptureArgs) -> Result<(), Failure
         Some(why @ "the daemon stops") => {
             Err(Failure::new(EXIT_NO_DAEMON, format!("{why}; {text}")))
         }
-        ended => {
-            let why = ended.unwrap_or("ended");
+        None => {
+            let text = format!("the capture broke off; {} frames captured", blocks.frames);
+            Err(Failure::new(EXIT_NO_DAEMON, text))
+        }
+        Some(why) => {
             eprintln!("pollux: {name} has ended ({why}): {text}");
             Ok(())
         }
@@ -92,7 +95,8 @@ pub(super) fn trace(
     output: Output,
 ) -> Result<(), Failure> {
     let target = format!("/v1/trace?port={}&count={count}", encode(port));
-    let mut outcome = Ok(());
+    let broken = Failure::new(EXIT_NO_DAEMON, "the trace broke off".to_string());
+    let mut outcome = Err(broken);
     client.stream_lines(&target, |line| {
         let (text, end) = match serde_json::from_str::<TraceLine>(line) {
             Ok(TraceLine::Frame(_)) if output.json => (format!("{line}\n"), None),

@@ -48,7 +48,14 @@ impl Names {
         found.map_or_else(|| format!("slot {}", port.slot), |entry| entry.1.clone())
     }
 
-    /// Every registration that is known.
+    /// Every registration that there is.
+    pub(super) fn present(&self) -> Vec<PortRef> {
+        let entries = self.entries();
+        let present = entries.iter().filter(|entry| !entry.2);
+        present.map(|entry| entry.0).collect()
+    }
+
+    /// Every registration that is known, those that are gone among them, in the order in which they came.
     pub(super) fn all(&self) -> Vec<PortRef> {
         self.entries().iter().map(|entry| entry.0).collect()
     }
@@ -198,9 +205,16 @@ impl Control {
         mut record: ObserverRecord,
     ) -> Result<(String, u64), ControlError> {
         if record.name.is_empty() {
-            self.registry.observed += 1;
             let kind = record.observer.spec.kind.name();
-            record.name = format!("{kind}-{}", self.registry.observed);
+            // A mirror may have been given such a name.
+            loop {
+                self.registry.observed += 1;
+                record.name = format!("{kind}-{}", self.registry.observed);
+                let mut others = self.registry.observers.iter();
+                if others.all(|other| other.name != record.name) {
+                    break;
+                }
+            }
         }
         let name = record.name.clone();
         let kind = record.observer.spec.kind.name();

@@ -36,6 +36,25 @@ fn bad<T>(text: String) -> Result<T, ControlError> {
     Err(ControlError::BadArgument(text))
 }
 
+/// Registers an observer; returns its name, and the generation of the first view with it.
+fn register(handle: &Handle, record: ObserverRecord) -> Result<(String, u64), ControlError> {
+    let observer = record.observer.clone();
+    let answer = handle.ask(|reply| Command::Observe(record, reply));
+    if answer.is_err() {
+        // An answer that came too late would leave it without anybody.
+        let _ = handle.tell(Command::LeaveObserver(observer, "nobody waits for it"));
+    }
+    answer
+}
+
+/// Waits until every poll thread sees a view.
+fn wait_seen(handle: &Handle, generation: u64) {
+    let deadline = Instant::now() + SETTLED;
+    while !handle.acknowledgements.reached(generation) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
 /// An observer that is registered: what its stream, or its mirror, needs of it.
 #[derive(Debug)]
 struct Registered {
@@ -57,16 +76,13 @@ impl Registered {
     /// Registers it, and waits until every poll thread sees it.
     fn new(handle: &Handle, record: ObserverRecord) -> Result<Registered, ControlError> {
         let observer = record.observer.clone();
-        let (name, generation) = handle.ask(|reply| Command::Observe(record, reply))?;
+        let (name, generation) = register(handle, record)?;
         let registered = Registered {
             name,
             observer,
             handle: handle.clone(),
         };
-        let deadline = Instant::now() + SETTLED;
-        while !handle.acknowledgements.reached(generation) && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_micros(200));
-        }
+        wait_seen(handle, generation);
         Ok(registered)
     }
 
@@ -154,14 +170,15 @@ impl CaptureStream {
             clock: WallClock::default(),
             written: Vec::new(),
             left: order.count,
+            // One beyond all time is none.
             deadline: order
                 .seconds
-                .map(|s| Instant::now() + Duration::from_secs(s)),
+                .and_then(|s| Instant::now().checked_add(Duration::from_secs(s))),
             ending: None,
             bytes: Vec::new(),
         };
         // Readers want to know the interfaces before the first frame.
-        for port in prospect.ports.unwrap_or_else(|| handle.names.all()) {
+        for port in prospect.ports.unwrap_or_else(|| handle.names.present()) {
             stream.interface(port);
         }
         Ok(stream)
@@ -203,9 +220,9 @@ impl CaptureStream {
 
     fn finish(&mut self, why: &str) {
         let observer = self.registered.observer.clone();
-        // Ports all of whose frames were missed.
-        for port in self.registered.handle.names.all() {
-            if observer.missed_at(port.slot) > 0 {
+        // Ports all of whose frames were missed; of several in one slot, the last.
+        for port in self.registered.handle.names.all().into_iter().rev() {
+            if observer.missed_at(port.slot) > 0 && !self.section.knows_slot(port.slot) {
                 self.interface(port);
             }
         }
@@ -356,7 +373,8 @@ impl ByteStream for TraceStream {
                 break;
             };
             taken += self.bytes.len() + 100;
-            self.tracer.take(thread, record, &self.bytes, now);
+            let limit = usize::try_from(self.left).unwrap_or(usize::MAX);
+            self.tracer.take(thread, record, &self.bytes, now, limit);
         }
         let over = end.is_some() && taken < CHUNK;
         while self.left > 0
@@ -433,7 +451,8 @@ pub(super) fn add_mirror(handle: &Handle, order: &MirrorAdd) -> Result<ObserverV
         ports: from,
         to: Some(to),
     };
-    let (name, _) = handle.ask(|reply| Command::Observe(record, reply))?;
+    let (name, generation) = register(handle, record)?;
+    wait_seen(handle, generation);
     let mut views = handle.observers()?.into_iter();
     let view = views.find(|view| view.name == name);
     view.ok_or_else(|| ControlError::Internal(format!("mirror {name:?} has ended at once")))

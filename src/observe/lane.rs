@@ -5,9 +5,9 @@ use std::ops::Add;
 use crossbeam_utils::atomic::AtomicCell;
 use rtrb::{Consumer, Producer, RingBuffer};
 
-use super::ObserverSpec;
 use super::mirror::Copies;
 use super::record::{RECORD_HEAD, Record};
+use super::{Kind, ObserverSpec};
 use crate::config::MAX_PORTS;
 use crate::memory::Window;
 use crate::stats::Counter;
@@ -121,11 +121,12 @@ impl Lane {
 
     fn with(spec: &ObserverSpec, pen: Pen) -> Lane {
         let slots = match &spec.ports {
-            None => MAX_PORTS,
-            Some(ports) => {
+            // A trace follows frames to any port.
+            Some(ports) if spec.kind != Kind::Trace => {
                 let highest = ports.iter().map(|port| usize::from(port.slot) + 1).max();
                 highest.unwrap_or(0)
             }
+            _ => MAX_PORTS,
         };
         Lane {
             pen: AtomicCell::new(Some(Box::new(pen))),

@@ -33,6 +33,12 @@ const BLOCK_FRAME: usize = 12;
 /// First byte of `if_filter`: a libpcap expression follows, which ours are.
 const FILTER_IS_TEXT: u8 = 0;
 
+/// In place of a port where there is none.
+const NO_PORT: PortRef = PortRef {
+    slot: u16::MAX,
+    generation: 0,
+};
+
 /// A section in the making; what is written collects until it is taken.
 pub struct Section {
     writer: PcapNgWriter<Vec<u8>>,
@@ -103,6 +109,11 @@ impl Section {
         Ok((self.interfaces.len() - 1) as u32)
     }
 
+    /// Whether a port of this slot has an interface.
+    pub fn knows_slot(&self, slot: u16) -> bool {
+        self.interfaces.iter().any(|port| port.slot == slot)
+    }
+
     /// Writes a record at `time`, since 1970, with the bytes that it has of its frame.
     ///
     /// The block's body is put together here, because the crate cannot write `epb_queue`.
@@ -162,10 +173,19 @@ impl Section {
         time: Duration,
         why: &str,
     ) -> Result<(), PcapError> {
+        if self.interfaces.is_empty() {
+            // Or nothing could say why it ends.
+            self.interface(NO_PORT, || "none".to_string())?;
+        }
         let (started, ended) = (halves(self.started), halves(time));
         for (number, port) in self.interfaces.iter().enumerate() {
             let captured = captured.get(number).copied().unwrap_or(0);
-            let missed = observer.missed_at(port.slot);
+            // Counted by slot: what the slot's earlier ports have missed is said once, with the last of them.
+            let later = &self.interfaces[number + 1..];
+            let missed = match later.iter().any(|other| other.slot == port.slot) {
+                true => 0,
+                false => observer.missed_at(port.slot),
+            };
             self.writer.write_pcapng_block(InterfaceStatisticsBlock {
                 interface_id: number as u32,
                 timestamp: ended,

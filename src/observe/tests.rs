@@ -247,3 +247,54 @@ fn a_section_says_all_that_is_known_of_a_frame() {
         ]
     );
 }
+
+#[test]
+fn what_a_slot_has_missed_is_said_once() {
+    let capture = spec(Kind::Capture, None, ObserveDirection::Both);
+    let observer = Observer::mirror(capture, std::iter::empty());
+    observer.lane(3).miss(PORT.slot);
+    let later = PortRef {
+        generation: PORT.generation + 1,
+        ..PORT
+    };
+    let now = Duration::new(1_800_000_000, 1);
+    let mut section = Section::new(&observer, now).unwrap();
+    section.interface(PORT, || "vm1".to_string()).unwrap();
+    assert!(section.knows_slot(PORT.slot) && !section.knows_slot(OTHER.slot));
+    section.interface(later, || "vm1".to_string()).unwrap();
+    section.finish(&observer, &[0, 0], now, "stopped").unwrap();
+    assert_eq!(missed(&mut section), [0, 1]);
+    // Without any port there is still somebody to say why it ends.
+    let mut empty = Section::new(&observer, now).unwrap();
+    empty.finish(&observer, &[], now, "stopped").unwrap();
+    assert_eq!(missed(&mut empty), [0]);
+}
+
+/// What the statistics of a section say.
+fn missed(section: &mut Section) -> Vec<u64> {
+    let mut bytes = Vec::new();
+    section.take(&mut bytes);
+    let (mut rest, mut parser) = PcapNgParser::new(&bytes).unwrap();
+    let mut missed = Vec::new();
+    while !rest.is_empty() {
+        let (after, block) = parser.next_block(rest).unwrap();
+        if let Block::InterfaceStatistics(statistics) = block {
+            let drops = statistics.options.iter().filter_map(|option| match option {
+                InterfaceStatisticsOption::IsbIfDrop(drops) => Some(*drops),
+                _ => None,
+            });
+            missed.extend(drops);
+        }
+        rest = after;
+    }
+    missed
+}
+
+#[test]
+fn a_trace_counts_the_steps_that_it_missed_at_any_port() {
+    let trace = spec(Kind::Trace, Some(vec![PORT]), ObserveDirection::Rx);
+    let (observer, _reader) = Observer::with_reader(trace, std::iter::empty());
+    observer.lane(0).miss(OTHER.slot);
+    observer.lane(0).miss(PORT.slot);
+    assert_eq!(observer.counts().missed, 2);
+}

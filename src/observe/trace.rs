@@ -127,9 +127,20 @@ pub struct Tracer {
 }
 
 impl Tracer {
-    /// Takes a record of a poll thread, with its bytes.
-    pub fn take(&mut self, thread: usize, record: Record, bytes: &[u8], now: Instant) {
+    /// Takes a record of a poll thread, with its bytes. No journey is begun beyond `limit` that are open.
+    pub fn take(
+        &mut self,
+        thread: usize,
+        record: Record,
+        bytes: &[u8],
+        now: Instant,
+        limit: usize,
+    ) {
+        let has_room = self.open.len() < limit;
         if record.what == What::Decided {
+            if !has_room {
+                return;
+            }
             let journey = Journey {
                 entered: record,
                 decided: Decided::decode(bytes),
@@ -145,7 +156,7 @@ impl Tracer {
         match open.find(same) {
             Some((_, journey, _)) => journey.outcomes.push(record),
             // Dropped before anything was decided. What else has no beginning began before the trace.
-            None if record.what != What::Delivered && bytes.is_empty() => {
+            None if record.what != What::Delivered && bytes.is_empty() && has_room => {
                 let journey = Journey {
                     entered: record,
                     decided: None,
@@ -243,15 +254,16 @@ mod tests {
             record(What::Decided, (0, 1)),
             &[&flood[..], &[1, 2]].concat(),
             now,
+            9,
         );
-        tracer.take(0, record(What::Decided, (0, 2)), &unicast, now);
+        tracer.take(0, record(What::Decided, (0, 2)), &unicast, now, 9);
         // The same name on another thread is another frame.
-        tracer.take(1, record(What::Delivered, (0, 1)), &[1], now);
-        tracer.take(0, record(What::Delivered, (0, 2)), &[1], now);
-        tracer.take(0, record(What::Delivered, (0, 1)), &[1], now);
+        tracer.take(1, record(What::Delivered, (0, 1)), &[1], now, 9);
+        tracer.take(0, record(What::Delivered, (0, 2)), &[1], now, 9);
+        tracer.take(0, record(What::Delivered, (0, 1)), &[1], now, 9);
         assert_eq!(tracer.next(now, false), None);
         let full = What::Dropped(DropReason::EgressRingFull);
-        tracer.take(0, record(full, (0, 1)), &[1], now);
+        tracer.take(0, record(full, (0, 1)), &[1], now, 9);
         let first = tracer.next(now, false).unwrap();
         assert_eq!(first.head, [1, 2]);
         let outcomes: Vec<What> = first.outcomes.iter().map(|one| one.what).collect();
@@ -264,12 +276,24 @@ mod tests {
     fn what_waits_in_vain_comes_as_it_is() {
         let (mut tracer, now) = (Tracer::default(), Instant::now());
         let unicast = Decided::new(&decision(Verdict::Unicast(1)), 2).encode();
-        tracer.take(0, record(What::Decided, (0, 1)), &unicast, now);
+        tracer.take(0, record(What::Decided, (0, 1)), &unicast, now, 9);
         assert_eq!(tracer.next(now, false), None);
         assert!(tracer.next(now + PATIENCE, false).is_some());
         // Dropped before anything was decided.
         let malformed = What::Dropped(DropReason::RxMalformedChain);
-        tracer.take(0, record(malformed, (0, 2)), &[], now);
+        tracer.take(0, record(malformed, (0, 2)), &[], now, 9);
         assert_eq!(tracer.next(now, false).unwrap().decided, None);
+    }
+
+    #[test]
+    fn no_more_are_open_than_are_wanted() {
+        let (mut tracer, now) = (Tracer::default(), Instant::now());
+        let unicast = Decided::new(&decision(Verdict::Unicast(1)), 2).encode();
+        for number in 0..100 {
+            tracer.take(0, record(What::Decided, (0, number)), &unicast, now, 3);
+        }
+        let all = std::iter::from_fn(|| tracer.next(now, true));
+        let numbers: Vec<u32> = all.map(|journey| journey.entered.frame.1).collect();
+        assert_eq!(numbers, [0, 1, 2]);
     }
 }

@@ -91,11 +91,9 @@ impl<'t> Tap<'t> {
         }
         let time = self.clock.raw();
         let record = record(time, What::Decided, ingress.reference, Some(ingress.pair));
-        let others = self
-            .flood
-            .iter()
-            .filter(|to| **to != ingress.reference.slot);
-        let decided = Decided::new(decision, others.count());
+        // All ports that can receive, but its own; in ascending order.
+        let own = self.flood.binary_search(&ingress.reference.slot).is_ok();
+        let decided = Decided::new(decision, self.flood.len() - usize::from(own));
         let content = content(burst, frame);
         self.write(wanted, of(record, frame), &decided.encode(), &content);
     }
