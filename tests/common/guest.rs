@@ -486,6 +486,11 @@ impl<'m> Guest<'m> {
             self.free.push_back(used.token);
         }
         self.assert_sound();
+        self.send_blindly(frame, cuts)
+    }
+
+    /// The same without a look at what has come back.
+    pub(crate) fn send_blindly(&mut self, frame: &[u8], cuts: &[usize]) -> bool {
         let Some(token) = self.free.pop_front() else {
             return false;
         };
