@@ -446,6 +446,7 @@ fn observers_end_with_their_port() {
     trace.arg(daemon.dir().join("api.sock"));
     let mut trace = common::process::Process::spawn("trace", &mut trace);
     wait_for("the trace", || observers(daemon).len() == 7);
+    daemon.settle();
     for number in 1..50 {
         scene.passes(&mut victim, &mut sink, number);
     }

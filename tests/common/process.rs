@@ -73,6 +73,18 @@ impl Stream {
     }
 }
 
+impl Stream {
+    /// Waits until nothing more can come.
+    fn wait_end(&self, deadline: Instant) {
+        let mut collected = self.lock();
+        while !collected.ended && Instant::now() < deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let waited = self.shared.1.wait_timeout(collected, left);
+            collected = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
 /// A running child; killed on drop.
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -137,6 +149,10 @@ impl Process {
         let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = self.ended() {
+                // Its last words are read by other threads. Somebody whom it leaves behind may hold a stream open.
+                let soon = Instant::now() + Duration::from_secs(2);
+                self.out.wait_end(soon);
+                self.err.wait_end(soon);
                 return Some(status);
             }
             if Instant::now() > deadline {
