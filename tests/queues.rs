@@ -208,7 +208,8 @@ fn a_change_of_the_number_of_queues_loses_nothing() {
             .try_send(pair, &frame(mac(9), address(2, pair), sequence, 100));
         assert!(sent);
         wait_for("a frame of the guest", || {
-            party.sender.try_receive().is_some()
+            let came = party.sender.try_receive();
+            came.is_some_and(|bytes| read(&bytes).sequence == sequence)
         });
     }
     daemon.stop();

@@ -87,7 +87,7 @@ pub fn prepare_process() -> io::Result<Signals> {
     Signals::block()
 }
 
-/// A port with one queue pair holds about eight descriptors: the usual soft limit of 1024 would be few ports.
+/// A port with a frontend and one queue pair holds ten descriptors: the usual soft limit of 1024 would be few ports.
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {

@@ -4,7 +4,7 @@ use super::lane::Content;
 use super::record::Record;
 use crate::switch::PortRef;
 
-/// Bytes of copies of one pass: twice what a pass takes from one queue.
+/// Bytes of copies of one pass: four times what a pass takes from one queue.
 const COPY_BYTES: usize = 256 * 1024;
 /// Copies of one pass.
 const MOST_COPIES: usize = 4096;

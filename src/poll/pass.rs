@@ -121,11 +121,7 @@ impl<'t, 'p> Pass<'t, 'p> {
                 let lost = Lost::Unread { position, len };
                 self.context().drop_taken(number, reason, lost);
             }
-            // The pages may have gone while we read them (the file was truncated): zeros came instead.
-            if ingress.memory.faulted() {
-                let lost = Lost::Unread { position, len: 0 };
-                self.context()
-                    .drop_taken(number, DropReason::RxMemoryFault, lost);
+            if faulted {
                 break;
             }
         }
