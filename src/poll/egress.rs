@@ -1,5 +1,7 @@
 //! From verdicts to receive queues: grouping by egress, retries, completions, calls.
 
+use std::sync::atomic::{Ordering, fence};
+
 use arrayvec::ArrayVec;
 
 use crate::frame::{BURST_FRAMES, Burst};
@@ -425,6 +427,8 @@ impl<'t, 'p> Delivery<'t, 'p> {
             }
         }
         self.touched.0.retain(|(_, again)| *again);
+        // Between the used indices of all transmit queues and their drivers' event words.
+        fence(Ordering::SeqCst);
         for ingress in &self.context.plan.queues {
             if let Some(call) = &ingress.call
                 && ingress.queue.take_call_wanted()

@@ -3,7 +3,7 @@
 //! Its state is relaxed atomics, not fields behind `&mut`: the queue moves between poll threads by two
 //! topology publications (without an owner, acknowledged, then with the new one), whose barriers order it.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use super::chain::{ChainError, Direction, Windows};
 use super::claim::Publish;
@@ -31,9 +31,12 @@ pub struct TransmitQueue {
     next: AtomicU64,
     /// Positions before this one are returned to the driver.
     completed: AtomicU64,
+    /// Positions before this one were completed when the driver's wish for a call was last looked at.
+    asked: AtomicU64,
     size: u16,
     /// Taken chains by position: id and span. A power of two of places, so that none is found by division.
     taken: Box<[AtomicU32]>,
+    /// A call that is owed whatever the driver says: its ring has started.
     call_wanted: AtomicBool,
     broken: BrokenMark,
     header: usize,
@@ -48,6 +51,7 @@ impl TransmitQueue {
             ring,
             next: AtomicU64::new(position),
             completed: AtomicU64::new(position),
+            asked: AtomicU64::new(position),
             size: setup.size,
             taken: (0..setup.size.next_power_of_two())
                 .map(|_| AtomicU32::new(0))
@@ -165,17 +169,29 @@ impl TransmitQueue {
         }
         self.ring.publish(start, end);
         self.completed.store(end, Ordering::Relaxed);
-        // Full barrier between the used index and the driver's event word, as in `Claims::try_publish`.
-        fence(Ordering::SeqCst);
-        if self.ring.wants_call(start, end) {
-            self.call_wanted.store(true, Ordering::Relaxed);
-        }
     }
 
     /// Whether the driver is to be called now.
+    ///
+    /// Between the last [`TransmitQueue::complete`] and this the caller makes a full barrier: the driver stores its event,
+    /// then looks at the used index, as in `Claims::try_publish`. One is enough for all queues of a pass; one for each would
+    /// wait for each one's lines alone.
     #[inline(always)]
     pub fn take_call_wanted(&self) -> bool {
-        self.call_wanted.load(Ordering::Relaxed) && self.call_wanted.swap(false, Ordering::Relaxed)
+        let (from, to) = (self.asked.load(Ordering::Relaxed), self.completed());
+        let mut wanted = false;
+        if from != to {
+            self.asked.store(to, Ordering::Relaxed);
+            // Without a call descriptor nobody asks, for many laps, and the driver's event has 16 bits.
+            let from = from.max(to.saturating_sub(self.size.into()));
+            wanted = self.ring.wants_call(from, to);
+        }
+        // One owner at a time: no exchange is needed.
+        if self.call_wanted.load(Ordering::Relaxed) {
+            self.call_wanted.store(false, Ordering::Relaxed);
+            wanted = true;
+        }
+        wanted
     }
 
     /// Asks for kicks, and says whether it is safe to sleep: nothing became available meanwhile.
