@@ -100,6 +100,33 @@ impl<T: Word> PinnedArray<T> {
         super::probe::stored();
     }
 
+    /// Asks the processor to bring a word's line near, for reading.
+    #[inline(always)]
+    pub fn prefetch(&self, index: usize) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let place = self.place(index).cast::<i8>();
+            // SAFETY: a prefetch has no architectural effect, whatever the address.
+            unsafe { _mm_prefetch(place, _MM_HINT_T0) }
+        }
+    }
+
+    /// The same for writing: no other core keeps the line.
+    #[inline(always)]
+    pub fn prefetch_write(&self, index: usize) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let place = self.place(index);
+            // The intrinsic becomes a prefetch for reading on the default target. Processors that do not know the
+            // instruction do nothing.
+            // SAFETY: a prefetch has no architectural effect, whatever the address.
+            unsafe {
+                std::arch::asm!("prefetchw [{}]", in(reg) place, options(nostack, preserves_flags));
+            }
+        }
+    }
+
     /// All of it, for accesses of other sizes.
     #[inline(always)]
     pub fn window(&self) -> Window<'_> {

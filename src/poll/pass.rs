@@ -19,6 +19,11 @@ const QUEUE_FRAMES: usize = BURST_FRAMES;
 /// Bytes taken from one queue in one pass, if not one frame alone is longer: about 10 µs of copying.
 const QUEUE_BYTES: u32 = 64 * 1024;
 
+/// Queues between asking for a queue's available index and looking at it.
+const AVAILABLE_AHEAD: usize = 6;
+/// Queues between asking for a queue's next chain and taking it: the index has come by then.
+const NEXT_AHEAD: usize = 3;
+
 /// Everything that a thread does with one topology.
 #[derive(Debug)]
 pub(super) struct Pass<'t, 'p> {
@@ -56,6 +61,7 @@ impl<'t, 'p> Pass<'t, 'p> {
         for turn in 0..count {
             let at = self.first + turn;
             let number = if at < count { at } else { at - count };
+            self.ask_ahead(turn);
             worked |= self.take(&queues[number], number as u16);
             if !self.burst.has_room() {
                 self.forward(now_s);
@@ -79,6 +85,24 @@ impl<'t, 'p> Pass<'t, 'p> {
             self.delivery.settle();
         }
         worked
+    }
+
+    /// Asks for lines of the queues that come soon. Each line is in the cache of a guest's core, about 100 ns away: waiting
+    /// for one after the other is most of what many queues with a frame each would cost.
+    #[inline(always)]
+    fn ask_ahead(&self, turn: usize) {
+        let queues = &self.context().plan.queues;
+        let count = queues.len();
+        let ahead = |by: usize| {
+            let at = self.first + turn + by;
+            &queues[if at < count { at } else { at - count }].queue
+        };
+        if turn + AVAILABLE_AHEAD < count {
+            ahead(AVAILABLE_AHEAD).prefetch_available();
+        }
+        if turn + NEXT_AHEAD < count {
+            ahead(NEXT_AHEAD).prefetch_next();
+        }
     }
 
     /// Takes what there is in one queue, into the burst.

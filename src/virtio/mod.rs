@@ -245,6 +245,25 @@ impl Ring {
         }
     }
 
+    /// Asks for the line that says whether `position` is available.
+    #[inline(always)]
+    fn prefetch_available(&self, position: u64) {
+        match self {
+            Ring::Split(ring) => ring.prefetch_available(),
+            Ring::Packed(ring) => ring.prefetch_available(position),
+        }
+    }
+
+    /// Asks for the other lines of the chain at `position`, if it is available.
+    #[inline(always)]
+    fn prefetch_next(&self, position: u64) {
+        match self {
+            Ring::Split(ring) => ring.prefetch_next(position),
+            // All there is to a descriptor is in one line.
+            Ring::Packed(_) => {}
+        }
+    }
+
     /// The end of what is available from `position` on, at most `end`. Not for every claim: a packed ring is searched.
     pub fn free_to(&self, position: u64, end: u64) -> u64 {
         let available = match self.available_to(position) {

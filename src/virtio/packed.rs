@@ -201,6 +201,12 @@ impl PackedRing {
         is_available((rest >> FLAGS_SHIFT) as u16, wrap)
     }
 
+    /// Asks for the line of the descriptor at `position`.
+    #[inline(always)]
+    pub fn prefetch_available(&self, position: u64) {
+        self.descriptors.prefetch(2 * self.place(position).0);
+    }
+
     /// The chain at `position`, if it is available and one usable buffer.
     #[inline(always)]
     pub fn single(&self, position: u64, direction: Direction) -> Option<(Head, Window<'_>)> {

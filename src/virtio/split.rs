@@ -107,6 +107,27 @@ impl SplitRing {
         Ok(position + u64::from(ahead))
     }
 
+    /// Asks for the line of the available index.
+    #[inline(always)]
+    pub fn prefetch_available(&self) {
+        self.available.prefetch(IDX);
+    }
+
+    /// Asks for the descriptor of `position`, if that is available, and for its place in the used ring, to be written.
+    ///
+    /// Only then: a driver that waits looks at the used index all the time, and would lose the line each time.
+    #[inline(always)]
+    pub fn prefetch_next(&self, position: u64) {
+        if self.available.load(IDX, Ordering::Relaxed) != position as u16 {
+            // A hint: whatever the entry says, the mask keeps it inside the table.
+            let head = self.head(position) & (self.size - 1);
+            self.descriptors.prefetch(2 * usize::from(head));
+            self.used.prefetch_write(IDX);
+            let element = ELEMENTS + 2 * self.slot(position);
+            self.elements.prefetch_write(element);
+        }
+    }
+
     /// The first descriptor of the chain at `position`.
     #[inline(always)]
     fn head(&self, position: u64) -> u16 {

@@ -98,6 +98,18 @@ impl TransmitQueue {
         }
     }
 
+    /// Asks for the line that says whether something is available: a queue that is looked at soon.
+    #[inline(always)]
+    pub fn prefetch_available(&self) {
+        self.ring.prefetch_available(self.position());
+    }
+
+    /// Asks for what taking and completing the next chain will need, if there is one; a little later.
+    #[inline(always)]
+    pub fn prefetch_next(&self) {
+        self.ring.prefetch_next(self.position());
+    }
+
     /// Takes the next chain before `end` (from [`TransmitQueue::available_to`]), appending its buffers.
     #[inline(always)]
     pub fn take<'m, const N: usize>(&'m self, end: u64, windows: &mut Windows<'m, N>) -> Taken {
