@@ -219,8 +219,10 @@ impl Registry {
         let topology = Topology::succeed(Some(before), &entries, since, fdb, placement);
         let observers = self.observers.iter();
         let observers: Vec<_> = observers.map(|record| record.observer.clone()).collect();
-        let topology = topology.with_observers(&observers);
+        let mut topology = topology.with_observers(&observers);
         self.polls.prepare(before, &topology);
+        // As late as can be: a control thread that loses its processor here is no poll thread's delay.
+        topology.since = self.waiting_since(Instant::now());
         let generation = self.publisher.publish(topology);
         self.polls.wake(self.publisher.current());
         self.moves.published(generation);
