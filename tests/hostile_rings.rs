@@ -161,6 +161,38 @@ fn both_refuse(
 // Split rings: the available ring.
 
 #[test]
+fn buffers_touched_ahead_have_their_pages_and_stay_as_they_are() {
+    use std::os::unix::fs::MetadataExt;
+    const PAGE: u64 = 4096;
+    for packed in KINDS {
+        let guest = Guest::new(SIZE, features(packed));
+        let queue = start_receive(&guest);
+        let mut driver = guest.driver();
+        assert!(!queue.touch_buffers(), "none is posted");
+        let (seen, fresh) = (vec![7; 100], DATA + 0x10_0000);
+        guest.write(GOOD, &seen);
+        let blocks = || guest.memory.file().metadata().unwrap().blocks();
+        // Malformed, usable, without any page of its own, and longer than any frame.
+        driver.post(&[readable(GOOD, GOOD_LEN)]);
+        driver.post(&[writable(GOOD, ROOM)]);
+        driver.post(&[writable(fresh, 3 * PAGE as u32)]);
+        driver.post(&[writable(fresh + 0x4_0000, 1 << 20)]);
+        let before = blocks();
+        assert!(queue.touch_buffers());
+        let pages = (blocks() - before) * 512 / PAGE;
+        assert!((3 + 17..=3 + 18).contains(&pages), "{pages} pages");
+        assert_eq!(guest.read(GOOD, 100), seen);
+        assert_eq!(
+            guest.read(fresh, 3 * PAGE as u32),
+            vec![0; 3 * PAGE as usize]
+        );
+        assert_eq!(queue.broken(), None);
+        let frames = [frame(1, 64), frame(2, 64)];
+        assert_eq!(deliver(&queue, &frames), (2, None));
+    }
+}
+
+#[test]
 fn an_available_index_further_ahead_than_the_ring_breaks_it_and_nothing_is_taken() {
     let guest = Guest::new(SIZE, features(false));
     let ahead = SIZE + 1;

@@ -6,7 +6,7 @@
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, compiler_fence};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, compiler_fence};
 
 /// Integers that [`Window::atomics`] makes.
 pub trait Atomic: sealed::Sealed {}
@@ -225,6 +225,24 @@ impl<'m> Window<'m> {
         self.atomic_u64(offset).store(value.to_le(), order);
         #[cfg(test)]
         super::probe::stored();
+    }
+
+    /// Writes to every page without changing anything, so that they are all mapped for writing; returns how many there are.
+    /// A page that the file does not have yet is made.
+    pub fn touch(&self) -> usize {
+        let page = rustix::param::page_size();
+        let (mut at, mut pages) = (0, 0);
+        while at < self.len {
+            // SAFETY: at < self.len, so inside the mapping.
+            let byte = unsafe { self.ptr.as_ptr().add(at) };
+            // SAFETY: a byte is always aligned, the mapping lives for 'm, and the access is atomic.
+            let byte = unsafe { AtomicU8::from_ptr(byte) };
+            // Counts as a write for the processor whether the byte is 0 or not, and stores what was there.
+            let _ = byte.compare_exchange(0, 0, Ordering::Relaxed, Ordering::Relaxed);
+            pages += 1;
+            at += page - (self.address() + at) % page;
+        }
+        pages
     }
 
     /// Asks the processor to bring the line at `offset` near, for reading. Nothing happens outside.

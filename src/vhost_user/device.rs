@@ -153,7 +153,7 @@ impl DeviceState {
                         Err(error) => no_record = Some(error.to_string().into()),
                     }
                 }
-                let base = ring.start(&setup)?.base();
+                let base = ring.start(&setup)?;
                 Ok((setup.size, setup.features.packed, base))
             });
         let (size, packed, base) = match started {
@@ -445,8 +445,9 @@ impl DeviceState {
             .report(SessionEvent::MessageRefused { reason }, now);
     }
 
-    /// Reports what a driver broke since the last look.
+    /// Reports what a driver broke since the last look, and touches buffers that it has posted since its rings started.
     pub(super) fn look(&mut self, now: Instant) {
+        self.rings.iter_mut().for_each(Vring::touch);
         if self.memory.faulted() && !std::mem::replace(&mut self.loss_reported, true) {
             self.reporter.report(SessionEvent::MemoryLost, now);
         }

@@ -151,6 +151,8 @@ pub(super) struct Vring {
     pub(super) refusal: Option<Refusal>,
     /// Its being broken was reported.
     pub(super) broken_reported: bool,
+    /// A receiveq whose first buffers were touched since it started.
+    touched: bool,
     /// NUMA node of the ring where it last started, if the kernel tells.
     node: Option<usize>,
 }
@@ -170,6 +172,7 @@ impl Vring {
             running: None,
             refusal: Some(Refusal::NoFeatures),
             broken_reported: false,
+            touched: false,
             node: None,
         }
     }
@@ -238,13 +241,27 @@ impl Vring {
         })
     }
 
-    /// Starts the ring.
-    pub(super) fn start(&mut self, setup: &RingSetup) -> Result<&Running, Refusal> {
+    /// Starts the ring; returns its base.
+    pub(super) fn start(&mut self, setup: &RingSetup) -> Result<u32, Refusal> {
         let running = Running::start(self.name, setup)?;
         // A page that the start has touched already: for this alone none of the guest's is.
         self.node = node_of(&[setup.used.window().address()]);
         self.broken_reported = false;
-        Ok(self.running.insert(running))
+        self.touched = false;
+        let base = running.base();
+        self.running = Some(running);
+        self.touch();
+        Ok(base)
+    }
+
+    /// Takes the page faults of a receiveq's first buffers, so that no poll thread has to. A driver may post them after
+    /// its ring has started: then at a later call.
+    pub(super) fn touch(&mut self) {
+        if let Some(Running::Receive(queue)) = &self.running
+            && !self.touched
+        {
+            self.touched = queue.touch_buffers();
+        }
     }
 
     /// The ring as a poll thread's transmitq.

@@ -23,6 +23,10 @@ const CLAIM_WINDOWS: usize = 192;
 /// A buffer must hold the header and so many bytes of a frame, or it goes back unused: one that holds nothing would block
 /// a queue without mergeable buffers for ever.
 const MIN_FRAME: usize = 60;
+/// Bytes of the longest frame with its header, rounded up to whole pages.
+const LONGEST: u32 = 68 * 1024;
+/// Most pages of receive buffers that are touched ahead: 16 MiB, a ring of 256 buffers for the longest frames.
+const TOUCHED_PAGES: usize = 4096;
 /// Swaps tried before a claim counts as lost.
 const CLAIM_TRIES: usize = 4;
 
@@ -455,6 +459,34 @@ impl ReceiveQueue {
         } else {
             Added::Bytes(bytes)
         })
+    }
+
+    /// Touches the pages of the buffers that are available, up to [`TOUCHED_PAGES`], without changing them; says whether
+    /// there were any.
+    ///
+    /// The first write to a page of a mapping is a page fault, about 2 µs. A ring that has just started would make a poll
+    /// thread take one for nearly every frame, and all its guests wait; the caller is a thread that may wait.
+    pub fn touch_buffers(&self) -> bool {
+        let position = self.claims.next();
+        let (mut at, end) = (position, self.end_of_free());
+        let mut windows: Windows<'_, MAX_CHAIN_WINDOWS> = Windows::new();
+        let mut pages = 0;
+        while at < end && pages < TOUCHED_PAGES {
+            windows.clear();
+            // What is wrong with the ring is found by whoever delivers into it.
+            let Ok(Some(chain)) = self
+                .ring
+                .read_chain(at, Direction::Write, LONGEST, &mut windows)
+            else {
+                break;
+            };
+            let parts = windows
+                .iter()
+                .filter_map(|window| window.sub(0, window.len().min(LONGEST as usize)));
+            pages += parts.map(|part| part.touch()).sum::<usize>();
+            at += u64::from(chain.head.span);
+        }
+        at > position
     }
 
     /// Writes the claim's used elements, declares it filled, and makes visible what can be.

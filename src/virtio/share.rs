@@ -172,7 +172,7 @@ impl ReceiveQueue {
         self.shares.is_worth_a_retry(self.end_of_free())
     }
 
-    fn end_of_free(&self) -> u64 {
+    pub(super) fn end_of_free(&self) -> u64 {
         let position = self.claims.next();
         let end = position + self.claims.room(position);
         self.ring.free_to(position, end)
