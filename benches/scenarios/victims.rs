@@ -105,13 +105,22 @@ fn say_exchanged() {
     let _ = std::io::stdout().flush();
 }
 
-/// Exchanges frames until it is killed.
+/// Exchanges frames until it is killed. Without sockets: has the same memory, and uses the processor until it is killed.
 pub(crate) fn victim(
     sockets: &[PathBuf],
     ballast: usize,
     effort: &Effort,
 ) -> Result<Value, RunError> {
     effort.pin(0);
+    if sockets.is_empty() {
+        let plan = plan(2, 64);
+        let memory = NUMBERS.map(|_| Attachment::new(&plan, ballast));
+        say_exchanged();
+        while memory.iter().all(Result::is_ok) {
+            std::hint::spin_loop();
+        }
+        return Ok(json!({}));
+    }
     let mut pair = Pair::connect(sockets, ballast)?;
     let mut said = false;
     pair.exchange(|received| {

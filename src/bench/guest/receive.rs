@@ -65,10 +65,32 @@ impl<'m> Receive<'m> {
     pub fn receive(&mut self, checker: &Checker, tracker: &mut Tracker<'_>, now_ns: u64) -> usize {
         let mut burst = ArrayVec::<Used, BURST>::new();
         self.port.ring.reap_burst(&mut burst);
+        self.accept(&burst, checker, tracker, now_ns)
+    }
+
+    /// The same for one buffer at most: for callers that cannot be away for a burst of long frames.
+    pub fn receive_one(
+        &mut self,
+        checker: &Checker,
+        tracker: &mut Tracker<'_>,
+        now_ns: u64,
+    ) -> usize {
+        let used = self.port.ring.reap();
+        self.accept(used.as_slice(), checker, tracker, now_ns)
+    }
+
+    #[inline(always)]
+    fn accept(
+        &mut self,
+        burst: &[Used],
+        checker: &Checker,
+        tracker: &mut Tracker<'_>,
+        now_ns: u64,
+    ) -> usize {
         if burst.is_empty() {
             return 0;
         }
-        for used in &burst {
+        for used in burst {
             let window = &self.buffers[used.token as usize].window;
             if self.mergeable {
                 window.prefetch(0);
@@ -76,9 +98,9 @@ impl<'m> Receive<'m> {
             window.prefetch(NET_HDR);
         }
         let frames = if self.mergeable {
-            self.take_mergeable(&burst, checker, tracker)
+            self.take_mergeable(burst, checker, tracker)
         } else {
-            self.take(&burst, checker, tracker);
+            self.take(burst, checker, tracker);
             burst.len()
         };
         self.port.publish();
