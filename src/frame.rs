@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use arrayvec::ArrayVec;
 
-use crate::memory::Window;
+use crate::memory::{Pieces, Window};
 use crate::stats::DropReason;
 use crate::virtio::NET_HDR_SIZE;
 use crate::virtio::chain::MAX_CHAIN_WINDOWS;
@@ -30,31 +30,33 @@ const NUM_BUFFERS: usize = 10;
 
 /// One frame of a burst.
 #[derive(Clone, Copy, Debug)]
-pub struct Frame {
+pub struct Frame<'t> {
     /// The receiver's virtio-net header and the frame's first bytes: one copy delivers both.
     head: [u8; NET_HDR_SIZE + HEAD_BYTES],
     /// Bytes of the frame.
     pub len: u32,
-    /// Windows in the burst's arena, first and number: the whole chain, and once the head is loaded the
-    /// payload behind it.
-    windows: (u16, u16),
     /// Bytes of the sender's virtio-net header.
     header: u16,
+    /// The chain's first buffer; once the head is loaded, what the head left of the buffer that it ended in.
+    first: Window<'t>,
+    /// The buffers behind it, in the burst's arena: start and number. Most chains have none, and never come near the arena.
+    more: (u16, u16),
     /// Number of the queue it came from, in the thread's plan.
     pub ingress: u16,
     /// Its chain's position in that queue.
     pub position: u64,
 }
 
-impl Frame {
-    const EMPTY: Frame = {
+impl Frame<'_> {
+    const EMPTY: Self = {
         let mut head = [0; NET_HDR_SIZE + HEAD_BYTES];
         head[NUM_BUFFERS] = 1;
         Frame {
             head,
             len: 0,
-            windows: (0, 0),
             header: NET_HDR_SIZE as u16,
+            first: Window::EMPTY,
+            more: (0, 0),
             ingress: 0,
             position: 0,
         }
@@ -86,9 +88,20 @@ impl Frame {
     }
 
     #[inline(always)]
-    fn range(&self) -> Range<usize> {
-        usize::from(self.windows.0)..usize::from(self.windows.0) + usize::from(self.windows.1)
+    fn more(&self) -> Range<usize> {
+        usize::from(self.more.0)..usize::from(self.more.0) + usize::from(self.more.1)
     }
+}
+
+/// Where a frame comes from.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin {
+    /// Bytes of the virtio-net header in front of it.
+    pub header: u16,
+    /// Number of its queue in the thread's plan.
+    pub ingress: u16,
+    /// Its chain's position in that queue.
+    pub position: u64,
 }
 
 /// Where `num_buffers` stands in the header that [`Frame::with_header`] gives.
@@ -100,9 +113,9 @@ pub const NUM_BUFFERS_AT: usize = NUM_BUFFERS;
 /// the frame's first lines), then [`Burst::load_heads`] for all of them.
 #[derive(Debug)]
 pub struct Burst<'t> {
-    frames: [Frame; BURST_FRAMES],
+    frames: [Frame<'t>; BURST_FRAMES],
     count: usize,
-    /// Buffers of the chains.
+    /// Buffers of chains of several.
     windows: ArrayVec<Window<'t>, BURST_WINDOWS>,
     bytes: u32,
 }
@@ -147,7 +160,7 @@ impl<'t> Burst<'t> {
 
     /// The frames, in the order in which they were taken.
     #[inline(always)]
-    pub fn frames(&self) -> &[Frame] {
+    pub fn frames(&self) -> &[Frame<'t>] {
         &self.frames[..self.count]
     }
 
@@ -169,44 +182,72 @@ impl<'t> Burst<'t> {
         self.windows.truncate(mark);
     }
 
-    /// The payload of a frame of this burst behind its head.
+    /// What a frame of this burst has behind its head.
     #[inline(always)]
-    pub fn payload(&self, frame: &Frame) -> &[Window<'t>] {
-        &self.windows[frame.range()]
+    pub fn payload(&self, frame: &Frame<'t>) -> Pieces<'_, 't> {
+        let more = match frame.more.1 {
+            0 => &[],
+            _ => &self.windows[frame.more()],
+        };
+        Pieces::new(frame.first, more)
     }
 
-    /// Notes the chain of `len` bytes whose windows begin at `mark`, and which begins with a header of `header`, as a
-    /// frame; or says why not, and forgets it.
+    /// Notes a chain of one buffer as a frame; or says why it is none.
     #[inline(always)]
-    pub fn note(
-        &mut self,
-        mark: usize,
-        len: u32,
-        header: usize,
-        ingress: u16,
-        position: u64,
-    ) -> Result<(), DropReason> {
-        let hdr = header as u32;
-        if !(hdr + HEADER_LEN as u32..=hdr + MAX_FRAME).contains(&len) {
+    pub fn note(&mut self, buffer: Window<'t>, from: Origin) -> Result<(), DropReason> {
+        let len = u32::try_from(buffer.len()).unwrap_or(u32::MAX);
+        self.add(buffer, (0, 0), len, from)
+    }
+
+    /// Notes the chain of `len` bytes whose buffers are in the arena from `mark` on; or says why it is no frame, and
+    /// forgets it.
+    pub fn note_chain(&mut self, mark: usize, len: u32, from: Origin) -> Result<(), DropReason> {
+        let noted = match self.windows.get(mark) {
+            Some(first) => {
+                let more = (self.windows.len() - mark - 1) as u16;
+                self.add(*first, (mark as u16 + 1, more), len, from)
+            }
+            // Its descriptors are all empty.
+            None => Err(DropReason::RxMalformedChain),
+        };
+        if noted.is_err() {
             self.windows.truncate(mark);
+        }
+        noted
+    }
+
+    #[inline(always)]
+    fn add(
+        &mut self,
+        first: Window<'t>,
+        more: (u16, u16),
+        len: u32,
+        from: Origin,
+    ) -> Result<(), DropReason> {
+        let header = u32::from(from.header);
+        if !(header + HEADER_LEN as u32..=header + MAX_FRAME).contains(&len) {
             return Err(match len {
-                _ if len < hdr => DropReason::RxMalformedChain,
-                _ if len > hdr + MAX_FRAME => DropReason::RxTooLong,
+                _ if len < header => DropReason::RxMalformedChain,
+                _ if len > header + MAX_FRAME => DropReason::RxTooLong,
                 _ => DropReason::RxShortFrame,
             });
         }
         // The sender's core has just written these lines: each would cost about 100 ns when needed, and a few
         // nanoseconds while others are on their way too.
-        for window in &self.windows[mark..] {
-            window.prefetch(0);
-            window.prefetch(NET_HDR_SIZE + 63);
-        }
+        first.prefetch(0);
+        first.prefetch(NET_HDR_SIZE + 63);
         let frame = &mut self.frames[self.count];
-        frame.len = len - hdr;
-        frame.header = header as u16;
-        frame.windows = (mark as u16, (self.windows.len() - mark) as u16);
-        frame.ingress = ingress;
-        frame.position = position;
+        frame.len = len - header;
+        frame.header = from.header;
+        (frame.first, frame.more) = (first, more);
+        if more.1 != 0 {
+            for window in &self.windows[frame.more()] {
+                window.prefetch(0);
+                window.prefetch(NET_HDR_SIZE + 63);
+            }
+        }
+        frame.ingress = from.ingress;
+        frame.position = from.position;
         self.bytes += frame.len;
         self.count += 1;
         Ok(())
@@ -215,71 +256,63 @@ impl<'t> Burst<'t> {
     /// Copies the heads of all frames; once a burst, when every chain is noted.
     #[inline(always)]
     pub fn load_heads(&mut self) {
-        let Burst {
-            frames,
-            windows,
-            count,
-            ..
-        } = self;
-        for frame in &mut frames[..*count] {
+        for frame in &mut self.frames[..self.count] {
             let head_len = frame.head_len();
             let target = &mut frame.head[NET_HDR_SIZE..NET_HDR_SIZE + head_len];
-            let first = usize::from(frame.windows.0);
-            let end = first + usize::from(frame.windows.1);
             let header = usize::from(frame.header);
-            let (at, bytes) = match windows[first] {
-                whole if whole.len() >= header + head_len => {
-                    whole.read_bytes(header, target);
-                    (first, header + head_len)
-                }
-                _ => gather(&windows[first..end], header, first, target),
-            };
-            // What is left of the window that the head ended in, and those behind it, are the payload.
-            let rest = windows[at]
-                .sub(bytes, windows[at].len() - bytes)
-                .unwrap_or(windows[at]);
-            windows[at] = rest;
-            let start = at + usize::from(rest.is_empty());
-            frame.windows = (start as u16, (end - start) as u16);
+            let end = header + head_len;
+            if let Some(rest) = frame.first.behind(end) {
+                frame.first.read_bytes(header, target);
+                frame.first = rest;
+            } else {
+                gather(frame, &self.windows);
+            }
         }
     }
 
+    /// Forgets the frames from number `count` on, all of one queue, and their buffers.
+    #[cold]
+    pub fn cut(&mut self, count: usize, mark: usize) {
+        let cut = &self.frames[count..self.count];
+        self.bytes -= cut.iter().map(|frame| frame.len).sum::<u32>();
+        self.count = count;
+        self.windows.truncate(mark);
+    }
+
     /// Copies a frame of another burst into this one; `false` if it does not fit.
-    pub fn adopt(&mut self, from: &Burst<'t>, frame: &Frame) -> bool {
-        let payload = from.payload(frame);
-        if self.count == BURST_FRAMES || self.windows.remaining_capacity() < payload.len() {
+    pub fn adopt(&mut self, from: &Burst<'t>, frame: &Frame<'t>) -> bool {
+        let more = &from.windows[frame.more()];
+        if self.count == BURST_FRAMES || self.windows.remaining_capacity() < more.len() {
             return false;
         }
         self.frames[self.count] = *frame;
-        self.frames[self.count].windows.0 = self.windows.len() as u16;
+        self.frames[self.count].more.0 = self.windows.len() as u16;
         self.count += 1;
-        self.windows.extend(payload.iter().copied());
+        self.windows.extend(more.iter().copied());
         true
     }
 }
 
 /// Reads a head that is spread over several windows (a header in a buffer of its own, or pieces of one byte).
-/// Returns the window in which it ended, counted from `first` on, and the bytes used of that one.
-fn gather(
-    windows: &[Window<'_>],
-    header: usize,
-    first: usize,
-    target: &mut [u8],
-) -> (usize, usize) {
-    let (mut to_skip, mut filled) = (header, 0);
-    for (at, window) in windows.iter().enumerate() {
-        let start = to_skip.min(window.len());
+fn gather<'t>(frame: &mut Frame<'t>, windows: &[Window<'t>]) {
+    let (mut to_skip, mut filled, head_len) = (usize::from(frame.header), 0, frame.head_len());
+    let mut first = frame.first;
+    // The frame's length is the sum of its windows, so none is missing.
+    loop {
+        let start = to_skip.min(first.len());
         to_skip -= start;
-        let bytes = (window.len() - start).min(target.len() - filled);
-        window.read_bytes(start, &mut target[filled..filled + bytes]);
+        let bytes = (first.len() - start).min(head_len - filled);
+        let at = NET_HDR_SIZE + filled;
+        first.read_bytes(start, &mut frame.head[at..at + bytes]);
         filled += bytes;
-        if filled == target.len() && to_skip == 0 {
-            return (first + at, start + bytes);
+        frame.first = first.behind(start + bytes).unwrap_or(Window::EMPTY);
+        if filled == head_len && to_skip == 0 {
+            return;
         }
+        let Some(next) = windows[frame.more()].first() else {
+            return;
+        };
+        first = *next;
+        frame.more = (frame.more.0 + 1, frame.more.1 - 1);
     }
-    // The frame's length is the sum of its windows, so the loop has ended above.
-    (
-        first + windows.len() - 1,
-        windows.last().map_or(0, Window::len),
-    )
 }

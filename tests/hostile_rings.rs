@@ -15,7 +15,8 @@ use guest::*;
 use packed_reference::{AVAIL, Desc, EVENT_DESC, NEXT, USED, WRITE};
 use pollux::virtio::chain::{ChainError, MAX_CHAIN_WINDOWS, Windows};
 use pollux::virtio::{
-    Broken, Claim, NoClaim, ReceiveQueue, RingFeatures, SetupError, Taken, TransmitQueue,
+    Broken, Claim, FullBarrier, NoClaim, ReceiveQueue, RingFeatures, SetupError, Taken,
+    TransmitQueue,
 };
 
 const SIZE: u16 = 8;
@@ -35,7 +36,7 @@ fn take_burst(queue: &TransmitQueue) -> Vec<Taken> {
     let mut windows = Pieces::new();
     loop {
         windows.clear();
-        match queue.take(end, &mut windows) {
+        match take(queue, end, &mut windows) {
             Taken::Nothing => return found,
             taken => found.push(taken),
         }
@@ -53,7 +54,7 @@ fn chain(len: u32) -> Taken {
 /// The bytes of the next chain.
 fn take_bytes(queue: &TransmitQueue) -> Vec<u8> {
     let mut windows = Pieces::new();
-    let taken = queue.take(queue.available_to(), &mut windows);
+    let taken = take(queue, queue.available_to(), &mut windows);
     let mut bytes = Vec::new();
     for window in &windows {
         let mut piece = vec![0; window.len()];
@@ -896,7 +897,7 @@ fn a_descriptor_that_flips_is_used_as_it_was_read_once() {
             write_desc(&mut guest.driver(), 0, 0, AVAIL);
             let queue = start_transmit(&guest);
             let mut windows = Pieces::new();
-            let taken = queue.take(queue.available_to(), &mut windows);
+            let taken = take(&queue, queue.available_to(), &mut windows);
             let sum: usize = windows.iter().map(|window| window.len()).sum();
             match taken {
                 Taken::Chain { len } => assert_eq!(sum, len as usize),
@@ -921,9 +922,12 @@ fn garbage_in_the_event_area_costs_at_most_a_spare_call() {
             driver.packed().set_event(word, flags);
             driver.post(&[readable(GOOD, GOOD_LEN)]);
             assert_eq!(take_burst(&queue).len(), 1);
-            queue.take_call_wanted();
+            queue.take_call_wanted(&FullBarrier::new());
             queue.complete(queue.position());
-            assert!(queue.take_call_wanted(), "reserved flags count as enabled");
+            assert!(
+                queue.take_call_wanted(&FullBarrier::new()),
+                "reserved flags count as enabled"
+            );
             assert_eq!(driver.reap_all().len(), 1);
         }
         // A descriptor that the ring does not have: no access, no panic, no matter which answer.

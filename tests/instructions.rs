@@ -472,9 +472,11 @@ fn instructions_per_frame_are_as_recorded() {
             }
         }
     }
-    for (one, two) in std::iter::zip(alike[0], alike[1]) {
+    // A thread makes one barrier a pass for the calls of all its queues, so two threads make a few more.
+    let tolerances = [TOLERANCE, 0.05];
+    for ((one, two), tolerance) in std::iter::zip(alike[0], alike[1]).zip(tolerances) {
         assert!(
-            (two - one).abs() <= one * TOLERANCE,
+            (two - one).abs() <= one * tolerance,
             "{ALIKE:?}: {one:.4} and {two:.4} a frame"
         );
     }

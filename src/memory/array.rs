@@ -77,27 +77,38 @@ impl<T: Word> PinnedArray<T> {
         })
     }
 
+    /// The array as a value: a loop that stores keeps it in registers, where it would look here again after each store.
     #[inline(always)]
-    fn place(&self, index: usize) -> *mut T {
-        assert!(index < self.count, "access outside the array");
-        // SAFETY: index < count, so the word is inside the place of `new`, which the region keeps mapped.
-        unsafe { self.start.as_ptr().add(index) }
+    pub fn array(&self) -> Array<'_, T> {
+        Array {
+            start: self.start,
+            count: self.count,
+            place: PhantomData,
+        }
     }
 
     /// Loads a word. Panics outside the array: indices come from our own code.
     #[inline(always)]
     pub fn load(&self, index: usize, order: Ordering) -> T {
-        // SAFETY: `place` is inside the mapping, and aligned as `start` is (`new`).
-        unsafe { T::load(self.place(index), order) }
+        self.array().load(index, order)
+    }
+
+    /// Loads two neighbouring words, the second one first. Panics outside the array.
+    #[inline(always)]
+    pub fn load_two(&self, index: usize, order: Ordering) -> [T; 2] {
+        self.array().load_two(index, order)
     }
 
     /// Stores a word. Panics outside the array.
     #[inline(always)]
     pub fn store(&self, index: usize, value: T, order: Ordering) {
-        // SAFETY: as in `load`.
-        unsafe { T::store(self.place(index), value, order) }
-        #[cfg(test)]
-        super::probe::stored();
+        self.array().store(index, value, order);
+    }
+
+    /// Stores two neighbouring words, the second one first. Panics outside the array.
+    #[inline(always)]
+    pub fn store_two(&self, index: usize, values: [T; 2], order: Ordering) {
+        self.array().store_two(index, values, order);
     }
 
     /// Asks the processor to bring a word's line near, for reading.
@@ -106,7 +117,7 @@ impl<T: Word> PinnedArray<T> {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let place = self.place(index).cast::<i8>();
+            let place = self.array().place(index).cast::<i8>();
             // SAFETY: a prefetch has no architectural effect, whatever the address.
             unsafe { _mm_prefetch(place, _MM_HINT_T0) }
         }
@@ -117,7 +128,7 @@ impl<T: Word> PinnedArray<T> {
     pub fn prefetch_write(&self, index: usize) {
         #[cfg(target_arch = "x86_64")]
         {
-            let place = self.place(index);
+            let place = self.array().place(index);
             // The intrinsic becomes a prefetch for reading on the default target. Processors that do not know the
             // instruction do nothing.
             // SAFETY: a prefetch has no architectural effect, whatever the address.
@@ -133,6 +144,71 @@ impl<T: Word> PinnedArray<T> {
         // SAFETY: `count` words from `start` on are inside the mapping (`new`), which the borrow keeps; no Rust reference to
         // guest memory exists anywhere.
         unsafe { Window::from_raw(self.start.cast(), self.count * size_of::<T>()) }
+    }
+}
+
+/// The words of a [`PinnedArray`].
+#[derive(Clone, Copy, Debug)]
+pub struct Array<'a, T> {
+    start: NonNull<T>,
+    count: usize,
+    place: PhantomData<&'a T>,
+}
+
+impl<T: Word> Array<'_, T> {
+    #[inline(always)]
+    fn place(self, index: usize) -> *mut T {
+        assert!(index < self.count, "access outside the array");
+        // SAFETY: index < count, so the word is inside the place of `PinnedArray::new`, which the borrow keeps mapped.
+        unsafe { self.start.as_ptr().add(index) }
+    }
+
+    /// The words at `index` and behind.
+    #[inline(always)]
+    fn two(self, index: usize) -> [*mut T; 2] {
+        let second = self.place(index + 1);
+        // SAFETY: `second` is at least one word behind `start`.
+        [unsafe { second.sub(1) }, second]
+    }
+
+    /// [`PinnedArray::load`].
+    #[inline(always)]
+    pub fn load(self, index: usize, order: Ordering) -> T {
+        // SAFETY: `place` is inside the mapping, and aligned as `start` is.
+        unsafe { T::load(self.place(index), order) }
+    }
+
+    /// [`PinnedArray::load_two`].
+    #[inline(always)]
+    pub fn load_two(self, index: usize, order: Ordering) -> [T; 2] {
+        let [first, second] = self.two(index);
+        // SAFETY: as in `load`.
+        let second = unsafe { T::load(second, order) };
+        // SAFETY: as in `load`.
+        [unsafe { T::load(first, Ordering::Relaxed) }, second]
+    }
+
+    /// [`PinnedArray::store`].
+    #[inline(always)]
+    pub fn store(self, index: usize, value: T, order: Ordering) {
+        // SAFETY: as in `load`.
+        unsafe { T::store(self.place(index), value, order) }
+        #[cfg(test)]
+        super::probe::stored();
+    }
+
+    /// [`PinnedArray::store_two`].
+    #[inline(always)]
+    pub fn store_two(self, index: usize, values: [T; 2], order: Ordering) {
+        let [first, second] = self.two(index);
+        // SAFETY: as in `load`.
+        unsafe { T::store(second, values[1], order) }
+        #[cfg(test)]
+        super::probe::stored();
+        // SAFETY: as in `load`.
+        unsafe { T::store(first, values[0], order) }
+        #[cfg(test)]
+        super::probe::stored();
     }
 }
 

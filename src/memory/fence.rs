@@ -3,8 +3,8 @@
 //! Touching a page behind the end of a mapped file raises SIGBUS, which would kill the switch and
 //! every other guest's network with it. The handler here looks the address up in a fixed table of
 //! mapped regions, puts fresh private pages over the hole, marks the owner, and returns: the access
-//! is repeated and succeeds on memory that the guest no longer sees. Poll threads test the mark
-//! after each frame and stop serving that guest.
+//! is repeated and succeeds on memory that the guest no longer sees. Poll threads test it
+//! after each burst and stop serving that guest.
 //!
 //! Rules:
 //! * [`install`] runs in `main` before any thread exists; SIGBUS is never blocked.
@@ -54,6 +54,28 @@ impl FaultMark {
     /// Declares the guest's memory lost, as a system call that answered EFAULT does.
     pub fn set(&self) {
         self.faulted.store(true, Ordering::Relaxed);
+        FAULTS.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// How often any mark was set.
+static FAULTS: AtomicUsize = AtomicUsize::new(0);
+
+/// A moment, by what had been lost until then: for the many frames during which nothing is, one look at this spares looks
+/// at each sender's mark.
+#[derive(Clone, Copy, Debug)]
+pub struct Faults(usize);
+
+impl Faults {
+    /// Now. Marks set before are for the caller to look at.
+    pub fn now() -> Self {
+        Faults(FAULTS.load(Ordering::Relaxed))
+    }
+
+    /// Whether a mark was set since. Relaxed, as [`FaultMark::is_set`].
+    #[inline(always)]
+    pub fn is_outdated(self) -> bool {
+        FAULTS.load(Ordering::Relaxed) != self.0
     }
 }
 

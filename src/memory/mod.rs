@@ -29,11 +29,11 @@ mod words;
 use rustix::io::Errno;
 
 pub use array::{PinnedArray, Word};
-pub use fence::FaultMark;
+pub use fence::{FaultMark, Faults};
 pub use map::GuestMemory;
 pub use region::{PinnedWindow, Region, RegionSpec};
 pub use shared::SharedMemory;
-pub use window::Window;
+pub use window::{Pieces, Window};
 pub use words::Words;
 
 /// Regions one guest may have: what KVM gives a VM, and what GET_MAX_MEM_SLOTS should answer.

@@ -59,6 +59,13 @@ impl<'m> Window<'m> {
         }
     }
 
+    /// A window without a byte.
+    pub const EMPTY: Window<'m> = Window {
+        ptr: NonNull::dangling(),
+        len: 0,
+        memory: PhantomData,
+    };
+
     /// Length in bytes.
     #[inline(always)]
     pub fn len(&self) -> usize {
@@ -89,6 +96,12 @@ impl<'m> Window<'m> {
             len,
             memory: PhantomData,
         })
+    }
+
+    /// What lies behind the first `offset` bytes, or `None` where there are fewer.
+    #[inline(always)]
+    pub fn behind(&self, offset: usize) -> Option<Window<'m>> {
+        self.sub(offset, self.len.checked_sub(offset)?)
     }
 
     /// Copies `to.len()` bytes from `offset` on out of guest memory. Panics outside the window.
@@ -257,5 +270,30 @@ impl<'m> Window<'m> {
                 unsafe { _mm_prefetch(place, _MM_HINT_T0) }
             }
         }
+    }
+}
+
+/// Several windows, one after the other: the first one, which mostly is the only one, and the others.
+#[derive(Clone, Copy, Debug)]
+pub struct Pieces<'a, 'm> {
+    first: Window<'m>,
+    more: &'a [Window<'m>],
+}
+
+impl<'a, 'm> Pieces<'a, 'm> {
+    /// No bytes.
+    pub const NONE: Self = Pieces::new(Window::EMPTY, &[]);
+
+    /// These.
+    #[inline(always)]
+    pub const fn new(first: Window<'m>, more: &'a [Window<'m>]) -> Self {
+        Pieces { first, more }
+    }
+
+    /// All in order, the first one only if it is not empty.
+    #[inline(always)]
+    pub fn iter(&self) -> impl Iterator<Item = Window<'m>> + Clone + use<'a, 'm> {
+        let first = (!self.first.is_empty()).then_some(self.first);
+        first.into_iter().chain(self.more.iter().copied())
     }
 }

@@ -9,7 +9,7 @@ use super::mirror::Copies;
 use super::record::{RECORD_HEAD, Record};
 use super::{Kind, ObserverSpec};
 use crate::config::MAX_PORTS;
-use crate::memory::Window;
+use crate::memory::{Pieces, Window};
 use crate::stats::Counter;
 
 /// Bytes of a buffer: 40,000 frames of 64 bytes, so 40 ms at a million a second.
@@ -21,7 +21,7 @@ pub struct Content<'a, 't> {
     /// The first bytes, a private copy.
     pub head: &'a [u8],
     /// What follows, in the sender's memory.
-    pub payload: &'a [Window<'t>],
+    pub payload: Pieces<'a, 't>,
     /// Bytes of the frame. Those of a frame that was dropped unread are not there.
     pub len: u32,
 }
@@ -29,7 +29,7 @@ pub struct Content<'a, 't> {
 impl Content<'_, '_> {
     /// Bytes that there are.
     pub fn available(&self) -> usize {
-        let payload = self.payload.iter().map(Window::len);
+        let payload = self.payload.iter().map(|window| window.len());
         self.head.len() + payload.sum::<usize>()
     }
 
@@ -44,7 +44,7 @@ impl Content<'_, '_> {
         let mut left = len.min(self.head.len());
         private(sink, &self.head[..left]);
         left = len - left;
-        for window in self.payload {
+        for window in self.payload.iter() {
             let bytes = left.min(window.len());
             if let Some(piece) = window.sub(0, bytes).filter(|piece| !piece.is_empty()) {
                 shared(sink, &piece);

@@ -9,7 +9,7 @@ use pcap_file::pcapng::{Block, PcapNgParser};
 use super::pcapng::Section;
 use super::*;
 use crate::config::MAX_SNAPLEN;
-use crate::memory::SharedMemory;
+use crate::memory::{Pieces, SharedMemory, Window};
 use crate::stats::DropReason;
 
 const PORT: PortRef = PortRef {
@@ -68,9 +68,10 @@ fn what_one_thread_writes_another_reads_whole_and_the_rest_is_counted() {
                 let window = memory.window(0, rest.len().max(1)).unwrap();
                 let window = window.sub(0, rest.len()).unwrap();
                 window.write_bytes(0, rest);
+                let rest = [window];
                 let content = Content {
                     head,
-                    payload: &[window],
+                    payload: Pieces::new(Window::EMPTY, &rest),
                     len: len as u32,
                 };
                 assert_eq!(content.available(), len);
@@ -112,7 +113,7 @@ fn the_oldest_record_of_all_threads_comes_first() {
     let (observer, mut reader) = Observer::with_reader(capture, std::iter::empty());
     let content = Content {
         head: &[5; 60],
-        payload: &[],
+        payload: Pieces::NONE,
         len: 60,
     };
     for (thread, times) in [(0, [1, 4, 5]), (31, [2, 3, 6])] {

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 
 use crate::frame::Burst;
+use crate::memory::Faults;
 use crate::stats::DropReason;
 use crate::topology::{Egress, Ingress, Plan, Topology};
 
@@ -18,6 +19,8 @@ pub(super) struct Context<'t> {
     pub(super) plan: &'t Plan,
     /// Number of the thread.
     pub(super) thread: usize,
+    /// Before the first frame: a sender whose mark was set earlier gives none (`Pass::take`).
+    pub(super) faults: Faults,
     /// Whoever looks on.
     pub(super) tap: Option<RefCell<Tap<'t>>>,
 }

@@ -6,7 +6,7 @@
 use arrayvec::ArrayVec;
 
 use crate::frame::{BURST_FRAMES, Burst, Frame, NUM_BUFFERS_AT};
-use crate::memory::Window;
+use crate::memory::{Pieces, Window};
 use crate::stats::{DropReason, PortCounters};
 use crate::topology::{Egress, EgressQueue};
 use crate::virtio::{Claim, LEGACY_NET_HDR_SIZE, NET_HDR_SIZE, NoClaim};
@@ -189,21 +189,19 @@ fn fill<'t>(
     mask: Mask,
     counters: &PortCounters,
 ) -> Mask {
-    let frames = burst.frames();
     let (mut done, mut bytes): (Mask, u64) = (0, 0);
+    let header = claim.header();
     for (index, number) in numbers(mask).take(claim.frames()).enumerate() {
-        let frame = &frames[number];
+        let frame = &burst.frames()[number];
         done |= 1 << number;
-        let header = claim.header();
         match claim.whole(index, header + frame.len as usize) {
             Some(target) => fill_whole(&target, header, frame, burst.payload(frame)),
             None => fill_pieces(claim, index, frame, burst.payload(frame)),
         }
         bytes += u64::from(frame.len);
-        // The sender's pages may have gone while we copied (its file was truncated): what arrived is not its frame.
-        if context.ingress(frame.ingress).memory.faulted() {
-            claim.blank(index);
-        }
+    }
+    if context.faults.is_outdated() {
+        blank_faulted(context, burst, claim, done);
     }
     let count = u64::from(done.count_ones());
     if egress
@@ -223,9 +221,20 @@ fn fill<'t>(
     done
 }
 
+/// Senders' pages may have gone while we copied (the file was truncated): what arrived is not their frames.
+#[cold]
+fn blank_faulted(context: &Context<'_>, burst: &Burst<'_>, claim: &mut Claim<'_>, done: Mask) {
+    for (index, number) in numbers(done).enumerate() {
+        let ingress = context.ingress(burst.frames()[number].ingress);
+        if ingress.memory.faulted() {
+            claim.blank(index);
+        }
+    }
+}
+
 /// The usual case: the buffer is one piece of memory that holds header and frame.
 #[inline(always)]
-fn fill_whole(target: &Window<'_>, header: usize, frame: &Frame, payload: &[Window<'_>]) {
+fn fill_whole(target: &Window<'_>, header: usize, frame: &Frame<'_>, payload: Pieces<'_, '_>) {
     let mut at = header + frame.head().len();
     if header == NET_HDR_SIZE {
         target.write_bytes(0, frame.with_header());
@@ -234,23 +243,23 @@ fn fill_whole(target: &Window<'_>, header: usize, frame: &Frame, payload: &[Wind
         target.write_bytes(0, &[0; LEGACY_NET_HDR_SIZE]);
         target.write_bytes(header, frame.head());
     }
-    for piece in payload {
+    for piece in payload.iter() {
         let len = piece.len();
         // `target` was cut to the frame's length, which is the sum of head and payload.
         if let Some(place) = target.sub(at, len) {
-            place.copy_from(piece, len);
+            place.copy_from(&piece, len);
         }
         at += len;
     }
 }
 
 /// A buffer of several pieces, or a frame over several buffers.
-fn fill_pieces(claim: &Claim<'_>, index: usize, frame: &Frame, payload: &[Window<'_>]) {
+fn fill_pieces(claim: &Claim<'_>, index: usize, frame: &Frame<'_>, payload: Pieces<'_, '_>) {
     let mut header = [0_u8; NET_HDR_SIZE];
     header[NUM_BUFFERS_AT..NUM_BUFFERS_AT + 2].copy_from_slice(&claim.buffers(index).to_le_bytes());
     let header = &header[..claim.header()];
     let head = frame.head();
-    let mut sources = payload.iter().copied();
+    let mut sources = payload.iter();
     let mut source: Option<Window<'_>> = None;
     let mut at = 0;
     for (target, room) in claim.pieces(index) {

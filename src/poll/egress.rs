@@ -1,16 +1,15 @@
 //! From verdicts to receive queues: grouping by egress, retries, completions, calls.
 
-use std::sync::atomic::{Ordering, fence};
-
 use arrayvec::ArrayVec;
 
 use crate::frame::{BURST_FRAMES, Burst};
+use crate::memory::Faults;
 use crate::stats::{DropReason, ThreadStats};
 use crate::sys::aio::Caller;
 use crate::sys::call::CallFd;
 use crate::topology::{Egress, EgressQueue, Topology};
 use crate::virtio::claim::Published;
-use crate::virtio::{Claim, NoClaim};
+use crate::virtio::{Claim, FullBarrier, NoClaim};
 
 use super::context::Context;
 use super::deliver::{Left, Mask, Target, numbers};
@@ -23,6 +22,8 @@ use super::tap::{Lost, Tap};
 const PASS_COPIES: u32 = 4096;
 /// Receive queues delivered to before their calls are made.
 pub(super) const TOUCHED: usize = 128;
+/// Transmit queues completed before their calls are made.
+const COMPLETED: usize = 128;
 /// Longest wait for another thread's open claim before chains are completed all the same, in nanoseconds.
 const OWED_WAIT_NS: u64 = 100_000;
 /// In place of a slot: the frame is dropped.
@@ -78,6 +79,8 @@ pub(super) struct Delivery<'t, 'p> {
     /// The thread's one claim, empty between deliveries.
     pub(super) claim: Claim<'t>,
     pub(super) touched: Touched<'t>,
+    /// Numbers of queues with chains completed since calls were last made.
+    completed: ArrayVec<u16, COMPLETED>,
     /// Frames kept for the retry at the end of the pass.
     held: Burst<'t>,
     /// Egress slot of each held frame.
@@ -94,12 +97,14 @@ impl<'t, 'p> Delivery<'t, 'p> {
                 topology,
                 plan: &topology.plans[thread],
                 thread,
+                faults: Faults::now(),
                 tap: Tap::new(topology, thread, tools.clock),
             },
             tools,
             owed: Owed::default(),
             claim: Claim::new(),
             touched: Touched::default(),
+            completed: ArrayVec::new(),
             held: Burst::new(),
             held_for: ArrayVec::new(),
             copies: 0,
@@ -120,7 +125,9 @@ impl<'t, 'p> Delivery<'t, 'p> {
             }
         }
         for ingress in &plan.queues {
-            self.call_fresh(ingress.call.as_deref(), || ingress.queue.take_call_wanted());
+            self.call_fresh(ingress.call.as_deref(), || {
+                ingress.queue.take_call_wanted(&FullBarrier::new())
+            });
         }
         self.notify();
     }
@@ -298,15 +305,13 @@ impl<'t, 'p> Delivery<'t, 'p> {
         self.context.drop_egress(to, reason, burst, dropped);
     }
 
-    /// Completes the queues of a burst, as far as their frames are published.
+    /// Completes a queue, as far as its frames are published.
     #[inline(always)]
-    pub(super) fn complete_burst(&mut self, burst: &Burst<'t>) {
-        let mut last = None;
-        for frame in burst.frames() {
-            if last != Some(frame.ingress) {
-                self.owed.complete(self.context.plan, frame.ingress);
-                last = Some(frame.ingress);
-            }
+    pub(super) fn complete(&mut self, number: u16) {
+        if self.owed.complete(self.context.plan, number) && self.completed.try_push(number).is_err()
+        {
+            self.notify();
+            self.completed.push(number);
         }
     }
 
@@ -334,7 +339,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
         self.retry();
         self.wait_published();
         for number in 0..self.context.plan.queues.len() {
-            self.owed.complete(self.context.plan, number as u16);
+            self.complete(number as u16);
         }
         self.owed.clear();
     }
@@ -427,17 +432,19 @@ impl<'t, 'p> Delivery<'t, 'p> {
             }
         }
         self.touched.0.retain(|(_, again)| *again);
-        // Between the used indices of all transmit queues and their drivers' event words.
-        fence(Ordering::SeqCst);
-        for ingress in &self.context.plan.queues {
-            if let Some(call) = &ingress.call
-                && ingress.queue.take_call_wanted()
-            {
-                if calls.is_full() {
-                    signal(&mut self.tools, &calls);
-                    calls.clear();
+        if !self.completed.is_empty() {
+            let barrier = FullBarrier::new();
+            for number in std::mem::take(&mut self.completed) {
+                let ingress = self.context.ingress(number);
+                if let Some(call) = &ingress.call
+                    && ingress.queue.take_call_wanted(&barrier)
+                {
+                    if calls.is_full() {
+                        signal(&mut self.tools, &calls);
+                        calls.clear();
+                    }
+                    calls.push(call);
                 }
-                calls.push(call);
             }
         }
         if !calls.is_empty() {

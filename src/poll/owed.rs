@@ -128,9 +128,9 @@ impl<'t> Owed<'t> {
         self.used = false;
     }
 
-    /// Completes what may be completed of queue `ingress`.
+    /// Completes what may be completed of queue `ingress`; says whether anything was.
     #[inline(always)]
-    pub(super) fn complete(&self, plan: &Plan, ingress: u16) {
+    pub(super) fn complete(&self, plan: &Plan, ingress: u16) -> bool {
         let queue = &plan.queues[usize::from(ingress)].queue;
         let mut end = queue.position();
         for (at, position, _) in &self.blocked {
@@ -138,6 +138,6 @@ impl<'t> Owed<'t> {
                 end = end.min(*position);
             }
         }
-        queue.complete(end);
+        queue.complete(end)
     }
 }

@@ -3,19 +3,19 @@
 //! A [`Pass`] lives as long as its thread borrows one topology. Nothing of it survives: [`Pass::settle`] makes retries,
 //! publishes, completes and notifies, so that at an acknowledgement no claim is open and no chain is owed.
 
-use crate::frame::{BURST_FRAMES, Burst, Frame};
+use arrayvec::ArrayVec;
+
+use crate::frame::{BURST_BYTES, BURST_FRAMES, Burst, Origin};
 use crate::stats::DropReason;
 use crate::switch::forward::{FrameHead, Verdict, decide};
 use crate::topology::{Ingress, Topology};
-use crate::virtio::Taken;
+use crate::virtio::{Taken, TransmitQueue};
 use crate::wire::EthernetFrame;
 
 use super::context::Context;
 use super::egress::{Delivery, EVERYWHERE, NOWHERE, Tools};
 use super::tap::Lost;
 
-/// Frames taken from one queue in one pass; a queue that has more waits for the thread's other queues.
-const QUEUE_FRAMES: usize = BURST_FRAMES;
 /// Bytes taken from one queue in one pass, if not one frame alone is longer: about 10 µs of copying.
 const QUEUE_BYTES: u32 = 64 * 1024;
 
@@ -28,6 +28,8 @@ const NEXT_AHEAD: usize = 3;
 #[derive(Debug)]
 pub(super) struct Pass<'t, 'p> {
     burst: Burst<'t>,
+    /// The queues that its frames are from.
+    sources: ArrayVec<u16, BURST_FRAMES>,
     delivery: Delivery<'t, 'p>,
     /// Where the next pass starts in the plan.
     first: usize,
@@ -37,6 +39,7 @@ impl<'t, 'p> Pass<'t, 'p> {
     pub(super) fn new(topology: &'t Topology, thread: usize, tools: Tools<'p>) -> Self {
         Pass {
             burst: Burst::new(),
+            sources: ArrayVec::new(),
             delivery: Delivery::new(topology, thread, tools),
             first: 0,
         }
@@ -108,60 +111,103 @@ impl<'t, 'p> Pass<'t, 'p> {
     /// Takes what there is in one queue, into the burst.
     #[inline(always)]
     fn take(&mut self, ingress: &'t Ingress, number: u16) -> bool {
-        // Its session is about to be cut off.
-        if ingress.memory.faulted() {
+        let queue = &*ingress.queue;
+        let (start, end) = (queue.position(), queue.available_to());
+        // Faulted: its session is about to be cut off.
+        if start == end || ingress.memory.faulted() {
             return false;
         }
-        let queue = &*ingress.queue;
-        let end = queue.available_to();
-        let mut taken = 0;
-        let enough = self.burst.bytes() + QUEUE_BYTES;
-        while taken < QUEUE_FRAMES && self.burst.bytes() < enough && self.burst.has_room() {
-            let (mark, position) = (self.burst.mark(), queue.position());
-            let found = queue.take(end, self.burst.windows_mut());
-            // The pages may have gone while we read them (the file was truncated): zeros came instead.
-            let faulted = ingress.memory.faulted();
-            let admitted = match found {
-                Taken::Nothing => break,
-                Taken::Malformed(_) => Err(DropReason::RxMalformedChain),
-                Taken::Chain { .. } if faulted => {
-                    self.burst.forget(mark);
-                    Err(DropReason::RxMemoryFault)
+        let (count, mark, before) = (
+            self.burst.frames().len(),
+            self.burst.mark(),
+            self.burst.bytes(),
+        );
+        let enough = BURST_BYTES.min(before + QUEUE_BYTES);
+        let mut from = Origin {
+            header: queue.header() as u16,
+            ingress: number,
+            position: start,
+        };
+        for _ in count..BURST_FRAMES {
+            from.position = queue.position();
+            if let Some(buffer) = queue.take_single(end) {
+                if let Err(reason) = self.burst.note(buffer, from) {
+                    self.refuse(from, reason, buffer.len() as u32);
                 }
-                Taken::Chain { .. } if !ingress.enabled => {
-                    self.burst.forget(mark);
-                    Err(DropReason::RxDisabledQueue)
-                }
-                Taken::Chain { len } => {
-                    self.burst.note(mark, len, queue.header(), number, position)
-                }
-            };
-            taken += 1;
-            if let Err(reason) = admitted {
-                let len = match found {
-                    Taken::Chain { len } => len.saturating_sub(queue.header() as u32),
-                    _ => 0,
-                };
-                let lost = Lost::Unread { position, len };
-                self.context().drop_taken(number, reason, lost);
+            } else if !self.take_chain(queue, end, from) {
+                break;
             }
-            if faulted {
+            if self.burst.bytes() >= enough {
                 break;
             }
         }
-        let last = self.burst.frames().last();
-        if taken > 0 && last.is_none_or(|frame| frame.ingress != number) {
-            // Nothing but drops: no burst will complete them.
-            self.delivery.owed.complete(self.context().plan, number);
+        if queue.position() == start {
+            return false;
         }
-        taken > 0
+        // The pages may have gone while we read them (the file was truncated): zeros came instead.
+        if ingress.memory.faulted() {
+            self.lose((count, mark), DropReason::RxMemoryFault);
+        } else if !ingress.enabled {
+            self.lose((count, mark), DropReason::RxDisabledQueue);
+        }
+        let frames = self.burst.frames().len() - count;
+        if frames == 0 {
+            // Nothing but drops: no burst will complete them.
+            self.delivery.complete(number);
+        } else {
+            self.sources.push(number);
+            let counters = ingress.shared.stats.thread(self.context().thread);
+            counters.rx_frames.add(frames as u64);
+            counters
+                .rx_bytes
+                .add(u64::from(self.burst.bytes() - before));
+        }
+        true
+    }
+
+    /// Takes a chain of several buffers, or what is none. False if there is no chain, or no room for one.
+    #[inline(never)]
+    fn take_chain(&mut self, queue: &'t TransmitQueue, end: u64, from: Origin) -> bool {
+        if !self.burst.has_room() {
+            return false;
+        }
+        let mark = self.burst.mark();
+        let (reason, len) = match queue.take(end, self.burst.windows_mut()) {
+            Taken::Nothing => return false,
+            Taken::Malformed(_) => (DropReason::RxMalformedChain, 0),
+            Taken::Chain { len } => match self.burst.note_chain(mark, len, from) {
+                Ok(()) => return true,
+                Err(reason) => (reason, len),
+            },
+        };
+        self.refuse(from, reason, len);
+        true
+    }
+
+    /// Counts a chain of `len` bytes that becomes no frame.
+    #[cold]
+    fn refuse(&self, from: Origin, reason: DropReason, len: u32) {
+        let len = len.saturating_sub(from.header.into());
+        let position = from.position;
+        let lost = Lost::Unread { position, len };
+        self.context().drop_taken(from.ingress, reason, lost);
+    }
+
+    /// Drops the frames of the burst from number `count` on, whose buffers in the arena begin at `mark`.
+    #[cold]
+    fn lose(&mut self, (count, mark): (usize, usize), reason: DropReason) {
+        for frame in &self.burst.frames()[count..] {
+            let (position, len) = (frame.position, frame.len);
+            let lost = Lost::Unread { position, len };
+            self.context().drop_taken(frame.ingress, reason, lost);
+        }
+        self.burst.cut(count, mark);
     }
 
     /// Decides and delivers the burst, and completes what is published.
     #[inline(always)]
     fn forward(&mut self, now_s: u32) {
         if self.burst.frames().is_empty() {
-            self.burst.clear();
             return;
         }
         self.burst.load_heads();
@@ -171,7 +217,9 @@ impl<'t, 'p> Pass<'t, 'p> {
             Some(_) => self.decide_watched(&mut egress, now_s),
         };
         self.delivery.dispatch(&self.burst, &egress, flooding);
-        self.delivery.complete_burst(&self.burst);
+        for number in self.sources.drain(..) {
+            self.delivery.complete(number);
+        }
         self.burst.clear();
     }
 
@@ -201,33 +249,32 @@ impl<'t, 'p> Pass<'t, 'p> {
                 .map(|port| port.reference.generation)
         };
         let fdb = &*context.topology.fdb;
-        let (mut flooding, mut counted) = (false, Counted::default());
-        // Frames of one flow follow each other: addresses, ingress and verdict of the last frame.
+        let mut flooding = false;
+        // Frames of one flow follow each other: addresses, ingress and egress of the last frame.
         let mut last = None;
         for (frame, egress) in self.burst.frames().iter().zip(egress) {
-            let ingress = context.ingress(frame.ingress);
-            counted.add(frame, context);
             let key = (frame.addresses(), frame.ingress);
-            let verdict = match last {
-                Some((same, verdict)) if same == key && !TRACED => verdict,
-                _ => {
-                    let Some(ethernet) = EthernetFrame::parse(frame.head()) else {
-                        continue;
-                    };
-                    let head = FrameHead {
-                        dst: ethernet.dst(),
-                        src: ethernet.src(),
-                        len: frame.len,
-                    };
-                    let decision = decide(&head, ingress.reference, fdb, &generation, now_s);
-                    if TRACED && let Some(tap) = &context.tap {
-                        tap.borrow_mut().decided(&self.burst, frame, &decision);
-                    }
-                    decision.verdict
-                }
+            if let Some((same, known)) = last
+                && same == key
+                && !TRACED
+            {
+                *egress = known;
+                continue;
+            }
+            let Some(ethernet) = EthernetFrame::parse(frame.head()) else {
+                continue;
             };
-            last = Some((key, verdict));
-            match verdict {
+            let head = FrameHead {
+                dst: ethernet.dst(),
+                src: ethernet.src(),
+                len: frame.len,
+            };
+            let reference = context.ingress(frame.ingress).reference;
+            let decision = decide(&head, reference, fdb, &generation, now_s);
+            if TRACED && let Some(tap) = &context.tap {
+                tap.borrow_mut().decided(&self.burst, frame, &decision);
+            }
+            match decision.verdict {
                 Verdict::Unicast(slot) => *egress = slot,
                 Verdict::Flood => {
                     *egress = EVERYWHERE;
@@ -236,10 +283,12 @@ impl<'t, 'p> Pass<'t, 'p> {
                 Verdict::Drop(reason) => {
                     let lost = Lost::Read(&self.burst, frame);
                     context.drop_taken(frame.ingress, reason, lost);
+                    // Each is counted.
+                    continue;
                 }
             }
+            last = Some((key, *egress));
         }
-        counted.flush(context);
         let stats = self.delivery.tools.stats;
         stats.bursts.add(1);
         stats.frames.add(self.burst.frames().len() as u64);
@@ -268,37 +317,6 @@ impl<'t, 'p> Pass<'t, 'p> {
     pub(super) fn disarm(&self) {
         for ingress in &self.context().plan.queues {
             ingress.queue.disarm();
-        }
-    }
-}
-
-/// Counts a burst's frames in registers, one store a port and run of frames.
-#[derive(Default)]
-struct Counted {
-    ingress: u16,
-    frames: u64,
-    bytes: u64,
-}
-
-impl Counted {
-    #[inline(always)]
-    fn add(&mut self, frame: &Frame, context: &Context<'_>) {
-        if frame.ingress != self.ingress {
-            self.flush(context);
-            self.ingress = frame.ingress;
-        }
-        self.frames += 1;
-        self.bytes += u64::from(frame.len);
-    }
-
-    #[inline(always)]
-    fn flush(&mut self, context: &Context<'_>) {
-        if self.frames > 0 {
-            let ingress = context.ingress(self.ingress);
-            let counters = ingress.shared.stats.thread(context.thread);
-            counters.rx_frames.add(self.frames);
-            counters.rx_bytes.add(self.bytes);
-            (self.frames, self.bytes) = (0, 0);
         }
     }
 }

@@ -9,6 +9,7 @@ use arrayvec::ArrayVec;
 
 use crate::config::MAX_OBSERVERS;
 use crate::frame::{Burst, Frame};
+use crate::memory::Pieces;
 use crate::observe::trace::Decided;
 use crate::observe::{Content, Pen, Record, Taps, What};
 use crate::stats::{Direction, DropReason};
@@ -24,7 +25,7 @@ pub(super) enum Lost<'a, 't> {
     /// It was not even read; so many bytes, as far as they were counted.
     Unread { position: u64, len: u32 },
     /// It is in this burst.
-    Read(&'a Burst<'t>, &'a Frame),
+    Read(&'a Burst<'t>, &'a Frame<'t>),
 }
 
 /// A poll thread's pens while it works with one topology.
@@ -83,7 +84,7 @@ impl<'t> Tap<'t> {
 
     /// What was decided about a frame.
     #[cold]
-    pub(super) fn decided(&mut self, burst: &Burst<'_>, frame: &Frame, decision: &Decision) {
+    pub(super) fn decided(&mut self, burst: &Burst<'t>, frame: &Frame<'t>, decision: &Decision) {
         let ingress = self.ingress(frame.ingress);
         let wanted = self.taps.interest(ingress.reference.slot).trace;
         if wanted == 0 {
@@ -119,7 +120,7 @@ impl<'t> Tap<'t> {
         let wanted = self.taps.interest(to.reference.slot).tx & !self.taps.mirrors;
         let content = Content {
             head: bytes,
-            payload: &[],
+            payload: Pieces::NONE,
             len: bytes.len() as u32,
         };
         let time = self.clock.raw();
@@ -143,7 +144,7 @@ impl<'t> Tap<'t> {
             Lost::Unread { position, len } => {
                 let content = Content {
                     head: &[],
-                    payload: &[],
+                    payload: Pieces::NONE,
                     len,
                 };
                 let frame = (number, position as u32);
@@ -172,7 +173,7 @@ impl<'t> Tap<'t> {
         }
     }
 
-    fn trace_of(&self, frame: &Frame) -> u32 {
+    fn trace_of(&self, frame: &Frame<'_>) -> u32 {
         let from = self.ingress(frame.ingress).reference.slot;
         self.taps.interest(from).trace
     }
@@ -236,14 +237,14 @@ fn record(time: u64, what: What, port: PortRef, queue: Option<u16>) -> Record {
 }
 
 /// The same of a frame of the burst in hand.
-fn of(record: Record, frame: &Frame) -> Record {
+fn of(record: Record, frame: &Frame<'_>) -> Record {
     Record {
         frame: (frame.ingress, frame.position as u32),
         ..record
     }
 }
 
-fn content<'a, 't>(burst: &'a Burst<'t>, frame: &'a Frame) -> Content<'a, 't> {
+fn content<'a, 't>(burst: &'a Burst<'t>, frame: &'a Frame<'t>) -> Content<'a, 't> {
     Content {
         head: frame.head(),
         payload: burst.payload(frame),

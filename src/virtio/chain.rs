@@ -79,9 +79,8 @@ impl Descriptor {
     /// Descriptor `index` of a ring's table, read once.
     #[inline(always)]
     pub fn of_ring(table: &PinnedArray<u64>, index: usize) -> Self {
-        // The second word first: the bounds of both are checked with it.
-        let rest = table.load(2 * index + 1, Ordering::Relaxed);
-        Descriptor::new(table.load(2 * index, Ordering::Relaxed), rest)
+        let [addr, rest] = table.load_two(2 * index, Ordering::Relaxed);
+        Descriptor::new(addr, rest)
     }
 
     /// From its two words.

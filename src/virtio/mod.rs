@@ -9,6 +9,7 @@
 //! | [`redo`] | what outlives the process, for packed rings |
 //! | [`TransmitQueue`] | takes chains and completes them, one owner at a time |
 //! | [`ReceiveQueue`] | delivers, any thread at any time |
+//! | [`Claim`] | what one thread has claimed of it, until it commits |
 //! | [`driver`] | the other side of both rings, for the load generator and tests |
 //!
 //! All of it reads memory that a hostile guest writes at the same time: values are read once into locals, checked
@@ -35,6 +36,7 @@ pub mod claim;
 mod claim_tests;
 #[cfg(test)]
 mod mutants;
+mod open_claim;
 pub mod packed;
 #[cfg(test)]
 pub(crate) mod park;
@@ -55,8 +57,9 @@ use chain::{ChainError, Direction, Windows};
 use claim::Publish;
 use redo::Redo;
 
-pub use receiveq::{CLAIM_BYTES, CLAIM_FRAMES, Claim, NoClaim, ReceiveQueue};
-pub use transmitq::{Taken, TransmitQueue};
+pub use open_claim::{CLAIM_FRAMES, Claim};
+pub use receiveq::{CLAIM_BYTES, NoClaim, ReceiveQueue};
+pub use transmitq::{FullBarrier, Taken, TransmitQueue};
 
 use crate::memory::{GuestMemory, PinnedWindow, Window};
 
@@ -190,21 +193,6 @@ pub struct Head {
     pub id: u16,
     /// Positions: 1 (split), descriptors in the ring (packed).
     pub span: u16,
-}
-
-impl Head {
-    #[inline(always)]
-    fn pack(self) -> u32 {
-        u32::from(self.id) << 16 | u32::from(self.span)
-    }
-
-    #[inline(always)]
-    fn unpack(word: u32) -> Self {
-        Head {
-            id: (word >> 16) as u16,
-            span: word as u16,
-        }
-    }
 }
 
 /// A chain found available: its head, and the bytes of its buffers or why it cannot be used.

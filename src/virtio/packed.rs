@@ -148,12 +148,11 @@ impl PackedRing {
         let mut position = from;
         while position < to {
             let (slot, _) = self.place(position);
-            let note = self.redo.note(slot);
-            let span = Head::unpack((note >> 32) as u32).span;
-            if span == 0 {
+            let note = self.redo.notes()[slot].load(Ordering::Relaxed);
+            if note >> FLAGS_SHIFT == 0 {
                 return false;
             }
-            position += u64::from(span);
+            position += Note(note).span() as u64;
         }
         position == to && to - from <= u64::from(self.size)
     }
@@ -212,8 +211,7 @@ impl PackedRing {
     pub fn single(&self, position: u64, direction: Direction) -> Option<(Head, Window<'_>)> {
         let (slot, wrap) = self.place(position);
         // Acquire as in `is_available`; one load gives the flags and what they stand for.
-        let rest = self.descriptors.load(2 * slot + 1, Ordering::Acquire);
-        let addr = self.descriptors.load(2 * slot, Ordering::Relaxed);
+        let [addr, rest] = self.descriptors.load_two(2 * slot, Ordering::Acquire);
         let descriptor = Descriptor::new(addr, rest);
         if !is_available(descriptor.fourth, wrap) {
             return None;
@@ -293,21 +291,7 @@ impl PackedRing {
     #[inline(always)]
     pub fn write_used(&self, position: u64, head: Head, len: u32) {
         let (slot, _) = self.place(position);
-        let note = u64::from(head.pack()) << 32 | u64::from(len);
-        self.redo.set_note(slot, note);
-    }
-
-    /// The used element that was noted for `position`: its span, and the second word of its descriptor with its place.
-    #[inline(always)]
-    fn element(&self, position: u64) -> (u64, usize, u64) {
-        let (slot, wrap) = self.place(position);
-        let note = self.redo.note(slot);
-        let (head, len) = (Head::unpack((note >> 32) as u32), note as u32);
-        let state = if wrap { F_AVAIL | F_USED } else { 0 };
-        let written = if len == 0 { 0 } else { F_WRITE };
-        let flags = u64::from(state | written) << FLAGS_SHIFT;
-        let word = u64::from(len) | u64::from(head.id) << ID_SHIFT | flags;
-        (u64::from(head.span), 2 * slot + 1, word)
+        self.redo.set_note(slot, Note::new(head, len).0);
     }
 
     /// Asks the driver for kicks from `position` on, or to leave them out. The caller looks once more afterwards.
@@ -331,26 +315,68 @@ fn is_available(flags: u16, wrap: bool) -> bool {
     (flags & F_AVAIL != 0) == wrap && (flags & F_USED != 0) != wrap
 }
 
+/// A used element before its turn: the second word of its descriptor, with the span in place of the flags.
+#[derive(Clone, Copy)]
+struct Note(u64);
+
+impl Note {
+    #[inline(always)]
+    fn new(head: Head, len: u32) -> Self {
+        let (id, span) = (u64::from(head.id), u64::from(head.span));
+        Note(u64::from(len) | id << ID_SHIFT | span << FLAGS_SHIFT)
+    }
+
+    /// Descriptors of its chain: at least 1, or a loop over notes would stand still.
+    #[inline(always)]
+    fn span(self) -> usize {
+        ((self.0 >> FLAGS_SHIFT) as usize).max(1)
+    }
+
+    /// The word, used in a lap of these flags.
+    #[inline(always)]
+    fn used(self, lap: u64) -> u64 {
+        let written = u64::from(self.0 as u32 != 0) * (u64::from(F_WRITE) << FLAGS_SHIFT);
+        self.0 & ((1 << FLAGS_SHIFT) - 1) | lap | written
+    }
+}
+
+/// The flags of used elements in a lap of wrap counter 1; in the others they are 0.
+const USED_LAP: u64 = ((F_AVAIL | F_USED) as u64) << FLAGS_SHIFT;
+
 impl Publish for PackedRing {
     /// Writes the run's elements, each with one store, the first one last: the driver looks there, and finding it used
     /// must find the whole run used (§2.8.21), a mergeable frame included.
     fn publish(&self, from: u64, to: u64) {
         self.redo.begin(self.word(from), (to - from) as u16);
-        let (span, first_at, first) = self.element(from);
+        let (notes, descriptors) = (self.redo.notes(), self.descriptors.array());
+        let (mut slot, wrap) = self.place(from);
+        let mut lap = if wrap { USED_LAP } else { 0 };
+        let first = Note(notes[slot].load(Ordering::Relaxed));
+        let (first_at, first_word) = (2 * slot + 1, first.used(lap));
         if mutant!(EarlyEnd) {
             self.redo.end(self.word(to));
         }
         if mutant!(FirstElementFirst) {
-            self.descriptors.store(first_at, first, Ordering::Release);
+            descriptors.store(first_at, first_word, Ordering::Release);
         }
-        let mut position = from + span;
-        while position < to {
-            let (span, at, word) = self.element(position);
-            // Release, not relaxed: a driver may look at a later element's flags when a first run ends inside a batch.
-            self.descriptors.store(at, word, Ordering::Release);
-            position += span.max(1);
+        slot += first.span();
+        let (size, mut left) = (usize::from(self.size), (to - from) as usize);
+        left = left.saturating_sub(first.span());
+        while left > 0 {
+            if slot >= size {
+                slot -= size;
+                lap ^= USED_LAP;
+            }
+            // One lap's elements.
+            while left > 0 && slot < size {
+                let note = Note(notes[slot].load(Ordering::Relaxed));
+                // Release, not relaxed: a driver may look at a later element's flags when a first run ends inside a batch.
+                descriptors.store(2 * slot + 1, note.used(lap), Ordering::Release);
+                slot += note.span();
+                left = left.saturating_sub(note.span());
+            }
         }
-        self.descriptors.store(first_at, first, Ordering::Release);
+        descriptors.store(first_at, first_word, Ordering::Release);
         self.redo.end(self.word(to));
     }
 

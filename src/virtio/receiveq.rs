@@ -4,25 +4,18 @@
 //! burst got which buffers. Its buffers were read before the swap that won the positions (once, into private
 //! copies; a lost swap discards them).
 
-use arrayvec::ArrayVec;
-
 use super::chain::{Direction, MAX_CHAIN_WINDOWS, Windows};
 use super::claim::{Claims, Published};
+use super::open_claim::{Claim, ClaimedHead};
 use super::share::Shares;
-use super::{Broken, BrokenMark, Head, NET_HDR_SIZE, Ring, RingSetup, SetupError};
+use super::{Broken, BrokenMark, NET_HDR_SIZE, Ring, RingSetup, SetupError};
 use crate::memory::Window;
 
-/// Most frames of one claim: a claim is open while its frames are copied.
-pub const CLAIM_FRAMES: usize = 32;
 /// Most bytes of one claim, unless one frame alone is longer.
 pub const CLAIM_BYTES: u32 = 64 * 1024;
-/// Most buffers of one claim; a frame that needs more is too long for this queue.
-const CLAIM_HEADS: usize = 128;
-/// Most pieces of memory of one claim.
-const CLAIM_WINDOWS: usize = 192;
 /// A buffer must hold the header and so many bytes of a frame, or it goes back unused: one that holds nothing would block
 /// a queue without mergeable buffers for ever.
-const MIN_FRAME: usize = 60;
+pub(super) const MIN_FRAME: usize = 60;
 /// Bytes of the longest frame with its header, rounded up to whole pages.
 const LONGEST: u32 = 68 * 1024;
 /// Most pages of receive buffers that are touched ahead: 16 MiB, a ring of 256 buffers for the longest frames.
@@ -41,143 +34,6 @@ pub enum NoClaim {
     TooLong,
     /// The ring is broken.
     Broken,
-}
-
-/// A buffer of an open claim.
-#[derive(Clone, Copy, Debug)]
-struct ClaimedHead {
-    head: Head,
-    /// First window in `Claim::windows`.
-    first: u16,
-    /// Number of windows.
-    windows: u16,
-    /// Bytes that the frame puts here; 0 for a buffer returned unused.
-    written: u32,
-}
-
-/// One thread's open claim; a thread has at most one.
-#[derive(Debug)]
-pub struct Claim<'m> {
-    position: u64,
-    span: u16,
-    /// Bytes of the header before each frame.
-    header: usize,
-    heads: ArrayVec<ClaimedHead, CLAIM_HEADS>,
-    windows: Windows<'m, CLAIM_WINDOWS>,
-    /// Heads that go back unused.
-    bad: u16,
-    /// Heads of each frame, in order: first and number.
-    frames: ArrayVec<(u16, u16), CLAIM_FRAMES>,
-}
-
-impl<'m> Claim<'m> {
-    /// An empty claim, to be reused.
-    pub fn new() -> Self {
-        Claim {
-            position: 0,
-            span: 0,
-            header: NET_HDR_SIZE,
-            bad: 0,
-            heads: ArrayVec::new(),
-            windows: ArrayVec::new(),
-            frames: ArrayVec::new(),
-        }
-    }
-
-    fn clear(&mut self) {
-        self.span = 0;
-        self.bad = 0;
-        self.heads.clear();
-        self.windows.clear();
-        self.frames.clear();
-    }
-
-    /// Number of frames that got buffers.
-    #[inline(always)]
-    pub fn frames(&self) -> usize {
-        self.frames.len()
-    }
-
-    /// Number of buffers that go back unused, because no frame fits them.
-    #[inline(always)]
-    pub fn bad_buffers(&self) -> u16 {
-        self.bad
-    }
-
-    /// Number of positions claimed.
-    #[inline(always)]
-    pub fn span(&self) -> u64 {
-        u64::from(self.span)
-    }
-
-    /// End of the claimed positions: published once [`ReceiveQueue::published`] reaches it.
-    pub fn end(&self) -> u64 {
-        self.position + u64::from(self.span)
-    }
-
-    /// Bytes of the virtio-net header before each frame.
-    #[inline(always)]
-    pub fn header(&self) -> usize {
-        self.header
-    }
-
-    /// Number of buffers of frame `index` (`num_buffers` of its header).
-    #[inline(always)]
-    pub fn buffers(&self, index: usize) -> u16 {
-        self.frames[index].1
-    }
-
-    /// The windows of frame `index` in order, each with the bytes that go there.
-    #[inline(always)]
-    pub fn pieces(&self, index: usize) -> impl Iterator<Item = (Window<'m>, usize)> + '_ {
-        let (first, count) = self.frames[index];
-        let heads = &self.heads[usize::from(first)..usize::from(first) + usize::from(count)];
-        heads.iter().flat_map(|head| {
-            let mut left = head.written as usize;
-            let first = usize::from(head.first);
-            self.windows[first..first + usize::from(head.windows)]
-                .iter()
-                .map_while(move |window| {
-                    let bytes = left.min(window.len());
-                    left -= bytes;
-                    (bytes > 0).then_some((*window, bytes))
-                })
-        })
-    }
-
-    /// The single window that holds all of frame `index`, in the usual case that there is one.
-    #[inline(always)]
-    pub fn whole(&self, index: usize, len: usize) -> Option<Window<'m>> {
-        let (first, count) = self.frames[index];
-        let head = &self.heads[usize::from(first)];
-        if count != 1 {
-            return None;
-        }
-        self.windows[usize::from(head.first)].sub(0, len)
-    }
-
-    /// After a memory fault of the sender: what follows the header of frame `index` becomes zero, and each of its
-    /// buffers shrinks to header and 60 bytes. Length 0 instead would make DPDK's vectorised driver compute 65,524.
-    #[cold]
-    pub fn blank(&mut self, index: usize) {
-        let (first, count) = self.frames[index];
-        for head in &mut self.heads[usize::from(first)..usize::from(first) + usize::from(count)] {
-            head.written = head.written.min((self.header + MIN_FRAME) as u32);
-        }
-        let zeros = [0_u8; NET_HDR_SIZE + MIN_FRAME];
-        let mut header = self.header;
-        for (window, bytes) in self.pieces(index) {
-            let keep = header.min(bytes);
-            header -= keep;
-            window.write_bytes(keep, &zeros[..bytes - keep]);
-        }
-    }
-}
-
-impl Default for Claim<'_> {
-    fn default() -> Self {
-        Claim::new()
-    }
 }
 
 /// A started receiveq.
@@ -315,24 +171,28 @@ impl ReceiveQueue {
     #[inline(always)]
     fn plan_single<'m>(&'m self, len: u32, end: u64, claim: &mut Claim<'m>) -> bool {
         let position = claim.position + u64::from(claim.span);
-        if position >= end || claim.heads.is_full() || claim.windows.is_full() {
+        if position >= end {
             return false;
         }
-        let Some((head, window)) = self.ring.single(position, Direction::Write) else {
+        let Some((head, first)) = self.ring.single(position, Direction::Write) else {
             return false;
         };
-        if window.len() < (len as usize).max(self.header + MIN_FRAME) {
+        if first.len() < (len as usize).max(self.header + MIN_FRAME) {
             return false;
         }
-        prefetch(&window);
-        claim.frames.push((claim.heads.len() as u16, 1));
-        claim.heads.push(ClaimedHead {
+        let frame = (claim.heads.len() as u16, 1);
+        let (more, written) = ((0, 0), len);
+        let claimed = ClaimedHead {
+            first,
+            more,
             head,
-            first: claim.windows.len() as u16,
-            windows: 1,
-            written: len,
-        });
-        claim.windows.push(window);
+            written,
+        };
+        if claim.heads.try_push(claimed).is_err() {
+            return false;
+        }
+        prefetch(&first);
+        claim.frames.push(frame);
         claim.span += head.span;
         true
     }
@@ -443,15 +303,15 @@ impl ReceiveQueue {
             Ok(len) if len >= least => len.min(left),
             _ => 0,
         };
-        if let Some(window) = claim.windows.get(first) {
-            prefetch(window);
-        }
+        let more = claim.windows.len().saturating_sub(first + 1);
+        let piece = claim.windows.get(first).copied();
+        let piece = piece.unwrap_or(Window::EMPTY);
+        prefetch(&piece);
         claim.span += chain.head.span;
-        let windows = (claim.windows.len() - first) as u16;
         claim.heads.push(ClaimedHead {
+            first: piece,
+            more: (first as u16 + 1, more as u16),
             head: chain.head,
-            first: first as u16,
-            windows,
             written: bytes,
         });
         Ok(if bytes == 0 {
@@ -480,10 +340,12 @@ impl ReceiveQueue {
             else {
                 break;
             };
-            let parts = windows
-                .iter()
-                .filter_map(|window| window.sub(0, window.len().min(LONGEST as usize)));
-            pages += parts.map(|part| part.touch()).sum::<usize>();
+            let mut left = LONGEST as usize;
+            for window in &windows {
+                let len = window.len().min(left);
+                left -= len;
+                pages += window.sub(0, len).map_or(0, |part| part.touch());
+            }
             at += u64::from(chain.head.span);
         }
         at > position

@@ -141,13 +141,13 @@ impl Redo {
         crate::memory::probe::stored();
     }
 
-    /// The note of the used element in `slot`: id and span, and the length in the lower half.
+    /// The notes of used elements, by slot.
     #[inline(always)]
-    pub(super) fn note(&self, slot: usize) -> u64 {
-        self.words[NOTES + slot].load(Ordering::Relaxed)
+    pub(super) fn notes(&self) -> &[AtomicU64] {
+        &self.words[NOTES..]
     }
 
-    /// Notes it. Relaxed: the tag's release (receiveq) or the single owner (transmitq) orders it before the publisher's
+    /// Notes a used element. Relaxed: the tag's release (receiveq) or the single owner (transmitq) orders it before the publisher's
     /// load.
     #[inline(always)]
     pub(super) fn set_note(&self, slot: usize, note: u64) {

@@ -182,9 +182,8 @@ impl SplitRing {
     #[inline(always)]
     pub fn write_used(&self, position: u64, head: Head, len: u32) {
         let element = ELEMENTS + 2 * self.slot(position);
-        self.elements.store(element + 1, len, Ordering::Relaxed);
         self.elements
-            .store(element, u32::from(head.id), Ordering::Relaxed);
+            .store_two(element, [u32::from(head.id), len], Ordering::Relaxed);
     }
 
     /// Asks the driver for kicks (when about to sleep) or to leave them out (while polling), from `position` on.

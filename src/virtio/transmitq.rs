@@ -3,11 +3,12 @@
 //! Its state is relaxed atomics, not fields behind `&mut`: the queue moves between poll threads by two
 //! topology publications (without an owner, acknowledged, then with the new one), whose barriers order it.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 use super::chain::{ChainError, Direction, Windows};
 use super::claim::Publish;
 use super::{Broken, BrokenMark, Head, Ring, RingSetup, SetupError};
+use crate::memory::Window;
 
 /// What a take found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +24,27 @@ pub enum Taken {
     Malformed(ChainError),
 }
 
+/// A full barrier that was made: behind used indices, before looks at drivers' event words. The driver stores its event, then
+/// looks at the index (virtio 1.2 §2.7.7.2, §2.8.10); without the barrier both sides may miss the other. One serves any
+/// number of queues; one for each would wait for each one's lines alone.
+#[derive(Debug)]
+pub struct FullBarrier(());
+
+impl FullBarrier {
+    /// Makes one.
+    #[inline(always)]
+    pub fn new() -> Self {
+        fence(Ordering::SeqCst);
+        FullBarrier(())
+    }
+}
+
+impl Default for FullBarrier {
+    fn default() -> Self {
+        FullBarrier::new()
+    }
+}
+
 /// A started transmitq.
 #[derive(Debug)]
 pub struct TransmitQueue {
@@ -34,8 +56,6 @@ pub struct TransmitQueue {
     /// Positions before this one were completed when the driver's wish for a call was last looked at.
     asked: AtomicU64,
     size: u16,
-    /// Taken chains by position: id and span. A power of two of places, so that none is found by division.
-    taken: Box<[AtomicU32]>,
     /// A call that is owed whatever the driver says: its ring has started.
     call_wanted: AtomicBool,
     broken: BrokenMark,
@@ -53,18 +73,10 @@ impl TransmitQueue {
             completed: AtomicU64::new(position),
             asked: AtomicU64::new(position),
             size: setup.size,
-            taken: (0..setup.size.next_power_of_two())
-                .map(|_| AtomicU32::new(0))
-                .collect(),
             call_wanted: AtomicBool::new(true),
             broken: BrokenMark::default(),
             header: setup.features.header(),
         })
-    }
-
-    #[inline(always)]
-    fn slot(&self, position: u64) -> &AtomicU32 {
-        &self.taken[position as usize & (self.taken.len() - 1)]
     }
 
     /// Bytes of the virtio-net header before each frame.
@@ -110,30 +122,25 @@ impl TransmitQueue {
         self.ring.prefetch_next(self.position());
     }
 
-    /// Takes the next chain before `end` (from [`TransmitQueue::available_to`]), appending its buffers.
+    /// Takes the next chain before `end` (from [`TransmitQueue::available_to`]) if it is one usable buffer: how most are.
     #[inline(always)]
+    pub fn take_single(&self, end: u64) -> Option<Window<'_>> {
+        let position = self.position();
+        if position >= end {
+            return None;
+        }
+        let (head, window) = self.ring.single(position, Direction::Read)?;
+        self.taken(position, head);
+        Some(window)
+    }
+
+    /// Takes the next chain before `end`, whatever it is, appending its buffers. `windows` should have room for
+    /// [`MAX_CHAIN_WINDOWS`](super::chain::MAX_CHAIN_WINDOWS), or a chain may be malformed for want of it.
     pub fn take<'m, const N: usize>(&'m self, end: u64, windows: &mut Windows<'m, N>) -> Taken {
         let position = self.position();
         if position >= end {
             return Taken::Nothing;
         }
-        if let Some((head, window)) = self.ring.single(position, Direction::Read)
-            && windows.try_push(window).is_ok()
-        {
-            self.taken(position, head);
-            return Taken::Chain {
-                len: window.len() as u32,
-            };
-        }
-        self.take_chain(position, windows)
-    }
-
-    /// Takes a chain of several buffers, or what is none.
-    fn take_chain<'m, const N: usize>(
-        &'m self,
-        position: u64,
-        windows: &mut Windows<'m, N>,
-    ) -> Taken {
         match self
             .ring
             .read_chain(position, Direction::Read, u32::MAX, windows)
@@ -153,9 +160,11 @@ impl TransmitQueue {
         }
     }
 
+    /// Notes what is to be returned for the chain, in the place where it will be. A lap earlier that place is published:
+    /// see [`TransmitQueue::available_to`].
     #[inline(always)]
     fn taken(&self, position: u64, head: Head) {
-        self.slot(position).store(head.pack(), Ordering::Relaxed);
+        self.ring.write_used(position, head, 0);
         // A packed chain may reach past the `end` of a take, which counts descriptors.
         self.next
             .store(position + u64::from(head.span), Ordering::Relaxed);
@@ -167,29 +176,22 @@ impl TransmitQueue {
         self.completed.load(Ordering::Relaxed)
     }
 
-    /// Returns every chain before `end` to the driver, in available order, with one store of the used index.
-    pub fn complete(&self, end: u64) {
+    /// Returns every chain before `end`, which is the end of one, to the driver: in available order, with one store of the
+    /// used index. Says whether there were any.
+    #[inline(always)]
+    pub fn complete(&self, end: u64) -> bool {
         let start = self.completed();
         if end <= start {
-            return;
-        }
-        let mut position = start;
-        while position < end {
-            let head = Head::unpack(self.slot(position).load(Ordering::Relaxed));
-            self.ring.write_used(position, head, 0);
-            position += u64::from(head.span);
+            return false;
         }
         self.ring.publish(start, end);
         self.completed.store(end, Ordering::Relaxed);
+        true
     }
 
-    /// Whether the driver is to be called now.
-    ///
-    /// Between the last [`TransmitQueue::complete`] and this the caller makes a full barrier: the driver stores its event,
-    /// then looks at the used index, as in `Claims::try_publish`. One is enough for all queues of a pass; one for each would
-    /// wait for each one's lines alone.
+    /// Whether the driver is to be called now, for what was completed before the barrier or because the ring has started.
     #[inline(always)]
-    pub fn take_call_wanted(&self) -> bool {
+    pub fn take_call_wanted(&self, _after: &FullBarrier) -> bool {
         let (from, to) = (self.asked.load(Ordering::Relaxed), self.completed());
         let mut wanted = false;
         if from != to {

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use pollux::memory::{GuestMemory, RegionSpec, SharedMemory, Window};
+use pollux::virtio::chain::Windows;
 use pollux::virtio::driver::{RingAreas, RingLayout};
-use pollux::virtio::{Claim, NoClaim, ReceiveQueue, RingFeatures, RingSetup};
+use pollux::virtio::{Claim, NoClaim, ReceiveQueue, RingFeatures, RingSetup, Taken, TransmitQueue};
 
 use crate::packed_reference::{self, INDIRECT, NEXT, Place, WRITE};
 
@@ -428,4 +429,20 @@ pub(crate) fn deliver(queue: &ReceiveQueue, frames: &[Vec<u8>]) -> (usize, Optio
 /// `len` bytes that tell frames apart.
 pub(crate) fn frame(tag: u8, len: usize) -> Vec<u8> {
     (0..len).map(|i| tag.wrapping_add(i as u8)).collect()
+}
+
+/// Takes the next chain as poll threads do: the usual kind the short way.
+pub(crate) fn take<'m, const N: usize>(
+    queue: &'m TransmitQueue,
+    end: u64,
+    windows: &mut Windows<'m, N>,
+) -> Taken {
+    match queue.take_single(end) {
+        Some(window) => {
+            windows.push(window);
+            let len = window.len() as u32;
+            Taken::Chain { len }
+        }
+        None => queue.take(end, windows),
+    }
 }
