@@ -64,14 +64,15 @@ const COPIES: &[(&str, &str, &str, &str)] = &[
     (
         "token_stored/claim.rs",
         include_str!("../../src/virtio/claim.rs"),
-        "self.token.swap(false, Ordering::AcqRel);",
-        "self.token.store(false, Ordering::Release);",
+        "let left = self.release(claims);",
+        "let turn = self.turn.load(Ordering::Acquire) - claims * FILLED;\n            \
+         self.turn.store(turn - HELD, Ordering::Release);\n            let left = turn / FILLED;",
     ),
     (
         "one_round/claim.rs",
         include_str!("../../src/virtio/claim.rs"),
-        "if self.filled_from(end) == end {",
-        "if self.filled_from(end) >= end {",
+        "if left == 0 || self.filled_from(end, 1).1 == 0 {",
+        "if left == 0 || self.filled_from(end, 1).1 <= 1 {",
     ),
     (
         "no_barrier/claim.rs",
