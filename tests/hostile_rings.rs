@@ -173,11 +173,11 @@ fn buffers_touched_ahead_have_their_pages_and_stay_as_they_are() {
         let (seen, fresh) = (vec![7; 100], DATA + 0x10_0000);
         guest.write(GOOD, &seen);
         let blocks = || guest.memory.file().metadata().unwrap().blocks();
-        // Malformed, usable, without any page of its own, and longer than any frame.
+        // Malformed, usable, without any page of its own, and far longer than any frame.
         driver.post(&[readable(GOOD, GOOD_LEN)]);
         driver.post(&[writable(GOOD, ROOM)]);
         driver.post(&[writable(fresh, 3 * PAGE as u32)]);
-        driver.post(&[writable(fresh + 0x4_0000, 1 << 20)]);
+        driver.post(&[writable(fresh + 0x4_0000, 1 << 19)]);
         let before = blocks();
         assert!(queue.touch_buffers());
         let pages = (blocks() - before) * 512 / PAGE;
