@@ -159,13 +159,13 @@
 //! | [`poll`] | poll thread: pass, delivery, idle policy | `config`, `frame`, `memory`, `observe`, `stats`, `switch`, `sys`, `topology`, `virtio`, `wire` |
 //! | [`topology`] | the snapshot | `memory`, `observe`, `port`, `switch`, `sys`, `virtio` |
 //! | [`port`] | a port's two halves | `config`, `memory`, `stats`, `switch`, `sys`, `virtio` |
-//! | [`observe`] | captures, traces, mirrors: buffers, filters, formats | `config`, `memory`, `stats`, `switch` |
+//! | [`observe`] | captures, traces, mirrors: buffers, filters, formats | `config`, `memory`, `stats`, `switch`, `sync` |
 //! | [`switch`] | decisions and FDB; no clock, thread or I/O | `stats`, `wire` |
 //! | [`frame`] | header snapshot, burst | `memory`, `stats`, `virtio`, `wire` |
 //! | [`virtio`] | rings, chains, claims; and the driver's side for `bench` and tests | `memory`, `sync` |
 //! | [`memory`] | regions, windows, SIGBUS fence | `sys` |
 //! | [`sys`] | thin wrappers over Linux; snapshots | `sync` |
-//! | [`stats`] | counters, drop reasons | – |
+//! | [`stats`] | counters, drop reasons | `sync` |
 //! | [`config`] | plain values, parsed and checked | – |
 //! | [`wire`] | views of header bytes | – |
 //! | [`sync`] | the atomics that a model checker replaces | – |

@@ -10,10 +10,13 @@
 //! egress port if one destination did not get it. *rx* and *tx* are always the switch's view.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_utils::CachePadded;
 use serde::{Deserialize, Serialize};
+
+mod counter;
+
+pub use counter::Counter;
 
 /// Most poll threads; each port holds one block of counters for each.
 pub const MAX_POLL_THREADS: usize = 32;
@@ -86,32 +89,6 @@ drop_reasons! {
     EgressRingBroken = "egress_ring_broken", Tx;
     /// The receiver's memory could not be written, because its file was truncated.
     EgressMemoryFault = "egress_memory_fault", Tx;
-}
-
-/// A number with one writer.
-#[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
-
-impl Counter {
-    /// Adds `n`. To be called by one thread only: this is not an atomic addition.
-    #[inline]
-    pub fn add(&self, n: u64) {
-        self.0.store(self.get().wrapping_add(n), Ordering::Relaxed);
-    }
-
-    /// Raises the number to `n` if it is smaller. One writer, as for [`add`](Self::add).
-    #[inline]
-    pub fn raise_to(&self, n: u64) {
-        if n > self.get() {
-            self.0.store(n, Ordering::Relaxed);
-        }
-    }
-
-    /// The present value.
-    #[inline]
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
 }
 
 /// What one poll thread counted at one port.

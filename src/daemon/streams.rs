@@ -14,6 +14,7 @@ use crate::api::types::{
 use crate::api::{ByteStream, Control, ControlError};
 use crate::config::{MAX_FILTER, MAX_PORT_NAME, MAX_SNAPLEN, MAX_TRACE, ObserveDirection, is_name};
 use crate::observe::pcapng::Section;
+use crate::observe::pen::take_to_the_end;
 use crate::observe::trace::{Journey, Tracer};
 use crate::observe::{
     Filter, Kind, Observer, ObserverSpec, Reader, Record, WallClock, What, since_1970,
@@ -88,7 +89,7 @@ impl Registered {
 
     /// Takes it out, unless it has ended already.
     fn leave(&self, why: &'static str) {
-        if self.observer.ended().is_none() {
+        if !self.observer.has_ended() {
             // A daemon that stops has taken it out.
             let command = Command::LeaveObserver(self.observer.clone(), why);
             let _ = self.handle.tell(command);
@@ -97,10 +98,11 @@ impl Registered {
 
     /// Why it has ended, once nobody writes to it any more.
     fn settled_end(&self, since: &mut Option<Instant>) -> Option<String> {
-        let (why, generation) = self.observer.ended()?;
-        let since = since.get_or_insert_with(Instant::now);
-        let settled = self.handle.acknowledgements.reached(generation);
-        (settled || since.elapsed() > SETTLED).then(|| why.to_string())
+        let why = self.observer.settled_end(|generation| {
+            let since = since.get_or_insert_with(Instant::now);
+            self.handle.acknowledgements.reached(generation) || since.elapsed() > SETTLED
+        })?;
+        Some(why.to_string())
     }
 }
 
@@ -248,21 +250,19 @@ impl ByteStream for CaptureStream {
         {
             self.registered.leave("its time is over");
         }
-        // Looked at before the records are: what was written until the end is then among them.
-        let end = self.registered.settled_end(&mut self.ending);
-        let more = self.take();
+        let end = take_to_the_end(
+            self,
+            |stream| stream.registered.settled_end(&mut stream.ending),
+            Self::take,
+        );
         if self.left == Some(0) {
             self.registered.leave("it has as many frames as asked for");
         }
-        let goes_on = match end {
-            Some(why) if !more => {
-                self.finish(&why);
-                false
-            }
-            _ => true,
-        };
+        if let Some(why) = &end {
+            self.finish(why);
+        }
         self.section.take(out);
-        goes_on
+        end.is_none()
     }
 }
 
@@ -310,6 +310,20 @@ impl TraceStream {
             ending: None,
             bytes: Vec::new(),
         })
+    }
+
+    /// Takes records, up to a chunk; says whether there may be more at once.
+    fn take(&mut self, now: Instant) -> bool {
+        let mut taken = 0;
+        while taken < CHUNK && self.left > 0 {
+            let Some((thread, record)) = self.reader.next(&mut self.bytes) else {
+                break;
+            };
+            taken += self.bytes.len() + 100;
+            let limit = usize::try_from(self.left).unwrap_or(usize::MAX);
+            self.tracer.take(thread, record, &self.bytes, now, limit);
+        }
+        taken >= CHUNK
     }
 
     fn frame(&self, journey: &Journey) -> TraceFrame {
@@ -365,20 +379,14 @@ impl ByteStream for TraceStream {
 
     fn read(&mut self, out: &mut Vec<u8>) -> bool {
         self.clock.refresh();
-        let end = self.registered.settled_end(&mut self.ending);
         let now = Instant::now();
-        let mut taken = 0;
-        while taken < CHUNK && self.left > 0 {
-            let Some((thread, record)) = self.reader.next(&mut self.bytes) else {
-                break;
-            };
-            taken += self.bytes.len() + 100;
-            let limit = usize::try_from(self.left).unwrap_or(usize::MAX);
-            self.tracer.take(thread, record, &self.bytes, now, limit);
-        }
-        let over = end.is_some() && taken < CHUNK;
+        let end = take_to_the_end(
+            self,
+            |stream| stream.registered.settled_end(&mut stream.ending),
+            |stream| stream.take(now),
+        );
         while self.left > 0
-            && let Some(journey) = self.tracer.next(now, over)
+            && let Some(journey) = self.tracer.next(now, end.is_some())
         {
             Self::line(out, &TraceLine::Frame(self.frame(&journey)));
             self.left -= 1;
@@ -387,7 +395,7 @@ impl ByteStream for TraceStream {
         if self.left == 0 {
             self.registered.leave("it has as many frames as asked for");
         }
-        let Some(reason) = end.filter(|_| over) else {
+        let Some(reason) = end else {
             return true;
         };
         let end = TraceLine::End {

@@ -2,10 +2,10 @@
 
 use std::ops::Add;
 
-use crossbeam_utils::atomic::AtomicCell;
 use rtrb::{Consumer, Producer, RingBuffer};
 
 use super::mirror::Copies;
+use super::pen::{Held, Place};
 use super::record::{RECORD_HEAD, Record};
 use super::{Kind, ObserverSpec};
 use crate::config::MAX_PORTS;
@@ -88,7 +88,7 @@ impl Add for Counts {
 
 /// One poll thread's part of an observer.
 pub struct Lane {
-    pen: AtomicCell<Option<Box<Pen>>>,
+    pen: Place<Pen>,
     /// Frames kept; of a mirror, delivered.
     pub captured: Counter,
     /// Frames refused by the filter.
@@ -129,21 +129,16 @@ impl Lane {
             _ => MAX_PORTS,
         };
         Lane {
-            pen: AtomicCell::new(Some(Box::new(pen))),
+            pen: Place::new(pen),
             captured: Counter::default(),
             filtered: Counter::default(),
             missed: (0..slots).map(|_| Counter::default()).collect(),
         }
     }
 
-    /// Takes the pen: for the lane's poll thread, when it takes a topology over.
-    pub fn take(&self) -> Option<Box<Pen>> {
+    /// Takes the pen: for the lane's poll thread, while it works with a topology.
+    pub fn take(&self) -> Held<'_, Pen> {
         self.pen.take()
-    }
-
-    /// Puts the pen back, before the topology is let go.
-    pub fn put_back(&self, pen: Box<Pen>) {
-        self.pen.store(Some(pen));
     }
 
     /// Counts a frame of the port in `slot` that was not kept.

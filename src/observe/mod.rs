@@ -11,8 +11,9 @@
 //!   observer is made, so a poll thread allocates nothing, not even for a thread that is added later.
 //! - A poll thread takes its pens (the writing ends) out of the lanes when it takes a topology over, and puts them back before
 //!   it acknowledges another one: an exchange of one word each, and none a frame.
-//! - `rtrb` makes the buffers: one writer, one reader, wait-free, so there is no protocol of ours to be model-checked here.
-//!   That no frame is lost between an observer and its successor needs none either: they share nothing.
+//! - `rtrb` makes the buffers: one writer, one reader, wait-free. What is ours, who has the pens and when a reader has seen
+//!   all, is in a file of its own, which is model-checked. That no frame is lost between an observer and its successor
+//!   needs no check: they share nothing.
 //!
 //! The bytes that an observer sees are read from the sender's memory (but the first 128, of which there is a private copy that
 //! is also what is delivered). A guest that writes to a frame which it has given away makes these two readings
@@ -22,18 +23,19 @@ mod filter;
 mod lane;
 pub mod mirror;
 pub mod pcapng;
+pub mod pen;
 mod record;
 mod time;
 pub mod trace;
 
 use std::sync::Arc;
-use std::sync::OnceLock;
 
 use crossbeam_utils::CachePadded;
 
 use crate::config::{MAX_OBSERVERS, ObserveDirection};
 use crate::stats::MAX_POLL_THREADS;
 use crate::switch::PortRef;
+use pen::Ending;
 
 pub use filter::{Filter, FilterError};
 pub use lane::{Content, Counts, Lane, Pen, Reader};
@@ -94,8 +96,7 @@ pub struct Observer {
     /// What it looks at.
     pub spec: ObserverSpec,
     lanes: Box<[CachePadded<Lane>]>,
-    /// Why it has ended, and with which generation it left the topology.
-    ended: OnceLock<(String, u64)>,
+    ending: Ending,
 }
 
 impl Observer {
@@ -113,8 +114,12 @@ impl Observer {
             CachePadded::new(lane)
         });
         let lanes = lanes.collect();
-        let ended = OnceLock::new();
-        let observer = Arc::new(Observer { spec, lanes, ended });
+        let ending = Ending::default();
+        let observer = Arc::new(Observer {
+            spec,
+            lanes,
+            ending,
+        });
         (observer, Reader::new(consumers))
     }
 
@@ -128,8 +133,12 @@ impl Observer {
             CachePadded::new(Lane::mirror(&spec, is_there))
         });
         let lanes = lanes.collect();
-        let ended = OnceLock::new();
-        Arc::new(Observer { spec, lanes, ended })
+        let ending = Ending::default();
+        Arc::new(Observer {
+            spec,
+            lanes,
+            ending,
+        })
     }
 
     /// The lane of a poll thread.
@@ -151,13 +160,18 @@ impl Observer {
 
     /// It was taken out of the topology with this generation. The first reason stays.
     pub fn end(&self, reason: impl Into<String>, generation: u64) {
-        let _ = self.ended.set((reason.into(), generation));
+        self.ending.set(reason.into(), generation);
     }
 
-    /// Why it has ended, and the generation from whose acknowledgement on nobody writes to it.
-    pub fn ended(&self) -> Option<(&str, u64)> {
-        let (reason, generation) = self.ended.get()?;
-        Some((reason, *generation))
+    /// Whether it was taken out; poll threads may still write to it.
+    pub fn has_ended(&self) -> bool {
+        self.ending.is_set()
+    }
+
+    /// Why it has ended, once nobody writes to it any more: `reached` says whether all poll threads have acknowledged a
+    /// generation.
+    pub fn settled_end(&self, reached: impl FnOnce(u64) -> bool) -> Option<&str> {
+        self.ending.settled(reached)
     }
 }
 

@@ -59,8 +59,9 @@ fn what_one_thread_writes_another_reads_whole_and_the_rest_is_counted() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let lane = observer.lane(4);
-            let mut pen = lane.take().unwrap();
-            assert!(lane.take().is_none());
+            let mut held = lane.take();
+            assert!(lane.take().pen.is_none());
+            let pen = held.pen.as_mut().unwrap();
             for number in 0..FRAMES {
                 let len = 14 + (number as usize * 97) % 3000;
                 let bytes: Vec<u8> = (0..len).map(|at| pattern(number, at)).collect();
@@ -75,9 +76,9 @@ fn what_one_thread_writes_another_reads_whole_and_the_rest_is_counted() {
                     len: len as u32,
                 };
                 assert_eq!(content.available(), len);
-                lane.write(&mut pen, &record(number, len), &[], &content);
+                lane.write(pen, &record(number, len), &[], &content);
             }
-            lane.put_back(pen);
+            drop(held);
             over.store(true, Ordering::Release);
         });
         let mut bytes = Vec::new();
@@ -104,7 +105,7 @@ fn what_one_thread_writes_another_reads_whole_and_the_rest_is_counted() {
     assert_eq!(counts.captured, seen);
     assert_eq!(counts.captured + counts.missed, FRAMES);
     assert_eq!(observer.missed_at(PORT.slot), counts.missed);
-    assert!(observer.lane(4).take().is_some());
+    assert!(observer.lane(4).take().pen.is_some());
 }
 
 #[test]
@@ -117,10 +118,11 @@ fn the_oldest_record_of_all_threads_comes_first() {
         len: 60,
     };
     for (thread, times) in [(0, [1, 4, 5]), (31, [2, 3, 6])] {
-        let mut pen = observer.lane(thread).take().unwrap();
+        let lane = observer.lane(thread);
+        let mut held = lane.take();
+        let pen = held.pen.as_mut().unwrap();
         for time in times {
-            let lane = observer.lane(thread);
-            lane.write(&mut pen, &record(time, 60), &[], &content);
+            lane.write(pen, &record(time, 60), &[], &content);
         }
     }
     let mut bytes = Vec::new();

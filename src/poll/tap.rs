@@ -10,6 +10,7 @@ use arrayvec::ArrayVec;
 use crate::config::MAX_OBSERVERS;
 use crate::frame::{Burst, Frame};
 use crate::memory::Pieces;
+use crate::observe::pen::Held;
 use crate::observe::trace::Decided;
 use crate::observe::{Content, Pen, Record, Taps, What};
 use crate::stats::{Direction, DropReason};
@@ -35,8 +36,8 @@ pub(super) struct Tap<'t> {
     plan: &'t Plan,
     flood: &'t [u16],
     thread: usize,
-    /// By number of the observer; empty where another thread of the same number has not put it back, which cannot be.
-    pens: ArrayVec<Option<Box<Pen>>, MAX_OBSERVERS>,
+    /// By number of the observer.
+    pens: ArrayVec<Held<'t, Pen>, MAX_OBSERVERS>,
     clock: quanta::Clock,
 }
 
@@ -196,7 +197,7 @@ impl<'t> Tap<'t> {
                 len: content.len,
                 ..record
             };
-            match &mut self.pens[number] {
+            match &mut self.pens[number].pen {
                 Some(pen) => lane.write(pen, &record, extra, content),
                 None => lane.miss(record.port.slot),
             }
@@ -208,19 +209,9 @@ impl<'t> Tap<'t> {
         self.taps.mirrors
     }
 
-    /// The pen of an observer, to be put back.
+    /// The pen of an observer, to be given back.
     pub(super) fn pen(&mut self, number: usize) -> &mut Option<Box<Pen>> {
-        &mut self.pens[number]
-    }
-}
-
-impl Drop for Tap<'_> {
-    fn drop(&mut self) {
-        for (observer, pen) in self.taps.observers.iter().zip(self.pens.drain(..)) {
-            if let Some(pen) = pen {
-                observer.lane(self.thread).put_back(pen);
-            }
-        }
+        &mut self.pens[number].pen
     }
 }
 

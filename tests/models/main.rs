@@ -3,10 +3,11 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `production.rs` | `virtio/claim.rs`, `sys/snapshot.rs` and `daemon/handover.rs` as they stand, over loom's atomics |
+//! | `production.rs` | `virtio/claim.rs`, `sys/snapshot.rs`, `daemon/handover.rs`, `observe/pen.rs` and `stats/counter.rs` as they stand, over loom's atomics |
 //! | `delivery.rs` | (a) claim, fill, commit, publish: producers and a driver, split and packed |
 //! | `views.rs` | (b) publish, acknowledge, retire; (c) a transmit queue changes its poll thread |
 //! | `registry.rs` | (d) a session that enables its rings against the removal of its port |
+//! | `observers.rs` | (e) an observer comes, is written to and read, and goes; its client is killed; poll threads change |
 //! | `mutants.rs` | the same models with a deliberate error, each of which must be found |
 //!
 //! No RUSTFLAGS: the included files take their atomics from `crate::sync`, which is loom's here. A model is exhaustive within
@@ -23,6 +24,7 @@
 
 mod delivery_models;
 mod mutants;
+mod observer_models;
 mod production;
 mod registry;
 mod sync;

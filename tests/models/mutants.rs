@@ -5,6 +5,7 @@
 
 use crate::delivery_models::{Fault, LAPS, Scenario, TWO, packed};
 use crate::explore;
+use crate::observer_models::{self, ONE};
 use crate::production;
 use crate::view_models::{MoveFault, ReadFault};
 
@@ -23,8 +24,17 @@ macro_rules! snapshot_mutant {
     ($name:ident) => {
         mod $name {
             #[allow(dead_code, reason = "not everything has a model")]
+            #[path = "../../../../src/stats/counter.rs"]
+            pub mod counter;
+            #[allow(dead_code, reason = "not everything has a model")]
             #[path = "../../../../src/daemon/handover.rs"]
             pub mod handover;
+            #[allow(dead_code, reason = "not every model is run")]
+            #[path = "../../observers.rs"]
+            pub mod observers;
+            #[allow(dead_code, reason = "not everything has a model")]
+            #[path = "../../../../src/observe/pen.rs"]
+            pub mod pen;
             #[allow(dead_code, reason = "a copy")]
             pub mod snapshot;
             #[allow(dead_code, reason = "not every model is run")]
@@ -49,6 +59,26 @@ macro_rules! handover_mutant {
     };
 }
 
+macro_rules! pen_mutant {
+    ($name:ident) => {
+        mod $name {
+            #[allow(dead_code, reason = "not everything has a model")]
+            #[path = "../../../../src/stats/counter.rs"]
+            pub mod counter;
+            #[allow(dead_code, reason = "not everything has a model")]
+            #[path = "../../../../src/daemon/handover.rs"]
+            pub mod handover;
+            #[path = "../../observers.rs"]
+            pub mod observers;
+            #[allow(dead_code, reason = "a copy")]
+            pub mod pen;
+            #[allow(dead_code, reason = "not everything has a model")]
+            #[path = "../../../../src/sys/snapshot.rs"]
+            pub mod snapshot;
+        }
+    };
+}
+
 claim_mutant!(token_stored);
 claim_mutant!(one_round);
 claim_mutant!(no_barrier);
@@ -58,6 +88,9 @@ snapshot_mutant!(wakes_without_barrier);
 handover_mutant!(owned_on_its_way);
 handover_mutant!(unacknowledged);
 handover_mutant!(arrives_twice);
+pen_mutant!(kept);
+pen_mutant!(unsettled);
+pen_mutant!(looked_at_last);
 
 /// Copy, text of the original, and what is replaced by what.
 const COPIES: &[(&str, &str, &str, &str)] = &[
@@ -115,6 +148,24 @@ const COPIES: &[(&str, &str, &str, &str)] = &[
         include_str!("../../src/daemon/handover.rs"),
         "let here = *place == (Place::Between { to: self.to });",
         "let here = matches!(*place, Place::Between { .. });",
+    ),
+    (
+        "kept/pen.rs",
+        include_str!("../../src/observe/pen.rs"),
+        "self.place.0.store(Some(pen));",
+        "drop(pen);",
+    ),
+    (
+        "unsettled/pen.rs",
+        include_str!("../../src/observe/pen.rs"),
+        "reached(*generation).then_some(reason)",
+        "Some(reached(*generation)).map(|_| reason.as_str())",
+    ),
+    (
+        "looked_at_last/pen.rs",
+        include_str!("../../src/observe/pen.rs"),
+        "let end = end(stream);\n    let more = take(stream);",
+        "let more = take(stream);\n    let end = end(stream);",
     ),
 ];
 
@@ -245,5 +296,42 @@ fn a_hand_over_that_was_overtaken() {
 fn asleep_without_a_second_look() {
     explore(2, || {
         production::views::hand_over(MoveFault::NoSecondLook, &[1]);
+    });
+}
+
+// The pen goes with the thread that had it.
+#[test]
+#[should_panic(expected = "dropped on a poll thread")]
+fn a_pen_that_is_not_laid_back() {
+    explore(2, || kept::observers::run(&ONE));
+}
+
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn a_reader_that_does_not_wait_for_the_acknowledgement() {
+    explore(2, || unsettled::observers::run(&ONE));
+}
+
+#[test]
+#[should_panic(expected = "every captured frame is read")]
+fn a_reader_that_looks_for_the_end_last() {
+    explore(2, || looked_at_last::observers::run(&ONE));
+}
+
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn an_observer_taken_away_from_under_a_poll_thread() {
+    explore(3, || acknowledges_unread::observers::run(&ONE));
+}
+
+#[test]
+#[should_panic(expected = "captured and missed")]
+fn poll_threads_that_share_a_lane() {
+    explore(2, || {
+        production::observers::run(&observer_models::Scenario {
+            fault: observer_models::Fault::OneLane,
+            looks: 0,
+            ..observer_models::TWO
+        });
     });
 }

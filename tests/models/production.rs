@@ -3,11 +3,19 @@
 #[allow(dead_code, reason = "not everything has a model")]
 #[path = "../../src/virtio/claim.rs"]
 pub mod claim;
+#[allow(dead_code, reason = "not everything has a model")]
+#[path = "../../src/stats/counter.rs"]
+pub mod counter;
 #[path = "delivery.rs"]
 pub mod delivery;
 #[allow(dead_code, reason = "not everything has a model")]
 #[path = "../../src/daemon/handover.rs"]
 pub mod handover;
+#[path = "observers.rs"]
+pub mod observers;
+#[allow(dead_code, reason = "not everything has a model")]
+#[path = "../../src/observe/pen.rs"]
+pub mod pen;
 #[allow(dead_code, reason = "not everything has a model")]
 #[path = "../../src/sys/snapshot.rs"]
 pub mod snapshot;

@@ -85,6 +85,64 @@ impl<T> Drop for Arc<T> {
     }
 }
 
+/// crossbeam's cell for values of one word: its `take` and its `store` of a value that needs a destructor are swaps, with
+/// acquire and release. The mutex is not looked at by loom, and never contended: threads change in loom's operations only.
+pub struct AtomicCell<T> {
+    word: atomic::AtomicU64,
+    value: std::sync::Mutex<T>,
+}
+
+impl<T: Default> AtomicCell<T> {
+    pub fn new(value: T) -> Self {
+        AtomicCell {
+            word: atomic::AtomicU64::new(0),
+            value: std::sync::Mutex::new(value),
+        }
+    }
+
+    fn swap(&self, value: T) -> T {
+        self.word.fetch_add(1, atomic::Ordering::AcqRel);
+        std::mem::replace(&mut *self.value.lock().unwrap(), value)
+    }
+
+    pub fn take(&self) -> T {
+        self.swap(T::default())
+    }
+
+    pub fn store(&self, value: T) {
+        drop(self.swap(value));
+    }
+}
+
+/// `std::sync::OnceLock`: what is set with release is found with acquire, or not yet.
+#[derive(Debug)]
+pub struct OnceLock<T> {
+    set: atomic::AtomicBool,
+    value: std::sync::OnceLock<T>,
+}
+
+impl<T> Default for OnceLock<T> {
+    fn default() -> Self {
+        OnceLock {
+            set: atomic::AtomicBool::new(false),
+            value: std::sync::OnceLock::new(),
+        }
+    }
+}
+
+impl<T> OnceLock<T> {
+    pub fn set(&self, value: T) -> Result<(), T> {
+        self.value.set(value)?;
+        self.set.store(true, atomic::Ordering::Release);
+        Ok(())
+    }
+
+    pub fn get(&self) -> Option<&T> {
+        let set = self.set.load(atomic::Ordering::Acquire);
+        set.then(|| self.value.get()).flatten()
+    }
+}
+
 /// A plain value that threads hand to each other: loom fails the model if two accesses are not ordered.
 pub struct Shared<T>(loom::cell::Cell<T>);
 
