@@ -44,6 +44,8 @@ const HEAD_LIMIT: Duration = Duration::from_secs(5);
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
 /// How long requests may go on after a stop.
 const STOP_LIMIT: Duration = Duration::from_secs(1);
+/// A helper thread ends after so long without a request.
+const HELPER_IDLE: Duration = Duration::from_secs(2);
 /// Connections being told that they are refused.
 const MAX_REFUSALS: usize = 16;
 /// How long a refused client may take to read why.
@@ -120,6 +122,7 @@ impl Server {
             .enable_all()
             .max_blocking_threads(MAX_CALLS + MAX_STREAMS + MAX_CAPTURES)
             .thread_name("api-call")
+            .thread_keep_alive(HELPER_IDLE)
             .build()
             .map_err(ServerError::Thread)?;
         let (stop, stopped) = watch::channel(false);
