@@ -7,13 +7,14 @@
 
 mod common;
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, DaemonOptions};
 use common::holdings::Holdings;
 use common::many::{ManyQueues, ManyRam};
-use common::traffic::Bystanders;
+use common::traffic::{BROADCAST, Bystanders, frame, read};
 use common::wait_for_within;
 use pollux::api::client::Client;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -22,6 +23,10 @@ use serde_json::json;
 const PORTS: usize = 512;
 /// With the tests' optimisation, and other tests beside it.
 const LIMIT: Duration = Duration::from_secs(120);
+/// Who sends to all of them.
+const ASKER: [u8; 6] = [2, 0, 0, 0, 7, 7];
+/// The first bytes of everybody else's address.
+const ANSWERER: [u8; 4] = [2, 0, 0, 1];
 /// Changes of which the median is taken, and how often that is tried: tests share their CPUs.
 const CHANGES: usize = 51;
 const ATTEMPTS: usize = 5;
@@ -90,9 +95,13 @@ fn the_513th_port_takes_no_longer_than_twice_the_second_and_all_of_them_work() {
     // The first two ports are for guests that do something.
     let rams: Vec<ManyRam> = (0..PORTS - 2).map(|_| ManyRam::new(1)).collect();
     let (own, others) = rams.split_first().unwrap();
+    let empty = Holdings::of(&many);
     let alone = attach(std::slice::from_ref(own), &few, 0);
     let mut idle = attach(others, &many, 3);
-    let before = Holdings::of(&many);
+    // At the least a connection and a mapping of memory each.
+    let full = Holdings::of(&many);
+    assert!(full.fds >= empty.fds + idle.len(), "{empty:?} {full:?}");
+    assert!(full.mappings >= idle.len(), "{full:?}");
 
     let mut tried = Vec::new();
     let fast = (0..ATTEMPTS).any(|_| {
@@ -109,15 +118,35 @@ fn the_513th_port_takes_no_longer_than_twice_the_second_and_all_of_them_work() {
     for _ in 0..10 {
         add(&client, many.dir());
     }
-    let hello = common::traffic::frame(common::traffic::BROADCAST, [2, 0, 0, 0, 7, 7], 0, 60);
+    let hello = frame(BROADCAST, ASKER, 0, 60);
     assert!(idle[0].try_send(0, &hello));
-    for (n, guest) in idle.iter_mut().enumerate().skip(1) {
+    // Each answers the one that has asked, which receives every answer once.
+    let (asker, answerers) = idle.split_first_mut().unwrap();
+    let mut answers = HashSet::new();
+    for (n, guest) in answerers.iter_mut().enumerate() {
         wait_for_within(LIMIT, "a broadcast at every port", || {
             let frame = guest.try_receive(0);
             frame.is_some_and(|frame| frame == hello)
         });
-        assert_eq!(guest.in_flight(0), 0, "guest {n}");
+        let [high, low] = (n as u16).to_be_bytes();
+        let own = [&ANSWERER[..], &[high, low]].concat().try_into().unwrap();
+        let answer = frame(ASKER, own, n as u64, 60);
+        assert!(guest.try_send(0, &answer), "guest {n}");
+        wait_for_within(LIMIT, "an answer of every port", || {
+            // Bystanders may be flooded.
+            let came = asker.try_receive(0);
+            came.filter(|came| came[6..10] == ANSWERER)
+                .is_some_and(|came| {
+                    assert_eq!(came, answer);
+                    answers.insert(read(&came).sequence)
+                })
+        });
+        assert_ne!(guest.try_receive(0).as_ref(), Some(&hello), "guest {n}");
     }
+    assert_eq!(answers.len(), answerers.len());
+    wait_for_within(LIMIT, "every buffer to come back", || {
+        idle.iter_mut().all(|guest| guest.in_flight(0) == 0)
+    });
     bystanders.go_on(100);
     bystanders.finish();
     drop((alone, idle));
@@ -127,6 +156,6 @@ fn the_513th_port_takes_no_longer_than_twice_the_second_and_all_of_them_work() {
         let ports = many.ports();
         ports.iter().all(|port| port["state"] == "waiting")
     });
-    assert!(Holdings::of(&many).fds < before.fds);
+    empty.wait_for_return(&many);
     many.stop();
 }

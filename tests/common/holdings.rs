@@ -14,7 +14,7 @@ const LIMIT: Duration = Duration::from_secs(40);
 pub(crate) struct Holdings {
     pub(crate) fds: usize,
     threads: usize,
-    mappings: usize,
+    pub(crate) mappings: usize,
 }
 
 impl Holdings {
