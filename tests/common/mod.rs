@@ -7,6 +7,7 @@
 //! - [`testpmd`]: DPDK's virtio-user driver, an independent frontend that needs no VM;
 //! - [`process`]: what they share; [`park`]: a thread of a daemon, stopped;
 //! - [`guest`], [`many`], [`traffic`]: scripted guests, also with many queues, and numbered frames between them in closed loops;
+//! - [`linux`], [`netboot`]: a guest of QEMU, pings in a closed loop with it, and what its firmware loads it from;
 //! - [`scene`]: bystanders that must notice nothing of what is done to a fourth port;
 //! - [`events`], [`holdings`]: what the daemon tells of itself, and what it holds of the system;
 //! - [`journey`]: pcap files sent through a backend by testpmd, and compared;
@@ -24,7 +25,9 @@ pub(crate) mod frames;
 pub(crate) mod guest;
 pub(crate) mod holdings;
 pub(crate) mod journey;
+pub(crate) mod linux;
 pub(crate) mod many;
+pub(crate) mod netboot;
 pub(crate) mod park;
 pub(crate) mod process;
 pub(crate) mod scene;
