@@ -321,7 +321,7 @@ impl ReceiveQueue {
         })
     }
 
-    /// Touches the pages of the buffers that are available, up to [`TOUCHED_PAGES`], without changing them; says whether
+    /// Touches the pages of the buffers that are available, up to `TOUCHED_PAGES`, without changing them; says whether
     /// there were any.
     ///
     /// The first write to a page of a mapping is a page fault, about 2 µs. A ring that has just started would make a poll
