@@ -3,7 +3,7 @@
 use std::io;
 
 use super::plan::Plan;
-use super::plot::{self, Series};
+use super::plot::{self, Line, Panel, Scale};
 use super::report::Report;
 
 /// Values to run with in turn: `size=64,128,256`.
@@ -81,15 +81,13 @@ pub(super) fn draw(sweep: &Sweep, reports: &[Report]) -> io::Result<String> {
             .map(|report| (sweep.parameter.of(report), value(report)))
             .collect()
     };
-    let series = [
-        Series {
-            name: "Mpps",
-            points: points(|report| report.mpps),
-        },
-        Series {
-            name: "Gbit/s",
-            points: points(|report| report.gbit_per_second),
-        },
+    let panel = |name, points| Panel {
+        name,
+        lines: vec![Line { name, points }],
+    };
+    let panels = [
+        panel("Mpps", points(|report| report.mpps)),
+        panel("Gbit/s", points(|report| report.gbit_per_second)),
     ];
-    Ok(plot::lines(sweep.parameter.label(), &series))
+    Ok(plot::draw(sweep.parameter.label(), Scale::Linear, &panels))
 }
