@@ -338,5 +338,6 @@ fn changes_of_ports_are_timed_in_control_and_on_the_poll_threads() {
     let taken_over = thread["takeover_length"]["count"].as_u64().unwrap();
     assert!((1..=3).contains(&taken_over), "{thread}");
     assert!(thread["off_cpu_seconds"].as_f64().unwrap() >= 0.0);
+    assert_eq!(thread["busy_seconds"], 0.0, "there was no frame");
     daemon.stop();
 }

@@ -304,6 +304,7 @@ pub(super) fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
         },
         overdue_seconds: overdue.map(|waited| waited.as_secs_f64()),
         passes: stats.passes.get(),
+        busy_seconds: stats.busy_ns.get() as f64 / 1e9,
         busy_ratio: if total == 0 {
             0.0
         } else {

@@ -197,6 +197,7 @@ impl Control for Model {
             state: PollState::Overdue,
             overdue_seconds: Some(2.5),
             passes: 1_000_000,
+            busy_seconds: 0.5,
             busy_ratio: 0.25,
             recent_busy_ratio: 0.5,
             frames: 17,

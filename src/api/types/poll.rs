@@ -35,6 +35,9 @@ pub struct PollThreadView {
     pub overdue_seconds: Option<f64>,
     /// Turns of the poll loop.
     pub passes: u64,
+    /// Time spent in passes that found work, since it started: what frames cost, whatever time was left.
+    #[serde(default)]
+    pub busy_seconds: f64,
     /// Share of the time spent on frames since it started, 0 to 1.
     pub busy_ratio: f64,
     /// The same over the last seconds.
