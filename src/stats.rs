@@ -247,8 +247,10 @@ impl Histogram {
     }
 }
 
-/// What a poll thread tells about itself; written by that thread alone.
+/// What a poll thread tells about itself; written by that thread alone, in every pass, so on lines of its own (two, since
+/// processors fetch them in pairs).
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub struct ThreadStats {
     /// Turns of the poll loop.
     pub passes: Counter,
