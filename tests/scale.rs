@@ -27,6 +27,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 const ASKER: [u8; 6] = [2, 0, 0, 0, 7, 7];
 /// The first bytes of everybody else's address.
 const ANSWERER: [u8; 4] = [2, 0, 0, 1];
+/// What a port with a guest may take, beyond the guest's memory.
+const PORT_KIB: u64 = 256;
 /// Changes of which the median is taken, and how often that is tried: tests share their CPUs.
 const CHANGES: usize = 51;
 const ATTEMPTS: usize = 5;
@@ -84,6 +86,16 @@ fn medians(daemons: [&Daemon; 2]) -> [Duration; 2] {
     times.map(median)
 }
 
+/// Resident KiB of a daemon that are not its guests' memory.
+fn own_kib(daemon: &Daemon) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
+    let kib = |name: &str| -> u64 {
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    kib("VmRSS:") - kib("RssShmem:")
+}
+
 #[test]
 fn the_513th_port_takes_no_longer_than_twice_the_second_and_all_of_them_work() {
     raise_descriptor_limit();
@@ -102,6 +114,8 @@ fn the_513th_port_takes_no_longer_than_twice_the_second_and_all_of_them_work() {
     let full = Holdings::of(&many);
     assert!(full.fds >= empty.fds + idle.len(), "{empty:?} {full:?}");
     assert!(full.mappings >= idle.len(), "{full:?}");
+    let each = (own_kib(&many) - own_kib(&few)) / PORTS as u64;
+    assert!(each < PORT_KIB, "a port takes {each} KiB");
 
     let mut tried = Vec::new();
     let fast = (0..ATTEMPTS).any(|_| {
