@@ -15,7 +15,7 @@ use pollux::bench::guest::Guest;
 use pollux::bench::memory::{GUEST_BASE, GuestRam};
 use pollux::bench::plan::{FlowCounters, FlowSpec, Plan};
 use pollux::config::{IdlePolicy, PortSpec, SocketMode};
-use pollux::memory::{GuestMemory, RegionSpec};
+use pollux::memory::{GuestMemory, RegionSpec, SharedMemory};
 use pollux::poll::{PollShared, Poller};
 use pollux::port::{Device, PortShared, QueuePair, Receive, Transmit};
 use pollux::stats::ThreadStats;
@@ -35,7 +35,7 @@ pub(crate) struct Rig {
     pub(crate) flows: Vec<FlowSpec>,
     pub(crate) counters: Vec<FlowCounters>,
     pub(crate) checker: Checker,
-    macs: MacPrefix,
+    pub(crate) macs: MacPrefix,
     rams: Vec<GuestRam>,
     kicks: Vec<[EventFd; 2]>,
 }
@@ -44,11 +44,16 @@ pub(crate) struct Rig {
 pub(crate) struct Switch {
     /// Keeps the topology.
     _publisher: Publisher<Topology>,
+    /// A page between each two guests' memories. Those of the rig are multiples of 2 MiB: one behind the other, all guests'
+    /// rings would compete for the same few entries of the TLB, as those of a host's guests do not.
+    _spacers: Vec<SharedMemory>,
     /// Poll threads that do not run yet.
     pub(crate) pollers: Vec<Poller>,
     pub(crate) shared: Vec<Arc<PollShared>>,
     /// Ports by guest.
     pub(crate) ports: Vec<Arc<PortShared>>,
+    /// Its forwarding table.
+    pub(crate) fdb: Arc<Fdb>,
 }
 
 impl Rig {
@@ -101,7 +106,13 @@ impl Rig {
     /// frames.
     pub(crate) fn switch(&self, threads: usize, owner: impl Fn(usize) -> usize) -> Switch {
         let fdb = Fdb::new(FdbConfig::with_capacity(8192)).expect("a table of that size");
-        let entries: Vec<PortEntry> = (0..self.rams.len()).map(|n| self.entry(n)).collect();
+        let fdb = Arc::new(fdb);
+        let mut spacers = Vec::new();
+        let entry = |guest| {
+            spacers.push(SharedMemory::create(4096, true).expect("a page"));
+            self.entry(guest)
+        };
+        let entries: Vec<PortEntry> = (0..self.rams.len()).map(entry).collect();
         for (guest, entry) in entries.iter().enumerate() {
             let at = entry.shared.reference;
             fdb.insert_static(0, Mac::from_bytes(self.macs.mac(guest)), at)
@@ -109,7 +120,7 @@ impl Rig {
         }
         let owner = |port: &PortShared, _| Some(owner(usize::from(port.reference.slot)));
         let since = vec![Instant::now(); threads].into();
-        let topology = Topology::build(&entries, since, Arc::new(fdb), owner);
+        let topology = Topology::build(&entries, since, Arc::clone(&fdb), owner);
         let (publisher, readers) = snapshots(topology, threads);
         let shared: Vec<Arc<PollShared>> = readers
             .iter()
@@ -127,9 +138,11 @@ impl Rig {
         let pollers = readers.into_iter().zip(&shared).map(poller);
         Switch {
             _publisher: publisher,
+            _spacers: spacers,
             pollers: pollers.collect::<io::Result<_>>().expect("an AIO context"),
             shared,
             ports: entries.into_iter().map(|entry| entry.shared).collect(),
+            fdb,
         }
     }
 

@@ -101,7 +101,8 @@ impl Table {
     }
 }
 
-fn connect(
+/// Connects a guest's frontend, and starts its device.
+pub(crate) fn connect(
     attachment: &Attachment,
     plan: &Plan,
     guest: usize,

@@ -1,10 +1,11 @@
 //! What changes cost: the scenarios of `benches/change` that need a program of their own.
 //!
 //! ```text
-//! scenarios claims|gather|pairs                in this process, without sockets
-//! scenarios scale                              a switch of its own, with 2 to 512 ports
+//! scenarios claims|gather|pairs|growth|copies  in this process, without sockets
+//! scenarios scale|footprint                    switches of its own, with 0 to 512 ports
 //! scenarios slow|flood|fair  --attach A,B,…    guests on a switch's sockets, all played by one thread
 //! scenarios victim|reset     --attach A,B      guests that come, go and are killed
+//! scenarios plot FILE.svg                      draws figures from standard input
 //! ```
 //!
 //! Guests are those of `pollux bench`. Every scenario prints one JSON object. Without arguments (`cargo bench`) the two
@@ -17,11 +18,15 @@
 
 mod attached;
 mod claims;
+mod copies;
+mod footprint;
 mod gather;
+mod growth;
 #[path = "../../tests/common/many.rs"]
 #[allow(dead_code, reason = "a helper of tests")]
 mod many;
 mod pairs;
+mod plots;
 #[path = "../rig/mod.rs"]
 mod rig;
 mod scale;
@@ -71,6 +76,35 @@ enum Scenario {
         /// Numbers of ports
         #[arg(long, value_delimiter = ',', default_value = "2,8,32,128,512")]
         ports: Vec<usize>,
+    },
+    /// How the cost grows with ports, addresses, copies, bursts and rings
+    Growth {
+        /// Curves; all by default
+        #[arg(long, value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(growth::names()))]
+        curves: Vec<String>,
+        /// Draw each into a file here
+        #[arg(long, value_name = "DIR")]
+        plots: Option<PathBuf>,
+    },
+    /// What one core copies, in the memory of two guests of `pollux bench`
+    Copies {
+        /// Bytes of a copy
+        #[arg(long, default_value_t = 9000)]
+        size: usize,
+        /// The memory of guests with mergeable receive buffers
+        #[arg(long)]
+        mergeable: bool,
+    },
+    /// Memory of a switch without ports and with them, and the time from its start to the first frame
+    Footprint {
+        /// Ports
+        #[arg(long, default_value_t = 64)]
+        ports: usize,
+    },
+    /// Draw {"abscissa":…,"logarithmic":…,"panels":[{"name":…,"lines":[{"name":…,"points":[[x,y],…]},…]},…]}
+    Plot {
+        /// Where to
+        file: PathBuf,
     },
     /// A sender, a fast receiver, and one that at times returns no buffer
     Slow {
@@ -157,6 +191,10 @@ fn run(scenario: &Scenario, effort: &Effort) -> Result<serde_json::Value, RunErr
         Scenario::Gather => Ok(gather::measure(effort)),
         Scenario::Pairs => Ok(pairs::measure(effort)),
         Scenario::Scale { ports } => Ok(scale::measure(ports, effort)),
+        Scenario::Growth { curves, plots } => Ok(growth::measure(curves, plots.as_deref(), effort)),
+        Scenario::Copies { size, mergeable } => Ok(copies::measure(*size, *mergeable, effort)),
+        Scenario::Footprint { ports } => footprint::measure(*ports, effort),
+        Scenario::Plot { file } => Ok(plots::draw(file)),
         Scenario::Slow { attach } => attached::slow(attach, effort),
         Scenario::Flood { attach } => attached::flood(attach, effort),
         Scenario::Fair { attach, size } => attached::fair(attach, *size, effort),

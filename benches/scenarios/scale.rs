@@ -20,7 +20,7 @@ const CHANGES: usize = 51;
 const ACTIVE: usize = 2;
 
 /// A `pollux run` of its own.
-struct Switch {
+pub(crate) struct Switch {
     process: Child,
     dir: TempDir,
     client: Client,
@@ -37,7 +37,7 @@ impl Drop for Switch {
 
 impl Switch {
     /// Starts it; returns the seconds until all ports are there.
-    fn start(ports: usize, idle: &str, effort: &Effort) -> (Switch, f64) {
+    pub(crate) fn start(ports: usize, idle: &str, effort: &Effort) -> (Switch, f64) {
         // Where sockets are made as fast as in /run: other file systems take longer the more there are.
         let memory = Path::new("/dev/shm");
         let place = Some(memory).filter(|place| place.is_dir());
@@ -70,7 +70,7 @@ impl Switch {
         (switch, seconds)
     }
 
-    fn socket(&self, n: usize) -> PathBuf {
+    pub(crate) fn socket(&self, n: usize) -> PathBuf {
         self.dir.path().join(format!("p{n}.sock"))
     }
 
@@ -84,7 +84,7 @@ impl Switch {
     }
 
     /// A line of its /proc status, in kB.
-    fn status(&self, name: &str) -> u64 {
+    pub(crate) fn status(&self, name: &str) -> u64 {
         let path = format!("/proc/{}/status", self.process.id());
         let text = std::fs::read_to_string(path).unwrap();
         let line = text.lines().find(|line| line.starts_with(name)).unwrap();
