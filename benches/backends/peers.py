@@ -1,4 +1,4 @@
-"""The processes of `benches/compare` and `benches/change`: a backend starter, and the clients attached to it.
+"""The processes of `benches/compare`, `benches/change` and `qemu/bench`: a backend starter, and the clients attached to it.
 
 Each wait has a deadline, and whatever was started is stopped when its `with` block is left.
 """
@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROMPT = "testpmd> "
 
@@ -35,6 +36,51 @@ def free_hugepages_mb():
 
 def pollux_binary():
     return os.environ.get("POLLUX") or os.path.join(HERE, "..", "..", "target", "release", "pollux")
+
+
+def machine():
+    """What results are worth nothing without."""
+    model = "unknown CPU"
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+        found = re.search(r"^model name\s*: (.*)$", lines.read(), re.M)
+    if found:
+        model = found.group(1)
+    return dict(cpu=model, cpus=os.cpu_count(), kernel=os.uname().release, load_before=os.getloadavg()[0])
+
+
+def machine_line(at):
+    return f"{at['cpu']}, {at['cpus']} CPUs, Linux {at['kernel']}, load before {at['load_before']:.2f}"
+
+
+def scenarios_binary():
+    """The measuring program of this tree, built if it is not."""
+    command = ["cargo", "build", "--release", "--locked", "--bins", "--bench", "scenarios",
+               "--message-format", "json"]
+    try:
+        run = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except FileNotFoundError as error:
+        raise Missing("cargo is not installed, and builds what measures here") from error
+    if run.returncode != 0:
+        raise PeerError(f"{' '.join(command[:6])}: {last_words(run.stderr.decode())}")
+    for line in run.stdout.decode().splitlines():
+        artifact = json.loads(line)
+        if artifact.get("executable") and artifact["target"]["name"] == "scenarios":
+            return artifact["executable"]
+    raise PeerError("cargo built no program 'scenarios'")
+
+
+def scenario(binary, arguments, seconds, cpus, rounds=1, feed=None):
+    """One scenario of the measuring program, as an object."""
+    command = [binary, *arguments, "--seconds", f"{seconds:g}", "--rounds", str(rounds),
+               "--cpus", ",".join(map(str, cpus))]
+    try:
+        run = subprocess.run(command, input=feed, stdin=None if feed else subprocess.DEVNULL,
+                             capture_output=True, timeout=600, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise PeerError(f"{arguments[0]}: the measurement did not end") from error
+    if run.returncode != 0:
+        raise PeerError(f"{arguments[0]}: {last_words(run.stderr.decode())}")
+    return json.loads(run.stdout)
 
 
 def client_missing(client):
@@ -122,7 +168,11 @@ class Backend(Process):
             raise Missing(f"there is no starter benches/backends/{name}")
         self.name = name
         # Short: a unix socket's path takes 107 bytes.
-        self.dir = tempfile.mkdtemp(prefix="plx-", dir="/tmp")
+        place = os.environ.get("TMPDIR", "/tmp")
+        try:
+            self.dir = tempfile.mkdtemp(prefix="plx-", dir=place)
+        except OSError as error:
+            raise Missing(f"no directory for its sockets can be made in {place}: {error.strerror} (set TMPDIR)") from error
         super().__init__([starter, "--dir", self.dir, "--ports", str(ports), "--cpu", str(cpu),
                           "--helper-cpu", str(helper_cpu)])
         ready = self.out.wait("ready\n", 0, 60)
@@ -132,6 +182,29 @@ class Backend(Process):
             raise Missing(reason) if self.child.returncode == 3 else PeerError(f"{name}: {reason}")
         self.sockets = re.findall(r"^socket (.*)$", ready, re.M)
         self.version = " ".join(re.findall(r"^version (.*)$", ready, re.M))
+
+    def look(self):
+        """What its polling core has done so far, or None where it does not say: a moment, time with frames and all time
+        (of one unit; without the latter, seconds), and frames."""
+        if self.name == "pollux":
+            command = [pollux_binary(), "poll", "list", "--json", "--api-socket", f"{self.dir}/api.sock"]
+        elif self.name == "ovs":
+            command = ["ovs-appctl", "-t", f"{self.dir}/vswitchd.ctl", "dpif-netdev/pmd-stats-show"]
+        else:
+            return None
+        try:
+            run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=True)
+            now, text = time.monotonic(), run.stdout.decode()
+            if self.name == "pollux":
+                thread = json.loads(text)[0]
+                return now, thread["busy_seconds"], None, thread["frames"]
+            polling = text[text.index("pmd thread"):]
+            count = lambda name: int(re.search(rf"{name}: +(\d+)", polling).group(1))  # noqa: E731
+            busy = count("processing cycles")
+            return now, busy, busy + count("idle cycles"), count("packets received")
+        except (OSError, subprocess.SubprocessError, ValueError, KeyError, IndexError, AttributeError) as error:
+            self.check()
+            raise PeerError(f"{self.name} does not say what its polling core did ({error!r})") from error
 
     def check(self):
         """Raises if the backend died: what was measured meanwhile is worth nothing."""
@@ -213,9 +286,12 @@ class VirtioUser(Process):
         self.command(f"set txpkts {size}")
         self.command(f"start tx_first {window // 32}")
         time.sleep(0.5)
+        looks, watches = [backend.look()], [Watch(backend.child.pid), Watch(self.child.pid)]
         start, before = self.stats()
         time.sleep(seconds)
         end, after = self.stats()
+        share = min(watch.share() for watch in watches)
+        looks.append(backend.look())
         self.command("stop")
         backend.check()
         frames = sum(b["RX-packets"] - a["RX-packets"] for a, b in zip(before, after))
@@ -223,7 +299,11 @@ class VirtioUser(Process):
             raise PeerError("no frame passed")
         # Not one frame is in testpmd's hands now: what the loop held arrives in the receive rings.
         lost = 2 * window - sum(self.drain("start"))
-        return dict(mpps=frames / (end - start) / 1e6, lost=lost)
+        result = dict(mpps=frames / (end - start) / 1e6, lost=lost, share=share)
+        busy = busy_ns(*looks)
+        if busy is not None:
+            result.update(busy_ns=busy, busy=result["mpps"] * busy / 1e3)
+        return result
 
     def stop(self, seconds=10):
         # `quit` over SIGTERM: it detaches from the backend in order.
@@ -236,30 +316,89 @@ class VirtioUser(Process):
         super().stop(5)
 
 
+def processor_seconds(session):
+    """What all processes of a session have used; a starter is the first of its backend's."""
+    ticks = 0
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
+                fields = stat.read().rpartition(")")[2].split()
+        except OSError:
+            continue  # It has just ended.
+        if int(fields[3]) == session:
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Watch:
+    """How much of a core the processes of a session have from here on."""
+
+    def __init__(self, session):
+        self.session, self.start, self.used = session, time.monotonic(), processor_seconds(session)
+
+    def share(self):
+        return (processor_seconds(self.session) - self.used) / (time.monotonic() - self.start)
+
+
+def busy_ns(before, after):
+    """Nanoseconds of the polling core a frame, between two looks."""
+    if before is None or after is None or after[3] == before[3]:
+        return None
+    busy = after[1] - before[1]
+    if after[2] is not None:
+        busy *= (after[0] - before[0]) / (after[2] - before[2])
+    return busy / (after[3] - before[3]) * 1e9
+
+
 def pollux_bench(backend, cpu, size, ring, mergeable, mode, seconds):
     """`pollux bench` attached to the backend's two sockets."""
     command = ["taskset", "-c", str(cpu), pollux_binary(), "bench",
                "--attach", ",".join(backend.sockets), "--size", str(size),
                "--seconds", f"{seconds:g}", "--ring", ring, "--mergeable", mergeable,
                "--mode", mode, "--json"]
+    before, watch = backend.look(), Watch(backend.child.pid)
     try:
         run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True,
                              timeout=seconds + 30, check=False)
     except subprocess.TimeoutExpired as error:
         raise PeerError(f"pollux bench was not done {seconds + 30:g} s after its start") from error
+    share = watch.share()
     backend.check()
-    if run.returncode != 0:
-        raise PeerError(f"pollux bench: {last_words(run.stderr.decode('utf-8', 'replace'))}")
+    said = last_words(run.stderr.decode("utf-8", "replace"))
     try:
-        return bench_result(json.loads(run.stdout), mode)
-    except (ValueError, KeyError, TypeError) as error:
+        report = json.loads(run.stdout)
+    except ValueError as error:
+        raise PeerError(f"pollux bench: {said or f'exit code {run.returncode}'}") from error
+    if report.get("ended_early"):
+        # If it was the backend's end, its starter has something to say about it, soon.
+        backend.err.wait("\n", 0, 2)
+        backend.check()
+    try:
+        result = bench_result(report, mode, busy_ns(before, backend.look()))
+        # Both poll without a pause: less than a core each means that other programs ran there.
+        result["share"] = min(share, report["client_cpu_seconds"] / report["seconds"])
+        return result
+    except (KeyError, TypeError) as error:
         raise PeerError(f"pollux bench printed no usable result ({error!r})") from error
 
 
-def bench_result(report, mode):
+def bench_result(report, mode, busy):
+    """The figures of a run that is one: loss is a figure, everything else that went wrong is not."""
+    if report["ended_early"]:
+        raise PeerError(f"the run was cut short: {report['ended_early']}")
+    spoiled = {key: report[key] for key in ("corrupt", "duplicated", "out_of_order") if report[key]}
+    if spoiled:
+        raise PeerError("frames were wrong: " + ", ".join(f"{n} {what}" for what, n in spoiled.items()))
+    if report["verdict"] == "inconclusive":
+        raise PeerError("the client itself stood still, so the run says nothing")
     if mode == "rtt":
         trip = report["round_trip"]
         micros = {key: trip[f"{key}_seconds"] * 1e6 for key in ("p50", "p99", "p999")}
         return dict(p50_us=micros["p50"], p99_us=micros["p99"], p999_us=micros["p999"],
-                    lost=report.get("lost", 0))
-    return dict(mpps=report["mpps"], lost=report["lost"])
+                    lost=report["lost"] + trip["lost"])
+    if report["received"] == 0:
+        raise PeerError("no frame passed")
+    result = dict(mpps=report["mpps"], lost=report["lost"], client_busy=report["client_busy_share"])
+    if busy is not None:
+        result.update(busy_ns=busy, busy=report["mpps"] * busy / 1e3, mpps_at_full_use=1e3 / busy)
+    return result
