@@ -82,7 +82,7 @@ impl<'m> Claim<'m> {
         u64::from(self.span)
     }
 
-    /// End of the claimed positions: published once [`ReceiveQueue::published`] reaches it.
+    /// End of the claimed positions: published once `ReceiveQueue::published` reaches it.
     pub fn end(&self) -> u64 {
         self.position + u64::from(self.span)
     }
