@@ -5,8 +5,8 @@
 
 use pollux::bench::plan::FlowCounters;
 use pollux::stats::{MAX_POLL_THREADS, PortStats, ThreadStats};
-use pollux::virtio::ReceiveQueue;
 use pollux::virtio::claim::Claims;
+use pollux::virtio::{ReceiveQueue, TransmitQueue};
 
 /// Two cache lines.
 const PAIR: usize = 128;
@@ -23,6 +23,7 @@ fn the_words_of_a_claim_are_apart() {
     assert!(is_alone::<Claims>());
     assert_eq!(size_of::<Claims>(), 5 * PAIR);
     assert!(is_alone::<ReceiveQueue>(), "it holds its claims in place");
+    assert!(is_alone::<TransmitQueue>());
 }
 
 #[test]

@@ -45,8 +45,9 @@ impl Default for FullBarrier {
     }
 }
 
-/// A started transmitq.
+/// A started transmitq. Alone on its lines: its owner writes to it for every chain, and the neighbour may be anybody's.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct TransmitQueue {
     ring: Ring,
     /// Next position to take.
