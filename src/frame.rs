@@ -176,12 +176,6 @@ impl<'t> Burst<'t> {
         self.windows.len()
     }
 
-    /// Forgets the windows from `mark` on: a chain that becomes no frame.
-    #[inline(always)]
-    pub fn forget(&mut self, mark: usize) {
-        self.windows.truncate(mark);
-    }
-
     /// What a frame of this burst has behind its head.
     #[inline(always)]
     pub fn payload(&self, frame: &Frame<'t>) -> Pieces<'_, 't> {

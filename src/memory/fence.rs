@@ -54,7 +54,8 @@ impl FaultMark {
     /// Declares the guest's memory lost, as a system call that answered EFAULT does.
     pub fn set(&self) {
         self.faulted.store(true, Ordering::Relaxed);
-        FAULTS.fetch_add(1, Ordering::Relaxed);
+        // Release: who sees the count sees the mark.
+        FAULTS.fetch_add(1, Ordering::Release);
     }
 }
 
@@ -69,7 +70,7 @@ pub struct Faults(usize);
 impl Faults {
     /// Now. Marks set before are for the caller to look at.
     pub fn now() -> Self {
-        Faults(FAULTS.load(Ordering::Relaxed))
+        Faults(FAULTS.load(Ordering::Acquire))
     }
 
     /// Whether a mark was set since. Relaxed, as [`FaultMark::is_set`].

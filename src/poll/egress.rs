@@ -121,23 +121,24 @@ impl<'t, 'p> Delivery<'t, 'p> {
             if let Some(queue) = egress.and_then(|egress| egress.queues.get(index)) {
                 self.make_room(1);
                 self.touched.note(queue, Published::Clean);
-                self.call_fresh(queue.call.as_deref(), || queue.queue.take_call_wanted());
+                if let Some(call) = queue.call.as_deref().filter(|call| call.take_fresh()) {
+                    // Answers the wish of a ring that has just started, too.
+                    queue.queue.take_call_wanted();
+                    signal(&mut self.tools, &[call]);
+                }
             }
         }
+        let barrier = FullBarrier::new();
         for ingress in &plan.queues {
-            self.call_fresh(ingress.call.as_deref(), || {
-                ingress.queue.take_call_wanted(&FullBarrier::new())
-            });
+            // Not left to `notify`, which asks only queues that were completed.
+            if let Some(call) = ingress.call.as_deref() {
+                let wanted = ingress.queue.take_call_wanted(&barrier);
+                if call.take_fresh() || wanted {
+                    signal(&mut self.tools, &[call]);
+                }
+            }
         }
         self.notify();
-    }
-
-    /// Calls by a descriptor that is new, which answers the wish of a ring that has just started, too.
-    fn call_fresh(&mut self, call: Option<&'t CallFd>, take_wish: impl FnOnce() -> bool) {
-        if let Some(call) = call.filter(|call| call.take_fresh()) {
-            take_wish();
-            signal(&mut self.tools, &[call]);
-        }
     }
 
     /// Delivers the burst, egress by egress, each egress's frames in their order.

@@ -9,7 +9,7 @@ use crate::frame::{BURST_BYTES, BURST_FRAMES, Burst, Origin};
 use crate::stats::DropReason;
 use crate::switch::forward::{FrameHead, Verdict, decide};
 use crate::topology::{Ingress, Topology};
-use crate::virtio::{Taken, TransmitQueue};
+use crate::virtio::Taken;
 use crate::wire::EthernetFrame;
 
 use super::context::Context;
@@ -134,7 +134,7 @@ impl<'t, 'p> Pass<'t, 'p> {
                 if let Err(reason) = self.burst.note(buffer, from) {
                     self.refuse(from, reason, buffer.len() as u32);
                 }
-            } else if !self.take_chain(queue, end, from) {
+            } else if !self.take_chain(ingress, end, from) {
                 break;
             }
             if self.burst.bytes() >= enough {
@@ -165,23 +165,24 @@ impl<'t, 'p> Pass<'t, 'p> {
         true
     }
 
-    /// Takes a chain of several buffers, or what is none. False if there is no chain, or no room for one.
+    /// Takes a chain of several buffers, or what is none. False if there is no chain, or no room for one, or nothing more
+    /// to be read: descriptors of memory that has gone read as zeros, and each further hole would cost a fault.
     #[inline(never)]
-    fn take_chain(&mut self, queue: &'t TransmitQueue, end: u64, from: Origin) -> bool {
+    fn take_chain(&mut self, ingress: &'t Ingress, end: u64, from: Origin) -> bool {
         if !self.burst.has_room() {
             return false;
         }
         let mark = self.burst.mark();
-        let (reason, len) = match queue.take(end, self.burst.windows_mut()) {
+        let (reason, len) = match ingress.queue.take(end, self.burst.windows_mut()) {
             Taken::Nothing => return false,
             Taken::Malformed(_) => (DropReason::RxMalformedChain, 0),
             Taken::Chain { len } => match self.burst.note_chain(mark, len, from) {
-                Ok(()) => return true,
+                Ok(()) => return !ingress.memory.faulted(),
                 Err(reason) => (reason, len),
             },
         };
         self.refuse(from, reason, len);
-        true
+        !ingress.memory.faulted()
     }
 
     /// Counts a chain of `len` bytes that becomes no frame.

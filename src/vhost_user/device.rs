@@ -118,6 +118,7 @@ impl DeviceState {
         self.start_rings();
         self.post();
         self.refresh();
+        self.touch();
     }
 
     /// Starts what can start; posts only then.
@@ -126,6 +127,12 @@ impl DeviceState {
             self.post();
         }
         self.refresh();
+        self.touch();
+    }
+
+    /// Touches receive buffers of rings that have started. After the device is posted: its other rings wait for that.
+    fn touch(&mut self) {
+        self.rings.iter_mut().for_each(Vring::touch);
     }
 
     /// Tries to start every ring that does not run; true if one did.
@@ -447,7 +454,7 @@ impl DeviceState {
 
     /// Reports what a driver broke since the last look, and touches buffers that it has posted since its rings started.
     pub(super) fn look(&mut self, now: Instant) {
-        self.rings.iter_mut().for_each(Vring::touch);
+        self.touch();
         if self.memory.faulted() && !std::mem::replace(&mut self.loss_reported, true) {
             self.reporter.report(SessionEvent::MemoryLost, now);
         }

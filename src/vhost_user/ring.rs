@@ -250,7 +250,6 @@ impl Vring {
         self.touched = false;
         let base = running.base();
         self.running = Some(running);
-        self.touch();
         Ok(base)
     }
 

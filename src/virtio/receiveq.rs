@@ -18,7 +18,7 @@ pub const CLAIM_BYTES: u32 = 64 * 1024;
 pub(super) const MIN_FRAME: usize = 60;
 /// Bytes of the longest frame with its header, rounded up to whole pages.
 const LONGEST: u32 = 68 * 1024;
-/// Most pages of receive buffers that are touched ahead: 16 MiB, a ring of 256 buffers for the longest frames.
+/// Most pages of receive buffers that are touched ahead: 16 MiB, about a ring of 256 buffers for the longest frames.
 const TOUCHED_PAGES: usize = 4096;
 /// Swaps tried before a claim counts as lost.
 const CLAIM_TRIES: usize = 4;
@@ -340,6 +340,8 @@ impl ReceiveQueue {
             else {
                 break;
             };
+            // A chain of nothing but empty descriptors counts, too.
+            pages += 1;
             let mut left = LONGEST as usize;
             for window in &windows {
                 let len = window.len().min(left);
