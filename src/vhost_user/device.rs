@@ -115,23 +115,16 @@ impl DeviceState {
 
     /// Starts what can start, and posts the device as it is now.
     pub(super) fn update(&mut self) {
-        self.start_rings();
-        self.post();
-        self.refresh();
-        self.touch();
+        self.start(true);
     }
 
-    /// Starts what can start; posts only then.
-    fn start(&mut self) {
-        if self.start_rings() {
+    /// Starts what can start; posts then, or `always`.
+    fn start(&mut self, always: bool) {
+        if self.start_rings() || always {
             self.post();
         }
         self.refresh();
-        self.touch();
-    }
-
-    /// Touches receive buffers of rings that have started. After the device is posted: its other rings wait for that.
-    fn touch(&mut self) {
+        // After the device is posted: its other rings wait for that.
         self.rings.iter_mut().for_each(Vring::touch);
     }
 
@@ -313,7 +306,7 @@ impl DeviceState {
         self.memory = Arc::new(memory);
         self.status.lock().memory_error = None;
         self.event(SessionEvent::Memory { regions, bytes });
-        self.start();
+        self.start(false);
         Ok(())
     }
 
@@ -331,7 +324,7 @@ impl DeviceState {
             });
         }
         ring.size = Some(size);
-        self.start();
+        self.start(false);
         Ok(())
     }
 
@@ -356,7 +349,7 @@ impl DeviceState {
         }
         self.stop(|ring| ring.name == name)?;
         self.ring(index)?.addresses = Some(addresses);
-        self.start();
+        self.start(false);
         Ok(())
     }
 
@@ -381,7 +374,7 @@ impl DeviceState {
         let resets = self.features.is_some_and(has_ring_reset);
         let base = self.ring(index)?.halt(resets);
         self.handed_over.push(name);
-        self.start();
+        self.start(false);
         Ok(base)
     }
 
@@ -418,7 +411,7 @@ impl DeviceState {
             .extend(self.rings.iter().map(|ring| ring.name));
         self.rings.iter_mut().for_each(Vring::reset);
         self.features = None;
-        self.start();
+        self.start(false);
         Ok(())
     }
 
@@ -454,7 +447,7 @@ impl DeviceState {
 
     /// Reports what a driver broke since the last look, and touches buffers that it has posted since its rings started.
     pub(super) fn look(&mut self, now: Instant) {
-        self.touch();
+        self.rings.iter_mut().for_each(Vring::touch);
         if self.memory.faulted() && !std::mem::replace(&mut self.loss_reported, true) {
             self.reporter.report(SessionEvent::MemoryLost, now);
         }
