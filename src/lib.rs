@@ -61,8 +61,8 @@
 //!
 //! 1. **Take** ([`virtio::TransmitQueue`]): one acquire load of the available index a queue and burst; each
 //!    descriptor is read once into a local copy and checked against the memory map. Its used element is written
-//!    at once (noted, in a packed ring), invisible until the chain is completed. A malformed chain goes back with length 0 in its turn and is
-//!    counted; an impossible ring is *broken* until its next start.
+//!    at once (noted, in a packed ring), invisible until the chain is completed. A malformed chain goes back with
+//!    length 0 in its turn and is counted; an impossible ring is *broken* until its next start.
 //! 2. **Snapshot the headers** ([`frame`]): the first 128 bytes are copied once. Decisions depend on
 //!    that copy only, and that copy is what is delivered, so nobody passes a check with one source address and
 //!    delivers another. The sender's virtio-net header is not passed on: the receiver's is made here.

@@ -1,14 +1,9 @@
 //! What a frame costs that comes alone, where many come alone from different ports: they are gathered into one claim.
-//!
-//! Passes and guests take turns on two threads, so that each pass finds exactly the frames of one turn, in the cache of
-//! another core.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use quanta::Clock;
 use serde_json::{Value, json};
 
 use crate::rig::Rig;
+use crate::turns::{Turn, passes};
 use crate::{Effort, median, plan};
 
 /// Frames of a pass.
@@ -18,53 +13,13 @@ const FRAMES: usize = 32;
 fn sample(ports: usize, effort: &Effort) -> f64 {
     let flows: Vec<(usize, usize)> = (1..=ports).map(|port| (port, 0)).collect();
     let rig = Rig::new(plan(ports + 1, 64), &flows).unwrap();
-    let mut guests = rig.guests().unwrap();
-    let mut switch = rig.switch(1, |_| 0);
-    let (poller, shared) = (switch.pollers.pop().unwrap(), switch.shared[0].clone());
-    // Whose turn it is.
-    let pass = AtomicBool::new(false);
-    let over = AtomicBool::new(false);
-    let clock = Clock::new();
-    let limit = effort.time.as_nanos() as u64;
-    let mut passes: Vec<f64> = Vec::with_capacity(1 << 20);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            effort.pin(1);
-            let start = clock.raw();
-            while clock.delta_as_nanos(start, clock.raw()) < limit {
-                for guest in &mut guests[1..] {
-                    let frames = FRAMES / ports;
-                    let sent =
-                        guest.transmit[0].send(&rig.checker, &rig.counters, frames, false, 0);
-                    assert_eq!(sent, frames, "a free buffer for every frame");
-                }
-                pass.store(true, Ordering::Release);
-                while pass.load(Ordering::Acquire) {
-                    std::hint::spin_loop();
-                }
-                let came = guests[0].receive(&rig.checker, 0);
-                assert_eq!(came, FRAMES, "all frames in one pass");
-            }
-            over.store(true, Ordering::Release);
-            pass.store(true, Ordering::Release);
-        });
-        effort.pin(0);
-        let mut began = None;
-        poller.run_with(|| {
-            if let Some(began) = began {
-                passes.push(clock.delta_as_nanos(began, clock.raw()) as f64);
-                pass.store(false, Ordering::Release);
-            }
-            while !pass.load(Ordering::Acquire) {
-                std::hint::spin_loop();
-            }
-            if over.load(Ordering::Acquire) {
-                shared.stop.store(true, Ordering::Relaxed);
-            }
-            began = Some(clock.raw());
-        });
-    });
-    median(passes) / FRAMES as f64
+    let (guests, switch) = (rig.guests().unwrap(), rig.switch(1, |_| 0));
+    let sent = (1..=ports).map(|port| (port, FRAMES / ports)).collect();
+    let turn = Turn {
+        sent,
+        received: FRAMES,
+    };
+    passes(&rig, guests, switch, &turn, effort) / FRAMES as f64
 }
 
 pub(crate) fn measure(effort: &Effort) -> Value {

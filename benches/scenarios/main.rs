@@ -30,6 +30,7 @@ mod plots;
 #[path = "../rig/mod.rs"]
 mod rig;
 mod scale;
+mod turns;
 mod victims;
 
 use std::path::PathBuf;

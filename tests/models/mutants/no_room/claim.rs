@@ -36,7 +36,8 @@ pub trait Publish {
 /// How a try to publish ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Published {
-    /// Everything that was complete is visible, or the token's holder will make it so.
+    /// Everything that was complete is visible, or another thread will make it so: the token's holder, or one whose
+    /// claim stood open before the others and that has still to count it.
     Clean,
     /// Work was still visible after the last round: try again before the pass ends, and until clean
     /// before sleeping or acknowledging a topology.
