@@ -73,6 +73,11 @@ impl Faults {
         Faults(FAULTS.load(Ordering::Acquire))
     }
 
+    /// A moment before this one, and before every look to come.
+    pub fn outdated(self) -> Self {
+        Faults(self.0.wrapping_sub(1))
+    }
+
     /// Whether a mark was set since. Relaxed, as [`FaultMark::is_set`].
     #[inline(always)]
     pub fn is_outdated(self) -> bool {

@@ -39,6 +39,7 @@ fn a_truncated_guest_is_marked_and_nobody_else() {
     file.set_len(4096).unwrap();
     assert!(!victim.faulted());
     let before = Faults::now();
+    assert!(before.outdated().is_outdated());
     assert_eq!(byte(&victim, 7 * MIB), 0);
     assert!(victim.faulted() && before.is_outdated());
     put(&victim, 7 * MIB + 1, 4);

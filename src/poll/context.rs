@@ -19,7 +19,7 @@ pub(super) struct Context<'t> {
     pub(super) plan: &'t Plan,
     /// Number of the thread.
     pub(super) thread: usize,
-    /// Before the first frame: a sender whose mark was set earlier gives none (`Pass::take`).
+    /// Before the first frame, and before all that came if the mark of a queue of the plan was set by then.
     pub(super) faults: Faults,
     /// Whoever looks on.
     pub(super) tap: Option<RefCell<Tap<'t>>>,
@@ -30,6 +30,13 @@ impl<'t> Context<'t> {
     #[inline(always)]
     pub(super) fn ingress(&self, number: u16) -> &'t Ingress {
         &self.plan.queues[usize::from(number)]
+    }
+
+    /// Whether memory of this sender is gone. Its mark is far away: three places to look at, for every queue of every
+    /// pass.
+    #[inline(always)]
+    pub(super) fn faulted(&self, ingress: &Ingress) -> bool {
+        self.faults.is_outdated() && ingress.memory.faulted()
     }
 
     /// Counts a frame dropped at its ingress.

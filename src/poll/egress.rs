@@ -92,12 +92,15 @@ pub(super) struct Delivery<'t, 'p> {
 
 impl<'t, 'p> Delivery<'t, 'p> {
     pub(super) fn new(topology: &'t Topology, thread: usize, tools: Tools<'p>) -> Self {
+        let plan = &topology.plans[thread];
+        let faults = Faults::now();
+        let faulted = plan.queues.iter().any(|queue| queue.memory.faulted());
         Delivery {
             context: Context {
                 topology,
-                plan: &topology.plans[thread],
+                plan,
                 thread,
-                faults: Faults::now(),
+                faults: if faulted { faults.outdated() } else { faults },
                 tap: Tap::new(topology, thread, tools.clock),
             },
             tools,

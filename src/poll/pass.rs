@@ -7,7 +7,7 @@ use arrayvec::ArrayVec;
 
 use crate::frame::{BURST_BYTES, BURST_FRAMES, Burst, Origin};
 use crate::stats::DropReason;
-use crate::switch::forward::{FrameHead, Verdict, decide};
+use crate::switch::forward::{Found, FrameHead, Verdict, decide};
 use crate::topology::{Ingress, Topology};
 use crate::virtio::Taken;
 use crate::wire::EthernetFrame;
@@ -114,7 +114,7 @@ impl<'t, 'p> Pass<'t, 'p> {
         let queue = &*ingress.queue;
         let (start, end) = (queue.position(), queue.available_to());
         // Faulted: its session is about to be cut off.
-        if start == end || ingress.memory.faulted() {
+        if start == end || self.context().faulted(ingress) {
             return false;
         }
         let (count, mark, before) = (
@@ -134,7 +134,7 @@ impl<'t, 'p> Pass<'t, 'p> {
                 if let Err(reason) = self.burst.note(buffer, from) {
                     self.refuse(from, reason, buffer.len() as u32);
                 }
-            } else if !self.take_chain(ingress, end, from) {
+            } else if from.position >= end || !self.take_chain(ingress, end, from) {
                 break;
             }
             if self.burst.bytes() >= enough {
@@ -145,7 +145,7 @@ impl<'t, 'p> Pass<'t, 'p> {
             return false;
         }
         // The pages may have gone while we read them (the file was truncated): zeros came instead.
-        if ingress.memory.faulted() {
+        if self.context().faulted(ingress) {
             self.lose((count, mark), DropReason::RxMemoryFault);
         } else if !ingress.enabled {
             self.lose((count, mark), DropReason::RxDisabledQueue);
@@ -177,12 +177,12 @@ impl<'t, 'p> Pass<'t, 'p> {
             Taken::Nothing => return false,
             Taken::Malformed(_) => (DropReason::RxMalformedChain, 0),
             Taken::Chain { len } => match self.burst.note_chain(mark, len, from) {
-                Ok(()) => return !ingress.memory.faulted(),
+                Ok(()) => return !self.context().faulted(ingress),
                 Err(reason) => (reason, len),
             },
         };
         self.refuse(from, reason, len);
-        !ingress.memory.faulted()
+        !self.context().faulted(ingress)
     }
 
     /// Counts a chain of `len` bytes that becomes no frame.
@@ -252,7 +252,7 @@ impl<'t, 'p> Pass<'t, 'p> {
         let fdb = &*context.topology.fdb;
         let mut flooding = false;
         // Frames of one flow follow each other: addresses, ingress and egress of the last frame.
-        let mut last = None;
+        let (mut last, mut found) = (None, Found::default());
         for (frame, egress) in self.burst.frames().iter().zip(egress) {
             let key = (frame.addresses(), frame.ingress);
             if let Some((same, known)) = last
@@ -271,7 +271,7 @@ impl<'t, 'p> Pass<'t, 'p> {
                 len: frame.len,
             };
             let reference = context.ingress(frame.ingress).reference;
-            let decision = decide(&head, reference, fdb, &generation, now_s);
+            let decision = decide(&head, reference, fdb, &mut found, &generation, now_s);
             if TRACED && let Some(tap) = &context.tap {
                 tap.borrow_mut().decided(&self.burst, frame, &decision);
             }

@@ -70,15 +70,34 @@ impl Decision {
     }
 }
 
+/// The station that was looked up last, for the other frames of a burst: many guests often send to one.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Found(Option<(Mac, PortRef)>);
+
+impl Found {
+    #[inline]
+    fn lookup(&mut self, fdb: &Fdb, dst: Mac) -> Option<PortRef> {
+        match self.0 {
+            Some((mac, port)) if mac == dst => Some(port),
+            _ => {
+                let port = fdb.lookup(UNTAGGED, dst)?;
+                self.0 = Some((dst, port));
+                Some(port)
+            }
+        }
+    }
+}
+
 /// Decides where `view` goes that came from `ingress`, and learns from it.
 ///
-/// `ports` tells the generation of the port in a slot of the current topology, `None` if the slot
+/// `found` is of the same burst, begun empty. `ports` tells the generation of the port in a slot of the current topology, `None` if the slot
 /// is empty. `now_s` is a monotonic clock in seconds.
 #[inline]
 pub fn decide(
     view: &FrameHead,
     ingress: PortRef,
     fdb: &Fdb,
+    found: &mut Found,
     ports: &impl Fn(u16) -> Option<u32>,
     now_s: u32,
 ) -> Decision {
@@ -88,7 +107,12 @@ pub fn decide(
     if view.src.is_multicast() || view.src.is_zero() {
         return Decision::drop(DropReason::RxBadSource, None);
     }
-    let learned = Some(fdb.learn(UNTAGGED, view.src, ingress, now_s));
+    let learned = fdb.learn(UNTAGGED, view.src, ingress, now_s);
+    if !matches!(learned, Learned::Known | Learned::Refreshed) {
+        // It may be the one that was found, elsewhere now.
+        *found = Found::default();
+    }
+    let learned = Some(learned);
     if view.dst.is_multicast() {
         if view.dst.is_link_local() {
             return Decision::drop(DropReason::LinkLocalFiltered, learned);
@@ -99,7 +123,7 @@ pub fn decide(
     if view.dst == view.src {
         return Decision::drop(DropReason::SamePort, learned);
     }
-    match fdb.lookup(UNTAGGED, view.dst) {
+    match found.lookup(fdb, view.dst) {
         Some(port) if ports(port.slot) == Some(port.generation) => Decision {
             verdict: if port.slot == ingress.slot {
                 Verdict::Drop(DropReason::SamePort)
@@ -115,6 +139,8 @@ pub fn decide(
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
     use crate::switch::fdb::FdbConfig;
 
@@ -129,12 +155,15 @@ mod tests {
 
     struct Bench {
         fdb: Fdb,
+        /// All its frames are of one burst.
+        found: Cell<Found>,
     }
 
     impl Bench {
         fn new() -> Bench {
             Bench {
                 fdb: Fdb::new(FdbConfig::default()).unwrap(),
+                found: Cell::default(),
             }
         }
 
@@ -144,7 +173,10 @@ mod tests {
                 src: mac(src),
                 len: 60,
             };
-            decide(&head, ingress, &self.fdb, &topology, 1).verdict
+            let mut found = self.found.get();
+            let decision = decide(&head, ingress, &self.fdb, &mut found, &topology, 1);
+            self.found.set(found);
+            decision.verdict
         }
 
         fn knows(&self, address: &str) -> Option<PortRef> {
@@ -237,6 +269,16 @@ mod tests {
     }
 
     #[test]
+    fn a_station_that_moves_within_a_burst_is_found_where_it_is() {
+        let bench = Bench::new();
+        bench.frame(B, BROADCAST, BOB);
+        assert_eq!(bench.frame(A, B, ALICE), Verdict::Unicast(BOB.slot));
+        assert_eq!(bench.frame(A, B, ALICE), Verdict::Unicast(BOB.slot));
+        bench.frame(B, BROADCAST, ALICE);
+        assert_eq!(bench.frame(A, B, BOB), Verdict::Unicast(ALICE.slot));
+    }
+
+    #[test]
     fn an_entry_of_an_empty_slot_counts_as_unknown() {
         let bench = Bench::new();
         bench.fdb.learn(
@@ -259,7 +301,8 @@ mod tests {
             src: mac(A),
             len: 13,
         };
-        let verdict = decide(&head, ALICE, &bench.fdb, &topology, 1).verdict;
+        let found = &mut Found::default();
+        let verdict = decide(&head, ALICE, &bench.fdb, found, &topology, 1).verdict;
         assert_eq!(verdict, Verdict::Drop(DropReason::RxShortFrame));
         assert!(bench.fdb.is_empty());
     }
