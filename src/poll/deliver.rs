@@ -5,7 +5,7 @@
 
 use arrayvec::ArrayVec;
 
-use crate::frame::{BURST_FRAMES, Burst, Frame, NUM_BUFFERS_AT};
+use crate::frame::{BURST_FRAMES, Burst, Frame, HEAD_BYTES, NUM_BUFFERS_AT};
 use crate::memory::{Pieces, Window};
 use crate::stats::{DropReason, PortCounters};
 use crate::topology::{Egress, EgressQueue};
@@ -255,42 +255,35 @@ fn fill_whole(target: &Window<'_>, header: usize, frame: &Frame<'_>, payload: Pi
 
 /// A buffer of several pieces, or a frame over several buffers.
 fn fill_pieces(claim: &Claim<'_>, index: usize, frame: &Frame<'_>, payload: Pieces<'_, '_>) {
-    let mut header = [0_u8; NET_HDR_SIZE];
-    header[NUM_BUFFERS_AT..NUM_BUFFERS_AT + 2].copy_from_slice(&claim.buffers(index).to_le_bytes());
-    let header = &header[..claim.header()];
-    let head = frame.head();
+    let mut private = [0_u8; NET_HDR_SIZE + HEAD_BYTES];
+    let bytes = frame.with_header();
+    private[..bytes.len()].copy_from_slice(bytes);
+    let count = claim.buffers(index).to_le_bytes();
+    let legacy = claim.header() != NET_HDR_SIZE;
+    private[NUM_BUFFERS_AT..NET_HDR_SIZE].copy_from_slice(if legacy { &[0; 2] } else { &count });
+    let mut private = &private[NET_HDR_SIZE - claim.header()..bytes.len()];
     let mut sources = payload.iter();
-    let mut source: Option<Window<'_>> = None;
-    let mut at = 0;
-    for (target, room) in claim.pieces(index) {
-        let mut filled = 0;
-        while filled < room {
-            let left = room - filled;
-            let private: &[u8] = if at < header.len() {
-                &header[at..]
-            } else {
-                head.get(at - header.len()..).unwrap_or_default()
-            };
-            let bytes = if private.is_empty() {
-                let Some(from) = source
-                    .filter(|rest| !rest.is_empty())
-                    .or_else(|| sources.next())
-                else {
-                    return;
-                };
-                let bytes = from.len().min(left);
-                if let Some(place) = target.sub(filled, bytes) {
-                    place.copy_from(&from, bytes);
-                }
-                source = from.sub(bytes, from.len() - bytes);
-                bytes
-            } else {
-                let bytes = private.len().min(left);
-                target.write_bytes(filled, &private[..bytes]);
-                bytes
-            };
-            filled += bytes;
-            at += bytes;
+    let mut source = Window::EMPTY;
+    // Not a loop: one of three nested iterators would be taken apart for every buffer.
+    claim.pieces(index).for_each(|(target, room)| {
+        let mut filled = private.len().min(room);
+        if filled > 0 {
+            target.write_bytes(0, &private[..filled]);
+            private = &private[filled..];
         }
-    }
+        while filled < room {
+            if source.is_empty() {
+                let Some(next) = sources.next() else { return };
+                source = next;
+                continue;
+            }
+            let bytes = source.len().min(room - filled);
+            let rest = source.sub(bytes, source.len() - bytes);
+            if let Some(place) = target.sub(filled, bytes) {
+                place.copy_from(&source, bytes);
+            }
+            source = rest.unwrap_or(Window::EMPTY);
+            filled += bytes;
+        }
+    });
 }

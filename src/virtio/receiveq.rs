@@ -174,27 +174,38 @@ impl ReceiveQueue {
         if position >= end {
             return false;
         }
-        let Some((head, first)) = self.ring.single(position, Direction::Write) else {
-            return false;
-        };
-        if first.len() < (len as usize).max(self.header + MIN_FRAME) {
-            return false;
+        let first = claim.heads.len() as u16;
+        let placed = self.add_single(position, len, len, claim).is_some();
+        if placed {
+            claim.frames.push((first, 1));
         }
-        let frame = (claim.heads.len() as u16, 1);
-        let (more, written) = ((0, 0), len);
+        placed
+    }
+
+    /// Adds the buffer at `position` to the claim, for `left` bytes of a frame, if it is of one piece and holds `least`.
+    #[inline(always)]
+    fn add_single<'m>(
+        &'m self,
+        position: u64,
+        left: u32,
+        least: u32,
+        claim: &mut Claim<'m>,
+    ) -> Option<u32> {
+        let (head, first) = self.ring.single(position, Direction::Write)?;
+        if first.len() < (least as usize).max(self.header + MIN_FRAME) {
+            return None;
+        }
+        let written = left.min(first.len() as u32);
         let claimed = ClaimedHead {
             first,
-            more,
+            more: (0, 0),
             head,
             written,
         };
-        if claim.heads.try_push(claimed).is_err() {
-            return false;
-        }
+        claim.heads.try_push(claimed).ok()?;
         prefetch(&first);
-        claim.frames.push(frame);
         claim.span += head.span;
-        true
+        Some(written)
     }
 
     /// Reads buffers for one frame of `len` bytes with header.
@@ -206,6 +217,7 @@ impl ReceiveQueue {
         claim: &mut Claim<'m>,
     ) -> Result<Option<NoClaim>, Broken> {
         let (first, windows, span) = (claim.heads.len(), claim.windows.len(), claim.span);
+        let least = if self.mergeable { 0 } else { len };
         let mut left = len;
         while left > 0 {
             let position = claim.position + u64::from(claim.span);
@@ -225,6 +237,9 @@ impl ReceiveQueue {
                 } else {
                     NoClaim::Full
                 }
+            } else if let Some(bytes) = self.add_single(position, left, least, claim) {
+                left -= bytes;
+                continue;
             } else {
                 match self.add_buffer(position, end, left, claim)? {
                     Added::Bytes(bytes) => {
