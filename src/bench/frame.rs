@@ -265,17 +265,12 @@ impl Checker {
     /// Checks a frame that lies in several pieces.
     pub fn verify_pieces(&self, pieces: &[(Window<'_>, usize)]) -> Seen {
         let len: usize = pieces.iter().map(|piece| piece.1).sum();
-        let word = |n: usize| {
-            let mut bytes = [0; 8];
-            let end = 8.min(len.saturating_sub(8 * n));
-            copy_out(pieces, 8 * n, &mut bytes[..end]);
-            u64::from_le_bytes(bytes)
-        };
+        let mut word = words(pieces);
         let head = [word(0), word(1), word(2), word(3)];
         if len != self.size {
             return self.unexpected(&head, len);
         }
-        let sum = self.sampled_sum(self.phase(head[SEQUENCE_WORD]), word);
+        let sum = self.sampled_sum(self.phase(head[SEQUENCE_WORD]), words(pieces));
         self.judge(&head, sum)
     }
 
@@ -320,7 +315,7 @@ impl Checker {
 
     /// Sum of the words of `phase`, each with its factor.
     #[inline(always)]
-    fn sampled_sum(&self, phase: usize, word: impl Fn(usize) -> u64) -> u64 {
+    fn sampled_sum(&self, phase: usize, mut word: impl FnMut(usize) -> u64) -> u64 {
         let mut sum = 0u64;
         let mut add = |n: usize| sum = sum.wrapping_add(word(n).wrapping_mul(self.factors[n]));
         (0..HEAD_WORDS.min(self.words)).for_each(&mut add);
@@ -347,6 +342,30 @@ fn load(word: &AtomicU64) -> u64 {
     u64::from_le(word.load(Ordering::Relaxed))
 }
 
+/// The words of a frame in pieces, to be asked for in ascending order: a search from the first piece on for each would
+/// make the client the limit. Zeros behind the end.
+fn words<'p>(pieces: &'p [(Window<'_>, usize)]) -> impl FnMut(usize) -> u64 + 'p {
+    // What is not passed yet, and where in the frame that starts.
+    let (mut rest, mut start) = (pieces, 0);
+    move |n| {
+        let mut bytes = [0; 8];
+        while let [(window, len), later @ ..] = rest {
+            let at = 8 * n - start;
+            if at + 8 <= *len {
+                window.read_bytes(at, &mut bytes);
+                break;
+            }
+            if at < *len {
+                copy_out(rest, at, &mut bytes);
+                break;
+            }
+            (rest, start) = (later, start + len);
+        }
+        u64::from_le_bytes(bytes)
+    }
+}
+
+/// Copies what there is from `at` on.
 fn copy_out(pieces: &[(Window<'_>, usize)], mut at: usize, to: &mut [u8]) {
     let mut done = 0;
     for (window, len) in pieces {
