@@ -30,6 +30,7 @@ mod plots;
 #[path = "../rig/mod.rs"]
 mod rig;
 mod scale;
+mod spin;
 mod turns;
 mod victims;
 
@@ -96,6 +97,8 @@ enum Scenario {
         #[arg(long)]
         mergeable: bool,
     },
+    /// The longest time for which a thread that only looks at the clock is away
+    Spin,
     /// Memory of a switch without ports and with them, and the time from its start to the first frame
     Footprint {
         /// Ports
@@ -195,6 +198,7 @@ fn run(scenario: &Scenario, effort: &Effort) -> Result<serde_json::Value, RunErr
         Scenario::Growth { curves, plots } => Ok(growth::measure(curves, plots.as_deref(), effort)),
         Scenario::Copies { size, mergeable } => Ok(copies::measure(*size, *mergeable, effort)),
         Scenario::Footprint { ports } => footprint::measure(*ports, effort),
+        Scenario::Spin => Ok(spin::measure(effort)),
         Scenario::Plot { file } => Ok(plots::draw(file)),
         Scenario::Slow { attach } => attached::slow(attach, effort),
         Scenario::Flood { attach } => attached::flood(attach, effort),
