@@ -264,8 +264,7 @@ fn fill_pieces(claim: &Claim<'_>, index: usize, frame: &Frame<'_>, payload: Piec
     let mut private = &private[NET_HDR_SIZE - claim.header()..bytes.len()];
     let mut sources = payload.iter();
     let mut source = Window::EMPTY;
-    // Not a loop: one of three nested iterators would be taken apart for every buffer.
-    claim.pieces(index).for_each(|(target, room)| {
+    claim.each_piece(index, |target, room| {
         let mut filled = private.len().min(room);
         if filled > 0 {
             target.write_bytes(0, &private[..filled]);

@@ -124,12 +124,12 @@ fn fill(claim: &Claim<'_>, bytes: &[u8]) {
     let mut header = [0_u8; NET_HDR_SIZE];
     header[NUM_BUFFERS_AT..NUM_BUFFERS_AT + 2].copy_from_slice(&claim.buffers(0).to_le_bytes());
     let (mut header, mut rest) = (&header[..claim.header()], bytes);
-    for (window, room) in claim.pieces(0) {
+    claim.each_piece(0, |window, room| {
         let (first, later) = header.split_at(header.len().min(room));
         window.write_bytes(0, first);
         header = later;
         let (now, then) = rest.split_at(rest.len().min(room - first.len()));
         window.write_bytes(first.len(), now);
         rest = then;
-    }
+    });
 }

@@ -99,22 +99,41 @@ impl<'m> Claim<'m> {
         self.frames[index].1
     }
 
-    /// The windows of frame `index` in order, each with the bytes that go there.
+    /// Hands over the windows of frame `index` in order, each with the bytes that go there.
+    ///
+    /// Not an iterator: one through buffers and their windows is taken apart for each of them, which cost as much as
+    /// finding a buffer.
     #[inline(always)]
-    pub fn pieces(&self, index: usize) -> impl Iterator<Item = (Window<'m>, usize)> + '_ {
+    pub fn each_piece(&self, index: usize, mut piece: impl FnMut(Window<'m>, usize)) {
         let (first, count) = self.frames[index];
-        let heads = &self.heads[usize::from(first)..usize::from(first) + usize::from(count)];
-        heads.iter().flat_map(|head| {
-            let mut left = head.written as usize;
-            let more =
-                usize::from(head.more.0)..usize::from(head.more.0) + usize::from(head.more.1);
-            let windows = std::iter::once(&head.first).chain(&self.windows[more]);
-            windows.map_while(move |window| {
-                let bytes = left.min(window.len());
-                left -= bytes;
-                (bytes > 0).then_some((*window, bytes))
-            })
-        })
+        for head in &self.heads[usize::from(first)..][..usize::from(count)] {
+            let written = head.written as usize;
+            let bytes = written.min(head.first.len());
+            if bytes > 0 {
+                piece(head.first, bytes);
+            }
+            if bytes < written {
+                self.later_pieces(head, written - bytes, &mut piece);
+            }
+        }
+    }
+
+    /// The windows of a buffer behind its first one.
+    #[inline(never)]
+    fn later_pieces(
+        &self,
+        head: &ClaimedHead<'m>,
+        mut left: usize,
+        piece: &mut impl FnMut(Window<'m>, usize),
+    ) {
+        let (start, count) = head.more;
+        for window in &self.windows[usize::from(start)..][..usize::from(count)] {
+            let bytes = left.min(window.len());
+            if bytes > 0 {
+                piece(*window, bytes);
+            }
+            left -= bytes;
+        }
     }
 
     /// The single window that holds all of frame `index`, in the usual case that there is one.
@@ -138,11 +157,11 @@ impl<'m> Claim<'m> {
         }
         let zeros = [0_u8; NET_HDR_SIZE + MIN_FRAME];
         let mut header = self.header;
-        for (window, bytes) in self.pieces(index) {
+        self.each_piece(index, |window, bytes| {
             let keep = header.min(bytes);
             header -= keep;
             window.write_bytes(keep, &zeros[..bytes - keep]);
-        }
+        });
     }
 }
 

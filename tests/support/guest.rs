@@ -399,10 +399,10 @@ pub(crate) fn fill(claim: &Claim<'_>, index: usize, frame: &[u8]) {
     bytes[10..12].copy_from_slice(&claim.buffers(index).to_le_bytes());
     bytes.extend_from_slice(frame);
     let mut at = 0;
-    for (window, count) in claim.pieces(index) {
+    claim.each_piece(index, |window, count| {
         window.write_bytes(0, &bytes[at..at + count]);
         at += count;
-    }
+    });
     assert_eq!(at, bytes.len(), "the buffers hold the frame");
 }
 
