@@ -1,5 +1,5 @@
-//! Passes and guests in turns, on two threads, so that each pass finds exactly the frames of one turn, in the cache of another
-//! core.
+//! Passes and guests in turns, on two threads, so that each pass finds exactly the frames of one turn, in the
+//! cache of another core.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -350,6 +350,7 @@ fn words<'p>(pieces: &'p [(Window<'_>, usize)]) -> impl FnMut(usize) -> u64 + 'p
     move |n| {
         let mut bytes = [0; 8];
         while let [(window, len), later @ ..] = rest {
+            debug_assert!(8 * n >= start, "asked for in ascending order");
             let at = 8 * n - start;
             if at + 8 <= *len {
                 window.read_bytes(at, &mut bytes);
@@ -460,6 +461,17 @@ mod tests {
             };
             assert_eq!(checker.verify_pieces(&pieces), intact);
         }
+        // One shorter than a word, and one of nothing.
+        let cuts = [0, 700, 703, 703, 709, 1514];
+        let pieces: Vec<_> = cuts
+            .windows(2)
+            .map(|cut| (frame.sub(cut[0], cut[1] - cut[0]).unwrap(), cut[1] - cut[0]))
+            .collect();
+        let intact = Seen::Frame {
+            flow: 9,
+            sequence: 12,
+        };
+        assert_eq!(checker.verify_pieces(&pieces), intact);
     }
 
     #[test]

@@ -23,6 +23,8 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use crossbeam_utils::CachePadded;
+
 /// Places for regions, of all guests together: 128 guests that use all their slots.
 pub const CAPACITY: usize = 65_536;
 
@@ -60,7 +62,9 @@ impl FaultMark {
 }
 
 /// How often any mark was set.
-static FAULTS: AtomicUsize = AtomicUsize::new(0);
+///
+/// Alone on its line: every poll thread reads it for every queue that has frames.
+static FAULTS: CachePadded<AtomicUsize> = CachePadded::new(AtomicUsize::new(0));
 
 /// A moment, by what had been lost until then: for the many frames during which nothing is, one look at this spares looks
 /// at each sender's mark.
@@ -78,10 +82,10 @@ impl Faults {
         Faults(self.0.wrapping_sub(1))
     }
 
-    /// Whether a mark was set since. Relaxed, as [`FaultMark::is_set`].
+    /// Whether a mark was set since. Acquire: who sees the count sees the mark.
     #[inline(always)]
     pub fn is_outdated(self) -> bool {
-        FAULTS.load(Ordering::Relaxed) != self.0
+        FAULTS.load(Ordering::Acquire) != self.0
     }
 }
 

@@ -19,7 +19,7 @@ pub(super) struct Context<'t> {
     pub(super) plan: &'t Plan,
     /// Number of the thread.
     pub(super) thread: usize,
-    /// Before the first frame, and before all that came if the mark of a queue of the plan was set by then.
+    /// The moment at the start; outdated from the start on if a sender was marked already.
     pub(super) faults: Faults,
     /// Whoever looks on.
     pub(super) tap: Option<RefCell<Tap<'t>>>,

@@ -277,7 +277,7 @@ fn fill_pieces(claim: &Claim<'_>, index: usize, frame: &Frame<'_>, payload: Piec
                 continue;
             }
             let bytes = source.len().min(room - filled);
-            let rest = source.sub(bytes, source.len() - bytes);
+            let rest = source.behind(bytes);
             if let Some(place) = target.sub(filled, bytes) {
                 place.copy_from(&source, bytes);
             }

@@ -479,6 +479,20 @@ fn every_outcome_has_a_counter_of_its_own() {
     assert_eq!(vms[1].queue().broken(), None);
 }
 
+#[test]
+fn a_sender_that_was_marked_before_the_thread_came_is_not_taken_from() {
+    let rams = rams::<2>();
+    let mut vms = vms(&rams, false);
+    let topology = topology(&vms, 1, |_| 0);
+    vms[0].device.memory.fault_mark().set();
+    let mut tools = Threads::new(1);
+    let mut passes = tools.passes(&topology);
+    assert_eq!(vms[0].send(1, 60, 5), 5);
+    passes[0].run(0, || true);
+    vms[1].take(usize::MAX);
+    assert_eq!((vms[1].from[0], vms[0].transmit.outstanding()), (0, 5));
+}
+
 /// A poll thread is about to claim, eight times, and each time another one has claimed and published before it does.
 #[test]
 fn a_claim_that_another_poll_thread_always_wins_is_counted_and_harms_nothing() {

@@ -70,7 +70,8 @@ impl Decision {
     }
 }
 
-/// The station that was looked up last, for the other frames of a burst: many guests often send to one.
+/// The station that was looked up last, for the other frames of a burst: many guests often send to one. A move that
+/// another thread sees meanwhile counts from the next burst on.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Found(Option<(Mac, PortRef)>);
 
@@ -90,8 +91,8 @@ impl Found {
 
 /// Decides where `view` goes that came from `ingress`, and learns from it.
 ///
-/// `found` is of the same burst, begun empty. `ports` tells the generation of the port in a slot of the current topology, `None` if the slot
-/// is empty. `now_s` is a monotonic clock in seconds.
+/// `found` is of the same burst, begun empty. `ports` tells the generation of the port in a slot of the
+/// current topology, `None` if the slot is empty. `now_s` is a monotonic clock in seconds.
 #[inline]
 pub fn decide(
     view: &FrameHead,
@@ -153,6 +154,11 @@ mod tests {
         generation: 5,
     };
 
+    const CAROL: PortRef = PortRef {
+        slot: 2,
+        generation: 7,
+    };
+
     struct Bench {
         fdb: Fdb,
         /// All its frames are of one burst.
@@ -185,7 +191,7 @@ mod tests {
     }
 
     fn topology(slot: u16) -> Option<u32> {
-        [ALICE, BOB]
+        [ALICE, BOB, CAROL]
             .iter()
             .find(|port| port.slot == slot)
             .map(|port| port.generation)
@@ -272,10 +278,10 @@ mod tests {
     fn a_station_that_moves_within_a_burst_is_found_where_it_is() {
         let bench = Bench::new();
         bench.frame(B, BROADCAST, BOB);
-        assert_eq!(bench.frame(A, B, ALICE), Verdict::Unicast(BOB.slot));
-        assert_eq!(bench.frame(A, B, ALICE), Verdict::Unicast(BOB.slot));
+        bench.frame(A, BROADCAST, CAROL);
+        assert_eq!(bench.frame(A, B, CAROL), Verdict::Unicast(BOB.slot));
         bench.frame(B, BROADCAST, ALICE);
-        assert_eq!(bench.frame(A, B, BOB), Verdict::Unicast(ALICE.slot));
+        assert_eq!(bench.frame(A, B, CAROL), Verdict::Unicast(ALICE.slot));
     }
 
     #[test]
