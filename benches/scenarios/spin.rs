@@ -15,7 +15,7 @@ const GAP_NS: u64 = 20_000;
 pub(crate) fn measure(effort: &Effort) -> Value {
     effort.pin(0);
     let (clock, begun) = (Clock::new(), Instant::now());
-    let (mut longest, mut count) = (0, 0_u64);
+    let mut longest = 0;
     let mut looked = (clock.raw(), sched::own_cpu_time());
     let mut last = looked.0;
     while begun.elapsed() < effort.time {
@@ -31,11 +31,9 @@ pub(crate) fn measure(effort: &Effort) -> Value {
             let had = ran.saturating_sub(looked.1).as_nanos() as u64;
             let off = clock.delta_as_nanos(looked.0, at).saturating_sub(had);
             looked = (at, ran);
-            let gap = gap.saturating_sub(off);
-            count += u64::from(gap > 100_000);
-            longest = longest.max(gap);
+            longest = longest.max(gap.saturating_sub(off));
             last = clock.raw();
         }
     }
-    json!({ "longest_seconds": longest as f64 / 1e9, "over_100_us": count })
+    json!({ "longest_seconds": longest as f64 / 1e9 })
 }

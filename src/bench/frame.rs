@@ -449,29 +449,24 @@ mod tests {
     #[test]
     fn a_frame_in_pieces_checks_like_a_whole_one() {
         let memory = SharedMemory::create(16384, true).unwrap();
-        let (checker, frame) = filled(&memory, 1514, 12);
-        for cut in [1, 13, 60, 700, 1513] {
-            let pieces = [
-                (frame.sub(0, cut).unwrap(), cut),
-                (frame.sub(cut, 1514 - cut).unwrap(), 1514 - cut),
-            ];
-            let intact = Seen::Frame {
-                flow: 9,
-                sequence: 12,
+        // In a round of samples each word has its turn.
+        for sequence in 0..Checker::new(1514, PREFIX).phases() as u64 {
+            let (checker, frame) = filled(&memory, 1514, sequence);
+            let pieces = |ends: &[usize]| -> Vec<_> {
+                let piece = |ends: &[usize]| {
+                    let len = ends[1] - ends[0];
+                    (frame.sub(ends[0], len).unwrap(), len)
+                };
+                ends.windows(2).map(piece).collect()
             };
-            assert_eq!(checker.verify_pieces(&pieces), intact);
+            let intact = Seen::Frame { flow: 9, sequence };
+            for cut in [1, 13, 60, 700, 1513] {
+                assert_eq!(checker.verify_pieces(&pieces(&[0, cut, 1514])), intact);
+            }
+            // Some shorter than a word, and one of nothing.
+            let odd = pieces(&[0, 700, 703, 703, 709, 1514]);
+            assert_eq!(checker.verify_pieces(&odd), intact);
         }
-        // One shorter than a word, and one of nothing.
-        let cuts = [0, 700, 703, 703, 709, 1514];
-        let pieces: Vec<_> = cuts
-            .windows(2)
-            .map(|cut| (frame.sub(cut[0], cut[1] - cut[0]).unwrap(), cut[1] - cut[0]))
-            .collect();
-        let intact = Seen::Frame {
-            flow: 9,
-            sequence: 12,
-        };
-        assert_eq!(checker.verify_pieces(&pieces), intact);
     }
 
     #[test]

@@ -101,8 +101,8 @@ impl<'m> Claim<'m> {
 
     /// Hands over the windows of frame `index` in order, each with the bytes that go there.
     ///
-    /// Not an iterator: one through buffers and their windows is taken apart for each of them, which cost as much as
-    /// finding a buffer.
+    /// Not an iterator: one through buffers and their windows is taken apart for each of them (965 instructions in place of
+    /// 916 for 1500 bytes in two buffers).
     #[inline(always)]
     pub fn each_piece(&self, index: usize, mut piece: impl FnMut(Window<'m>, usize)) {
         let (first, count) = self.frames[index];
