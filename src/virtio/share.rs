@@ -24,6 +24,9 @@ const SHARE: u64 = 32;
 const SAVED: u64 = SHARE / KEPT;
 /// A ring without any progress for so long gives up what it keeps: its driver posts fewer buffers than it once did.
 const STUCK: Duration = Duration::from_millis(100);
+/// Longest time between two refusals that counts as that. In more, it was the poll thread that made no progress: it was
+/// without its processor, and found the ring as it had left it.
+const WATCHED: Duration = Duration::from_millis(1);
 
 /// The state of one receive queue's shares.
 #[derive(Debug)]
@@ -33,9 +36,11 @@ pub(super) struct Shares {
     short_until: AtomicU64,
     /// Most buffers that were free at once. A packed ring does not tell, and is taken to be full at first.
     most: AtomicU32,
-    /// Position at the last refusal while buffers were kept back, and since when, in nanoseconds after `made`.
+    /// Position at the last refusal while buffers were kept back, when that was (nanoseconds after `made`), and for how
+    /// long it has been the position.
     stuck_at: AtomicU64,
-    stuck_since: AtomicU64,
+    refused_at: AtomicU64,
+    stuck_for: AtomicU64,
     /// End of the free buffers when the retry at the end of a pass last failed.
     failed_at: AtomicU64,
     made: Instant,
@@ -50,7 +55,8 @@ impl Shares {
             short_until: AtomicU64::new(0),
             most: AtomicU32::new(if packed { size.into() } else { 0 }),
             stuck_at: AtomicU64::new(u64::MAX),
-            stuck_since: AtomicU64::new(0),
+            refused_at: AtomicU64::new(0),
+            stuck_for: AtomicU64::new(0),
             failed_at: AtomicU64::new(u64::MAX),
             made: Instant::now(),
             paid_at: (0..SOURCES).map(|_| AtomicU64::new(0)).collect(),
@@ -111,12 +117,18 @@ impl Shares {
     }
 
     fn is_stuck(&self, position: u64) -> bool {
-        let now = u64::try_from(self.made.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        if self.stuck_at.swap(position, Ordering::Relaxed) != position {
-            self.stuck_since.store(now, Ordering::Relaxed);
-        }
-        let since = self.stuck_since.load(Ordering::Relaxed);
-        u128::from(now.saturating_sub(since)) >= STUCK.as_nanos()
+        let now = self.made.elapsed();
+        let before = self.refused_at.swap(nanos(now), Ordering::Relaxed);
+        let watched = now
+            .saturating_sub(Duration::from_nanos(before))
+            .min(WATCHED);
+        let stuck = if self.stuck_at.swap(position, Ordering::Relaxed) == position {
+            self.stuck_for.load(Ordering::Relaxed) + nanos(watched)
+        } else {
+            0
+        };
+        self.stuck_for.store(stuck, Ordering::Relaxed);
+        stuck >= nanos(STUCK)
     }
 
     /// The retry at the end of a pass failed while buffers were free up to `end`.
@@ -128,6 +140,11 @@ impl Shares {
     pub(super) fn is_worth_a_retry(&self, end: u64) -> bool {
         self.failed_at.load(Ordering::Relaxed) != end
     }
+}
+
+/// 584 years are enough.
+fn nanos(time: Duration) -> u64 {
+    time.as_nanos() as u64
 }
 
 /// How senders share a ring that is short of buffers.
@@ -213,16 +230,27 @@ mod tests {
     #[test]
     fn a_ring_that_stands_still_gives_up_what_it_keeps() {
         let mut shares = Shares::new(256, true);
-        shares.refused(300, 30);
-        shares.refused(300, 30);
-        assert!(shares.is_short(|| 300));
-        shares.made -= STUCK;
+        let looks = STUCK.div_duration_f64(WATCHED) as u64;
+        let mut refuse = |position, times| {
+            for _ in 0..times {
+                shares.made -= WATCHED;
+                shares.refused(position, 30);
+            }
+            (shares.is_short(|| position), shares.kept())
+        };
+        assert_eq!(refuse(300, looks), (true, 32));
         // Progress in between.
-        shares.refused(301, 30);
-        assert!(shares.is_short(|| 301));
-        shares.made -= STUCK;
-        shares.refused(301, 30);
-        assert!(!shares.is_short(|| 301));
-        assert_eq!(shares.kept(), 3);
+        assert_eq!(refuse(301, looks), (true, 32));
+        assert_eq!(refuse(301, 1), (false, 3));
+    }
+
+    #[test]
+    fn a_thread_that_was_away_does_not_take_the_ring_for_one_that_stands_still() {
+        let mut shares = Shares::new(256, true);
+        for _ in 0..20 {
+            shares.refused(300, 30);
+            shares.made -= 10 * STUCK;
+        }
+        assert_eq!((shares.is_short(|| 300), shares.kept()), (true, 32));
     }
 }
