@@ -27,7 +27,7 @@ use crate::virtio::RingSetup;
 use crate::virtio::redo::{IDENTITY, Redo};
 
 /// First word of a record: its name, and a number that changes with its form.
-const FORM: u64 = u64::from_le_bytes(*b"plxring\x02");
+const FORM: u64 = u64::from_le_bytes(*b"plxring\x03");
 
 /// Why a ring has no record. It works all the same, until the switch is restarted.
 #[derive(Debug, thiserror::Error)]

@@ -292,6 +292,15 @@ impl Ring {
         }
     }
 
+    /// The same of a transmitq, with its used element of length 0 written.
+    #[inline(always)]
+    fn take_single(&self, position: u64) -> Option<(Head, Window<'_>)> {
+        match self {
+            Ring::Split(ring) => ring.take_single(position),
+            Ring::Packed(ring) => ring.take_single(position),
+        }
+    }
+
     /// Reads the chain at a position before [`Ring::available_to`]; `None` if it is not available.
     #[inline(never)]
     pub fn read_chain<'m, const N: usize>(
@@ -310,10 +319,10 @@ impl Ring {
     }
 
     #[inline(always)]
-    fn write_used(&self, position: u64, head: Head, len: u32) {
+    fn write_used(&self, position: u64, heads: impl Iterator<Item = (Head, u32)>) {
         match self {
-            Ring::Split(ring) => ring.write_used(position, head, len),
-            Ring::Packed(ring) => ring.write_used(position, head, len),
+            Ring::Split(ring) => ring.write_used(position, heads),
+            Ring::Packed(ring) => ring.write_used(position, heads),
         }
     }
 

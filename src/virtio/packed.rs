@@ -6,7 +6,7 @@
 //! eyes): they are noted in the ring's [record](Redo), and the publisher writes a whole run.
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::chain::{
     ChainError, Collector, DESCRIPTOR_SIZE, Descriptor, Direction, F_INDIRECT, F_NEXT, F_WRITE,
@@ -21,6 +21,8 @@ use crate::memory::{GuestMemory, PinnedArray, PinnedWindow, Window};
 const F_AVAIL: u16 = 1 << 7;
 /// Descriptor flag: used, likewise.
 const F_USED: u16 = 1 << 15;
+/// The flags of used elements in a lap of wrap counter 1; in the others they are 0.
+const USED_LAP: u16 = F_AVAIL | F_USED;
 /// Where length, buffer id and flags stand in the second word of a descriptor.
 const ID_SHIFT: u32 = 32;
 const FLAGS_SHIFT: u32 = 48;
@@ -57,7 +59,7 @@ pub struct PackedRing {
     lap_bit: u64,
     event_idx: bool,
     indirect: bool,
-    /// By slot of a used element, id, span and length until its run is published; and how far that has come.
+    /// By slot, used elements until their run is published; and how far that has come.
     redo: Redo,
 }
 
@@ -148,11 +150,11 @@ impl PackedRing {
         let mut position = from;
         while position < to {
             let (slot, _) = self.place(position);
-            let note = self.redo.notes()[slot].load(Ordering::Relaxed);
-            if note >> FLAGS_SHIFT == 0 {
+            let note = Note::load(self.redo.notes(), slot);
+            if note.0 & NOTED == 0 {
                 return false;
             }
-            position += Note(note).span() as u64;
+            position += note.span(self.redo.notes(), slot) as u64;
         }
         position == to && to - from <= u64::from(self.size)
     }
@@ -167,20 +169,22 @@ impl PackedRing {
     /// Slot and wrap counter of a position, as event suppression and SET_VRING_BASE write them.
     #[inline(always)]
     fn word(&self, position: u64) -> u16 {
-        let (slot, wrap) = self.place(position);
-        slot as u16 | u16::from(wrap) << 15
+        let (slot, lap) = self.place(position);
+        slot as u16 | lap & 0x8000
     }
 
-    /// The slot of a position, and its wrap counter.
+    /// The slot of a position, and the flags of used elements in its lap: these stand for its wrap counter everywhere here.
     #[inline(always)]
-    fn place(&self, position: u64) -> (usize, bool) {
+    fn place(&self, position: u64) -> (usize, u16) {
+        let flags = |wrap| if wrap { USED_LAP } else { 0 };
         // Several times a frame: no division, and no shift by a number that has to be found first.
         if self.lap_bit != 0 {
             let slot = position & (self.lap_bit - 1);
-            return (slot as usize, position & self.lap_bit == 0);
+            return (slot as usize, flags(position & self.lap_bit == 0));
         }
         let size = u64::from(self.size);
-        ((position % size) as usize, (position / size) & 1 == 0)
+        let lap = position / size;
+        ((position % size) as usize, flags(lap & 1 == 0))
     }
 
     /// The word that SET_VRING_BASE and GET_VRING_BASE exchange for a position, both halves equal.
@@ -195,9 +199,9 @@ impl PackedRing {
     /// rest of the chain and the buffers are visible.
     #[inline(always)]
     pub fn is_available(&self, position: u64) -> bool {
-        let (slot, wrap) = self.place(position);
+        let (slot, lap) = self.place(position);
         let rest = self.descriptors.load(2 * slot + 1, Ordering::Acquire);
-        is_available((rest >> FLAGS_SHIFT) as u16, wrap)
+        is_available((rest >> FLAGS_SHIFT) as u16, lap)
     }
 
     /// Asks for the line of the descriptor at `position`.
@@ -209,16 +213,30 @@ impl PackedRing {
     /// The chain at `position`, if it is available and one usable buffer.
     #[inline(always)]
     pub fn single(&self, position: u64, direction: Direction) -> Option<(Head, Window<'_>)> {
-        let (slot, wrap) = self.place(position);
+        let (_, head, window) = self.single_at(position, direction)?;
+        Some((head, window))
+    }
+
+    /// The same of a transmitq, with its used element noted.
+    #[inline(always)]
+    pub fn take_single(&self, position: u64) -> Option<(Head, Window<'_>)> {
+        let (slot, head, window) = self.single_at(position, Direction::Read)?;
+        self.note(slot, head, 0);
+        Some((head, window))
+    }
+
+    #[inline(always)]
+    fn single_at(&self, position: u64, direction: Direction) -> Option<(usize, Head, Window<'_>)> {
+        let (slot, lap) = self.place(position);
         // Acquire as in `is_available`; one load gives the flags and what they stand for.
         let [addr, rest] = self.descriptors.load_two(2 * slot, Ordering::Acquire);
         let descriptor = Descriptor::new(addr, rest);
-        if !is_available(descriptor.fourth, wrap) {
+        if !is_available(descriptor.fourth, lap) {
             return None;
         }
         let window = descriptor.alone(descriptor.fourth, direction, &self.memory)?;
         let (id, span) = (descriptor.third, 1);
-        Some((Head { id, span }, window))
+        Some((slot, Head { id, span }, window))
     }
 
     /// Reads the chain at `position`, or `None` if the driver has not made it available.
@@ -287,11 +305,29 @@ impl PackedRing {
         walk_packed_table(descriptor, collector)
     }
 
-    /// Notes the used element of `position`; the publisher writes it.
+    /// Notes the used elements of `position` and behind; the publisher writes them.
     #[inline(always)]
-    pub fn write_used(&self, position: u64, head: Head, len: u32) {
-        let (slot, _) = self.place(position);
-        self.redo.set_note(slot, Note::new(head, len).0);
+    pub fn write_used(&self, position: u64, heads: impl Iterator<Item = (Head, u32)>) {
+        let (mut slot, _) = self.place(position);
+        let size = usize::from(self.size);
+        for (head, len) in heads {
+            self.note(slot, head, len);
+            slot += usize::from(head.span);
+            if slot >= size {
+                slot -= size;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn note(&self, slot: usize, head: Head, len: u32) {
+        let mut note = Note::new(head.id, len);
+        if head.span != 1 {
+            let next = Note::next(self.redo.notes(), slot);
+            self.redo.set_note(next, head.span.into());
+            note.0 |= LONG;
+        }
+        self.redo.set_note(slot, note.0);
     }
 
     /// Asks the driver for kicks from `position` on, or to leave them out. The caller looks once more afterwards.
@@ -309,72 +345,98 @@ impl PackedRing {
     }
 }
 
-/// Whether a descriptor with these flags is available to a device whose wrap counter is `wrap` (§2.8.1).
+/// Whether a descriptor with these flags is available to a device in a lap of these flags (§2.8.1).
 #[inline(always)]
-fn is_available(flags: u16, wrap: bool) -> bool {
-    (flags & F_AVAIL != 0) == wrap && (flags & F_USED != 0) != wrap
+fn is_available(flags: u16, lap: u16) -> bool {
+    flags & USED_LAP == lap ^ F_USED
 }
 
-/// A used element before its turn: the second word of its descriptor, with the span in place of the flags.
+/// A used element before its turn: the second word of its descriptor as the driver will find it, but for the flags of the
+/// lap, which the publisher has for a whole run, and for two of ours.
 #[derive(Clone, Copy)]
 struct Note(u64);
 
+/// There is a note.
+const NOTED: u64 = (F_INDIRECT as u64) << FLAGS_SHIFT;
+/// The chain is of several descriptors: the note of its second one, which no element will be written to, says how many.
+const LONG: u64 = (F_NEXT as u64) << FLAGS_SHIFT;
+
 impl Note {
     #[inline(always)]
-    fn new(head: Head, len: u32) -> Self {
-        let (id, span) = (u64::from(head.id), u64::from(head.span));
-        Note(u64::from(len) | id << ID_SHIFT | span << FLAGS_SHIFT)
+    fn new(id: u16, len: u32) -> Self {
+        let written = u64::from(len != 0) * (u64::from(F_WRITE) << FLAGS_SHIFT);
+        Note(u64::from(len) | u64::from(id) << ID_SHIFT | written | NOTED)
+    }
+
+    #[inline(always)]
+    fn load(notes: &[AtomicU64], slot: usize) -> Self {
+        Note(notes[slot].load(Ordering::Relaxed))
     }
 
     /// Descriptors of its chain: at least 1, or a loop over notes would stand still.
     #[inline(always)]
-    fn span(self) -> usize {
-        ((self.0 >> FLAGS_SHIFT) as usize).max(1)
+    fn span(self, notes: &[AtomicU64], slot: usize) -> usize {
+        if self.0 & LONG == 0 {
+            return 1;
+        }
+        let span = Note::load(notes, Note::next(notes, slot)).0;
+        usize::from(span as u16).max(1)
     }
 
-    /// The word, used in a lap of these flags.
+    /// The slot behind `slot`.
     #[inline(always)]
-    fn used(self, lap: u64) -> u64 {
-        let written = u64::from(self.0 as u32 != 0) * (u64::from(F_WRITE) << FLAGS_SHIFT);
-        self.0 & ((1 << FLAGS_SHIFT) - 1) | lap | written
+    fn next(notes: &[AtomicU64], slot: usize) -> usize {
+        if slot + 1 == notes.len() { 0 } else { slot + 1 }
+    }
+
+    /// What is different in the word that the driver will find in a lap of these flags, but for `LONG`: one operation sets
+    /// the lap's flags, which no note has, and clears `NOTED`, which each has.
+    #[inline(always)]
+    fn turn(lap: u16) -> u64 {
+        u64::from(lap) << FLAGS_SHIFT ^ NOTED
+    }
+
+    /// That word.
+    #[inline(always)]
+    fn used(self, turn: u64) -> u64 {
+        (self.0 ^ turn) & !LONG
     }
 }
-
-/// The flags of used elements in a lap of wrap counter 1; in the others they are 0.
-const USED_LAP: u64 = ((F_AVAIL | F_USED) as u64) << FLAGS_SHIFT;
 
 impl Publish for PackedRing {
     /// Writes the run's elements, each with one store, the first one last: the driver looks there, and finding it used
     /// must find the whole run used (§2.8.21), a mergeable frame included.
     fn publish(&self, from: u64, to: u64) {
         self.redo.begin(self.word(from), (to - from) as u16);
-        let (notes, descriptors) = (self.redo.notes(), self.descriptors.array());
-        let (mut slot, wrap) = self.place(from);
-        let mut lap = if wrap { USED_LAP } else { 0 };
-        let first = Note(notes[slot].load(Ordering::Relaxed));
-        let (first_at, first_word) = (2 * slot + 1, first.used(lap));
+        let size = usize::from(self.size);
+        let (notes, descriptors) = (&self.redo.notes()[..size], self.descriptors.array());
+        let (mut slot, lap) = self.place(from);
+        let mut turn = Note::turn(lap);
+        let first = Note::load(notes, slot);
+        let (first_at, first_word) = (2 * slot + 1, first.used(turn));
         if mutant!(EarlyEnd) {
             self.redo.end(self.word(to));
         }
         if mutant!(FirstElementFirst) {
             descriptors.store(first_at, first_word, Ordering::Release);
         }
-        slot += first.span();
-        let (size, mut left) = (usize::from(self.size), (to - from) as usize);
-        left = left.saturating_sub(first.span());
+        let span = first.span(notes, slot);
+        slot += span;
+        let mut left = ((to - from) as usize).saturating_sub(span);
         while left > 0 {
             if slot >= size {
                 slot -= size;
-                lap ^= USED_LAP;
+                turn ^= u64::from(USED_LAP) << FLAGS_SHIFT;
             }
             // One lap's elements.
-            while left > 0 && slot < size {
-                let note = Note(notes[slot].load(Ordering::Relaxed));
+            let (begin, end) = (slot, size.min(slot + left));
+            while slot < end {
+                let note = Note::load(notes, slot);
                 // Release, not relaxed: a driver may look at a later element's flags when a first run ends inside a batch.
-                descriptors.store(2 * slot + 1, note.used(lap), Ordering::Release);
-                slot += note.span();
-                left = left.saturating_sub(note.span());
+                descriptors.store(2 * slot + 1, note.used(turn), Ordering::Release);
+                slot += note.span(notes, slot);
             }
+            left = left.saturating_sub(slot - begin);
         }
         descriptors.store(first_at, first_word, Ordering::Release);
         self.redo.end(self.word(to));

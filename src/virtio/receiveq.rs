@@ -373,11 +373,8 @@ impl ReceiveQueue {
     pub fn commit(&self, claim: &Claim<'_>) -> Published {
         #[cfg(test)]
         super::park::at(super::park::Point::Filled);
-        let mut position = claim.position;
-        for head in &claim.heads {
-            self.ring.write_used(position, head.head, head.written);
-            position += u64::from(head.head.span);
-        }
+        let used = claim.heads.iter().map(|head| (head.head, head.written));
+        self.ring.write_used(claim.position, used);
         self.claims.commit(claim.position, claim.span);
         self.publish()
     }

@@ -7,7 +7,8 @@
 //! ```text
 //! words 0..8    whose record it is (vhost_user: ring, memory, what SET_VRING_BASE said)
 //! word  8       slot and wrap counter of the published position; descriptors of the run being published, or 0
-//! words 16..    by slot, the used element that is to be written there: id, span, length
+//! words 16..    by slot, the used element that is to be written there; behind that of a chain of several
+//!               descriptors, how many
 //! ```
 //!
 //! The notes are what a packed ring needs anyway, because the publisher writes the elements of others. What the record

@@ -416,11 +416,15 @@ fn check_notes() {
     drop(ReceiveQueue::start(&place.setup()).unwrap());
     while driver.post(1, true) {}
     driver.ring.publish();
-    for spans in [[0, 0, 0], [1, 0, 1], [2, 2, 2], [1, 1, u64::from(u16::MAX)]] {
+    // None; not all; of more descriptors than the run has; of more than the ring has.
+    let (used, long) = (4 << 48, 5 << 48);
+    let endless = [used, long, u64::from(u16::MAX), 0];
+    let longer = [long, 2, long, 2];
+    for notes in [[0; 4], [used, 0, used, 0], longer, endless] {
         let redo = Redo::found(place.words.clone(), &IDENTITIES).unwrap();
         redo.begin(0x8000, 3);
-        for (slot, span) in spans.into_iter().enumerate() {
-            redo.set_note(slot, span << 48);
+        for (slot, note) in notes.into_iter().enumerate() {
+            redo.set_note(slot, note);
         }
         let before = place.image();
         let queue = ReceiveQueue::start(&place.setup()).unwrap();

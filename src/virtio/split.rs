@@ -120,25 +120,39 @@ impl SplitRing {
     pub fn prefetch_next(&self, position: u64) {
         if self.available.load(IDX, Ordering::Relaxed) != position as u16 {
             // A hint: whatever the entry says, the mask keeps it inside the table.
-            let head = self.head(position) & (self.size - 1);
+            let slot = self.slot(position);
+            let head = self.head(slot) & (self.size - 1);
             self.descriptors.prefetch(2 * usize::from(head));
             self.used.prefetch_write(IDX);
-            let element = ELEMENTS + 2 * self.slot(position);
+            let element = ELEMENTS + 2 * slot;
             self.elements.prefetch_write(element);
         }
     }
 
-    /// The first descriptor of the chain at `position`.
+    /// The first descriptor of the chain whose entry is in `slot`.
     #[inline(always)]
-    fn head(&self, position: u64) -> u16 {
-        let entry = ENTRIES + self.slot(position);
-        self.available.load(entry, Ordering::Relaxed)
+    fn head(&self, slot: usize) -> u16 {
+        self.available.load(ENTRIES + slot, Ordering::Relaxed)
     }
 
     /// The chain at `position`, which [`SplitRing::available_to`] said is available, if it is one usable buffer.
     #[inline(always)]
     pub fn single(&self, position: u64, direction: Direction) -> Option<(Head, Window<'_>)> {
-        let head = self.head(position);
+        self.single_at(self.slot(position), direction)
+    }
+
+    /// The same of a transmitq, with its used element written.
+    #[inline(always)]
+    pub fn take_single(&self, position: u64) -> Option<(Head, Window<'_>)> {
+        let slot = self.slot(position);
+        let (head, window) = self.single_at(slot, Direction::Read)?;
+        self.store_used(slot, head, 0);
+        Some((head, window))
+    }
+
+    #[inline(always)]
+    fn single_at(&self, slot: usize, direction: Direction) -> Option<(Head, Window<'_>)> {
+        let head = self.head(slot);
         if head >= self.size {
             return None;
         }
@@ -155,7 +169,7 @@ impl SplitRing {
         wanted: u32,
         windows: &mut Windows<'m, N>,
     ) -> Result<Chain, Broken> {
-        let head = self.head(position);
+        let head = self.head(self.slot(position));
         if head >= self.size {
             // Cannot be returned: there is no such buffer.
             return Err(Broken::Head {
@@ -178,12 +192,21 @@ impl SplitRing {
         })
     }
 
-    /// Writes the used element of `position`; the driver sees it after the next publish.
+    /// Writes the used elements of `position` and behind; the driver sees them after the next publish.
     #[inline(always)]
-    pub fn write_used(&self, position: u64, head: Head, len: u32) {
-        let element = ELEMENTS + 2 * self.slot(position);
+    pub fn write_used(&self, position: u64, heads: impl Iterator<Item = (Head, u32)>) {
+        let (mut slot, mask) = (self.slot(position), usize::from(self.size) - 1);
+        for (head, len) in heads {
+            self.store_used(slot, head, len);
+            slot = (slot + 1) & mask;
+        }
+    }
+
+    #[inline(always)]
+    fn store_used(&self, slot: usize, head: Head, len: u32) {
+        let element = [u32::from(head.id), len];
         self.elements
-            .store_two(element, [u32::from(head.id), len], Ordering::Relaxed);
+            .store_two(ELEMENTS + 2 * slot, element, Ordering::Relaxed);
     }
 
     /// Asks the driver for kicks (when about to sleep) or to leave them out (while polling), from `position` on.

@@ -3,6 +3,7 @@
 //! Its state is relaxed atomics, not fields behind `&mut`: the queue moves between poll threads by two
 //! topology publications (without an owner, acknowledged, then with the new one), whose barriers order it.
 
+use std::iter::once;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 use super::chain::{ChainError, Direction, Windows};
@@ -130,7 +131,7 @@ impl TransmitQueue {
         if position >= end {
             return None;
         }
-        let (head, window) = self.ring.single(position, Direction::Read)?;
+        let (head, window) = self.ring.take_single(position)?;
         self.taken(position, head);
         Some(window)
     }
@@ -147,6 +148,7 @@ impl TransmitQueue {
             .read_chain(position, Direction::Read, u32::MAX, windows)
         {
             Ok(Some(chain)) => {
+                self.ring.write_used(position, once((chain.head, 0)));
                 self.taken(position, chain.head);
                 match chain.len {
                     Ok(len) => Taken::Chain { len },
@@ -161,11 +163,10 @@ impl TransmitQueue {
         }
     }
 
-    /// Notes what is to be returned for the chain, in the place where it will be. A lap earlier that place is published:
-    /// see [`TransmitQueue::available_to`].
+    /// The chain at `position` is taken, and its used element written: a lap earlier its place is published, see
+    /// [`TransmitQueue::available_to`].
     #[inline(always)]
     fn taken(&self, position: u64, head: Head) {
-        self.ring.write_used(position, head, 0);
         // A packed chain may reach past the `end` of a take, which counts descriptors.
         self.next
             .store(position + u64::from(head.span), Ordering::Relaxed);
