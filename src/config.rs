@@ -66,6 +66,10 @@ pub struct PortSpec {
     /// Numbers of the poll threads that may own its transmit queues; any, where empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub poll: Vec<u32>,
+    /// Whether a driver may reset one ring (VIRTIO_F_RING_RESET). For frontends that pass it on: QEMU, at least up to 7.2,
+    /// does not, and a guest that changes the length of its rings loses its card.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ring_reset: bool,
     /// Permission bits of the socket file (server mode only).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket_mode: Option<u32>,
@@ -104,7 +108,8 @@ pub enum ConfigError {
     },
     /// A key that no option has.
     #[error(
-        "port {name}: unknown option {key:?}; known are socket, mode, queues, poll, socket-mode, socket-group"
+        "port {name}: unknown option {key:?}; known are socket, mode, queues, poll, ring-reset, socket-mode, \
+         socket-group"
     )]
     UnknownOption {
         /// The port.
@@ -221,6 +226,13 @@ impl PortSpec {
                 let numbers: Result<Vec<u32>, _> = value.split('+').map(str::parse).collect();
                 self.poll = numbers.map_err(|_| bad("poll", THREADS))?;
             }
+            "ring-reset" => {
+                self.ring_reset = match value {
+                    "on" => true,
+                    "off" => false,
+                    _ => return Err(bad("ring-reset", "on or off")),
+                }
+            }
             "socket-mode" => {
                 let bits = u32::from_str_radix(value, 8)
                     .ok()
@@ -244,7 +256,8 @@ impl PortSpec {
 impl FromStr for PortSpec {
     type Err = ConfigError;
 
-    /// Parses `NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…][,socket-mode=0660][,socket-group=NAME]`.
+    /// Parses `NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…][,ring-reset=on|off][,socket-mode=0660]
+    /// [,socket-group=NAME]`.
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         let mut parts = text.split(',');
         let mut spec = PortSpec {
@@ -253,6 +266,7 @@ impl FromStr for PortSpec {
             mode: SocketMode::Server,
             queues: DEFAULT_QUEUE_PAIRS,
             poll: Vec::new(),
+            ring_reset: false,
             socket_mode: None,
             socket_group: None,
         };
@@ -433,13 +447,14 @@ mod tests {
     #[test]
     fn a_port_is_parsed_with_all_its_options() {
         let spec: PortSpec =
-            "vm1,socket=/run/p/vm1.sock,mode=client,queues=4,poll=0+2,socket-mode=0660,socket-group=kvm"
+            "vm1,socket=/run/p/vm1.sock,mode=client,queues=4,poll=0+2,ring-reset=on,socket-mode=0660,socket-group=kvm"
                 .parse()
                 .unwrap();
         assert_eq!(spec.name, "vm1");
         assert_eq!(spec.mode, SocketMode::Client);
         assert_eq!(spec.queues, 4);
         assert_eq!(spec.poll, [0, 2]);
+        assert!(spec.ring_reset);
         assert_eq!(spec.socket_mode, Some(0o660));
         assert_eq!(spec.socket_group.as_deref(), Some("kvm"));
     }
@@ -457,6 +472,7 @@ mod tests {
             ("vm1,socket=/x,queues=256", "8 bits for a ring"),
             ("vm1,socket=/x,poll=0-2", "numbers of poll threads"),
             ("vm1,socket=/x,poll=0+0", "each once"),
+            ("vm1,socket=/x,ring-reset=yes", "on or off"),
             ("vm1,socket=/x,socket-mode=999", "octal"),
             ("vm1,socket=/x,colour=red", "unknown option"),
             ("vm1,socket=/x,socket=/y", "given twice"),

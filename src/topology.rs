@@ -339,6 +339,7 @@ mod tests {
             mode: SocketMode::Server,
             queues: 1,
             poll: Vec::new(),
+            ring_reset: false,
             socket_mode: None,
             socket_group: None,
         };

@@ -283,9 +283,38 @@ fn a_guest_comes_back_with_another_driver_and_nothing_of_the_last_one() {
 
 // ---- one ring ----------------------------------------------------------------------------------------
 
+fn resetting_daemon(ports: usize) -> Daemon {
+    Daemon::start(&DaemonOptions {
+        ports,
+        ring_reset: true,
+        ..DaemonOptions::default()
+    })
+}
+
+fn resetting(options: GuestOptions) -> GuestOptions {
+    GuestOptions {
+        ring_reset: true,
+        ..options
+    }
+}
+
+#[test]
+fn a_reset_of_one_ring_is_offered_where_the_port_says_so() {
+    let ram = Ram::new(resetting(split()));
+    for (daemon, offered) in [(daemon(1), false), (resetting_daemon(1), true)] {
+        let mut guest = Guest::new(&ram);
+        guest.attach(&daemon.sockets()[0]);
+        let shown = daemon.pollux(&["port", "show", "p0"]).stdout;
+        let shown = String::from_utf8(shown).unwrap();
+        assert_eq!(shown.contains("ring_reset"), offered, "{shown}");
+        drop(guest);
+        daemon.stop();
+    }
+}
+
 /// Sends numbered frames one way and resets, again and again, a ring that they do not use.
 fn reset_beside_traffic(options: GuestOptions, which: usize) {
-    let daemon = daemon(4);
+    let daemon = resetting_daemon(4);
     let bystanders = Bystanders::start([&daemon.sockets()[0], &daemon.sockets()[1]]);
     let rams = [options, split()].map(Ram::new);
     let guests = attach(&daemon, &rams, 2);
@@ -327,24 +356,24 @@ fn reset_beside_traffic(options: GuestOptions, which: usize) {
 
 #[test]
 fn a_receiveq_is_reset_while_its_device_sends() {
-    for options in [split(), packed()] {
+    for options in [split(), packed()].map(resetting) {
         reset_beside_traffic(options, RECEIVE);
     }
 }
 
 #[test]
 fn a_transmitq_is_reset_while_its_device_receives() {
-    for options in [split(), packed()] {
+    for options in [split(), packed()].map(resetting) {
         reset_beside_traffic(options, TRANSMIT);
     }
 }
 
 #[test]
 fn a_ring_that_was_reset_still_calls() {
-    let daemon = daemon(2);
+    let daemon = resetting_daemon(2);
     let options = GuestOptions {
         calls: true,
-        ..packed()
+        ..resetting(packed())
     };
     let rams = [options, split()].map(Ram::new);
     let mut guests = attach(&daemon, &rams, 0);

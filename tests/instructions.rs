@@ -219,6 +219,7 @@ impl Guest {
             mode: SocketMode::default(),
             queues: 1,
             poll: Vec::new(),
+            ring_reset: false,
             socket_mode: None,
             socket_group: None,
         };

@@ -153,6 +153,7 @@ impl Rig {
             mode: SocketMode::Server,
             queues: 1,
             poll: Vec::new(),
+            ring_reset: false,
             socket_mode: None,
             socket_group: None,
         };

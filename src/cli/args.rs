@@ -125,7 +125,7 @@ pub struct RunArgs {
         long = "port",
         value_name = "SPEC",
         help = "A port: NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…]\
-                [,socket-mode=0660][,socket-group=NAME]; may be given again"
+                [,ring-reset=on|off][,socket-mode=0660][,socket-group=NAME]; may be given again"
     )]
     pub ports: Vec<PortSpec>,
     /// One poll thread pinned to each of these CPUs, such as 0,2-3 [default: one, unpinned]
@@ -179,7 +179,8 @@ pub struct Output {
 pub enum PortCommand {
     /// Create a port
     Add {
-        /// NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…][,socket-mode=0660][,socket-group=NAME]
+        /// NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…][,ring-reset=on|off][,socket-mode=0660]
+        /// [,socket-group=NAME]
         spec: PortSpec,
         /// Do nothing if a port exists with the same values
         #[arg(long)]

@@ -127,6 +127,9 @@ impl Control {
         );
         let status = SessionStatus::new();
         let mut options = SessionOptions::new(record.queues);
+        if record.shared.spec.ring_reset {
+            options.features |= vhost_user::RING_RESET;
+        }
         options.records = records;
         let (thread_link, thread_status) = (link.clone(), status.clone());
         let spawned = std::thread::Builder::new()

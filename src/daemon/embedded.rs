@@ -38,6 +38,7 @@ pub fn start(ports: usize, queue_pairs: u16) -> Result<EmbeddedSwitch<Embedded>,
             mode: SocketMode::Server,
             queues: queue_pairs,
             poll: Vec::new(),
+            ring_reset: false,
             socket_mode: None,
             socket_group: None,
         })

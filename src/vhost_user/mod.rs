@@ -36,7 +36,7 @@ use std::sync::Arc;
 
 pub use error::{SessionEnd, SessionError};
 pub use event::{RingName, SessionEvent};
-pub use options::{OFFERED_FEATURES, SUPPORTED_FEATURES, SessionOptions};
+pub use options::{OFFERED_FEATURES, RING_RESET, SUPPORTED_FEATURES, SessionOptions};
 pub use records::{RecordError, RingRecords};
 pub use ring::Refusal;
 pub use session::{Stopper, serve};

@@ -25,14 +25,17 @@ pub const OFFERED_FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
     | bit(VIRTIO_RING_F_EVENT_IDX)
     | bit(VIRTIO_F_IN_ORDER)
     | bit(VIRTIO_F_RING_PACKED)
-    | bit(VIRTIO_F_RING_RESET)
     // For legacy drivers. Their headers may share a buffer with the frame anyway.
     | bit(VIRTIO_F_ANY_LAYOUT)
     | bit(VIRTIO_F_NOTIFY_ON_EMPTY)
     | PROTOCOL_FEATURES;
 
+/// What is offered to frontends that pass a reset of one ring on, which QEMU does not: up to 7.2 at least, it tells the
+/// driver yes, and the backend nothing, which then serves a ring that is no more.
+pub const RING_RESET: u64 = bit(VIRTIO_F_RING_RESET);
+
 /// Everything that may be offered.
-pub const SUPPORTED_FEATURES: u64 = OFFERED_FEATURES | MQ;
+pub const SUPPORTED_FEATURES: u64 = OFFERED_FEATURES | RING_RESET | MQ;
 
 /// Protocol features: several queues, acknowledgements, single memory regions, reset.
 pub(super) const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
@@ -106,7 +109,7 @@ pub(super) fn ring_features(features: u64) -> RingFeatures {
 
 /// Whether the driver may reset one ring (VIRTIO_F_RING_RESET).
 pub(super) fn has_ring_reset(features: u64) -> bool {
-    features & bit(VIRTIO_F_RING_RESET) != 0
+    features & RING_RESET != 0
 }
 
 /// Without the protocol feature bit there is no SET_VRING_ENABLE, and every ring is enabled.

@@ -101,6 +101,7 @@ impl Backend {
         let options = DaemonOptions {
             ports,
             queues,
+            ring_reset: false,
             client,
             args: vec!["--poll-cpus".to_string(), cpus().0.to_string()],
         };

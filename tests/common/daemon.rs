@@ -19,6 +19,8 @@ pub(crate) struct DaemonOptions {
     pub(crate) ports: usize,
     /// Queue pairs of each port; 0 is the default.
     pub(crate) queues: u16,
+    /// Drivers may reset one ring.
+    pub(crate) ring_reset: bool,
     /// Pollux connects, the frontends listen.
     pub(crate) client: bool,
     /// Further arguments of `pollux run`.
@@ -50,9 +52,10 @@ impl Daemon {
         for (n, socket) in sockets.iter().enumerate() {
             let mode = if options.client { "client" } else { "server" };
             command.arg("--port").arg(format!(
-                "p{n},socket={},mode={mode},queues={}",
+                "p{n},socket={},mode={mode},queues={},ring-reset={}",
                 socket.display(),
-                options.queues.max(1)
+                options.queues.max(1),
+                if options.ring_reset { "on" } else { "off" }
             ));
         }
         command.args(&options.args);

@@ -57,6 +57,8 @@ pub(crate) struct GuestOptions {
     pub(crate) receive_len: usize,
     /// Without VIRTIO_F_VERSION_1.
     pub(crate) legacy: bool,
+    /// It resets single rings.
+    pub(crate) ring_reset: bool,
 }
 
 impl Default for GuestOptions {
@@ -72,6 +74,7 @@ impl Default for GuestOptions {
             entries: 256,
             receive_len: 2048,
             legacy: false,
+            ring_reset: false,
         }
     }
 }
@@ -90,15 +93,12 @@ impl GuestOptions {
     fn features(&self) -> u64 {
         let when = |wanted: bool, bit: u64| if wanted { bit } else { 0 };
         INDIRECT_DESC
-            | if self.legacy {
-                LEGACY
-            } else {
-                VERSION_1 | RING_RESET
-            }
+            | if self.legacy { LEGACY } else { VERSION_1 }
             | when(self.packed, RING_PACKED)
             | when(self.mergeable, MRG_RXBUF)
             | when(self.in_order, IN_ORDER)
             | when(self.event_idx, EVENT_IDX)
+            | when(self.ring_reset, RING_RESET)
     }
 
     fn ring_features(&self) -> RingFeatures {
