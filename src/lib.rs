@@ -113,7 +113,8 @@
 //! eighth is kept back, and each sending port draws on that for at most 1/32 of what the ring delivers (`virtio::share`:
 //! one word a sender, touched only while the ring is short). So a port that floods another one cannot shut out a sender of
 //! little, on whichever threads. A ring that was never full is first come, first served to the last buffer, and
-//! so are senders of much among each other.
+//! so are senders of much among each other. A ring that makes no progress for 100 ms, as its driver posts fewer
+//! buffers than before, gives up what it keeps until more are free at once.
 //!
 //! # Start of a ring
 //!

@@ -128,6 +128,9 @@ pub struct PortView {
     pub mode: SocketMode,
     /// Queue pairs offered.
     pub queues: u16,
+    /// Whether the reset of one ring is offered.
+    #[serde(default)]
+    pub ring_reset: bool,
     /// Where it stands.
     pub state: PortState,
     /// In words, why it does not work (yet); null while it does.

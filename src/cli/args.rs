@@ -179,8 +179,7 @@ pub struct Output {
 pub enum PortCommand {
     /// Create a port
     Add {
-        /// NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…][,ring-reset=on|off][,socket-mode=0660]
-        /// [,socket-group=NAME]
+        /// NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…][,ring-reset=on|off][,socket-mode=0660][,socket-group=NAME]
         spec: PortSpec,
         /// Do nothing if a port exists with the same values
         #[arg(long)]

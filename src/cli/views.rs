@@ -39,6 +39,10 @@ pub(super) fn port(port: &PortView) -> String {
     line("socket", &port.socket);
     line("mode", &port.mode.to_string());
     line("queues", &port.queues.to_string());
+    line(
+        "ring reset",
+        if port.ring_reset { "offered" } else { "off" },
+    );
     line("calls", &calls(port));
     if let Some(session) = &port.session {
         session_lines(session, &mut line);

@@ -36,6 +36,7 @@ pub(super) fn port(record: &PortRecord) -> PortView {
         socket: spec.socket.to_string_lossy().into_owned(),
         mode: spec.mode,
         queues: record.queues,
+        ring_reset: spec.ring_reset,
         state,
         reason,
         session: status

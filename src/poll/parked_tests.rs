@@ -300,7 +300,6 @@ fn nobody_loops_or_waits_for_a_parked_producer() {
         let shown = park_at(point, false, false);
         let [from, to] = shown.parked;
         let passes = to.passes - from.passes;
-        assert!(passes >= PASSES, "{point:?}: {passes} passes");
         // It was waited for once, before the first of these marks, and never again while it stands there.
         assert_eq!(to.given_up, from.given_up, "{point:?}");
         assert!(to.given_up - shown.quiet[1].given_up <= 2, "{point:?}");

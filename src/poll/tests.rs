@@ -15,7 +15,9 @@ use crate::switch::fdb::{Fdb, FdbConfig};
 use crate::sys::aio::Caller;
 use crate::topology::{PortEntry, Topology};
 use crate::virtio::driver::{Buffer, DriverRing, RingAreas, RingLayout};
-use crate::virtio::{NET_HDR_SIZE, ReceiveQueue, RingFeatures, RingSetup, TransmitQueue, park};
+use crate::virtio::{
+    Claim, NET_HDR_SIZE, ReceiveQueue, RingFeatures, RingSetup, TransmitQueue, park,
+};
 use crate::wire::Mac;
 
 const ENTRIES: u16 = 256;
@@ -320,6 +322,25 @@ fn a_flooder_leaves_a_paced_sender_its_share_on_two_threads() {
     for packed in [false, true] {
         flood_beside_paced(packed, 2, 8);
         flood_beside_paced(packed, 2, 128);
+    }
+}
+
+#[test]
+fn a_ring_behind_an_open_claim_is_not_taken_for_one_that_stands_still() {
+    let rams = rams::<1>();
+    let vms = vms(&rams, true);
+    let queue = vms[0].queue();
+    let mut claim = Claim::new();
+    queue.claim(std::iter::once(60), &mut claim).unwrap();
+    let begun = Instant::now();
+    while begun.elapsed().as_millis() < 300 {
+        queue.refused();
+    }
+    assert_eq!(queue.kept(), 32);
+    queue.commit(&claim);
+    while queue.kept() == 32 {
+        queue.refused();
+        assert!(begun.elapsed().as_secs() < 20, "it never stands still");
     }
 }
 

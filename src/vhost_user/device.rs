@@ -370,7 +370,7 @@ impl DeviceState {
     pub(super) fn stop_ring(&mut self, index: u32) -> Result<u32, SessionError> {
         let name = self.ring(index)?.name;
         self.stop(|ring| ring.name == name)?;
-        // QEMU stops a ring that its driver resets, and starts it again without another call descriptor.
+        // A frontend that passes the reset of one ring on starts it again without another call descriptor.
         let resets = self.features.is_some_and(has_ring_reset);
         let base = self.ring(index)?.halt(resets);
         self.handed_over.push(name);

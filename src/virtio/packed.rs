@@ -389,17 +389,12 @@ impl Note {
         if slot + 1 == notes.len() { 0 } else { slot + 1 }
     }
 
-    /// What is different in the word that the driver will find in a lap of these flags, but for `LONG`: one operation sets
-    /// the lap's flags, which no note has, and clears `NOTED`, which each has.
+    /// The word as the driver will find it, in a lap of these flags. Whatever a note says: a chain that reaches past the
+    /// end of what its driver may have in flight overwrites another one's.
     #[inline(always)]
-    fn turn(lap: u16) -> u64 {
-        u64::from(lap) << FLAGS_SHIFT ^ NOTED
-    }
-
-    /// That word.
-    #[inline(always)]
-    fn used(self, turn: u64) -> u64 {
-        (self.0 ^ turn) & !LONG
+    fn used(self, lap: u64) -> u64 {
+        const KEPT: u64 = (F_WRITE as u64) << FLAGS_SHIFT | ((1 << FLAGS_SHIFT) - 1);
+        self.0 & KEPT | lap
     }
 }
 
@@ -411,9 +406,9 @@ impl Publish for PackedRing {
         let size = usize::from(self.size);
         let (notes, descriptors) = (&self.redo.notes()[..size], self.descriptors.array());
         let (mut slot, lap) = self.place(from);
-        let mut turn = Note::turn(lap);
+        let mut lap = u64::from(lap) << FLAGS_SHIFT;
         let first = Note::load(notes, slot);
-        let (first_at, first_word) = (2 * slot + 1, first.used(turn));
+        let (first_at, first_word) = (2 * slot + 1, first.used(lap));
         if mutant!(EarlyEnd) {
             self.redo.end(self.word(to));
         }
@@ -426,14 +421,14 @@ impl Publish for PackedRing {
         while left > 0 {
             if slot >= size {
                 slot -= size;
-                turn ^= u64::from(USED_LAP) << FLAGS_SHIFT;
+                lap ^= u64::from(USED_LAP) << FLAGS_SHIFT;
             }
             // One lap's elements.
             let (begin, end) = (slot, size.min(slot + left));
             while slot < end {
                 let note = Note::load(notes, slot);
                 // Release, not relaxed: a driver may look at a later element's flags when a first run ends inside a batch.
-                descriptors.store(2 * slot + 1, note.used(turn), Ordering::Release);
+                descriptors.store(2 * slot + 1, note.used(lap), Ordering::Release);
                 slot += note.span(notes, slot);
             }
             left = left.saturating_sub(slot - begin);

@@ -146,6 +146,7 @@ impl ReceiveQueue {
         }
         let end = if leave > 0 {
             let free = self.ring.free_to(position, end);
+            self.shares.see(free - position);
             free.saturating_sub(leave).max(position)
         } else {
             end

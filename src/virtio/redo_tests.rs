@@ -497,11 +497,22 @@ fn a_record_that_nobody_wrote_harms_nobody() {
         while driver.post(1, true) {}
         driver.ring.publish();
         let image = place.image();
-        for _ in 0..500 {
+        for round in 0..500 {
             place.restore(&image);
             for word in place.words.iter().skip(IDENTITY) {
                 let value = random.below(u64::MAX) >> random.below(64);
                 word.store(value, Ordering::Relaxed);
+            }
+            if round % 2 == 0 {
+                // A run that begins where there is something, of notes that pass for such.
+                let redo = Redo::found(place.words.clone(), &IDENTITIES).unwrap();
+                for slot in 0..usize::from(size) {
+                    redo.set_note(slot, random.below(u64::MAX) | 4 << 48);
+                }
+                redo.begin(
+                    0x8000 | random.below(u64::from(size)) as u16,
+                    1 + random.below(4) as u16,
+                );
             }
             let queue = ReceiveQueue::start(&place.setup()).unwrap();
             queue.use_all();

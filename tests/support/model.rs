@@ -26,6 +26,7 @@ fn view(spec: &PortSpec) -> PortView {
         socket: spec.socket.display().to_string(),
         mode: spec.mode,
         queues: spec.queues,
+        ring_reset: spec.ring_reset,
         state: PortState::Negotiating,
         reason: Some("driver not ready: \x1b[31mno ring is enabled".into()),
         session: Some(SessionView {
