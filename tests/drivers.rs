@@ -254,8 +254,13 @@ fn a_guest_comes_back_with_another_driver_and_nothing_of_the_last_one() {
                 guest.try_send(&frame(mac(4), mac(6), number, 100));
             }
             if (round + life) % 3 == 2 {
-                // Over another connection.
+                // Over another connection, once the switch has let go of the last one: until then it may finish a frame in
+                // what is the new driver's memory.
                 guest.detach();
+                wait_for("the end of the session", || {
+                    daemon.port("p2")["session"].is_null()
+                });
+                daemon.settle();
                 guest = Guest::with(&rams[0], options);
                 guest.attach(&daemon.sockets()[2]);
             } else {
