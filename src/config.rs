@@ -66,8 +66,8 @@ pub struct PortSpec {
     /// Numbers of the poll threads that may own its transmit queues; any, where empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub poll: Vec<u32>,
-    /// Whether a driver may reset one ring (VIRTIO_F_RING_RESET). For frontends that pass it on: QEMU, at least up to 7.2,
-    /// does not, and a guest that changes the length of its rings loses its card.
+    /// Whether a driver may reset one ring (VIRTIO_F_RING_RESET). For frontends that pass it on: QEMU 7.2 does
+    /// not, and a guest that changes the length of its rings loses its card.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ring_reset: bool,
     /// Permission bits of the socket file (server mode only).

@@ -30,8 +30,8 @@ pub const OFFERED_FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
     | bit(VIRTIO_F_NOTIFY_ON_EMPTY)
     | PROTOCOL_FEATURES;
 
-/// What is offered to frontends that pass a reset of one ring on, which QEMU does not: up to 7.2 at least, it tells the
-/// driver yes, and the backend nothing, which then serves a ring that is no more.
+/// What is offered to frontends that pass a reset of one ring on, which QEMU 7.2 does not: it tells the driver yes, and
+/// the backend nothing, which then serves a ring that is no more.
 pub const RING_RESET: u64 = bit(VIRTIO_F_RING_RESET);
 
 /// Everything that may be offered.

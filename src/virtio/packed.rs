@@ -170,7 +170,8 @@ impl PackedRing {
     #[inline(always)]
     fn word(&self, position: u64) -> u16 {
         let (slot, lap) = self.place(position);
-        slot as u16 | lap & 0x8000
+        // The wrap counter stands where this flag does.
+        slot as u16 | lap & F_USED
     }
 
     /// The slot of a position, and the flags of used elements in its lap: these stand for its wrap counter everywhere here.
