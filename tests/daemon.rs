@@ -126,46 +126,60 @@ fn silent_guests_cost_next_to_nothing_and_the_next_frame_arrives() {
 // ---- death and resurrection --------------------------------------------------------------------------
 
 /// Three ports, and a directory for the state of their rings: in memory, which the directory of a test may not be.
-fn with_ring_state(args: &[&str]) -> (tempfile::TempDir, DaemonOptions) {
+fn with_ring_state() -> (tempfile::TempDir, DaemonOptions) {
     let state = tempfile::Builder::new()
         .prefix("plx-")
         .tempdir_in("/dev/shm")
         .unwrap();
     let ring_state = ["--ring-state", state.path().to_str().unwrap()];
-    let args = args.iter().chain(&ring_state);
     let options = DaemonOptions {
-        args: args.map(|arg| arg.to_string()).collect(),
+        args: ring_state.map(str::to_string).to_vec(),
         ..options(3)
     };
     (state, options)
+}
+
+/// Poll threads of a daemon, its two senders on one or each on its own.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Threads {
+    One,
+    Two,
 }
 
 /// Three guests, two of which send into the third, keep their rings while their daemon is killed and started anew.
 ///
 /// A frame that was delivered but not completed comes again; none is lost, and no buffer is returned twice (the
 /// guests check that at every step).
-fn survive_the_daemon(guest: GuestOptions, args: &[&str], cycles: u32) {
-    let (_state, options) = with_ring_state(args);
-    let mut daemon = Daemon::start_in(short_tempdir(), &options);
+fn survive_the_daemon(guest: GuestOptions, threads: Threads, kills: u32) {
+    let (_state, options) = with_ring_state();
+    let start = |dir| {
+        let daemon = Daemon::start_in(dir, &options);
+        if threads == Threads::Two {
+            assert!(daemon.pollux(&["poll", "add"]).status.success());
+            assert!(daemon.pollux(&["poll", "move", "p1", "1"]).status.success());
+        }
+        daemon
+    };
+    let mut daemon = start(short_tempdir());
     let rams = [(); 3].map(|()| Ram::new(guest));
     let guests = rams.iter().zip(daemon.sockets()).map(|(ram, socket)| {
         let mut guest = Guest::new(ram);
         guest.attach(socket);
         guest
     });
-    let flows = [(0, 1), (2, 1), (1, 0)];
+    let flows = [(0, 2), (1, 2), (2, 0)];
     let mut exchange = Exchange::new(guests.collect(), 1, &flows, 16, 200);
     exchange.may_repeat = true;
     exchange.meet();
-    for cycle in 0..cycles {
+    // Every fourth is a clean end, at which guests keep their rings all the same.
+    for cycle in 0..kills + kills / 3 {
         exchange.exchange(500 + u64::from(cycle) * 37 % 200);
-        // Now and then a clean end, at which guests keep their rings all the same.
         let dir = if cycle % 4 == 3 {
             daemon.end()
         } else {
             daemon.kill()
         };
-        daemon = Daemon::start_in(dir, &options);
+        daemon = start(dir);
         for (guest, socket) in exchange.guests.iter_mut().zip(daemon.sockets()) {
             guest.detach();
             guest.attach_receiving(socket);
@@ -174,6 +188,9 @@ fn survive_the_daemon(guest: GuestOptions, args: &[&str], cycles: u32) {
         daemon.settle();
         exchange.guests.iter().for_each(Guest::attach_transmitting);
         exchange.forgive_silence();
+        let on_second = daemon.poll_threads()[1]["queues"].to_string();
+        let apart = on_second.contains("p1") && !on_second.contains("p0");
+        assert_eq!(apart, threads == Threads::Two, "of the two senders");
     }
     exchange.exchange(500);
     exchange.drain();
@@ -185,18 +202,18 @@ fn survive_the_daemon(guest: GuestOptions, args: &[&str], cycles: u32) {
     daemon.stop();
 }
 
-fn cycles() -> u32 {
-    if long() { 100 } else { 10 }
+fn kills() -> u32 {
+    if long() { 100 } else { 9 }
 }
 
 #[test]
 fn guests_of_qemu_lose_nothing_when_the_daemon_is_killed() {
-    survive_the_daemon(GuestOptions::default(), &[], cycles());
+    survive_the_daemon(GuestOptions::default(), Threads::One, kills());
 }
 
 #[test]
 fn guests_of_cloud_hypervisor_lose_nothing_when_the_daemon_is_killed() {
-    survive_the_daemon(GuestOptions::cloud_hypervisor(), &[], cycles());
+    survive_the_daemon(GuestOptions::cloud_hypervisor(), Threads::One, kills());
 }
 
 fn packed() -> GuestOptions {
@@ -208,7 +225,7 @@ fn packed() -> GuestOptions {
 
 #[test]
 fn guests_with_packed_rings_lose_nothing_when_the_daemon_is_killed() {
-    survive_the_daemon(packed(), &[], cycles());
+    survive_the_daemon(packed(), Threads::One, kills());
 }
 
 #[test]
@@ -221,30 +238,24 @@ fn guests_with_packed_rings_of_any_size_and_small_buffers_lose_nothing_when_the_
         in_order: true,
         ..packed()
     };
-    survive_the_daemon(guest, &[], cycles());
+    survive_the_daemon(guest, Threads::One, kills());
 }
 
 #[test]
 fn two_poll_threads_into_packed_rings_lose_nothing_when_the_daemon_is_killed() {
-    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
-    if cpus > 1 {
-        survive_the_daemon(packed(), &["--poll-cpus", "0,1"], cycles());
-    }
+    survive_the_daemon(packed(), Threads::Two, kills());
 }
 
 #[test]
 fn two_poll_threads_into_one_receiver_lose_nothing_when_the_daemon_is_killed() {
-    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
-    if cpus > 1 {
-        survive_the_daemon(GuestOptions::default(), &["--poll-cpus", "0,1"], cycles());
-    }
+    survive_the_daemon(GuestOptions::default(), Threads::Two, kills());
 }
 
 /// A guest with packed rings, and one with split rings, whose daemon is killed in the middle of their lives; `lost` does
 /// something to the records of packed rings. The guest with the packed rings has started anew when this returns, and all
 /// is as it was.
 fn start_anew(while_away: bool, lost: impl Fn(&Path)) {
-    let (state, options) = with_ring_state(&[]);
+    let (state, options) = with_ring_state();
     let daemon = Daemon::start_in(short_tempdir(), &options);
     let rams = [packed(), GuestOptions::default(), GuestOptions::default()].map(Ram::new);
     let attach = |guest: &mut Guest<'_>, daemon: &Daemon, port: usize| {

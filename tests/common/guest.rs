@@ -309,6 +309,15 @@ impl<'m> Guest<'m> {
         memory.window(0, memory.len()).expect("all of it")
     }
 
+    /// What lies there, with zeros for the ring `which`.
+    pub(crate) fn contents_without(&self, which: usize) -> Vec<u8> {
+        let memory = self.memory();
+        let mut bytes = vec![0; memory.len()];
+        memory.read_bytes(0, &mut bytes);
+        bytes[which * RING_SPACE..][..RING_SPACE].fill(0);
+        bytes
+    }
+
     /// A ring as a message describes it.
     pub(crate) fn queue(&self, which: usize) -> Queue<'_> {
         let areas = &self.areas[which];
@@ -450,8 +459,14 @@ impl<'m> Guest<'m> {
     /// again; it keeps the call descriptor.
     pub(crate) fn reset_ring(&mut self, which: usize, entries: u16) {
         let frontend = self.frontend.take().expect("attached");
+        let stopped = frontend.get_vring_base(which as u32);
+        stopped.expect("the ring stops");
+        self.start_anew(frontend, which, entries);
+    }
+
+    /// The second half of that: the ring has stopped.
+    pub(crate) fn start_anew(&mut self, frontend: Frontend, which: usize, entries: u16) {
         let index = which as u32;
-        frontend.get_vring_base(index).expect("the ring stops");
         self.sizes[which] = entries;
         self.areas[which] = areas(self.ram, which, self.options, entries);
         self.rings[which] = ring(self.areas[which], self.options);
@@ -471,6 +486,18 @@ impl<'m> Guest<'m> {
         };
         start().expect("the ring starts again");
         self.frontend = Some(frontend);
+    }
+
+    /// Where a ring that was started and then used `chains` single buffers must be, as GET_VRING_BASE has it.
+    pub(crate) fn base_after(&self, which: usize, chains: u64) -> u32 {
+        if !self.options.packed {
+            return (chains % (1 << 16)) as u32;
+        }
+        // From slot 0 of the first lap, whose wrap counter is 1 (virtio 1.2 §2.8.1).
+        let size = u64::from(self.sizes[which]);
+        let lap = u32::from((chains / size).is_multiple_of(2));
+        let half = (chains % size) as u32 | lap << 15;
+        half << 16 | half
     }
 
     // ---- frames ----------------------------------------------------------------------------------
