@@ -273,6 +273,22 @@ impl<'t> Burst<'t> {
         self.windows.truncate(mark);
     }
 
+    /// Forgets all frames but those to `keep`, in their order. The buffers of the others stay until the burst is cleared.
+    #[cold]
+    pub fn retain(&mut self, mut keep: impl FnMut(&Frame<'t>) -> bool) {
+        let mut kept = 0;
+        for number in 0..self.count {
+            let frame = self.frames[number];
+            if keep(&frame) {
+                self.frames[kept] = frame;
+                kept += 1;
+            } else {
+                self.bytes -= frame.len;
+            }
+        }
+        self.count = kept;
+    }
+
     /// Copies a frame of another burst into this one; `false` if it does not fit.
     pub fn adopt(&mut self, from: &Burst<'t>, frame: &Frame<'t>) -> bool {
         let more = &from.windows[frame.more()];

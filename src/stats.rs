@@ -65,7 +65,7 @@ drop_reasons! {
     RxShortFrame = "rx_short_frame", Rx;
     /// Longer than the switch takes from any guest.
     RxTooLong = "rx_too_long", Rx;
-    /// The sender's memory could not be read, because its file was truncated.
+    /// The sender's memory could not be read: its file was truncated, or its file system is full.
     RxMemoryFault = "rx_memory_fault", Rx;
     /// Multicast, broadcast or zero source address.
     RxBadSource = "rx_bad_source", Rx;
@@ -87,7 +87,7 @@ drop_reasons! {
     EgressNotReady = "egress_not_ready", Tx;
     /// The receive queue's ring is impossible; nothing is delivered into it until its next start.
     EgressRingBroken = "egress_ring_broken", Tx;
-    /// The receiver's memory could not be written, because its file was truncated.
+    /// The receiver's memory could not be written: its file was truncated, or its file system is full.
     EgressMemoryFault = "egress_memory_fault", Tx;
 }
 

@@ -417,46 +417,6 @@ fn ports_come_and_go_a_hundred_times_under_traffic() {
 // ---- hostile frontends -------------------------------------------------------------------------------
 
 #[test]
-fn guest_memory_that_is_truncated_costs_its_port_only() {
-    let mut daemon = daemon();
-    let bystanders = bystanders(&daemon);
-    let sink_ram = Ram::new(GuestOptions::default());
-    let mut sink = Guest::new(&sink_ram);
-    sink.attach(&daemon.sockets()[SINK]);
-    let ram = Ram::new(GuestOptions::cloud_hypervisor());
-    let mut guest = Guest::new(&ram);
-    guest.attach(&daemon.sockets()[VICTIM]);
-    wait_for("a frame of the victim", || {
-        guest.try_send(&frame(mac(4), mac(3), 1, 100));
-        answer(&mut sink) == Some(1)
-    });
-    // From here on this process must not touch that memory either.
-    ram.memory.file().set_len(0).unwrap();
-    let mut number = 0;
-    wait_for("the session to be cut off", || {
-        number += 1;
-        sink.try_send(&frame(mac(3), mac(4), number, 300));
-        guest.is_cut_off()
-    });
-    wait_for("the reason", || reason(&daemon, "p2").contains("truncated"));
-    daemon.assert_logged("truncated");
-    assert_eq!(state(&daemon, "p2"), "waiting");
-    daemon.assert_alive();
-    bystanders.go_on(100);
-    // A frontend whose memory is whole is served again.
-    let whole_ram = Ram::new(GuestOptions::default());
-    let mut whole = Guest::new(&whole_ram);
-    whole.attach(&daemon.sockets()[VICTIM]);
-    wait_for("a frame after the recovery", || {
-        whole.try_send(&frame(mac(4), mac(3), 2, 100));
-        answer(&mut sink) == Some(2)
-    });
-    bystanders.finish();
-    drop((guest, whole, sink));
-    daemon.stop();
-}
-
-#[test]
 fn a_call_descriptor_that_blocks_stops_nobody() {
     let mut daemon = daemon();
     let bystanders = bystanders(&daemon);

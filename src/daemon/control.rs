@@ -23,7 +23,7 @@ use crate::config::Rebalance;
 use crate::stats::Histogram;
 use crate::sys::signal::{Signal, Signals};
 use crate::sys::wake::Wake;
-use crate::vhost_user::RingRecords;
+use crate::vhost_user::{MEMORY_LOST, RingRecords};
 
 /// Time between two attempts to reach a frontend that listens.
 const RECONNECT: Duration = Duration::from_millis(100);
@@ -238,13 +238,12 @@ impl Control {
                 .as_ref()
                 .is_some_and(|device| device.memory.faulted())
             {
-                let lost = "guest memory was truncated by its owner; the session is cut off";
-                if record.reported_state.as_deref() != Some(lost) {
+                if record.reported_state.as_deref() != Some(MEMORY_LOST) {
                     self.report
-                        .port(&record.shared, EventKind::RingBroken, lost);
-                    record.reported_state = Some(lost.to_string());
+                        .port(&record.shared, EventKind::RingBroken, MEMORY_LOST);
+                    record.reported_state = Some(MEMORY_LOST.to_string());
                 }
-                session.cut_off = Some(lost);
+                session.cut_off = Some(MEMORY_LOST);
                 session.stopper.stop();
             }
         }

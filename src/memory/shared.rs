@@ -31,6 +31,11 @@ impl SharedMemory {
         if sealed {
             rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
         }
+        SharedMemory::of(file, len)
+    }
+
+    /// The first `len` bytes of a file in memory.
+    pub fn of(file: File, len: usize) -> io::Result<Self> {
         let file = Arc::new(file);
         let region = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&file), 0), len)
             .map_err(io::Error::other)?;

@@ -144,10 +144,7 @@ impl<'t, 'p> Pass<'t, 'p> {
         if queue.position() == start {
             return false;
         }
-        // The pages may have gone while we read them (the file was truncated): zeros came instead.
-        if self.context().faulted(ingress) {
-            self.lose((count, mark), DropReason::RxMemoryFault);
-        } else if !ingress.enabled {
+        if !ingress.enabled {
             self.lose((count, mark), DropReason::RxDisabledQueue);
         }
         let frames = self.burst.frames().len() - count;
@@ -205,6 +202,24 @@ impl<'t, 'p> Pass<'t, 'p> {
         self.burst.cut(count, mark);
     }
 
+    /// Senders' pages may have gone while descriptors and heads were read (the file was truncated): zeros came instead.
+    /// Returns whether frames of others are left.
+    #[cold]
+    #[inline(never)]
+    fn lose_faulted(&mut self) -> bool {
+        let context = &self.delivery.context;
+        self.burst.retain(|frame| {
+            let faulted = context.faulted(context.ingress(frame.ingress));
+            if faulted {
+                let (position, len) = (frame.position, frame.len);
+                let lost = Lost::Unread { position, len };
+                context.drop_taken(frame.ingress, DropReason::RxMemoryFault, lost);
+            }
+            !faulted
+        });
+        !self.burst.frames().is_empty()
+    }
+
     /// Decides and delivers the burst, and completes what is published.
     #[inline(always)]
     fn forward(&mut self, now_s: u32) {
@@ -212,12 +227,14 @@ impl<'t, 'p> Pass<'t, 'p> {
             return;
         }
         self.burst.load_heads();
-        let mut egress = [NOWHERE; BURST_FRAMES];
-        let flooding = match &self.context().tap {
-            None => self.decide::<false>(&mut egress, now_s),
-            Some(_) => self.decide_watched(&mut egress, now_s),
-        };
-        self.delivery.dispatch(&self.burst, &egress, flooding);
+        if !self.context().faults.is_outdated() || self.lose_faulted() {
+            let mut egress = [NOWHERE; BURST_FRAMES];
+            let flooding = match &self.context().tap {
+                None => self.decide::<false>(&mut egress, now_s),
+                Some(_) => self.decide_watched(&mut egress, now_s),
+            };
+            self.delivery.dispatch(&self.burst, &egress, flooding);
+        }
         for number in self.sources.drain(..) {
             self.delivery.complete(number);
         }

@@ -8,6 +8,10 @@ use super::DeviceSink;
 use super::ring::Refusal;
 use crate::virtio::Broken;
 
+/// Why a port does not work whose guest's memory went away under us.
+pub const MEMORY_LOST: &str =
+    "guest memory is lost: its file was truncated, or its file system is full";
+
 /// A ring by its vring index: receiveq `2n`, transmitq `2n + 1` (virtio 1.2 §5.1.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingName(pub u16);
@@ -52,7 +56,7 @@ pub enum SessionEvent {
         /// Their size.
         bytes: u64,
     },
-    /// The guest's memory was truncated under us; it is served no further.
+    /// The guest's memory went away under us; it is served no further.
     MemoryLost,
     /// A ring started.
     RingStarted {
@@ -139,7 +143,7 @@ impl fmt::Display for SessionEvent {
                     bytes >> 20
                 )
             }
-            SessionEvent::MemoryLost => f.write_str("guest memory was truncated by its owner"),
+            SessionEvent::MemoryLost => f.write_str(MEMORY_LOST),
             SessionEvent::RingStarted {
                 ring,
                 size,

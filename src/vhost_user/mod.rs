@@ -35,7 +35,7 @@ mod status;
 use std::sync::Arc;
 
 pub use error::{SessionEnd, SessionError};
-pub use event::{RingName, SessionEvent};
+pub use event::{MEMORY_LOST, RingName, SessionEvent};
 pub use options::{OFFERED_FEATURES, RING_RESET, SUPPORTED_FEATURES, SessionOptions};
 pub use records::{RecordError, RingRecords};
 pub use ring::Refusal;

@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::event::RingName;
+use super::event::{MEMORY_LOST, RingName};
 use super::ring::{Refusal, Running};
 use crate::memory::FaultMark;
 use crate::virtio::Broken;
@@ -164,8 +164,7 @@ impl Inner {
             return format!("session ended: {reason}");
         }
         if self.faulted() {
-            return "guest memory was truncated by its owner; not served until it reconnects"
-                .into();
+            return format!("{MEMORY_LOST}; not served until it reconnects");
         }
         if let (0, Some(error)) = (self.bytes, &self.memory_error) {
             return error.clone();

@@ -32,7 +32,7 @@ const NUM_BUFFERS: usize = 10;
 /// Bytes of a transmit buffer: a jumbo frame and its header.
 const TRANSMIT_LEN: usize = 10_240;
 /// Bytes set aside for each ring.
-const RING_SPACE: usize = 64 * 1024;
+pub(crate) const RING_SPACE: usize = 64 * 1024;
 /// For a backend's answer; generous, because tests share their CPUs.
 const ANSWER: Duration = Duration::from_secs(10);
 
@@ -132,13 +132,20 @@ pub(crate) struct Ram {
 
 impl Ram {
     pub(crate) fn new(options: GuestOptions) -> Ram {
+        let memory = SharedMemory::create(Ram::len(&options), options.sealed);
+        Ram::of(memory.expect("shared memory"), options)
+    }
+
+    /// The same in memory of one's own, of [`Ram::len`] bytes.
+    pub(crate) fn of(memory: SharedMemory, options: GuestOptions) -> Ram {
+        Ram { memory, options }
+    }
+
+    /// Bytes of such a guest: first the rings, then the buffers.
+    pub(crate) fn len(options: &GuestOptions) -> usize {
         let entries = usize::from(options.entries);
         let len = 2 * RING_SPACE + entries * (options.receive_len + TRANSMIT_LEN);
-        let memory = SharedMemory::create(len.next_multiple_of(4096), options.sealed);
-        Ram {
-            memory: memory.expect("shared memory"),
-            options,
-        }
+        len.next_multiple_of(4096)
     }
 
     fn buffer(&self, which: usize, token: u32) -> (usize, usize) {
