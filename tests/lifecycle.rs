@@ -59,13 +59,6 @@ fn state(daemon: &Daemon, port: &str) -> String {
     daemon.port(port)["state"].as_str().unwrap().to_string()
 }
 
-fn reason(daemon: &Daemon, port: &str) -> String {
-    daemon.port(port)["reason"]
-        .as_str()
-        .unwrap_or_default()
-        .to_string()
-}
-
 /// xorshift64: enough for moments of death.
 struct Random(u64);
 
@@ -416,8 +409,8 @@ fn ports_come_and_go_a_hundred_times_under_traffic() {
 
 // ---- hostile frontends -------------------------------------------------------------------------------
 
-#[test]
-fn a_call_descriptor_that_blocks_stops_nobody() {
+/// Calls block from the start, or from the middle of the traffic on.
+fn calls_that_block(from_the_start: bool) {
     let mut daemon = daemon();
     let bystanders = bystanders(&daemon);
     let sink_ram = Ram::new(GuestOptions::default());
@@ -430,10 +423,15 @@ fn a_call_descriptor_that_blocks_stops_nobody() {
         ..GuestOptions::default()
     });
     let mut guest = Guest::new(&ram);
-    guest.block_calls();
+    if from_the_start {
+        guest.block_calls();
+    }
     guest.attach(&daemon.sockets()[VICTIM]);
     // Each of these wants a call.
     for number in 0..200 {
+        if number == 50 && !from_the_start {
+            guest.block_calls();
+        }
         let mut came = false;
         wait_for("a frame over the port with the full call", || {
             came |= guest.try_send(&frame(mac(4), mac(3), number, 100));
@@ -448,6 +446,12 @@ fn a_call_descriptor_that_blocks_stops_nobody() {
     bystanders.finish();
     drop(sink);
     daemon.stop();
+}
+
+#[test]
+fn a_call_descriptor_that_blocks_stops_nobody() {
+    calls_that_block(true);
+    calls_that_block(false);
 }
 
 #[test]

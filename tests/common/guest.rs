@@ -6,6 +6,7 @@
 //! cloud-hypervisor the available index.
 
 use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use pollux::bench::frontend::{
 use pollux::memory::{SharedMemory, Window};
 use pollux::virtio::RingFeatures;
 use pollux::virtio::driver::{Buffer, DriverRing, RingAreas, RingLayout, Used};
+use rustix::fs::OFlags;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::pause;
@@ -180,6 +182,17 @@ fn ring(areas: RingAreas<'_>, options: GuestOptions) -> DriverRing<'_> {
         ring.suppress_calls();
     }
     ring
+}
+
+/// Clears O_NONBLOCK for all who hold this eventfd.
+#[allow(
+    unsafe_code,
+    reason = "an EventFd lends its descriptor only as a number"
+)]
+fn forget_nonblock(event: &EventFd) {
+    // SAFETY: open for as long as `event` is borrowed.
+    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    rustix::fs::fcntl_setfl(fd, OFlags::RDWR).expect("flags of our own eventfd");
 }
 
 /// One guest.
@@ -429,14 +442,16 @@ impl<'m> Guest<'m> {
         }
     }
 
-    /// From the next attachment on, calls come to nothing: their eventfds are full, and without O_NONBLOCK, so that
-    /// whoever writes to one sleeps for ever.
-    pub(crate) fn block_calls(&mut self) {
-        self.calls = [(); 2].map(|()| {
-            let call = EventFd::new(0).expect("an eventfd");
-            call.write(u64::MAX - 1).expect("room for a count");
-            call
-        });
+    /// From now on calls come to nothing: their eventfds are full, and without O_NONBLOCK, so that whoever writes to one
+    /// sleeps for ever.
+    pub(crate) fn block_calls(&self) {
+        for call in &self.calls {
+            // The switch may write in between.
+            while call.write(u64::MAX - 1).is_err() {
+                let _ = call.read();
+            }
+            forget_nonblock(call);
+        }
     }
 
     /// Makes the device look at a ring whose memory was rewritten behind the driver's back.
