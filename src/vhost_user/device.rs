@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use super::error::SessionError;
 use super::event::{Reporter, RingName, SessionEvent};
-use super::options::{PROTOCOL, SessionOptions, has_enable, has_ring_reset, ring_features};
+use super::options::{PROTOCOL, SessionOptions, has_enable, ring_features};
 use super::ring::{Addresses, Running, Vring, size_possible};
 use super::status::{RingEntry, SessionStatus};
 use super::{DeviceSink, Gone};
@@ -370,9 +370,8 @@ impl DeviceState {
     pub(super) fn stop_ring(&mut self, index: u32) -> Result<u32, SessionError> {
         let name = self.ring(index)?.name;
         self.stop(|ring| ring.name == name)?;
-        // A frontend that passes the reset of one ring on starts it again without another call descriptor.
-        let resets = self.features.is_some_and(has_ring_reset);
-        let base = self.ring(index)?.halt(resets);
+        let features = self.features;
+        let base = self.ring(index)?.halt(features);
         self.handed_over.push(name);
         self.start(false);
         Ok(base)

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use super::event::RingName;
-use super::options::ring_features;
+use super::options::{has_ring_reset, ring_features};
 use crate::memory::{GuestMemory, PinnedWindow};
 use crate::port::{Receive, Transmit};
 use crate::sys::call::CallFd;
@@ -20,6 +20,11 @@ use crate::virtio::{
 
 /// Base of a packed ring that was never told one: slot 0, both wrap counters 1 (virtio 1.2 §2.8.1).
 const PACKED_START: u32 = 0x8000_8000;
+
+/// Where a ring stands that was never told a base.
+fn first_base(packed: bool) -> u32 {
+    if packed { PACKED_START } else { 0 }
+}
 
 /// Why a ring does not run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -192,13 +197,17 @@ impl Vring {
     }
 
     /// It stays stopped until the next kick descriptor comes. Returns where it stands.
-    pub(super) fn halt(&mut self, keeps_call: bool) -> u32 {
+    pub(super) fn halt(&mut self, features: Option<u64>) -> u32 {
         self.kicked = false;
         self.kick = None;
-        if !keeps_call {
+        // A frontend that passes the reset of one ring on starts it again without another call descriptor.
+        if !features.is_some_and(has_ring_reset) {
             self.call = None;
         }
-        self.asked = self.base.unwrap_or(0);
+        // A frontend saves the answer and restores it as it is: of a packed ring that never ran it must be a place in
+        // the first lap.
+        let packed = features.is_some_and(|features| ring_features(features).packed);
+        self.asked = self.base.unwrap_or(first_base(packed));
         self.asked
     }
 
@@ -225,9 +234,7 @@ impl Vring {
         let (descriptors, available, used) = addresses
             .places(memory, size, features)
             .ok_or(Refusal::NotMapped)?;
-        let base = self
-            .base
-            .unwrap_or(if features.packed { PACKED_START } else { 0 });
+        let base = self.base.unwrap_or(first_base(features.packed));
         let memory = Arc::clone(memory);
         Ok(RingSetup {
             size,
