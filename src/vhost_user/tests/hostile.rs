@@ -80,25 +80,34 @@ fn enable_takes_zero_and_one() {
 
 #[test]
 fn a_running_ring_is_not_changed() {
-    let peer = Peer::up();
-    let before = peer.pair(0).receive.unwrap().queue;
-    peer.send_ring(FrontendReq::SET_VRING_NUM, NEED_REPLY, 0, 128);
-    assert_eq!(peer.reply(), Some(1));
-    peer.send_ring(FrontendReq::SET_VRING_BASE, NEED_REPLY, 0, 9);
-    assert_eq!(peer.reply(), Some(1));
-    let far = VringConfigData {
-        used_ring_addr: USER + SIZE - 4,
-        ..Peer::addresses(0)
-    };
-    assert!(peer.frontend.set_vring_addr(0, &far).is_err());
-    assert!(Arc::ptr_eq(&before, &peer.pair(0).receive.unwrap().queue));
-    // A place that exists: the ring restarts there.
-    peer.frontend
-        .set_vring_addr(0, &Peer::addresses(4))
-        .unwrap();
-    assert!(!Arc::ptr_eq(&before, &peer.pair(0).receive.unwrap().queue));
-    drop(before);
-    peer.leave();
+    for packed in [false, true] {
+        let peer = Peer::up(packed);
+        let before = peer.pair(0).receive.unwrap().queue;
+        // Of these a packed ring could have any, were it not running.
+        for size in [128, 320, 3] {
+            peer.send_ring(FrontendReq::SET_VRING_NUM, NEED_REPLY, 0, size);
+            assert_eq!(peer.reply(), Some(1), "packed: {packed}, {size}");
+        }
+        peer.send_ring(FrontendReq::SET_VRING_BASE, NEED_REPLY, 0, 9);
+        assert_eq!(peer.reply(), Some(1));
+        let far = VringConfigData {
+            used_ring_addr: USER + SIZE - 4,
+            desc_table_addr: USER + SIZE - 16,
+            ..Peer::addresses(0)
+        };
+        assert!(peer.frontend.set_vring_addr(0, &far).is_err());
+        assert!(Arc::ptr_eq(&before, &peer.pair(0).receive.unwrap().queue));
+        assert_eq!(peer.status.snapshot().rings[0].size, Some(ENTRIES));
+        // A place that exists: the ring restarts there, where it stood.
+        peer.frontend
+            .set_vring_addr(0, &Peer::addresses(4))
+            .unwrap();
+        assert!(!Arc::ptr_eq(&before, &peer.pair(0).receive.unwrap().queue));
+        drop(before);
+        let stands = peer.frontend.get_vring_base(0).unwrap();
+        assert_eq!(stands, base_at(packed, 0));
+        peer.leave();
+    }
 }
 
 #[test]
@@ -126,10 +135,20 @@ fn features_that_were_not_offered() {
 
 #[test]
 fn ring_features_do_not_change_under_a_ring() {
-    let peer = Peer::up();
-    let without = OFFERED_FEATURES & !(1 << 29);
-    peer.send(FrontendReq::SET_FEATURES as u32, 0, &without.to_ne_bytes());
-    assert!(peer.refused().contains("while rings run"));
+    for packed in [false, true] {
+        // The event index, and the kind of ring itself.
+        for bit in [1 << 29, PACKED] {
+            let peer = Peer::up(packed);
+            let changed = peer.status.snapshot().features.unwrap() ^ bit;
+            peer.send(
+                FrontendReq::SET_FEATURES as u32,
+                NEED_REPLY,
+                &changed.to_ne_bytes(),
+            );
+            assert_eq!(peer.reply(), Some(1), "packed: {packed}, {bit:#x}");
+            assert!(peer.refused().contains("while rings run"));
+        }
+    }
 }
 
 #[test]
@@ -354,7 +373,7 @@ fn replies_that_nobody_reads() {
 
 #[test]
 fn an_impossible_ring_is_shown() {
-    let peer = Peer::up();
+    let peer = Peer::up(false);
     peer.poke(1, AVAILABLE + 2, 1000);
     let queue = peer.pair(0).transmit.unwrap().queue;
     queue.available_to();
@@ -388,13 +407,24 @@ fn a_flood_of_refusals_does_not_fill_the_log() {
 
 #[test]
 fn enable_in_a_loop_leaves_nothing_behind() {
-    let peer = Peer::up();
-    for turn in 0..2000_u32 {
-        peer.send_ring(FrontendReq::SET_VRING_ENABLE, NEED_REPLY, 0, turn % 2);
-        assert_eq!(peer.reply(), Some(0));
+    for packed in [false, true] {
+        let peer = Peer::up(packed);
+        let before = peer.pair(0).receive.unwrap().queue;
+        for turn in 0..2000_u32 {
+            peer.send_ring(FrontendReq::SET_VRING_ENABLE, NEED_REPLY, 0, turn % 2);
+            assert_eq!(peer.reply(), Some(0));
+            // One post a change, and no ring starts again.
+            let posts = peer.sink.posts.load(Ordering::SeqCst);
+            assert!(
+                posts <= 8 + u64::from(turn),
+                "{posts} posts in {turn} turns"
+            );
+        }
+        let after = peer.pair(0).receive.unwrap();
+        assert!(after.enabled && Arc::ptr_eq(&before, &after.queue));
+        drop((before, after));
+        peer.leave();
     }
-    assert!(peer.started(0));
-    peer.leave();
 }
 
 #[test]

@@ -102,42 +102,33 @@ fn cloud_hypervisor_order() {
 /// Every message boundary of a whole life, with the descriptors counted afterwards.
 #[test]
 fn disconnect_at_every_boundary() {
-    let baseline = descriptors("vu-boundary");
-    for steps in 0.. {
-        let mut peer = Peer::new();
-        peer.memory = memfd::create("vu-boundary", 2 * SIZE).unwrap();
-        let id = {
-            let info = format!("/proc/self/fdinfo/{}", peer.calls[0].as_raw_fd());
-            let info = std::fs::read_to_string(info).unwrap();
-            info.lines()
-                .find(|line| line.starts_with("eventfd-id"))
-                .map(str::to_owned)
-        };
-        let ended = run_steps(&mut peer, steps);
-        let (memory, calls) = (
-            peer.memory.try_clone().unwrap(),
-            peer.calls[0].try_clone().unwrap(),
-        );
-        assert!(matches!(peer.leave(), SessionEnd::Disconnected));
-        if let Some(id) = id {
+    for (packed, name) in [(false, "vu-boundary-split"), (true, "vu-boundary-packed")] {
+        for steps in 0..=STEPS {
+            let mut peer = Peer::new();
+            peer.memory = memfd::create(name, 2 * SIZE).unwrap();
+            let id = id_of(&peer.calls[0]);
+            run_steps(&mut peer, packed, steps);
+            let (memory, calls) = (
+                peer.memory.try_clone().unwrap(),
+                peer.calls[0].try_clone().unwrap(),
+            );
+            assert!(matches!(peer.leave(), SessionEnd::Disconnected));
             // Ours only: what the peer held went with it.
-            assert_eq!(descriptors(&format!("{id}\n")), 1);
-        }
-        drop((memory, calls));
-        assert_eq!(descriptors("vu-boundary"), baseline);
-        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        assert!(!maps.contains("vu-boundary"));
-        if ended {
-            return;
+            assert_eq!(descriptors(&id), 1);
+            drop((memory, calls));
+            assert_eq!((descriptors(name), mappings(name)), (0, 0));
         }
     }
 }
 
-/// Does the first `steps` messages of a life; true if that was all of it.
-fn run_steps(peer: &mut Peer, steps: usize) -> bool {
-    let features = OFFERED_FEATURES;
-    let all: [&dyn Fn(&mut Peer); 15] = [
-        &|p| assert_eq!(p.frontend.get_features().unwrap(), features),
+const STEPS: usize = 15;
+
+/// Does the first `steps` messages of a life.
+fn run_steps(peer: &mut Peer, packed: bool, steps: usize) {
+    let features = OFFERED_FEATURES & if packed { u64::MAX } else { !PACKED };
+    let base = base_at(packed, 0);
+    let all: [&dyn Fn(&mut Peer); STEPS] = [
+        &|p| assert_eq!(p.frontend.get_features().unwrap(), OFFERED_FEATURES),
         &|p| {
             assert!(
                 p.frontend
@@ -158,86 +149,122 @@ fn run_steps(peer: &mut Peer, steps: usize) -> bool {
         },
         &|p| p.share_memory(),
         &|p| p.frontend.set_vring_num(0, ENTRIES).unwrap(),
-        &|p| p.frontend.set_vring_base(0, 0).unwrap(),
+        &|p| p.send_ring(FrontendReq::SET_VRING_BASE, 0, 0, base),
         &|p| p.frontend.set_vring_addr(0, &Peer::addresses(0)).unwrap(),
         &|p| p.frontend.set_vring_call(0, &p.calls[0]).unwrap(),
         &|p| p.frontend.set_vring_kick(0, &p.calls[0]).unwrap(),
         &|p| p.frontend.set_vring_enable(0, true).unwrap(),
         &|p| p.share_memory(),
-        &|p| assert_eq!(base_of(0, p), 0),
-        &|p| p.start_ring(0, 0),
+        &|p| assert_eq!(base_of(0, p), base),
+        &|p| p.start_ring(0, base),
     ];
-    for step in &all[..steps.min(all.len())] {
+    for step in &all[..steps] {
         step(peer);
     }
-    steps >= all.len()
 }
 
 #[test]
 fn a_stopped_ring_stays_stopped_and_says_the_same_again() {
-    let peer = Peer::up();
-    let queue = peer.pair(0).transmit.unwrap().queue;
-    assert_eq!(base_of(1, &peer), queue.base());
-    assert!(!peer.started(1) && peer.started(0));
-    let status = peer.status.snapshot();
-    assert!(
-        status
-            .state
-            .contains("transmitq 0 not started: the driver has not started it")
-    );
-    assert_eq!(base_of(1, &peer), 0);
-    // The frontend sends everything again, with another base.
-    peer.poke(1, USED + 2, 3);
-    peer.start_ring(1, 3);
-    assert!(peer.started(1));
-    assert_eq!(peer.pair(0).transmit.unwrap().queue.base(), 3);
-    peer.leave();
+    for packed in [false, true] {
+        let peer = Peer::up(packed);
+        let start = base_at(packed, 0);
+        let queue = peer.pair(0).transmit.unwrap().queue;
+        assert_eq!((base_of(1, &peer), queue.base()), (start, start));
+        assert!(!peer.started(1) && peer.started(0));
+        let status = peer.status.snapshot();
+        assert!(
+            status
+                .state
+                .contains("transmitq 0 not started: the driver has not started it")
+        );
+        assert_eq!(base_of(1, &peer), start);
+        // The frontend sends everything again, with another base.
+        if !packed {
+            peer.poke(1, USED + 2, 3);
+        }
+        let base = base_at(packed, 3);
+        peer.start_ring(1, base);
+        assert!(peer.started(1));
+        assert_eq!(peer.pair(0).transmit.unwrap().queue.base(), base);
+        assert_eq!((base_of(1, &peer), base_of(1, &peer)), (base, base));
+        assert!(!peer.started(1));
+        peer.leave();
+    }
 }
 
 #[test]
 fn a_ring_never_set_up_answers_its_base() {
+    for packed in [false, true] {
+        let mut peer = Peer::new();
+        let features = peer.negotiate_kind(packed);
+        peer.frontend.set_features(features).unwrap();
+        // Where it would start: for a packed ring that is the first lap.
+        let start = base_at(packed, 0);
+        assert_eq!((base_of(0, &peer), base_of(0, &peer)), (start, start));
+        let told = base_at(packed, 77);
+        peer.send_ring(FrontendReq::SET_VRING_BASE, 0, 1, told);
+        assert_eq!((base_of(1, &peer), base_of(1, &peer)), (told, told));
+        // A frontend restores what it saved, and the ring starts there without a word.
+        peer.share_memory();
+        peer.start_ring(0, start);
+        assert!(peer.started(0) && !peer.said("not at the base"));
+        assert_eq!(base_of(0, &peer), start);
+        peer.leave();
+    }
+    // Before the features it may still be of either kind.
     let mut peer = Peer::new();
     peer.negotiate();
-    assert_eq!((base_of(0, &peer), base_of(0, &peer)), (0, 0));
-    peer.frontend.set_vring_base(1, 77).unwrap();
-    assert_eq!((base_of(1, &peer), base_of(1, &peer)), (77, 77));
+    assert_eq!(base_of(0, &peer), 0);
     peer.leave();
 }
 
 #[test]
 fn rings_move_over_to_new_memory_where_they_stood() {
-    let peer = Peer::up();
-    let before = peer.pair(0).receive.unwrap().queue;
-    let settled = peer.sink.settled.load(Ordering::SeqCst);
-    peer.frontend
-        .set_mem_table(&[peer.region(0, 0, 2 * SIZE)])
-        .unwrap();
-    assert!(peer.sink.settled.load(Ordering::SeqCst) > settled);
-    let after = peer.pair(0).receive.unwrap();
-    assert!(!Arc::ptr_eq(&before, &after.queue) && after.enabled && after.call.is_some());
-    assert_eq!(peer.device().unwrap().memory.len_bytes(), 2 * SIZE);
-    drop((before, after));
+    for packed in [false, true] {
+        let peer = Peer::up(packed);
+        // Not where every ring starts.
+        let stands = base_at(packed, 3);
+        for ring in 0..2 {
+            base_of(ring, &peer);
+            if !packed {
+                peer.poke(ring as u64, USED + 2, 3);
+            }
+            peer.start_ring(ring, stands);
+        }
+        let before = peer.pair(0).receive.unwrap().queue;
+        let settled = peer.sink.settled.load(Ordering::SeqCst);
+        peer.frontend
+            .set_mem_table(&[peer.region(0, 0, 2 * SIZE)])
+            .unwrap();
+        assert!(peer.sink.settled.load(Ordering::SeqCst) > settled);
+        let after = peer.pair(0).receive.unwrap();
+        assert!(!Arc::ptr_eq(&before, &after.queue) && after.enabled && after.call.is_some());
+        assert_eq!(after.queue.base(), stands);
+        assert_eq!(peer.device().unwrap().memory.len_bytes(), 2 * SIZE);
+        drop((before, after));
 
-    // A table in which the transmitq is not any more.
-    peer.frontend
-        .set_mem_table(&[peer.region(0, 0, RING)])
-        .unwrap();
-    assert!(peer.started(0) && !peer.started(1));
-    let state = peer.status.snapshot().state;
-    assert!(
-        state.contains("transmitq 0 not started: it lies outside of guest memory"),
-        "{state}"
-    );
-    // And back.
-    peer.share_memory();
-    assert!(peer.started(0) && peer.started(1));
-    assert_eq!(peer.status.snapshot().state, "running");
-    peer.leave();
+        // A table in which the transmitq is not any more.
+        peer.frontend
+            .set_mem_table(&[peer.region(0, 0, RING)])
+            .unwrap();
+        assert!(peer.started(0) && !peer.started(1));
+        let state = peer.status.snapshot().state;
+        assert!(
+            state.contains("transmitq 0 not started: it lies outside of guest memory"),
+            "{state}"
+        );
+        // And back.
+        peer.share_memory();
+        assert!(peer.started(0) && peer.started(1));
+        assert_eq!(peer.status.snapshot().state, "running");
+        assert_eq!((base_of(0, &peer), base_of(1, &peer)), (stands, stands));
+        peer.leave();
+    }
 }
 
 #[test]
 fn regions_come_and_go() {
-    let mut peer = Peer::up();
+    let mut peer = Peer::up(false);
     let extra = peer.region(4 * SIZE, SIZE, SIZE);
     peer.frontend.add_mem_region(&extra).unwrap();
     assert_eq!(peer.device().unwrap().memory.len_bytes(), 2 * SIZE);
@@ -253,28 +280,31 @@ fn regions_come_and_go() {
 
 #[test]
 fn what_does_not_concern_a_ring_leaves_it_alone() {
-    let mut peer = Peer::up();
-    let before = peer.pair(0);
-    peer.frontend.set_vring_call(0, &peer.calls[5]).unwrap();
-    peer.frontend
-        .set_vring_addr(0, &Peer::addresses(0))
-        .unwrap();
-    peer.frontend.set_vring_enable(0, false).unwrap();
-    assert!(peer.pair(0).receive.is_some_and(|ring| !ring.enabled));
-    peer.frontend.set_vring_enable(0, true).unwrap();
-    peer.frontend
-        .set_features(OFFERED_FEATURES & !PACKED)
-        .unwrap();
-    let after = peer.pair(0);
-    let (before, after) = (before.receive.unwrap(), after.receive.unwrap());
-    assert!(Arc::ptr_eq(&before.queue, &after.queue));
-    assert!(!Arc::ptr_eq(&before.call.unwrap(), &after.call.unwrap()));
-    peer.leave();
+    for packed in [false, true] {
+        let mut peer = Peer::up(packed);
+        let before = peer.pair(0);
+        peer.frontend.set_vring_call(0, &peer.calls[5]).unwrap();
+        peer.frontend
+            .set_vring_addr(0, &Peer::addresses(0))
+            .unwrap();
+        peer.frontend.set_vring_enable(0, false).unwrap();
+        assert!(peer.pair(0).receive.is_some_and(|ring| !ring.enabled));
+        peer.frontend.set_vring_enable(0, true).unwrap();
+        // VIRTIO_F_ANY_LAYOUT.
+        let changed = peer.status.snapshot().features.unwrap() ^ 1 << 27;
+        peer.frontend.set_features(changed).unwrap();
+        assert_eq!(peer.device().unwrap().features, changed);
+        let after = peer.pair(0);
+        let (before, after) = (before.receive.unwrap(), after.receive.unwrap());
+        assert!(Arc::ptr_eq(&before.queue, &after.queue));
+        assert!(!Arc::ptr_eq(&before.call.unwrap(), &after.call.unwrap()));
+        peer.leave();
+    }
 }
 
 #[test]
 fn reset_forgets_rings_and_keeps_memory() {
-    let mut peer = Peer::up();
+    let mut peer = Peer::up(false);
     peer.frontend.reset_device().unwrap();
     assert!(peer.device().is_none());
     let snapshot = peer.status.snapshot();
@@ -288,31 +318,36 @@ fn reset_forgets_rings_and_keeps_memory() {
 /// No descriptor means that both sides poll; without the protocol feature bit all rings are enabled.
 #[test]
 fn rings_without_descriptors_and_without_enable() {
-    let peer = Peer::new();
-    let features = peer.frontend.get_features().unwrap();
-    peer.frontend.set_features(features & !(1 << 30)).unwrap();
-    peer.share_memory();
-    peer.frontend.set_vring_num(0, ENTRIES).unwrap();
-    peer.frontend
-        .set_vring_addr(0, &Peer::addresses(0))
-        .unwrap();
-    peer.send(
-        FrontendReq::SET_VRING_KICK as u32,
-        0,
-        &0x100_u64.to_ne_bytes(),
-    );
-    assert_eq!(base_of_never(&peer), 0);
-    assert!(
-        peer.pair(0)
-            .receive
-            .is_some_and(|ring| ring.enabled && ring.call.is_none())
-    );
-    peer.leave();
-}
-
-/// A reply to wait for that changes nothing.
-fn base_of_never(peer: &Peer) -> u32 {
-    base_of(3, peer)
+    for packed in [false, true] {
+        let peer = Peer::new();
+        let kind = if packed { PACKED } else { 0 };
+        let features = peer.frontend.get_features().unwrap() & !PACKED | kind;
+        peer.frontend.set_features(features & !(1 << 30)).unwrap();
+        peer.share_memory();
+        for ring in 0..2 {
+            peer.frontend.set_vring_num(ring, ENTRIES).unwrap();
+            peer.frontend
+                .set_vring_addr(ring, &Peer::addresses(ring))
+                .unwrap();
+            peer.send(
+                FrontendReq::SET_VRING_KICK as u32,
+                0,
+                &(0x100 | ring as u64).to_ne_bytes(),
+            );
+        }
+        // A reply to wait for that changes nothing.
+        base_of(3, &peer);
+        let pair = peer.pair(0);
+        assert!(
+            pair.receive
+                .is_some_and(|ring| ring.enabled && ring.call.is_none())
+        );
+        assert!(
+            pair.transmit
+                .is_some_and(|ring| ring.enabled && ring.kick.is_none() && ring.call.is_none())
+        );
+        peer.leave();
+    }
 }
 
 #[test]
@@ -333,7 +368,7 @@ fn several_pairs_are_offered_with_mq() {
 
 #[test]
 fn more_queues_than_offered_are_told_so() {
-    let peer = Peer::up();
+    let peer = Peer::up(false);
     assert_eq!(OFFERED_FEATURES & (1 << 22), 0);
     assert_eq!(peer.queue_num(), Some(2));
     peer.start_ring(2, 0);
@@ -391,7 +426,7 @@ fn a_session_can_be_stopped_from_outside() {
 
 #[test]
 fn a_removed_port_ends_its_session() {
-    let peer = Peer::up();
+    let peer = Peer::up(false);
     peer.sink.gone.store(true, Ordering::SeqCst);
     assert!(peer.frontend.get_vring_base(0).is_err());
     assert!(matches!(peer.ended(), SessionEnd::PortGone));

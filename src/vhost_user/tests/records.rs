@@ -171,6 +171,35 @@ fn a_position_that_could_not_be_handed_over_is_kept() {
     peer.leave();
 }
 
+/// Descriptors and mappings by the name of their directory, which no other test has.
+#[test]
+fn rings_that_start_and_stop_again_and_again_leave_no_record_behind() {
+    let dir = dir();
+    let name = dir.path().to_str().unwrap().to_owned();
+    let files = || std::fs::read_dir(dir.path().join("rings")).unwrap().count();
+    let peer = Peer::up_with(options(dir.path()), true);
+    for turn in 0..500 {
+        for ring in 0..2 {
+            let stands = peer.frontend.get_vring_base(ring).unwrap();
+            assert_eq!(stands, base_at(true, turn % ENTRIES));
+            // Another place each time, so that no record is found again.
+            peer.start_ring(ring, base_at(true, (turn + 1) % ENTRIES));
+            assert!(peer.started(ring));
+        }
+        // A record and its mapping for each ring, no other file, and no descriptor.
+        assert_eq!((files(), mappings(&name), descriptors(&name)), (2, 2, 0));
+    }
+    for ring in 0..2 {
+        peer.frontend.get_vring_base(ring).unwrap();
+    }
+    // Behind the answer, and before the next one.
+    peer.queue_num();
+    assert_eq!((files(), mappings(&name)), (0, 0));
+    peer.start_ring(0, START);
+    peer.leave();
+    assert_eq!((files(), mappings(&name), descriptors(&name)), (1, 0, 0));
+}
+
 #[test]
 fn what_lies_in_the_way_is_replaced() {
     let dir = dir();

@@ -2,13 +2,8 @@
 
 use super::*;
 
-/// A peer that has come as far as its memory.
 fn with_memory(packed: bool) -> Peer {
-    let mut peer = Peer::new();
-    let features = peer.negotiate() | if packed { PACKED } else { 0 };
-    peer.frontend.set_features(features).unwrap();
-    peer.share_memory();
-    peer
+    Peer::with_memory(SessionOptions::new(1), packed)
 }
 
 fn refusal(peer: &Peer) -> String {
@@ -67,6 +62,9 @@ fn a_size_for_a_packed_ring_is_none_for_a_split_one() {
     peer.leave();
 }
 
+/// Bytes of a descriptor area.
+const DESCRIPTORS: u64 = 16 * ENTRIES as u64;
+
 /// Descriptors, available and used ring, from a ring's good addresses.
 type Misplace = fn(&mut VringConfigData);
 
@@ -79,6 +77,10 @@ fn rings_that_are_misplaced_do_not_start() {
         (|at| at.desc_table_addr = 0x1000, OUTSIDE),
         (|at| at.avail_ring_addr = USER + 4 * SIZE, OUTSIDE),
         (|at| at.desc_table_addr = USER + 2 * SIZE - 16, OUTSIDE),
+        (
+            |at| at.desc_table_addr = USER + 2 * SIZE - DESCRIPTORS + 16,
+            OUTSIDE,
+        ),
         (|at| at.used_ring_addr = USER + 2 * SIZE, OUTSIDE),
         // Across two regions that touch, in addresses of the frontend as in the guest's.
         (|at| at.desc_table_addr = USER + SIZE - 16, OUTSIDE),
@@ -114,7 +116,7 @@ fn rings_that_are_misplaced_do_not_start() {
             // Addresses before memory, and behind it.
             for early in [false, true] {
                 let mut peer = Peer::new();
-                let features = peer.negotiate() | if packed { PACKED } else { 0 };
+                let features = peer.negotiate_kind(packed);
                 peer.frontend.set_features(features).unwrap();
                 peer.frontend.set_vring_num(0, ENTRIES).unwrap();
                 peer.frontend.set_vring_kick(0, &peer.calls[0]).unwrap();
@@ -139,6 +141,49 @@ fn rings_that_are_misplaced_do_not_start() {
                 assert!(peer.started(0), "after {what}");
                 peer.leave();
             }
+        }
+    }
+}
+
+#[test]
+fn rings_may_end_where_their_region_ends() {
+    // With the event indexes behind the last entries, as they are negotiated; packed rings have but four bytes.
+    for (packed, available, used) in [(false, 6 + 2 * 256, 6 + 8 * 256), (true, 4, 4)] {
+        let places: [&dyn Fn(&mut VringConfigData); 3] = [
+            &|at| at.desc_table_addr = USER + SIZE - DESCRIPTORS,
+            &|at| at.avail_ring_addr = USER + SIZE - available,
+            // The next place that is aligned.
+            &|at| at.used_ring_addr = (USER + SIZE - used) & !3,
+        ];
+        for place in places {
+            let peer = with_memory(packed);
+            let mut at = Peer::addresses(0);
+            place(&mut at);
+            peer.frontend.set_vring_num(0, ENTRIES).unwrap();
+            peer.frontend.set_vring_addr(0, &at).unwrap();
+            peer.frontend.set_vring_kick(0, &peer.calls[0]).unwrap();
+            assert!(peer.started(0), "packed: {packed}");
+            peer.leave();
+        }
+    }
+}
+
+#[test]
+fn a_packed_ring_whose_base_is_behind_its_end_does_not_start() {
+    for slot in [ENTRIES, ENTRIES + 1, 0x7fff] {
+        // In either lap.
+        for base in [base_at(true, slot), base_at(true, slot) & !0x8000_8000] {
+            let peer = with_memory(true);
+            peer.start_ring(0, base);
+            let state = refusal(&peer);
+            assert!(!peer.started(0), "{base:#x}");
+            let why = format!("ring base {base:#x} is outside the ring");
+            assert!(state.contains(&why), "{state}");
+            // It is nowhere else either.
+            assert_eq!(peer.frontend.get_vring_base(0).unwrap(), base);
+            peer.start_ring(0, base_at(true, ENTRIES - 1));
+            assert!(peer.started(0));
+            peer.leave();
         }
     }
 }
@@ -176,16 +221,19 @@ fn orders(of: &[usize]) -> Vec<Vec<usize>> {
 
 #[test]
 fn set_up_messages_may_come_in_any_order() {
-    for (turn, order) in orders(&[0, 1, 2, 3, 4, 5]).into_iter().enumerate() {
-        let packed = turn % 2 == 1;
+    let orders = orders(&[0, 1, 2, 3, 4, 5]).into_iter().enumerate();
+    for (packed, (turn, order)) in orders.flat_map(|order| [(false, order.clone()), (true, order)])
+    {
         let mut peer = Peer::new();
-        let features = peer.negotiate() | if packed { PACKED } else { 0 };
-        if turn % 4 < 2 {
+        let features = peer.negotiate_kind(packed);
+        if turn % 2 == 0 {
             peer.send_ring(FrontendReq::SET_VRING_ENABLE, NEED_REPLY, 0, 1);
             assert_eq!(peer.reply(), Some(0));
         }
-        peer.poke(0, USED + 2, 3);
-        let base = if packed { 0x8003_8003 } else { 3 };
+        if !packed {
+            peer.poke(0, USED + 2, 3);
+        }
+        let base = base_at(packed, 3);
         // A ring starts without a base, too; behind the start it comes too late.
         let late = order[5] == 4;
         for (at, step) in order.iter().enumerate() {
@@ -205,48 +253,48 @@ fn set_up_messages_may_come_in_any_order() {
                 _ => peer.frontend.set_vring_kick(0, &peer.calls[8]).unwrap(),
             }
         }
-        assert!(peer.started(0), "{order:?}");
+        assert!(peer.started(0), "packed: {packed}, {order:?}");
+        let ring = peer.pair(0).receive.unwrap();
+        assert_eq!(ring.enabled, turn % 2 == 0);
+        drop(ring);
         let expected = if packed && late { 0x8000_8000 } else { base };
         let found = peer.frontend.get_vring_base(0).unwrap();
-        assert_eq!(found, expected, "{order:?}");
+        assert_eq!(found, expected, "packed: {packed}, {order:?}");
         peer.leave();
     }
 }
 
 #[test]
 fn messages_that_are_repeated_leave_nothing_behind() {
-    let mut peer = Peer::new();
-    peer.memory = memfd::create("vu-again", 2 * SIZE).unwrap();
-    let features = peer.negotiate();
-    for turn in 0..1000_u16 {
-        peer.frontend.set_owner().unwrap();
-        peer.frontend.set_features(features).unwrap();
-        peer.frontend.set_vring_num(0, 1 << (turn % 16)).unwrap();
-        peer.frontend.set_vring_base(0, turn).unwrap();
-        peer.share_memory();
-        for ring in 0..4 {
-            let call = &peer.calls[0];
-            peer.frontend.set_vring_call(ring, call).unwrap();
-            peer.frontend.set_vring_err(ring, call).unwrap();
+    for (packed, name) in [(false, "vu-again-split"), (true, "vu-again-packed")] {
+        let mut peer = Peer::new();
+        peer.memory = memfd::create(name, 2 * SIZE).unwrap();
+        let features = peer.negotiate_kind(packed);
+        for turn in 0..1000_u16 {
+            peer.frontend.set_owner().unwrap();
+            peer.frontend.set_features(features).unwrap();
+            let size = if packed { turn + 1 } else { 1 << (turn % 16) };
+            peer.frontend.set_vring_num(0, size).unwrap();
+            peer.send_ring(FrontendReq::SET_VRING_BASE, NEED_REPLY, 0, turn.into());
+            assert_eq!(peer.reply(), Some(0));
+            peer.share_memory();
+            for ring in 0..4 {
+                let call = &peer.calls[0];
+                peer.frontend.set_vring_call(ring, call).unwrap();
+                peer.frontend.set_vring_err(ring, call).unwrap();
+            }
         }
+        // Ours alone; and of the call ours, and one a ring.
+        assert_eq!((descriptors(name), mappings(name)), (1, 1));
+        assert_eq!(descriptors(&id_of(&peer.calls[0])), 5);
+        for ring in 0..2 {
+            peer.start_ring(ring, base_at(packed, 0));
+            peer.frontend.set_vring_enable(ring, true).unwrap();
+            assert!(peer.started(ring));
+        }
+        peer.leave();
+        assert_eq!(mappings(name), 0);
     }
-    // Ours, and the one that the region keeps.
-    assert!(descriptors("vu-again") <= 2);
-    let info = format!("/proc/self/fdinfo/{}", peer.calls[0].as_raw_fd());
-    let info = std::fs::read_to_string(info).unwrap();
-    let id = info.lines().find(|line| line.starts_with("eventfd-id"));
-    if let Some(id) = id {
-        // Ours, and one a ring.
-        assert_eq!(descriptors(&format!("{id}\n")), 5);
-    }
-    peer.frontend.set_vring_num(0, ENTRIES).unwrap();
-    peer.frontend.set_vring_num(1, ENTRIES).unwrap();
-    for ring in 0..2 {
-        peer.start_ring(ring, 0);
-        peer.frontend.set_vring_enable(ring, true).unwrap();
-        assert!(peer.started(ring));
-    }
-    peer.leave();
 }
 
 #[test]
@@ -278,7 +326,7 @@ fn owners_come_late_twice_or_never() {
 
 #[test]
 fn protocol_features_may_be_set_again_and_shrink() {
-    let mut peer = Peer::up();
+    let mut peer = Peer::up(false);
     let all = peer.frontend.get_protocol_features().unwrap();
     for features in [all, Protocol::MQ | Protocol::REPLY_ACK, all] {
         peer.frontend.set_protocol_features(features).unwrap();
