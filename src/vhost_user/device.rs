@@ -363,6 +363,8 @@ impl DeviceState {
         }
         ring.base = Some(base);
         ring.asked = base;
+        // Its last base may have been what kept it from starting.
+        self.start(false);
         Ok(())
     }
 
