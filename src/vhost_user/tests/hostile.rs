@@ -153,100 +153,20 @@ fn ring_features_do_not_change_under_a_ring() {
 
 #[test]
 fn a_legacy_driver_is_served() {
+    // VIRTIO_F_NOTIFY_ON_EMPTY and VIRTIO_F_ANY_LAYOUT, which later versions of virtio do not name any more.
+    let legacy = 1 << 24 | 1 << 27;
     let mut peer = Peer::new();
+    peer.send(FrontendReq::GET_FEATURES as u32, 0, &[]);
+    assert_eq!(peer.reply().unwrap() & legacy, legacy);
     peer.negotiate();
-    peer.frontend.set_features(1 << 30).unwrap();
-    peer.share_memory();
-    peer.start_ring(0, 0);
-    assert!(peer.started(0));
-    peer.leave();
-}
-
-#[test]
-fn private_memory_is_named() {
-    let mut body = vec![1, 0, 0, 0, 0, 0, 0, 0];
-    for word in [0, SIZE, USER, 0] {
-        body.extend_from_slice(&word.to_ne_bytes());
+    for features in [1 << 30, 1 << 30 | legacy] {
+        peer.frontend.set_features(features).unwrap();
+        peer.share_memory();
+        peer.start_ring(0, 0);
+        assert!(peer.started(0));
+        assert_eq!(peer.device().unwrap().features, features);
+        peer.frontend.get_vring_base(0).unwrap();
     }
-    let mut peer = Peer::new();
-    peer.negotiate();
-    peer.send(FrontendReq::SET_MEM_TABLE as u32, NEED_REPLY, &body);
-    assert_eq!(peer.reply(), Some(1));
-    // The crate acknowledges before the session has noted why; it answers this one afterwards.
-    peer.queue_num();
-    let state = peer.status.snapshot().state;
-    assert!(state.starts_with("guest memory not shared"), "{state}");
-    assert!(state.contains("memory-backend-memfd,share=on") && state.contains("shared=on"));
-    // It may still do better.
-    peer.share_memory();
-    assert!(!peer.status.snapshot().state.contains("shared"));
-    peer.send(FrontendReq::SET_MEM_TABLE as u32, 0, &body);
-    assert!(peer.refused().contains("guest memory not shared"));
-}
-
-#[test]
-fn memory_that_is_no_memory() {
-    let mut peer = Peer::new();
-    peer.negotiate();
-    let pipe = std::io::pipe().unwrap().0;
-    for region in [
-        VhostUserMemoryRegionInfo {
-            mmap_handle: pipe.as_raw_fd(),
-            ..peer.region(0, 0, SIZE)
-        },
-        VhostUserMemoryRegionInfo {
-            userspace_addr: u64::MAX - 4096,
-            ..peer.region(0, 0, SIZE)
-        },
-        VhostUserMemoryRegionInfo {
-            memory_size: u64::MAX,
-            ..peer.region(0, 0, SIZE)
-        },
-        peer.region(0, 1, SIZE),
-        peer.region(0, SIZE, 2 * SIZE),
-        VhostUserMemoryRegionInfo {
-            guest_phys_addr: u64::MAX,
-            ..peer.region(0, 0, SIZE)
-        },
-    ] {
-        assert!(peer.frontend.add_mem_region(&region).is_err());
-    }
-    assert!(
-        peer.status
-            .snapshot()
-            .state
-            .starts_with("guest memory not usable")
-    );
-    peer.frontend
-        .add_mem_region(&peer.region(0, 0, SIZE))
-        .unwrap();
-    // Once for each queue pair, as old QEMU does; but not another region in its place.
-    let same = peer.region(0, 0, SIZE);
-    peer.frontend.add_mem_region(&same).unwrap();
-    let overlapping = VhostUserMemoryRegionInfo {
-        userspace_addr: same.userspace_addr + 4096,
-        ..same
-    };
-    assert!(peer.frontend.add_mem_region(&overlapping).is_err());
-    peer.leave();
-}
-
-#[test]
-fn only_eventfds_are_taken() {
-    let mut peer = Peer::new();
-    peer.negotiate();
-    let (reader, _writer) = std::io::pipe().unwrap();
-    // The crate's frontend sends only its eventfd type, so one is turned into a pipe.
-    let disguised = EventFd::new(0).unwrap();
-    let number = disguised.as_raw_fd();
-    assert_eq!(
-        crate::sys::eventfd::dup_over(reader.as_raw_fd(), number),
-        number
-    );
-    assert!(peer.frontend.set_vring_call(0, &disguised).is_err());
-    assert!(peer.frontend.set_vring_kick(0, &disguised).is_err());
-    assert!(peer.frontend.set_vring_err(0, &disguised).is_ok());
-    assert!(peer.said("only eventfds are taken"));
     peer.leave();
 }
 
@@ -282,6 +202,67 @@ fn unknown_requests() {
         let peer = Peer::new();
         peer.send(request, NEED_REPLY, &[0; 8]);
         assert!(peer.refused().contains("is not supported"));
+    }
+}
+
+#[test]
+fn a_configuration_space_is_not_offered_and_not_answered() {
+    let mut peer = Peer::new();
+    peer.negotiate();
+    let offered = peer.frontend.get_protocol_features().unwrap();
+    assert!(!offered.contains(Protocol::CONFIG));
+    // Nor does it help to negotiate it all the same.
+    peer.send(
+        FrontendReq::SET_PROTOCOL_FEATURES as u32,
+        NEED_REPLY,
+        &(offered | Protocol::CONFIG).bits().to_ne_bytes(),
+    );
+    assert_eq!(peer.reply(), Some(1));
+    assert!(peer.refused().contains("features 0x"));
+    // In the space, empty, too long, across its end, and far behind it; of which no bytes may come back.
+    for (offset, size) in [(0, 12), (0, 0), (0, 257), (8, 12), (u32::MAX, 256)] {
+        for request in [FrontendReq::GET_CONFIG, FrontendReq::SET_CONFIG] {
+            let mut peer = Peer::new();
+            peer.negotiate();
+            let mut body = [offset, size, 0].map(u32::to_ne_bytes).concat();
+            body.resize(body.len() + size as usize, 0xff);
+            peer.send(request as u32, NEED_REPLY, &body);
+            assert_eq!(peer.reply(), None, "{request:?} {offset} {size}");
+            let why = format!("{request:?}: inactive protocol operation");
+            assert!(peer.refused().contains(&why), "{request:?}");
+        }
+    }
+}
+
+#[test]
+fn an_acknowledgement_that_was_not_negotiated_does_not_come() {
+    for protocol in [None, Some(Protocol::MQ | Protocol::CONFIGURE_MEM_SLOTS)] {
+        let mut peer = Peer::new();
+        peer.frontend.get_features().unwrap();
+        if let Some(protocol) = protocol {
+            peer.frontend.get_protocol_features().unwrap();
+            peer.frontend.set_protocol_features(protocol).unwrap();
+        }
+        let features = OFFERED_FEATURES & !PACKED;
+        // Those that the crate answers, and one that the session does.
+        peer.send(FrontendReq::SET_OWNER as u32, NEED_REPLY, &[]);
+        peer.send(
+            FrontendReq::SET_FEATURES as u32,
+            NEED_REPLY,
+            &features.to_ne_bytes(),
+        );
+        peer.send_ring(FrontendReq::SET_VRING_NUM, NEED_REPLY, 0, ENTRIES.into());
+        peer.send_ring(FrontendReq::SET_VRING_ENABLE, NEED_REPLY, 0, 1);
+        // The next answer is that of the next question.
+        peer.send(FrontendReq::GET_FEATURES as u32, NEED_REPLY, &[]);
+        assert_eq!(peer.reply(), Some(OFFERED_FEATURES));
+        let snapshot = peer.status.snapshot();
+        assert_eq!(snapshot.features, Some(features));
+        assert!(snapshot.rings[0].enabled && snapshot.rings[0].size == Some(ENTRIES));
+        // Neither for what is refused: that ends the session.
+        peer.send_ring(FrontendReq::SET_VRING_ENABLE, NEED_REPLY, 0, 2);
+        assert_eq!(peer.reply(), None);
+        assert!(peer.refused().contains("SET_VRING_ENABLE with value 2"));
     }
 }
 
@@ -425,51 +406,4 @@ fn enable_in_a_loop_leaves_nothing_behind() {
         drop((before, after));
         peer.leave();
     }
-}
-
-#[test]
-fn descriptors_where_none_belong() {
-    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-    let file = memfd::create("vu-stray", 8).unwrap();
-    let header = |request: u32, size: u32| [request, 1, size].map(u32::to_ne_bytes).concat();
-    let enable = [header(18, 8), vec![0; 8]].concat();
-    for (bytes, why) in [
-        // The crate refuses, the session refuses, nobody knows it.
-        (header(1, 0), "GET_FEATURES: invalid message"),
-        (enable, "SET_VRING_ENABLE is not supported"),
-        (header(99, 0), "request 99 is not supported"),
-    ] {
-        let peer = Peer::new();
-        peer.stream
-            .send_with_fd(&bytes[..], file.as_raw_fd())
-            .unwrap();
-        assert!(peer.refused().contains(why));
-    }
-    // Inside a header, and inside a body.
-    let peer = Peer::new();
-    peer.stream
-        .send_with_fd(&header(5, 8)[..3], file.as_raw_fd())
-        .unwrap();
-    (&peer.stream).write_all(&header(5, 8)[3..]).unwrap();
-    assert!(peer.refused().contains("split by file descriptors"));
-    let peer = Peer::new();
-    (&peer.stream).write_all(&header(2, 8)).unwrap();
-    peer.stream
-        .send_with_fd(&[0; 4][..], file.as_raw_fd())
-        .unwrap();
-    (&peer.stream).write_all(&[0; 4]).unwrap();
-    peer.refused();
-    // More than a message may have, and just as many as it may.
-    for (count, why) in [
-        (253, "more than 32 file descriptors"),
-        (33, "more than 32 file descriptors"),
-        (32, "invalid message"),
-    ] {
-        let peer = Peer::new();
-        let many = vec![file.as_raw_fd(); count];
-        let message = [header(5, 8), vec![0; 8]].concat();
-        peer.stream.send_with_fds(&[&message[..]], &many).unwrap();
-        assert!(peer.refused().contains(why), "{count}");
-    }
-    assert_eq!(descriptors("vu-stray"), 1);
 }

@@ -2,10 +2,6 @@
 
 use super::*;
 
-fn base_of(index: usize, peer: &Peer) -> u32 {
-    peer.frontend.get_vring_base(index).unwrap()
-}
-
 /// ENABLE, CALL and ERR come before everything else, some messages twice.
 #[test]
 fn qemu_order() {
@@ -215,66 +211,6 @@ fn a_ring_never_set_up_answers_its_base() {
     let mut peer = Peer::new();
     peer.negotiate();
     assert_eq!(base_of(0, &peer), 0);
-    peer.leave();
-}
-
-#[test]
-fn rings_move_over_to_new_memory_where_they_stood() {
-    for packed in [false, true] {
-        let peer = Peer::up(packed);
-        // Not where every ring starts.
-        let stands = base_at(packed, 3);
-        for ring in 0..2 {
-            base_of(ring, &peer);
-            if !packed {
-                peer.poke(ring as u64, USED + 2, 3);
-            }
-            peer.start_ring(ring, stands);
-        }
-        let before = peer.pair(0).receive.unwrap().queue;
-        let settled = peer.sink.settled.load(Ordering::SeqCst);
-        peer.frontend
-            .set_mem_table(&[peer.region(0, 0, 2 * SIZE)])
-            .unwrap();
-        assert!(peer.sink.settled.load(Ordering::SeqCst) > settled);
-        let after = peer.pair(0).receive.unwrap();
-        assert!(!Arc::ptr_eq(&before, &after.queue) && after.enabled && after.call.is_some());
-        assert_eq!(after.queue.base(), stands);
-        assert_eq!(peer.device().unwrap().memory.len_bytes(), 2 * SIZE);
-        drop((before, after));
-
-        // A table in which the transmitq is not any more.
-        peer.frontend
-            .set_mem_table(&[peer.region(0, 0, RING)])
-            .unwrap();
-        assert!(peer.started(0) && !peer.started(1));
-        let state = peer.status.snapshot().state;
-        assert!(
-            state.contains("transmitq 0 not started: it lies outside of guest memory"),
-            "{state}"
-        );
-        // And back.
-        peer.share_memory();
-        assert!(peer.started(0) && peer.started(1));
-        assert_eq!(peer.status.snapshot().state, "running");
-        assert_eq!((base_of(0, &peer), base_of(1, &peer)), (stands, stands));
-        peer.leave();
-    }
-}
-
-#[test]
-fn regions_come_and_go() {
-    let mut peer = Peer::up(false);
-    let extra = peer.region(4 * SIZE, SIZE, SIZE);
-    peer.frontend.add_mem_region(&extra).unwrap();
-    assert_eq!(peer.device().unwrap().memory.len_bytes(), 2 * SIZE);
-    peer.frontend.remove_mem_region(&extra).unwrap();
-    assert!(peer.started(0) && peer.started(1));
-    peer.frontend
-        .remove_mem_region(&peer.region(0, 0, SIZE))
-        .unwrap();
-    assert!(peer.device().is_none());
-    assert_eq!(peer.status.snapshot().memory_bytes, 0);
     peer.leave();
 }
 

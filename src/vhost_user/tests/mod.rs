@@ -1,13 +1,15 @@
 //! A scripted frontend on one end of a socket pair, a session with a test double behind it on the other.
 
+mod descriptors;
 mod hostile;
 mod life;
+mod memory;
 mod records;
 mod setup;
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -21,6 +23,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::session::serve_with;
 use super::*;
@@ -239,6 +242,13 @@ impl Peer {
         (&self.stream).write_all(&bytes).unwrap();
     }
 
+    /// A message with descriptors.
+    fn send_with(&self, request: FrontendReq, flags: u32, body: &[u8], files: &[RawFd]) {
+        let header = [request as u32, 1 | flags, body.len() as u32].map(u32::to_ne_bytes);
+        let bytes = [&header.concat(), body].concat();
+        self.stream.send_with_fds(&[&bytes[..]], files).unwrap();
+    }
+
     /// A message with ring index and number.
     fn send_ring(&self, request: FrontendReq, flags: u32, index: u32, number: u32) {
         let body = [index.to_ne_bytes(), number.to_ne_bytes()].concat();
@@ -301,8 +311,12 @@ fn base_at(packed: bool, slot: u16) -> u32 {
     }
 }
 
+fn base_of(index: usize, peer: &Peer) -> u32 {
+    peer.frontend.get_vring_base(index).unwrap()
+}
+
 /// What the kernel tells of an eventfd, in every descriptor of it and nowhere else.
-fn id_of(event: &EventFd) -> String {
+fn id_of(event: &impl AsRawFd) -> String {
     let info = format!("/proc/self/fdinfo/{}", event.as_raw_fd());
     let info = std::fs::read_to_string(info).unwrap();
     let id = info.lines().find(|line| line.starts_with("eventfd-id"));
@@ -315,16 +329,21 @@ fn mappings(text: &str) -> usize {
     maps.lines().filter(|line| line.contains(text)).count()
 }
 
-/// Descriptors of this process whose link or info contains a text.
-fn descriptors(text: &str) -> usize {
+/// What the kernel tells of each descriptor of this process whose link or info contains a text.
+fn descriptor_infos(text: &str) -> Vec<String> {
     std::fs::read_dir("/proc/self/fd")
         .unwrap()
         .flatten()
-        .filter(|entry| {
+        .filter_map(|entry| {
             let link = std::fs::read_link(entry.path()).unwrap_or_default();
             let info = format!("/proc/self/fdinfo/{}", entry.file_name().display());
-            link.to_string_lossy().contains(text)
-                || std::fs::read_to_string(info).is_ok_and(|info| info.contains(text))
+            let info = std::fs::read_to_string(info).unwrap_or_default();
+            (link.to_string_lossy().contains(text) || info.contains(text)).then_some(info)
         })
-        .count()
+        .collect()
+}
+
+/// How many there are of them.
+fn descriptors(text: &str) -> usize {
+    descriptor_infos(text).len()
 }

@@ -361,21 +361,6 @@ fn a_log_address_means_nothing_where_no_log_is_offered() {
 }
 
 #[test]
-fn descriptors_of_rings_that_are_none_are_refused() {
-    for request in [FrontendReq::SET_VRING_KICK, FrontendReq::SET_VRING_CALL] {
-        let mut peer = Peer::new();
-        peer.negotiate();
-        for index in [4_u64, 5, 0xff] {
-            // Bit 8: there is no descriptor.
-            peer.send(request as u32, NEED_REPLY, &(index | 1 << 8).to_ne_bytes());
-            assert_eq!(peer.reply(), Some(1), "{request:?} {index}");
-        }
-        assert!(peer.frontend.get_features().is_ok());
-        peer.leave();
-    }
-}
-
-#[test]
 fn a_split_base_is_counted_in_16_bits() {
     let peer = with_memory(false);
     peer.poke(0, USED + 2, 5);
