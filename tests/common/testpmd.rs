@@ -186,15 +186,20 @@ impl Testpmd {
         answer
     }
 
-    /// Whether the driver has chosen a vectorised path, for receiving or for sending.
-    pub(crate) fn is_vectorized(&self) -> bool {
+    /// Whether the driver has chosen vectorised paths to receive and to send, by its own words; the same on all ports.
+    pub(crate) fn vectorized(&self) -> [bool; 2] {
         let log = self.process.out.text() + &self.process.err.text();
-        let chosen: Vec<&str> = log
-            .lines()
-            .filter(|line| line.contains("virtio: using ") && line.contains(" path on port"))
-            .collect();
-        assert!(chosen.len() >= 4, "the driver names its paths: {log}");
-        chosen.iter().any(|line| line.contains("vectorized"))
+        ["Rx", "Tx"].map(|direction| {
+            let named = format!(" {direction} path on port");
+            let chosen = log
+                .lines()
+                .filter(|line| line.contains("virtio: using ") && line.contains(&named));
+            let mut vectors = chosen.map(|line| line.contains("vectorized"));
+            let first = vectors.next();
+            let first = first.unwrap_or_else(|| panic!("no{named}: {log}"));
+            assert!(vectors.all(|other| other == first), "{direction}: {log}");
+            first
+        })
     }
 
     /// `show port stats all`: for each port `RX-packets`, `RX-bytes`, `TX-errors`, ….

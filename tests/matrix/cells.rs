@@ -94,6 +94,26 @@ impl Cell {
         }
     }
 
+    /// Whether the driver takes a vectorised path to receive, and to send.
+    pub(crate) fn vectors(&self) -> [bool; 2] {
+        if !self.vectorized || self.refusal().is_some() {
+            [false; 2]
+        } else if self.packed {
+            [!self.mergeable, true]
+        } else {
+            [true, false]
+        }
+    }
+
+    /// What the driver does not do of this, in one direction only.
+    fn refused_in_part(&self) -> Option<&'static str> {
+        match self.vectors() {
+            [true, false] => Some("DPDK has no vectors to send into split rings"),
+            [false, true] => Some("DPDK has no vectors to receive into mergeable buffers"),
+            _ => None,
+        }
+    }
+
     /// The lengths that the driver can receive.
     pub(crate) fn sizes(&self) -> &'static [usize] {
         // Without mergeable buffers Linux posts room for 1518 bytes, whatever the MTU.
@@ -180,8 +200,8 @@ pub(crate) fn page() -> String {
         "# The matrix\n\n\
          Every way to attach that is tried, with frames of the lengths in the last column. In each cell every frame\n\
          must arrive once, unchanged and in order within its flow, every buffer must come back, and the counters of\n\
-         both sides must agree. A combination that the peer refuses is listed as such, and the test checks that it\n\
-         does. `tests/run --matrix` tries all cells and writes this page; every run of `tests/run` tries a cover of\n\
+         both sides must agree. A combination that the peer refuses, or refuses in one direction, is listed as such,\n\
+         and the test checks that it does. `tests/run --matrix` tries all cells and writes this page; every run of `tests/run` tries a cover of\n\
          all pairs. Do not edit.\n",
     );
     for driver in Driver::ALL {
@@ -202,12 +222,14 @@ fn row(cell: &Cell) -> String {
     let yes = |set: bool| if set { "yes" } else { "no" };
     let sizes = || {
         let sizes: Vec<String> = cell.sizes().iter().map(usize::to_string).collect();
-        let refused = if sizes.len() < SIZES.len() {
-            "; refused: 9000, more than Linux posts room for"
-        } else {
-            ""
-        };
-        sizes.join(", ") + refused
+        let mut said = sizes.join(", ");
+        if sizes.len() < SIZES.len() {
+            said += "; refused: 9000, more than Linux posts room for";
+        }
+        if let Some(part) = cell.refused_in_part() {
+            said += &format!("; refused in part: {part}");
+        }
+        said
     };
     let refused = |reason: &str| format!("refused: {reason}");
     format!(

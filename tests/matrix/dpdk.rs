@@ -55,8 +55,8 @@ fn journey(cell: &Cell) -> Journey {
 }
 
 fn attached(cell: &Cell, testpmd: &Testpmd, backend: &Backend) {
-    let vectors = cell.vectorized && cell.refusal().is_none();
-    assert_eq!(testpmd.is_vectorized(), vectors, "a vectorised path");
+    let vectors = testpmd.vectorized();
+    assert_eq!(vectors, cell.vectors(), "vectorised: receiving, sending");
     if let Backend::Pollux(daemon) = backend {
         for name in ["p0", "p1"] {
             assert_negotiated(cell, &daemon.port(name));
