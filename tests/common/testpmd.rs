@@ -202,6 +202,23 @@ impl Testpmd {
         })
     }
 
+    /// Closes all ports, and checks that every mbuf is free again: the rings gave back each once, or have it still, and
+    /// then the driver takes it out of them.
+    pub(crate) fn close_ports(&mut self) {
+        self.command("port stop all");
+        self.command("port close all");
+        let dump = self.command("dump_mempool");
+        let sum = |wanted: &[&str]| -> u64 {
+            let lines = dump.lines().filter_map(|line| line.trim().split_once('='));
+            let counts = lines.filter(|(name, _)| wanted.contains(name));
+            let counts: Vec<u64> = counts.map(|(_, count)| count.parse().unwrap()).collect();
+            assert!(!counts.is_empty(), "no {wanted:?} in {dump}");
+            counts.iter().sum()
+        };
+        let free = sum(&["common_pool_count", "total_cache_count"]);
+        assert_eq!(free, sum(&["populated_size"]), "free mbufs, all: {dump}");
+    }
+
     /// `show port stats all`: for each port `RX-packets`, `RX-bytes`, `TX-errors`, ….
     pub(crate) fn stats(&mut self) -> Vec<Counters> {
         per_port(

@@ -27,7 +27,10 @@ pub(crate) fn run(cell: &Cell) {
         ..LinuxOptions::default()
     };
     let linux = Linux::start(&daemon.dir().join("linux"), &daemon.sockets()[0], &options);
-    let ram = Ram::new(GuestOptions::default());
+    let ram = Ram::new(GuestOptions {
+        packed: cell.packed,
+        ..GuestOptions::default()
+    });
     let mut guest = Guest::new(&ram);
     guest.attach(&daemon.sockets()[1]);
     linux.configure();
