@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, Ram};
 use common::traffic::{Exchange, frame, mac};
-use common::{long, short_tempdir};
+use common::{long, memory_tempdir, short_tempdir};
 use pollux::bench::frontend::Frontend;
 use rustix::process::Signal;
 
@@ -127,10 +127,7 @@ fn silent_guests_cost_next_to_nothing_and_the_next_frame_arrives() {
 
 /// Three ports, and a directory for the state of their rings: in memory, which the directory of a test may not be.
 fn with_ring_state() -> (tempfile::TempDir, DaemonOptions) {
-    let state = tempfile::Builder::new()
-        .prefix("plx-")
-        .tempdir_in("/dev/shm")
-        .unwrap();
+    let state = memory_tempdir();
     let ring_state = ["--ring-state", state.path().to_str().unwrap()];
     let options = DaemonOptions {
         args: ring_state.map(str::to_string).to_vec(),

@@ -15,7 +15,7 @@ use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, Ram};
 use common::linux::{Echo, LIMIT, Linux, LinuxOptions, echo_request};
 use common::netboot::BootServer;
-use common::{long, pause, short_tempdir, wait_for_within};
+use common::{long, memory_tempdir, pause, short_tempdir, wait_for_within};
 use serde_json::Value;
 
 /// The port of Linux. It comes after the scripted guest's, which thus misses none of its frames.
@@ -37,8 +37,7 @@ struct Scene<'m> {
 
 impl<'m> Scene<'m> {
     fn new(ram: &'m Ram) -> Scene<'m> {
-        let state = tempfile::Builder::new();
-        let state = { state }.prefix("plx-").tempdir_in("/dev/shm").unwrap();
+        let state = memory_tempdir();
         let options = DaemonOptions {
             ports: 1,
             args: vec![

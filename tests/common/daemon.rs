@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use super::process::Process;
-use super::{short_tempdir, socket_path, wait_for};
+use super::{memory_tempdir, short_tempdir, socket_path, wait_for};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_pollux");
 
@@ -32,6 +32,8 @@ pub(crate) struct DaemonOptions {
 pub(crate) struct Daemon {
     process: Process,
     dir: tempfile::TempDir,
+    /// Where its packed rings keep their records, unless the test says where.
+    records: tempfile::TempDir,
     sockets: Vec<PathBuf>,
 }
 
@@ -43,9 +45,13 @@ impl Daemon {
 
     /// The same in a directory that a frontend may already listen in.
     pub(crate) fn start_in(dir: tempfile::TempDir, options: &DaemonOptions) -> Daemon {
+        let records = memory_tempdir();
         let mut command = Command::new(BINARY);
         command.arg("run").arg("--api-socket");
         command.arg(dir.path().join("api.sock"));
+        if !options.args.iter().any(|arg| arg == "--ring-state") {
+            command.arg("--ring-state").arg(records.path());
+        }
         let sockets: Vec<PathBuf> = (0..options.ports)
             .map(|n| socket_path(dir.path(), n))
             .collect();
@@ -62,6 +68,7 @@ impl Daemon {
         let mut daemon = Daemon {
             process: Process::spawn("pollux", &mut command),
             dir,
+            records,
             sockets,
         };
         daemon.wait_for_api();
@@ -186,6 +193,17 @@ impl Daemon {
         self.dir.path()
     }
 
+    /// The files with the records of its packed rings, unless the test has chosen where they are.
+    pub(crate) fn records(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.records.path()).expect("our directory");
+        let names = entries.map(|entry| entry.expect("an entry").file_name());
+        let mut names: Vec<String> = names
+            .map(|name| name.into_string().expect("text"))
+            .collect();
+        names.sort();
+        names
+    }
+
     /// The daemon's process id, for looking into `/proc`.
     pub(crate) fn pid(&self) -> u32 {
         self.process.pid()
@@ -225,6 +243,7 @@ impl Daemon {
         self.process.signal(Signal::TERM);
         let status = self.process.wait(Duration::from_secs(10));
         assert!(status.is_some_and(|status| status.success()), "{status:?}");
+        self.assert_records_were_kept();
         self.dir
     }
 
@@ -242,6 +261,13 @@ impl Daemon {
             .filter(|path| path.extension().is_some_and(|end| end == "sock"))
             .collect();
         assert_eq!(left, Vec::<PathBuf>::new(), "sockets left behind");
+        self.assert_records_were_kept();
+    }
+
+    /// No ring did without its record: it would take other paths than those that are shipped.
+    fn assert_records_were_kept(&self) {
+        let log = self.log();
+        assert!(!log.contains("will not survive"), "{log}");
     }
 }
 

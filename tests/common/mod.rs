@@ -45,6 +45,14 @@ pub(crate) fn short_tempdir() -> tempfile::TempDir {
         .expect("a temporary directory")
 }
 
+/// A directory in memory, which `/tmp` may not be; removed on drop.
+pub(crate) fn memory_tempdir() -> tempfile::TempDir {
+    tempfile::Builder::new()
+        .prefix("plx-")
+        .tempdir_in("/dev/shm")
+        .expect("a directory in memory")
+}
+
 /// The socket of port `n` in `dir`, as the starters in `benches/backends` name it.
 pub(crate) fn socket_path(dir: &Path, n: usize) -> PathBuf {
     dir.join(format!("p{n}.sock"))
