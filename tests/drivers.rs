@@ -285,3 +285,38 @@ fn a_guest_comes_back_with_another_driver_and_nothing_of_the_last_one() {
     drop((guest, correspondent));
     daemon.stop();
 }
+
+// ---- records of packed rings -------------------------------------------------------------------------
+
+#[test]
+fn the_records_of_a_port_go_with_it_unless_a_guest_is_there_to_go_on() {
+    let daemon = daemon(2);
+    let rams = [packed(), split()].map(Ram::new);
+    let mut exchange = Exchange::new(attach(&daemon, &rams, 0), 1, &[(0, 1), (1, 0)], 16, 200);
+    exchange.meet();
+    exchange.exchange(900);
+    exchange.drain();
+    let spec = format!("p0,socket={}", daemon.sockets()[0].display());
+    let remove = || assert_eq!(daemon.try_pollux(&["port", "remove", "p0"]).0, 0);
+    let add = || assert_eq!(daemon.try_pollux(&["port", "add", &spec]).0, 0);
+    // Its guest's rings go on, should the port come back.
+    remove();
+    assert_eq!(daemon.records(), ["p0.0", "p0.1"]);
+    add();
+    exchange.guests[0].detach();
+    exchange.guests[0].attach(&daemon.sockets()[0]);
+    daemon.settle();
+    exchange.forgive_silence();
+    exchange.exchange(900);
+    exchange.drain();
+    // Its frontend is gone, and nobody will.
+    exchange.guests[0].detach();
+    wait_for("the end of the session", || {
+        daemon.port("p0")["session"].is_null()
+    });
+    assert_eq!(daemon.records(), ["p0.0", "p0.1"]);
+    remove();
+    assert_eq!(daemon.records(), [""; 0]);
+    drop(exchange);
+    daemon.stop();
+}

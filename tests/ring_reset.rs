@@ -347,3 +347,32 @@ fn a_ring_that_was_reset_still_calls() {
     drop(guests);
     daemon.stop();
 }
+
+#[test]
+fn there_are_records_of_packed_rings_that_run_and_of_no_others() {
+    let daemon = resetting_daemon(2);
+    let rams = [packed(), split()].map(Ram::new);
+    let mut guests = attach(&daemon, &rams, 0);
+    let both = ["p0.0", "p0.1"];
+    assert_eq!(daemon.records(), both);
+    for (options, wanted) in [(split(), &[][..]), (packed(), &both)] {
+        guests[0].reboot(options);
+        daemon.settle();
+        assert_eq!(daemon.records(), wanted, "{options:?}");
+    }
+    for which in [RECEIVE, TRANSMIT] {
+        guests[0].reset_ring(which, 64);
+        daemon.settle();
+        assert_eq!(daemon.records(), both);
+        let frontend = guests[0].frontend.as_ref().unwrap();
+        frontend.get_vring_base(which as u32).unwrap();
+        // It is forgotten once the answer is on its way.
+        let other = [both[1 - which]];
+        wait_for("the end of a record", || daemon.records() == other);
+        guests[0].reboot(packed());
+        daemon.settle();
+        assert_eq!(daemon.records(), both);
+    }
+    drop(guests);
+    daemon.stop();
+}
