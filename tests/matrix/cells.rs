@@ -171,16 +171,8 @@ pub(crate) fn cells(driver: Driver) -> Vec<Cell> {
 /// A few of the cells that the driver does not refuse, in which every two values of different dimensions that occur
 /// together in any of them do. `seed` decides between cells that are equally good.
 pub(crate) fn cover(cells: &[Cell], seed: u64) -> Vec<Cell> {
-    let mut candidates: Vec<Cell> = cells.to_vec();
+    let mut candidates = shuffled(cells, seed);
     candidates.retain(|cell| cell.refusal().is_none());
-    // xorshift64 wants anything but 0.
-    let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    for at in (1..candidates.len()).rev() {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        candidates.swap(at, (random % (at as u64 + 1)) as usize);
-    }
     let mut missing: HashSet<_> = candidates.iter().flat_map(Cell::pairs).collect();
     let mut chosen = Vec::new();
     while !missing.is_empty() {
@@ -194,6 +186,27 @@ pub(crate) fn cover(cells: &[Cell], seed: u64) -> Vec<Cell> {
     chosen
 }
 
+/// A cell for each reason that the driver has to refuse some of them.
+pub(crate) fn refused(cells: &[Cell], seed: u64) -> Vec<Cell> {
+    let mut reasons = HashSet::new();
+    let mut chosen = shuffled(cells, seed);
+    chosen.retain(|cell| cell.refusal().is_some_and(|reason| reasons.insert(reason)));
+    chosen
+}
+
+fn shuffled(cells: &[Cell], seed: u64) -> Vec<Cell> {
+    let mut cells = cells.to_vec();
+    // xorshift64 wants anything but 0.
+    let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for at in (1..cells.len()).rev() {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        cells.swap(at, (random % (at as u64 + 1)) as usize);
+    }
+    cells
+}
+
 /// `tests/MATRIX.md`: what every cell must do.
 pub(crate) fn page() -> String {
     let mut page = String::from(
@@ -202,7 +215,7 @@ pub(crate) fn page() -> String {
          must arrive once, unchanged and in order within its flow, every buffer must come back, and the counters of\n\
          both sides must agree. A combination that the peer refuses, or refuses in one direction, is listed as such,\n\
          and the test checks that it does. `tests/run --matrix` tries all cells and writes this page; every run of `tests/run` tries a cover of\n\
-         all pairs. Do not edit.\n",
+         all pairs, and one refused cell for each reason. Do not edit.\n",
     );
     for driver in Driver::ALL {
         page += match driver {
@@ -261,6 +274,21 @@ fn the_cover_covers_every_pair_whatever_the_seed() {
                 "{driver:?}, seed {seed}: {} cells",
                 cover.len()
             );
+        }
+    }
+}
+
+#[test]
+fn of_refused_cells_there_is_one_for_each_reason_whatever_the_seed() {
+    for driver in Driver::ALL {
+        let cells = cells(driver);
+        let reasons: HashSet<_> = cells.iter().filter_map(Cell::refusal).collect();
+        assert_eq!(driver == Driver::Dpdk, reasons.len() == 3, "{reasons:?}");
+        for seed in 0..20 {
+            let chosen = refused(&cells, seed);
+            assert_eq!(chosen.len(), reasons.len(), "{driver:?}, seed {seed}");
+            let covered: HashSet<_> = chosen.iter().filter_map(Cell::refusal).collect();
+            assert_eq!(covered, reasons, "{driver:?}, seed {seed}");
         }
     }
 }
