@@ -221,7 +221,8 @@ pub struct RingView {
     pub broken_reason: Option<String>,
     /// Enabled by the frontend.
     pub enabled: bool,
-    /// The switch's position in it, counted from its start without wrapping.
+    /// The switch's position in it, as the answer to GET_VRING_BASE: of a split ring the index of what it gave back, 16
+    /// bits; of a packed ring a slot with the wrap counter in bit 15, in both halves of 32 bits.
     pub position: u64,
 }
 
