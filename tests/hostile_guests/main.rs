@@ -8,6 +8,7 @@
     reason = "helpers of tests fail by panicking, like tests"
 )]
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::sync::atomic::Ordering;

@@ -5,8 +5,9 @@
 //! An impossible ring is [`Broken`] instead: nothing more is taken from it, and what was taken still comes back.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-#[path = "support/guest.rs"]
+#[path = "../support/guest.rs"]
 mod guest;
+#[path = "../packed_reference/mod.rs"]
 mod packed_reference;
 
 use std::sync::atomic::{AtomicBool, Ordering};

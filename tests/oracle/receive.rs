@@ -1,0 +1,211 @@
+//! Receive queues of both kinds, against a list of buffers that frames are poured into.
+
+use std::collections::VecDeque;
+
+use pollux::virtio::{NoClaim, ReceiveQueue, RingFeatures};
+
+use crate::guest::*;
+use crate::{Random, with_seeds};
+
+/// What a posted receive buffer is to the model.
+struct Posted {
+    id: u16,
+    pieces: Vec<Piece>,
+    len: u32,
+    /// Wholly in memory and long enough to be used.
+    good: bool,
+}
+
+/// Bytes below which a buffer is returned unused: header and the shortest frame.
+const SHORTEST: u32 = 72;
+/// What buffers are filled with before they are posted.
+const UNTOUCHED: u8 = 0xee;
+
+/// Frames are poured into buffers in the order in which these were posted.
+struct ReceiveModel<'g> {
+    guest: &'g Guest,
+    queue: &'g ReceiveQueue,
+    driver: Driver<'g>,
+    /// Places for buffers, each in use by at most one.
+    places: Vec<u64>,
+    posted: VecDeque<Posted>,
+    tag: u8,
+}
+
+impl<'g> ReceiveModel<'g> {
+    fn new(guest: &'g Guest, queue: &'g ReceiveQueue, base: u16) -> Self {
+        let places = (0..u64::from(guest.size().min(256))).map(|i| DATA + i * 0x1000);
+        ReceiveModel {
+            guest,
+            queue,
+            driver: guest.driver_at(base),
+            places: places.collect(),
+            posted: VecDeque::new(),
+            tag: 0,
+        }
+    }
+
+    fn post(&mut self, random: &mut Random) {
+        let free = u64::from(self.driver.free());
+        let Some(place) = (free > 0).then(|| self.places.pop()).flatten() else {
+            return;
+        };
+        // A long buffer may be in pieces; short ones are not, or a frame would need more pieces than a claim keeps.
+        let (len, most) = match random.below(12) {
+            0 => (random.between(1, 71), 1),
+            1..=4 => (random.between(72, 300), 1),
+            _ => (random.between(300, 2048), 4),
+        };
+        let tabled = random.chance(3);
+        let most = if tabled { most } else { most.min(free) };
+        let mut pieces = split_up(place, len, random.between(1, most), random);
+        let unmapped = random.chance(20);
+        if unmapped {
+            pieces[0].addr = HOLE;
+        }
+        self.guest.write(place, &vec![UNTOUCHED; len as usize]);
+        let table = place + 0xf00;
+        let id = if tabled {
+            self.driver.post(&[self.guest.table(table, &pieces)])
+        } else {
+            self.driver.post(&pieces)
+        };
+        pieces[0].addr = place;
+        self.posted.push_back(Posted {
+            id,
+            len: len as u32,
+            good: !unmapped && len as u32 >= SHORTEST,
+            pieces,
+        });
+    }
+
+    /// The buffers that the frame ends up in and those returned unused on the way, with what is written to each; whether
+    /// it is delivered at all.
+    fn pour(&mut self, frame_len: usize) -> (Vec<(Posted, u32)>, bool) {
+        let mut back = Vec::new();
+        'again: loop {
+            let mut left = frame_len as u32 + HEADER as u32;
+            for count in 0..self.posted.len() {
+                let buffer = &self.posted[count];
+                if !buffer.good {
+                    let unused = self.posted.drain(..=count);
+                    back.extend(unused.map(|buffer| (buffer, 0)));
+                    continue 'again;
+                }
+                if !self.guest.features.mergeable && buffer.len < left {
+                    return (back, false);
+                }
+                left -= left.min(buffer.len);
+                if left == 0 {
+                    let mut left = frame_len as u32 + HEADER as u32;
+                    for buffer in self.posted.drain(..=count) {
+                        let len = left.min(buffer.len);
+                        left -= len;
+                        back.push((buffer, len));
+                    }
+                    return (back, true);
+                }
+            }
+            return (back, false);
+        }
+    }
+
+    fn deliver(&mut self, random: &mut Random) {
+        let longest = if self.guest.features.mergeable {
+            4000
+        } else {
+            2200
+        };
+        let mut frames = Vec::new();
+        for _ in 0..random.between(1, 40) {
+            self.tag = self.tag.wrapping_add(1);
+            frames.push(frame(self.tag, random.between(14, longest) as usize));
+        }
+        let (delivered, reason) = deliver(self.queue, &frames);
+        assert_ne!(reason, Some(NoClaim::Broken));
+        for (index, frame) in frames.iter().enumerate() {
+            let (back, fits) = self.pour(frame.len());
+            assert_eq!(fits, index < delivered, "frame {index}, {reason:?}");
+            self.check(&back, fits.then_some(frame));
+            if !fits {
+                break;
+            }
+        }
+        assert_eq!(self.driver.reap(), None, "nothing else came back");
+    }
+
+    /// Used elements and content of the buffers of one frame.
+    fn check(&mut self, back: &[(Posted, u32)], frame: Option<&Vec<u8>>) {
+        let mut content = Vec::new();
+        for (buffer, len) in back {
+            assert_eq!(self.driver.reap(), Some((buffer.id, *len)));
+            let mut bytes = Vec::new();
+            for piece in &buffer.pieces {
+                bytes.extend(self.guest.read(piece.addr, piece.len));
+            }
+            let (written, rest) = bytes.split_at(*len as usize);
+            content.extend_from_slice(written);
+            assert!(rest.iter().all(|&byte| byte == UNTOUCHED));
+            self.places.push(buffer.pieces[0].addr);
+        }
+        let Some(frame) = frame else {
+            return;
+        };
+        let count = back.iter().filter(|(_, len)| *len > 0).count() as u16;
+        assert_eq!(content[10..12], count.to_le_bytes(), "num_buffers");
+        assert_eq!(content[HEADER..], frame[..]);
+    }
+}
+
+/// A buffer of `len` bytes as `count` pieces.
+fn split_up(place: u64, len: u64, count: u64, random: &mut Random) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    let mut at = 0;
+    for _ in 1..count {
+        let piece = random.between(1, (len - at) / 2);
+        pieces.push(writable(place + at, piece as u32));
+        at += piece;
+    }
+    pieces.push(writable(place + at, (len - at) as u32));
+    pieces
+}
+
+fn receive_like_the_model(size: u16, packed: bool, base: u16, random: &mut Random) {
+    let features = RingFeatures {
+        mergeable: random.chance(2),
+        event_idx: random.chance(2),
+        ..features(packed)
+    };
+    let guest = Guest::new(size, features);
+    drop(guest.driver_at(base));
+    let queue = ReceiveQueue::start(&guest.setup(u32::from(base))).unwrap();
+    let mut model = ReceiveModel::new(&guest, &queue, base);
+    for _ in 0..200 {
+        for _ in 0..random.below(40) {
+            model.post(random);
+        }
+        model.deliver(random);
+    }
+    assert_eq!(queue.broken(), None);
+}
+
+#[test]
+fn split_receive_queues_fill_buffers_like_the_model() {
+    with_seeds(10, |random| {
+        for size in [1, 2, 16, 64, 256] {
+            let base = 65535 - random.below(100) as u16;
+            receive_like_the_model(size, false, base, random);
+        }
+    });
+}
+
+#[test]
+fn packed_receive_queues_fill_buffers_like_the_model() {
+    with_seeds(10, |random| {
+        for size in [1, 2, 3, 16, 320, 32768] {
+            let near_the_wrap = size - 1 - random.below(u64::from(size).min(100)) as u16;
+            let wrap = random.below(2) as u16 * 0x8000;
+            receive_like_the_model(size, true, near_the_wrap | wrap, random);
+        }
+    });
+}
