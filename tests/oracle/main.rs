@@ -2,7 +2,8 @@
 //!
 //! * Transmit queues, split: `virtio_queue::Queue` on memory with the same bytes. Packed: `packed_reference`. The same
 //!   driver works on both memories; chains, used elements, positions and wishes for calls and kicks must be equal.
-//! * Receive queues: a list of buffers that frames are poured into, which says what comes back and with which content.
+//! * Receive queues: a list of buffers that frames are poured into, which says what comes back and with which content; the
+//!   same other implementations return that on rings that must have the same bytes.
 //! * Restarts, and garbage in place of a ring.
 //! * Events of a whole newly visible run, exhaustively for small rings; several producers on one receive queue.
 //!
@@ -17,6 +18,7 @@ mod packed_reference;
 mod calls;
 mod producers;
 mod receive;
+mod reference;
 mod starts;
 mod transmit;
 
@@ -52,4 +54,13 @@ fn with_seeds(rounds: u64, test: impl Fn(&mut Random)) {
         println!("POLLUX_SEED={seed}");
         test(&mut Random(seed));
     }
+}
+
+/// The numbers below `bound` in any order.
+fn shuffled(bound: u16, random: &mut Random) -> Vec<u16> {
+    let mut numbers: Vec<u16> = (0..bound).collect();
+    for at in (1..numbers.len()).rev() {
+        numbers.swap(at, random.below(at as u64 + 1) as usize);
+    }
+    numbers
 }

@@ -5,129 +5,11 @@ use std::sync::atomic::Ordering;
 
 use pollux::virtio::chain::{ChainError, Windows};
 use pollux::virtio::{FullBarrier, RingFeatures, Taken, TransmitQueue};
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 use crate::guest::*;
-use crate::packed_reference::{self, Device, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, NEXT, Place};
-use crate::{Random, with_seeds};
-
-/// The other implementation of the device.
-enum Reference<'g> {
-    Split {
-        queue: Box<Queue>,
-        memory: GuestMemoryMmap,
-        taken: VecDeque<u16>,
-    },
-    Packed {
-        device: Device<'g>,
-        taken: VecDeque<(u16, u16, u32)>,
-    },
-}
-
-impl<'g> Reference<'g> {
-    fn new(guest: &'g Guest, base: u16) -> Self {
-        if guest.features.packed {
-            let place = Place {
-                slot: base & 0x7fff,
-                wrap: base & 0x8000 != 0,
-            };
-            return Reference::Packed {
-                device: Device::new(guest.areas(), place),
-                taken: VecDeque::new(),
-            };
-        }
-        let file = |offset| FileOffset::new(guest.memory.file().try_clone().unwrap(), offset);
-        let len = LEN as usize;
-        let memory = GuestMemoryMmap::from_ranges_with_files([
-            (GuestAddress(START), len, Some(file(LEN))),
-            (GuestAddress(SEAM), len, Some(file(0))),
-        ])
-        .unwrap();
-        let (descriptors, available, used) = guest.places();
-        let mut queue = Queue::new(guest.size()).unwrap();
-        queue.set_size(guest.size());
-        queue
-            .try_set_desc_table_address(GuestAddress(descriptors))
-            .unwrap();
-        queue
-            .try_set_avail_ring_address(GuestAddress(available))
-            .unwrap();
-        queue.try_set_used_ring_address(GuestAddress(used)).unwrap();
-        queue.set_event_idx(guest.features.event_idx);
-        queue.set_next_avail(base);
-        queue.set_next_used(base);
-        queue.set_ready(true);
-        queue.disable_notification(&memory).unwrap();
-        Reference::Split {
-            queue: Box::new(queue),
-            memory,
-            taken: VecDeque::new(),
-        }
-    }
-
-    /// Takes a chain: the addresses and lengths of its buffers.
-    fn take(&mut self, guest: &'g Guest) -> Option<Vec<(u64, u32)>> {
-        match self {
-            Reference::Split {
-                queue,
-                memory,
-                taken,
-            } => {
-                let chain = queue.pop_descriptor_chain(&*memory)?;
-                taken.push_back(chain.head_index());
-                Some(chain.map(|d| (d.addr().0, d.len())).collect())
-            }
-            Reference::Packed { device, taken } => {
-                let chain = device.pop(|addr, len| guest.at(addr, len))?;
-                taken.push_back((chain.id, chain.span, 0));
-                Some(chain.buffers)
-            }
-        }
-    }
-
-    /// Returns the oldest `count` chains; whether the driver wants a call.
-    fn complete(&mut self, count: usize, event_idx: bool) -> bool {
-        match self {
-            Reference::Split {
-                queue,
-                memory,
-                taken,
-            } => {
-                for head in taken.drain(..count) {
-                    queue.add_used(&*memory, head, 0).unwrap();
-                }
-                queue.needs_notification(&*memory).unwrap()
-            }
-            Reference::Packed { device, taken } => {
-                let chains: Vec<(u16, u16, u32)> = taken.drain(..count).collect();
-                device.complete(&chains, event_idx)
-            }
-        }
-    }
-
-    /// Asks for kicks; whether something is available already.
-    fn arm(&mut self) -> bool {
-        match self {
-            Reference::Split { queue, memory, .. } => queue.enable_notification(&*memory).unwrap(),
-            Reference::Packed { device, .. } => device.has_available(),
-        }
-    }
-
-    fn disarm(&mut self) {
-        if let Reference::Split { queue, memory, .. } = self {
-            queue.disable_notification(&*memory).unwrap();
-        }
-    }
-
-    /// What GET_VRING_BASE would say of the next position to take.
-    fn next(&self) -> u16 {
-        match self {
-            Reference::Split { queue, .. } => queue.next_avail(),
-            Reference::Packed { device, .. } => device.next().word(),
-        }
-    }
-}
+use crate::packed_reference::{EVENT_DESC, EVENT_ENABLE, NEXT, WRITE};
+use crate::reference::{Reference, common_bytes, post_both, set_event};
+use crate::{Random, shuffled, with_seeds};
 
 /// What both devices must find in a chain.
 #[derive(Debug)]
@@ -203,28 +85,74 @@ impl<'g> Twins<'g> {
             return;
         }
         let pieces = if random.chance(3) && self.ours.size() <= 1024 {
-            let buffers = self.pieces(random, 8);
+            let mut buffers = self.pieces(random, 8);
+            if self.ours.features.packed && random.chance(3) {
+                // DPDK's driver does, and nobody writes there.
+                buffers[0].flags |= WRITE;
+            }
             vec![self.table(&buffers)]
         } else {
             self.pieces(random, free.min(6))
         };
-        if self.ours.features.packed {
-            let ids = self.drivers[0].packed().free_ids();
-            let id = ids[random.below(ids.len() as u64) as usize];
-            for driver in &mut self.drivers {
-                driver.packed().post(id, &pieces);
-            }
-        } else {
-            for driver in &mut self.drivers {
-                driver.post(&pieces);
-            }
-        }
+        post_both(&mut self.drivers, &pieces, random);
         self.expected.push_back(Expected::Good);
+    }
+
+    /// Posts a packed chain that no driver may post. The reference checks neither addresses nor directions, and takes
+    /// every table as it comes.
+    fn post_malformed_packed(&mut self, random: &mut Random) {
+        let good = readable(DATA, 64);
+        let mut pieces = vec![good; random.between(1, 3) as usize];
+        let (any, count) = (random.below(pieces.len() as u64) as usize, pieces.len());
+        let expected = match random.below(6) {
+            0 => {
+                pieces[any].addr = HOLE;
+                Expected::Bad(ChainError::Unmapped(HOLE), count)
+            }
+            1 => {
+                pieces[any].flags = WRITE;
+                Expected::Bad(ChainError::Direction, count)
+            }
+            // A table beside other descriptors: with NEXT, or behind one.
+            2 => {
+                pieces.push(good);
+                let at = random.below(pieces.len() as u64) as usize;
+                pieces[at] = self.table(&[good; 2]);
+                Expected::Bad(ChainError::Indirect, count + 2)
+            }
+            3 => {
+                pieces = vec![self.table(&[good; 2])];
+                let (len, entries) =
+                    [(0, 0), (31, 1), (33, 2), (16 * 257, 257)][random.below(4) as usize];
+                pieces[0].len = len;
+                Expected::Bad(ChainError::Indirect, entries)
+            }
+            4 => {
+                let inner = self.table(&[good]);
+                let mut entries = [good; 3];
+                entries[any] = inner;
+                pieces = vec![self.table(&entries)];
+                Expected::Bad(ChainError::Indirect, 3)
+            }
+            _ => {
+                let mut entries = [good; 3];
+                entries[any].addr = HOLE;
+                pieces = vec![self.table(&entries)];
+                Expected::Bad(ChainError::Unmapped(HOLE), 3)
+            }
+        };
+        if pieces.len() <= usize::from(self.drivers[0].free()) {
+            post_both(&mut self.drivers, &pieces, random);
+            self.expected.push_back(expected);
+        }
     }
 
     /// Posts a split chain that no driver may post. `virtio_queue` checks neither addresses nor directions, and shortens
     /// a chain at its first impossible link.
     fn post_malformed(&mut self, random: &mut Random) {
+        if self.ours.features.packed {
+            return self.post_malformed_packed(random);
+        }
         if self.drivers[0].free() < 3 {
             return;
         }
@@ -248,7 +176,7 @@ impl<'g> Twins<'g> {
                 Expected::Bad(ChainError::Unmapped(HOLE), count)
             }
             3 => {
-                pieces[count - 1].flags = packed_reference::WRITE;
+                pieces[count - 1].flags = WRITE;
                 Expected::Bad(ChainError::Direction, count)
             }
             4 => {
@@ -310,33 +238,22 @@ impl<'g> Twins<'g> {
             return;
         }
         let count = random.between(1, self.ends.len() as u64) as usize;
+        self.complete_oldest(count);
+    }
+
+    fn complete_oldest(&mut self, count: usize) {
         let end = self.ends.drain(..count).next_back().unwrap();
         self.queue.complete(end);
         let event_idx = self.ours.features.event_idx;
-        let call = self.reference.complete(count, event_idx);
+        let call = self.reference.complete(&vec![0; count], event_idx);
         assert_eq!(self.queue.take_call_wanted(&FullBarrier::new()), call);
         self.compare_rings();
     }
 
     fn compare_rings(&self) {
-        let bytes = |guest: &Guest| {
-            // The packed reference asks for no kicks: the event areas are compared in `arm`.
-            let descriptors = 16 * usize::from(guest.size());
-            let mut bytes = guest.ring_bytes();
-            if guest.features.packed {
-                bytes.truncate(descriptors);
-            } else {
-                // What is to be returned for chains that were taken is there already; the index does not show it.
-                let elements = (guest.places().2 - START) as usize + 4;
-                for position in self.queue.completed()..self.queue.position() {
-                    let at = elements + 8 * (position % u64::from(guest.size())) as usize;
-                    bytes[at..at + 8].fill(0);
-                }
-            }
-            bytes
-        };
+        let unreturned = self.queue.completed()..self.queue.position();
         assert!(
-            bytes(self.ours) == bytes(self.theirs),
+            common_bytes(self.ours, unreturned.clone()) == common_bytes(self.theirs, unreturned),
             "the rings have the same bytes"
         );
     }
@@ -344,27 +261,6 @@ impl<'g> Twins<'g> {
     fn reap(&mut self) {
         let [ours, theirs] = &mut self.drivers;
         assert_eq!(ours.reap_all(), theirs.reap_all());
-    }
-
-    fn set_event(&mut self, random: &mut Random) {
-        let size = self.ours.size();
-        if self.ours.features.packed {
-            let used = self.drivers[0].packed().used();
-            let place = used.after(random.below(2 * u64::from(size)).min(500) as u16, size);
-            let flags =
-                [EVENT_ENABLE, EVENT_DISABLE, EVENT_DESC, EVENT_DESC][random.below(4) as usize];
-            for driver in &mut self.drivers {
-                driver.packed().set_event(place.word(), flags);
-            }
-        } else if self.ours.features.event_idx {
-            let idx = self.drivers[0].split().idx;
-            let event = idx
-                .wrapping_sub(size)
-                .wrapping_add(random.below(2 * u64::from(size)) as u16);
-            for driver in &mut self.drivers {
-                driver.split().set_event(event);
-            }
-        }
     }
 
     fn arm(&mut self) {
@@ -385,16 +281,15 @@ impl<'g> Twins<'g> {
     }
 
     fn run(&mut self, random: &mut Random, steps: u32) {
-        let malformed = !self.ours.features.packed;
         for _ in 0..steps {
             match random.below(10) {
                 0..=2 => self.post(random),
-                3 if malformed => self.post_malformed(random),
-                3..=6 => self.take(),
+                3 => self.post_malformed(random),
+                4..=6 => self.take(),
                 7 => self.complete(random),
                 8 => self.reap(),
                 _ if random.chance(3) => self.arm(),
-                _ => self.set_event(random),
+                _ => set_event(self.ours, &mut self.drivers, random),
             }
         }
         while !self.expected.is_empty() {
@@ -459,13 +354,62 @@ fn split_transmit_queues_do_what_virtio_queue_does() {
 #[test]
 fn packed_transmit_queues_do_what_the_specification_says() {
     with_seeds(20, |random| {
-        for size in [1, 2, 3, 7, 16, 320, 32768] {
+        for size in [1, 2, 3, 7, 16, 320, 997, 32767, 32768] {
             let steps = if size > 1000 { 300 } else { 1500 };
             let wrap = random.below(2) as u16 * 0x8000;
             let anywhere = random.below(u64::from(size)) as u16;
             transmit_like_the_reference(size, true, anywhere | wrap, random, steps);
             let near_the_wrap = size - 1 - random.below(u64::from(size).min(9)) as u16;
             transmit_like_the_reference(size, true, near_the_wrap | wrap, random, steps);
+        }
+    });
+}
+
+/// All descriptors of a ring are out at once, and come back in one run.
+fn a_whole_ring(size: u16, base: u16, random: &mut Random) {
+    let features = RingFeatures {
+        event_idx: true,
+        ..features(true)
+    };
+    let (ours, theirs) = (Guest::new(size, features), Guest::new(size, features));
+    drop(ours.driver_at(base));
+    let queue = TransmitQueue::start(&ours.setup(u32::from(base))).unwrap();
+    let mut twins = Twins::new(&ours, &theirs, &queue, base);
+    let ids = shuffled(size, random);
+    for lap in 0..3 {
+        for &id in &ids {
+            // The first lap of single descriptors, then some chains of several.
+            let most = if lap == 0 { 1 } else { 3 };
+            let most = twins.drivers[0].free().min(most);
+            if most == 0 {
+                break;
+            }
+            let pieces = twins.pieces(random, u64::from(most));
+            for driver in &mut twins.drivers {
+                driver.packed().post(id, &pieces);
+            }
+            twins.expected.push_back(Expected::Good);
+        }
+        assert_eq!(twins.drivers[0].free(), 0);
+        let before = queue.position();
+        while !twins.expected.is_empty() {
+            twins.take();
+        }
+        assert_eq!(queue.position() - before, u64::from(size));
+        set_event(&ours, &mut twins.drivers, random);
+        twins.complete_oldest(twins.ends.len());
+        twins.reap();
+        assert_eq!(twins.drivers[0].free(), size);
+    }
+}
+
+#[test]
+fn a_packed_transmit_queue_of_the_largest_sizes_has_all_its_descriptors_out_at_once() {
+    with_seeds(1, |random| {
+        for size in [3, 320, 32767, 32768] {
+            a_whole_ring(size, 0x8000, random);
+            let anywhere = random.below(u64::from(size)) as u16;
+            a_whole_ring(size, anywhere, random);
         }
     });
 }

@@ -253,6 +253,11 @@ impl<'m> SplitDriver<'m> {
         self.free.len() as u16
     }
 
+    /// The next chains take other descriptors than the oldest free ones.
+    pub(crate) fn rotate_free(&mut self, by: usize) {
+        self.free.rotate_left(by);
+    }
+
     /// The head of the next chain.
     pub(crate) fn next_head(&self) -> u16 {
         self.free[0]
