@@ -1,11 +1,13 @@
-//! Receive queues of both kinds, against a list of buffers that frames are poured into.
+//! Receive queues of both kinds, against a list of buffers that frames are poured into, and another implementation of
+//! the device, which returns the buffers that this list says on a ring with the same bytes.
 
 use std::collections::VecDeque;
 
-use pollux::virtio::{NoClaim, ReceiveQueue, RingFeatures};
+use pollux::virtio::{Claim, NoClaim, ReceiveQueue, RingFeatures};
 
 use crate::guest::*;
-use crate::{Random, with_seeds};
+use crate::reference::{Reference, common_bytes, post_both, set_event};
+use crate::{Random, shuffled, with_seeds};
 
 /// What a posted receive buffer is to the model.
 struct Posted {
@@ -24,8 +26,11 @@ const UNTOUCHED: u8 = 0xee;
 /// Frames are poured into buffers in the order in which these were posted.
 struct ReceiveModel<'g> {
     guest: &'g Guest,
+    /// Where the reference has its ring and tables.
+    theirs: &'g Guest,
     queue: &'g ReceiveQueue,
-    driver: Driver<'g>,
+    reference: Reference<'g>,
+    drivers: [Driver<'g>; 2],
     /// Places for buffers, each in use by at most one.
     places: Vec<u64>,
     posted: VecDeque<Posted>,
@@ -33,12 +38,19 @@ struct ReceiveModel<'g> {
 }
 
 impl<'g> ReceiveModel<'g> {
-    fn new(guest: &'g Guest, queue: &'g ReceiveQueue, base: u16) -> Self {
+    fn new(guest: &'g Guest, theirs: &'g Guest, queue: &'g ReceiveQueue, base: u16) -> Self {
         let places = (0..u64::from(guest.size().min(256))).map(|i| DATA + i * 0x1000);
+        assert!(
+            queue.take_call_wanted(),
+            "the driver is called at the start"
+        );
+        let drivers = [guest.driver_at(base), theirs.driver_at(base)];
         ReceiveModel {
             guest,
+            theirs,
             queue,
-            driver: guest.driver_at(base),
+            reference: Reference::new(theirs, base),
+            drivers,
             places: places.collect(),
             posted: VecDeque::new(),
             tag: 0,
@@ -46,7 +58,7 @@ impl<'g> ReceiveModel<'g> {
     }
 
     fn post(&mut self, random: &mut Random) {
-        let free = u64::from(self.driver.free());
+        let free = u64::from(self.drivers[0].free());
         let Some(place) = (free > 0).then(|| self.places.pop()).flatten() else {
             return;
         };
@@ -65,11 +77,13 @@ impl<'g> ReceiveModel<'g> {
         }
         self.guest.write(place, &vec![UNTOUCHED; len as usize]);
         let table = place + 0xf00;
-        let id = if tabled {
-            self.driver.post(&[self.guest.table(table, &pieces)])
+        let chain = if tabled {
+            self.theirs.table(table, &pieces);
+            vec![self.guest.table(table, &pieces)]
         } else {
-            self.driver.post(&pieces)
+            pieces.clone()
         };
+        let id = post_both(&mut self.drivers, &chain, random);
         pieces[0].addr = place;
         self.posted.push_back(Posted {
             id,
@@ -123,22 +137,41 @@ impl<'g> ReceiveModel<'g> {
         }
         let (delivered, reason) = deliver(self.queue, &frames);
         assert_ne!(reason, Some(NoClaim::Broken));
+        let mut lens = Vec::new();
         for (index, frame) in frames.iter().enumerate() {
             let (back, fits) = self.pour(frame.len());
             assert_eq!(fits, index < delivered, "frame {index}, {reason:?}");
+            lens.extend(back.iter().map(|(_, len)| *len));
             self.check(&back, fits.then_some(frame));
             if !fits {
                 break;
             }
         }
-        assert_eq!(self.driver.reap(), None, "nothing else came back");
+        assert_eq!(self.drivers[0].reap(), None, "nothing else came back");
+        self.complete_theirs(&lens);
+    }
+
+    /// The reference returns as many buffers with these lengths: its ring has the same bytes, and its driver is called
+    /// when ours is.
+    fn complete_theirs(&mut self, lens: &[u32]) {
+        for _ in lens {
+            self.reference.take(self.theirs).unwrap();
+        }
+        let event_idx = self.guest.features.event_idx;
+        let call = !lens.is_empty() && self.reference.complete(lens, event_idx);
+        assert_eq!(self.queue.take_call_wanted(), call, "{lens:?}");
+        assert!(
+            common_bytes(self.guest, 0..0) == common_bytes(self.theirs, 0..0),
+            "the rings have the same bytes"
+        );
+        assert_eq!(self.drivers[1].reap_all().len(), lens.len());
     }
 
     /// Used elements and content of the buffers of one frame.
     fn check(&mut self, back: &[(Posted, u32)], frame: Option<&Vec<u8>>) {
         let mut content = Vec::new();
         for (buffer, len) in back {
-            assert_eq!(self.driver.reap(), Some((buffer.id, *len)));
+            assert_eq!(self.drivers[0].reap(), Some((buffer.id, *len)));
             let mut bytes = Vec::new();
             for piece in &buffer.pieces {
                 bytes.extend(self.guest.read(piece.addr, piece.len));
@@ -176,13 +209,17 @@ fn receive_like_the_model(size: u16, packed: bool, base: u16, random: &mut Rando
         event_idx: random.chance(2),
         ..features(packed)
     };
-    let guest = Guest::new(size, features);
+    let (guest, theirs) = (Guest::new(size, features), Guest::new(size, features));
     drop(guest.driver_at(base));
     let queue = ReceiveQueue::start(&guest.setup(u32::from(base))).unwrap();
-    let mut model = ReceiveModel::new(&guest, &queue, base);
-    for _ in 0..200 {
+    let mut model = ReceiveModel::new(&guest, &theirs, &queue, base);
+    // Rings of the largest sizes are slow to compare.
+    for _ in 0..if size > 1000 { 40 } else { 200 } {
         for _ in 0..random.below(40) {
             model.post(random);
+        }
+        if random.chance(2) {
+            set_event(&guest, &mut model.drivers, random);
         }
         model.deliver(random);
     }
@@ -192,7 +229,7 @@ fn receive_like_the_model(size: u16, packed: bool, base: u16, random: &mut Rando
 #[test]
 fn split_receive_queues_fill_buffers_like_the_model() {
     with_seeds(10, |random| {
-        for size in [1, 2, 16, 64, 256] {
+        for size in [1, 2, 16, 64, 256, 32768] {
             let base = 65535 - random.below(100) as u16;
             receive_like_the_model(size, false, base, random);
         }
@@ -202,10 +239,66 @@ fn split_receive_queues_fill_buffers_like_the_model() {
 #[test]
 fn packed_receive_queues_fill_buffers_like_the_model() {
     with_seeds(10, |random| {
-        for size in [1, 2, 3, 16, 320, 32768] {
+        for size in [1, 2, 3, 16, 320, 997, 32767, 32768] {
             let near_the_wrap = size - 1 - random.below(u64::from(size).min(100)) as u16;
             let wrap = random.below(2) as u16 * 0x8000;
             receive_like_the_model(size, true, near_the_wrap | wrap, random);
+        }
+    });
+}
+
+/// All descriptors of a ring are claimed at once, and become visible in one run: the first claim is committed last.
+fn a_whole_ring(size: u16, base: u16, random: &mut Random) {
+    const LEN: u64 = 128;
+    let guest = Guest::new(size, features(true));
+    let mut driver = guest.driver_at(base);
+    let queue = ReceiveQueue::start(&guest.setup(u32::from(base))).unwrap();
+    let ids = shuffled(size, random);
+    let place = |id: u16| DATA + u64::from(id) * LEN;
+    for lap in 0..3 {
+        for &id in &ids {
+            driver.packed().post(id, &[writable(place(id), LEN as u32)]);
+        }
+        let mut claims = Vec::new();
+        let mut left = usize::from(size);
+        while left > 0 {
+            let mut claim = Claim::new();
+            let lengths = std::iter::repeat_n(60, left);
+            queue.claim(lengths, &mut claim).unwrap();
+            for index in 0..claim.frames() {
+                let number = usize::from(size) - left + index + lap;
+                fill(&claim, index, &frame(number as u8, 60));
+            }
+            left -= claim.frames();
+            claims.push(claim);
+        }
+        let refused = queue.claim(std::iter::once(60), &mut Claim::new());
+        assert_eq!(refused, Err(NoClaim::Full));
+        let (before, first) = (queue.published(), claims.remove(0));
+        while !claims.is_empty() {
+            let any = random.below(claims.len() as u64) as usize;
+            queue.commit(&claims.swap_remove(any));
+        }
+        assert_eq!(driver.reap(), None, "the first claim is open");
+        queue.commit(&first);
+        assert_eq!(queue.published() - before, u64::from(size));
+        for (number, &id) in ids.iter().enumerate() {
+            assert_eq!(driver.reap(), Some((id, 72)));
+            let bytes = guest.read(place(id) + HEADER as u64, 60);
+            assert_eq!(bytes, frame((number + lap) as u8, 60));
+        }
+        assert_eq!(driver.free(), size);
+    }
+    assert_eq!(queue.broken(), None);
+}
+
+#[test]
+fn a_packed_receive_queue_of_the_largest_sizes_has_all_its_descriptors_out_at_once() {
+    with_seeds(1, |random| {
+        for size in [3, 320, 32767, 32768] {
+            a_whole_ring(size, 0x8000, random);
+            let anywhere = random.below(u64::from(size)) as u16;
+            a_whole_ring(size, anywhere, random);
         }
     });
 }
