@@ -1,5 +1,6 @@
 //! Rings that stop and start again, and rings full of garbage.
 
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
 use pollux::virtio::chain::Windows;
@@ -7,6 +8,7 @@ use pollux::virtio::claim::Published;
 use pollux::virtio::{Claim, ReceiveQueue, RingFeatures, Taken, TransmitQueue};
 
 use crate::guest::*;
+use crate::packed_reference::Place;
 use crate::{Random, with_seeds};
 
 /// Delivers, stops and starts again several times over the same ring; `base` makes of the answer to GET_VRING_BASE what a
@@ -35,6 +37,77 @@ fn restarts(size: u16, packed: bool, base: impl Fn(u32) -> u32) {
         let (count, _) = deliver(&queue, &vec![frame(2, 60); ids.len()]);
         assert_eq!((count, driver.reap_all().len()), (rest, rest), "{turn}");
         next = base(queue.base());
+    }
+}
+
+/// Sends, stops in the middle of a burst and starts again: chains that were taken and not returned are there once more.
+fn transmit_restarts(size: u16, packed: bool, base: impl Fn(u32) -> u32) {
+    let guest = Guest::new(size, features(packed));
+    let mut driver = guest.driver();
+    let mut next = if packed { 0x8000 } else { 0 };
+    let mut place = Place::FIRST;
+    for turn in 0..6 * u32::from(size) {
+        let mut chains = VecDeque::new();
+        // Chains of one descriptor and of two.
+        while driver.free() > 0 {
+            let most = driver.free().min(1 + turn as u16 % 2);
+            let pieces = [readable(DATA, 100), readable(DATA + 100, 50)];
+            let id = driver.post(&pieces[..usize::from(most)]);
+            chains.push_back((id, most));
+        }
+        let take_all = |queue: &TransmitQueue, most: usize| {
+            let mut windows = Windows::<'_, 256>::new();
+            let mut taken = 0;
+            while taken < most && take(queue, queue.available_to(), &mut windows) != Taken::Nothing
+            {
+                windows.clear();
+                taken += 1;
+            }
+            taken
+        };
+        let queue = TransmitQueue::start(&guest.setup(next)).unwrap();
+        let taken = 1 + turn as usize % chains.len();
+        assert_eq!(take_all(&queue, taken), taken);
+        let completed = (turn as usize / 2) % (taken + 1);
+        let spans = chains.iter().take(completed).map(|(_, descriptors)| {
+            let span = if packed { *descriptors } else { 1 };
+            u64::from(span)
+        });
+        queue.complete(queue.completed() + spans.sum::<u64>());
+        for _ in 0..completed {
+            let (id, descriptors) = chains.pop_front().unwrap();
+            assert_eq!(driver.reap(), Some((id, 0)), "{turn}");
+            place = place.after(descriptors, size);
+        }
+        assert_eq!(driver.reap(), None, "{turn}");
+        if packed {
+            let word = u32::from(place.word());
+            assert_eq!(queue.base(), word | word << 16, "{turn}");
+        }
+        next = base(queue.base());
+        drop(queue);
+
+        let queue = TransmitQueue::start(&guest.setup(next)).unwrap();
+        assert_eq!(take_all(&queue, usize::MAX), chains.len(), "{turn}");
+        queue.complete(queue.position());
+        for (id, descriptors) in chains {
+            assert_eq!(driver.reap(), Some((id, 0)), "{turn}");
+            place = place.after(descriptors, size);
+        }
+        assert_eq!(driver.free(), size, "{turn}");
+        next = base(queue.base());
+    }
+}
+
+#[test]
+fn chains_that_were_taken_and_not_returned_are_there_again_after_a_start() {
+    for size in [1, 2, 8] {
+        transmit_restarts(size, false, |base| base);
+        transmit_restarts(size, false, |_| 0);
+    }
+    for size in [1, 2, 3, 8] {
+        transmit_restarts(size, true, |base| base);
+        transmit_restarts(size, true, |base| base & 0xffff);
     }
 }
 
