@@ -376,6 +376,11 @@ impl<'m> Guest<'m> {
         self.frontend.as_ref().is_none_or(Frontend::is_closed)
     }
 
+    /// The VMM whose order its messages have.
+    pub(crate) fn order(&self) -> Order {
+        self.options.order
+    }
+
     /// The features that this guest's driver knows.
     pub(crate) fn features(&self) -> u64 {
         self.options.features()
@@ -392,6 +397,11 @@ impl<'m> Guest<'m> {
     /// Its memory.
     pub(crate) fn transmit_memory(&self, token: u32) -> Window<'m> {
         self.ram.window(TRANSMIT, token)
+    }
+
+    /// Memory of a receive buffer.
+    pub(crate) fn receive_memory(&self, token: u32) -> Window<'m> {
+        self.ram.window(RECEIVE, token)
     }
 
     /// First guest address behind all memory.

@@ -4,7 +4,10 @@
 //! slot and a wrap counter that move one descriptor at a time, never a position that is divided, and whether a
 //! notification is due is answered by looking at every place of the run.
 
-#![allow(dead_code, reason = "two test programs include this, each uses a part")]
+#![allow(
+    dead_code,
+    reason = "several test programs include this, each uses a part"
+)]
 
 use std::sync::atomic::{Ordering, fence};
 

@@ -2,7 +2,10 @@
 //!
 //! Two regions touch in guest addresses but not in the host's (the file has them in the other order); behind the
 //! second one is a hole. The drivers share nothing with `pollux::virtio::driver`.
-#![allow(dead_code, reason = "two test programs include this, each uses a part")]
+#![allow(
+    dead_code,
+    reason = "several test programs include this, each uses a part"
+)]
 
 use std::collections::VecDeque;
 use std::sync::Arc;
