@@ -15,7 +15,7 @@ fn attach_in_regions(guest: &mut Guest<'_>, scene: &Scene) {
     let offset = |address: u64, into: u64| (address + into).next_multiple_of(4096) - memory;
     let transmit = guest.transmit_memory(0).address() as u64;
     let receive = guest.receive_memory(1).address() as u64;
-    let mut cuts = vec![0, offset(receive, 1), offset(transmit, 1), whole.len];
+    let mut cuts = [0, offset(receive, 1), offset(transmit, 1), whole.len];
     cuts.sort_unstable();
     let regions: Vec<Region> = cuts
         .windows(2)
