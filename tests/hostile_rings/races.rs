@@ -393,7 +393,8 @@ fn an_available_index_that_moves_to_and_fro_makes_no_chain_be_taken_twice() {
         }
         let queue = queue.as_ref().unwrap();
         let before = queue.position();
-        let found = take_burst(queue);
+        // The second burst finds another index while the first is in flight.
+        let found = [take_burst(queue), take_burst(queue)].concat();
         assert_eq!(queue.position() - before, found.len() as u64);
         assert!(found.iter().all(|taken| *taken == chain(GOOD_LEN)));
         // What is in flight is a ring at most: no descriptor twice.
@@ -424,24 +425,37 @@ fn an_available_index_that_moves_to_and_fro_makes_no_buffer_be_filled_twice() {
         }
         let queue = queue.as_ref().unwrap();
         let from = queue.published();
-        let frames: Vec<Vec<u8>> = (0..3)
-            .map(|n| frame((from as u8).wrapping_add(n), 300))
-            .collect();
-        let (count, refused) = deliver(queue, &frames);
-        let to = from + count as u64;
+        let frame_at = |position: u64| frame(position as u8, 300);
+        // The second claim finds another index while the first is open.
+        let mut claims = Vec::new();
+        for count in [3, usize::from(SIZE)] {
+            let mut claim = Claim::new();
+            let lengths = std::iter::repeat_n(300, count);
+            if queue.claim(lengths, &mut claim).is_ok() {
+                for (index, position) in (claim.end() - claim.span()..claim.end()).enumerate() {
+                    fill(&claim, index, &frame_at(position));
+                }
+                claims.push(claim);
+            }
+        }
+        let to = from + claims.iter().map(Claim::span).sum::<u64>();
+        assert!(to - from <= u64::from(SIZE), "a buffer is in two claims");
+        for claim in claims.iter().rev() {
+            queue.commit(claim);
+        }
         assert_eq!(queue.published(), to);
         check_elements(guest, from, to, 312);
-        for (n, position) in (from..to).enumerate() {
+        for position in from..to {
             let addr = GOOD + 0x1000 * (position % u64::from(SIZE));
-            assert_eq!(guest.read(addr + HEADER as u64, 300), frames[n]);
+            assert_eq!(guest.read(addr + HEADER as u64, 300), frame_at(position));
         }
         let broken = queue.broken();
-        assert_eq!(broken.is_some(), refused == Some(NoClaim::Broken));
         if broken.is_some() {
-            assert_eq!(deliver(queue, &frames), (0, Some(NoClaim::Broken)));
+            let refused = deliver(queue, &[frame_at(to)]);
+            assert_eq!(refused, (0, Some(NoClaim::Broken)));
             assert_eq!((queue.broken(), queue.published()), (broken, to));
         }
-        (count as u64, broken.is_some())
+        (to - from, broken.is_some())
     });
 }
 
