@@ -384,9 +384,9 @@ fn oscillating_index(write: bool, mut pass: impl FnMut(&Guest, bool) -> (u64, bo
     });
 }
 
-/// The index moves a ring or somewhat more ahead of `position`.
+/// The index moves somewhat more than a ring ahead of `position`.
 fn move_past_the_ring(guest: &Guest, position: u64) {
-    let idx = position + u64::from(SIZE) + position % 4;
+    let idx = position + u64::from(SIZE) + 1 + position % 3;
     let available = guest.areas().available;
     available.store_u16(IDX, idx as u16, Ordering::Release);
 }
