@@ -58,7 +58,7 @@ impl Tmpfs {
         let options = File::options()
             .read(true)
             .write(true)
-            .create(true)
+            .create_new(true)
             .open(path);
         options.unwrap()
     }
