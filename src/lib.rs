@@ -250,6 +250,8 @@ pub mod memory;
 pub mod observe;
 pub mod poll;
 pub mod port;
+#[cfg(test)]
+mod random_tests;
 pub mod stats;
 pub mod switch;
 pub mod sync;
