@@ -27,6 +27,8 @@ mod registry;
 mod report;
 mod socket;
 mod streams;
+#[cfg(test)]
+mod tests;
 mod views;
 
 use std::io;

@@ -78,12 +78,9 @@ impl PollThreads {
 
     /// Starts a thread, pinned to `cpu` if there is one; returns the lowest number that is free, which is now its.
     pub(super) fn start(&mut self, cpu: Option<usize>) -> Result<usize, DaemonError> {
-        let lowest = self.spare.iter().enumerate();
-        let lowest = lowest.min_by_key(|(_, reader)| reader.index());
-        let Some((at, _)) = lowest else {
+        let Some(reader) = self.spare_reader() else {
             return Err(DaemonError::TooManyThreads(self.threads.len() + 1));
         };
-        let reader = self.spare.swap_remove(at);
         let number = reader.index();
         match self.start_one(reader, cpu) {
             Ok(thread) => {
@@ -95,6 +92,28 @@ impl PollThreads {
                 Err(error)
             }
         }
+    }
+
+    /// The reader of the lowest number that is free.
+    fn spare_reader(&mut self) -> Option<Reader<Topology>> {
+        let lowest = self.spare.iter().enumerate();
+        let (at, _) = lowest.min_by_key(|(_, reader)| reader.index())?;
+        Some(self.spare.swap_remove(at))
+    }
+
+    /// The same as [`PollThreads::start`] for a thread that does not run: a test does with its reader what it would do, and
+    /// when.
+    #[cfg(test)]
+    pub(super) fn start_scripted(&mut self) -> Reader<Topology> {
+        let reader = self.spare_reader().unwrap();
+        let shared = Arc::new(PollShared {
+            stats: ThreadStats::default(),
+            sleeper: Sleeper::new().unwrap(),
+            stop: AtomicBool::new(false),
+        });
+        let thread = PollThread::new(shared, None, Default::default(), None);
+        self.threads.insert(reader.index(), thread);
+        reader
     }
 
     /// Threads that may be given queues.
@@ -176,6 +195,27 @@ impl Drop for PollThreads {
 }
 
 impl PollThread {
+    fn new(
+        shared: Arc<PollShared>,
+        cpu: Option<usize>,
+        (tid, removed): (Arc<AtomicU32>, Arc<AtomicBool>),
+        handle: Option<JoinHandle<()>>,
+    ) -> Self {
+        PollThread {
+            shared,
+            cpu,
+            node: cpu.and_then(affinity::numa_node),
+            tid,
+            handle,
+            kicks: HashMap::new(),
+            overdue: None,
+            changed: false,
+            work: Vec::new(),
+            leaving: false,
+            removed,
+        }
+    }
+
     fn prepare(&mut self, plan: &Plan) {
         let wanted: HashMap<usize, &Arc<KickFd>> = plan
             .queues
@@ -288,18 +328,7 @@ impl PollThreads {
             Ok(Err((error, reader))) => return Err((DaemonError::Pin(error), Some(reader))),
             Err(_) => return Err((system(std::io::ErrorKind::Other.into()), None)),
         }
-        Ok(PollThread {
-            shared,
-            cpu,
-            node: cpu.and_then(affinity::numa_node),
-            tid,
-            handle: Some(handle),
-            kicks: HashMap::new(),
-            overdue: None,
-            changed: false,
-            work: Vec::new(),
-            leaving: false,
-            removed,
-        })
+        let told = (tid, removed);
+        Ok(PollThread::new(shared, cpu, told, Some(handle)))
     }
 }
