@@ -33,6 +33,8 @@ struct Ring {
     entries: Box<[Shared<Entry>]>,
     /// Packed: elements, which the publisher writes.
     elements: Box<[Shared<Entry>]>,
+    /// Every position before this one was published, as the holders of the token know it.
+    visible: Shared<u64>,
     /// The driver wants a call when this position becomes visible.
     event: AtomicU64,
     /// The call eventfd.
@@ -54,6 +56,7 @@ impl Ring {
             flags: (0..size).map(|_| AtomicU64::new(0)).collect(),
             entries: (0..size).map(|_| Shared::new(Entry::default())).collect(),
             elements: (0..size).map(|_| Shared::new(Entry::default())).collect(),
+            visible: Shared::new(scenario.start),
             event: AtomicU64::new(scenario.start),
             called: AtomicBool::new(false),
             own: loom::sync::Mutex::new(Vec::new()),
@@ -95,12 +98,19 @@ impl Ring {
     }
 
     fn write_flags(&self, position: u64) {
-        self.flags[self.slot(position)].store(position + 1, Ordering::Release);
+        let order = match self.fault {
+            Fault::RelaxedFlags => Ordering::Relaxed,
+            _ => Ordering::Release,
+        };
+        self.flags[self.slot(position)].store(position + 1, order);
     }
 }
 
 impl Publish for Ring {
     fn publish(&self, from: u64, to: u64) {
+        assert_eq!(self.visible.get(), from, "published in order, once");
+        assert!(from < to, "published in order, once");
+        self.visible.set(to);
         match self.kind {
             Kind::Split => {
                 let order = match self.fault {

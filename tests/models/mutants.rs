@@ -3,7 +3,7 @@
 //! Errors in the production files are copies under `mutants/` that differ in one place;
 //! [`copies_differ_in_one_place_only`] keeps them from drifting (`POLLUX_WRITE_MUTANTS=1` writes them anew).
 
-use crate::delivery_models::{Fault, LAPS, Scenario, TWO, packed};
+use crate::delivery_models::{Fault, HASTY, Scenario, TWO, packed};
 use crate::explore;
 use crate::observer_models::{self, ONE};
 use crate::production;
@@ -83,6 +83,7 @@ claim_mutant!(token_stored);
 claim_mutant!(one_round);
 claim_mutant!(no_barrier);
 claim_mutant!(no_room);
+claim_mutant!(looked_before);
 snapshot_mutant!(acknowledges_unread);
 snapshot_mutant!(wakes_without_barrier);
 handover_mutant!(owned_on_its_way);
@@ -118,6 +119,20 @@ const COPIES: &[(&str, &str, &str, &str)] = &[
         include_str!("../../src/virtio/claim.rs"),
         "(self.published() + self.size()).saturating_sub(p)",
         "(u64::MAX / 2).saturating_sub(p)",
+    ),
+    (
+        "looked_before/claim.rs",
+        include_str!("../../src/virtio/claim.rs"),
+        "let turn = self.turn.fetch_or(HELD, Ordering::AcqRel);
+            if turn & HELD != 0 {
+                return Published::Clean;
+            }
+            let old = self.published.load(Ordering::Relaxed);",
+        "let old = self.published.load(Ordering::Relaxed);
+            let turn = self.turn.fetch_or(HELD, Ordering::AcqRel);
+            if turn & HELD != 0 {
+                return Published::Clean;
+            }",
     ),
     (
         "acknowledges_unread/snapshot.rs",
@@ -201,6 +216,12 @@ fn used_index_without_release() {
 }
 
 #[test]
+#[should_panic(expected = "Causality violation")]
+fn packed_flags_without_release() {
+    explore(3, with(packed(TWO), Fault::RelaxedFlags));
+}
+
+#[test]
 #[should_panic(expected = "visible as a whole")]
 fn packed_first_flags_first() {
     explore(3, with(packed(TWO), Fault::FirstFlagsFirst));
@@ -212,35 +233,64 @@ fn packed_event_test_per_own_range() {
     explore(3, with(packed(TWO), Fault::OwnRange));
 }
 
-#[test]
-#[should_panic(expected = "everything is published")]
-fn token_released_by_a_store() {
-    explore(3, || token_stored::delivery::run(&TWO));
-}
+/// An error in `claim.rs`, found with a ring of either kind, and what it is found by.
+macro_rules! found_in_both {
+    ($test:ident, $mutant:ident, $scenario:expr, $split:literal, $packed:literal) => {
+        mod $test {
+            use super::*;
 
-#[test]
-#[should_panic(expected = "everything is published")]
-fn one_publish_round_only() {
-    explore(3, || one_round::delivery::run(&TWO));
-}
+            #[test]
+            #[should_panic(expected = $split)]
+            fn split() {
+                explore(3, || $mutant::delivery::run(&$scenario));
+            }
 
-#[test]
-#[should_panic(expected = "nobody called")]
-fn no_barrier_before_the_event() {
-    explore(3, || no_barrier::delivery::run(&TWO));
-}
-
-// Two open claims share a tag, and the queue sticks.
-#[test]
-#[should_panic(expected = "everything is published")]
-fn claims_beyond_what_is_published() {
-    const EAGER: Scenario = Scenario {
-        hasty: true,
-        driver_rounds: 0,
-        ..LAPS
+            #[test]
+            #[should_panic(expected = $packed)]
+            fn packed() {
+                explore(3, || $mutant::delivery::run(&super::packed($scenario)));
+            }
+        }
     };
-    explore(3, || no_room::delivery::run(&EAGER));
 }
+
+found_in_both!(
+    token_released_by_a_store,
+    token_stored,
+    TWO,
+    "everything is published",
+    "everything is published"
+);
+found_in_both!(
+    one_publish_round_only,
+    one_round,
+    TWO,
+    "everything is published",
+    "everything is published"
+);
+found_in_both!(
+    no_barrier_before_the_event,
+    no_barrier,
+    TWO,
+    "nobody called",
+    "nobody called"
+);
+// Two open claims share a tag, and the queue sticks; or the elements of one are written while the other is filled.
+found_in_both!(
+    claims_beyond_what_is_published,
+    no_room,
+    HASTY,
+    "everything is published",
+    "Causality violation"
+);
+// What another thread has published meanwhile is published again.
+found_in_both!(
+    a_look_before_the_token_is_taken,
+    looked_before,
+    TWO,
+    "published in order",
+    "published in order"
+);
 
 #[test]
 #[should_panic(expected = "Causality violation")]
