@@ -9,6 +9,7 @@ use std::time::Duration;
 use crossbeam_channel::Sender;
 
 use super::command::Command;
+use super::mailbox::Mailbox;
 use super::report::{Report, Reports};
 use crate::port::{Device, PortShared};
 use crate::sys::call::CallGuard;
@@ -22,27 +23,12 @@ const LOOK_EVERY: Duration = Duration::from_micros(50);
 /// Looks without sleeping first.
 const QUICK_LOOKS: u32 = 200;
 
-/// Where a session's posts stand.
-#[derive(Debug, Default)]
-struct Mailbox {
-    /// Newest post, until control takes it.
-    device: Option<Option<Arc<Device>>>,
-    posted: u64,
-    /// The newest post that is published, and the generation that holds it.
-    published: u64,
-    generation: u64,
-    /// Control has been told that there is a post.
-    announced: bool,
-    /// The port was removed.
-    gone: bool,
-}
-
 /// One session's link to control.
 #[derive(Debug)]
 pub(super) struct Link {
     /// The port it serves.
     pub(super) port: Arc<PortShared>,
-    mailbox: Mutex<Mailbox>,
+    mailbox: Mutex<Mailbox<Arc<Device>>>,
     changed: Condvar,
     commands: Sender<Command>,
     wake: Arc<Wake>,
@@ -71,35 +57,25 @@ impl Link {
         })
     }
 
-    fn mailbox(&self) -> MutexGuard<'_, Mailbox> {
+    fn mailbox(&self) -> MutexGuard<'_, Mailbox<Arc<Device>>> {
         // Plain values, whole at every moment.
         self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Control takes the newest post: its number and device.
     pub(super) fn take(&self) -> Option<(u64, Option<Arc<Device>>)> {
-        let mut mailbox = self.mailbox();
-        mailbox.announced = false;
-        let device = mailbox.device.take()?;
-        Some((mailbox.posted, device))
+        self.mailbox().take()
     }
 
     /// Control says in which generation a post is published.
     pub(super) fn published(&self, post: u64, generation: u64) {
-        let mut mailbox = self.mailbox();
-        if post >= mailbox.published {
-            mailbox.published = post;
-            mailbox.generation = generation;
-        }
+        self.mailbox().published(post, generation);
         self.changed.notify_all();
     }
 
     /// Control says that the port is gone since `generation`: posts are void from now on.
     pub(super) fn port_gone(&self, generation: u64) {
-        let mut mailbox = self.mailbox();
-        mailbox.gone = true;
-        mailbox.device = None;
-        mailbox.generation = generation;
+        self.mailbox().port_gone(generation);
         self.changed.notify_all();
     }
 
@@ -139,31 +115,26 @@ pub(super) struct Sink(pub(super) Arc<Link>);
 
 impl DeviceSink for Sink {
     fn post(&self, device: Option<Arc<Device>>) -> Ticket {
-        let mut mailbox = self.0.mailbox();
-        mailbox.posted += 1;
-        let ticket = Ticket(mailbox.posted);
-        if mailbox.gone {
-            return ticket;
-        }
-        mailbox.device = Some(device);
-        let announce = !std::mem::replace(&mut mailbox.announced, true);
-        drop(mailbox);
+        let (post, announce) = self.0.mailbox().post(device);
         if announce {
             self.0.tell(Command::Posted(self.0.clone()));
         }
-        ticket
+        Ticket(post)
     }
 
     fn settle(&self, ticket: Ticket) -> Result<(), Gone> {
         let mut mailbox = self.0.mailbox();
-        while mailbox.published < ticket.0 && !mailbox.gone {
+        let generation = loop {
+            if let Some(generation) = mailbox.answer(ticket.0) {
+                break generation;
+            }
             mailbox = self
                 .0
                 .changed
                 .wait(mailbox)
                 .unwrap_or_else(PoisonError::into_inner);
-        }
-        let (generation, gone) = (mailbox.generation, mailbox.gone);
+        };
+        let gone = mailbox.is_gone();
         drop(mailbox);
         self.0.wait_acknowledged(generation);
         if gone { Err(Gone) } else { Ok(()) }
@@ -176,7 +147,7 @@ impl DeviceSink for Sink {
     fn event(&self, event: SessionEvent) {
         // Under the lock, so that nothing is said of a port behind the word that it was removed.
         let mailbox = self.0.mailbox();
-        if !mailbox.gone {
+        if !mailbox.is_gone() {
             self.0.report.session(&self.0.port, &self.0.reports, &event);
         }
     }

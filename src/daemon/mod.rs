@@ -16,6 +16,7 @@ pub mod embedded;
 mod handle;
 mod handover;
 mod link;
+mod mailbox;
 mod observers;
 mod operations;
 mod pace;

@@ -3,17 +3,17 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `production.rs` | `virtio/claim.rs`, `sys/snapshot.rs`, `daemon/handover.rs`, `observe/pen.rs` and `stats/counter.rs` as they stand, over loom's atomics |
+//! | `production.rs` | `virtio/claim.rs`, `sys/snapshot.rs`, `daemon/handover.rs`, `daemon/mailbox.rs`, `observe/pen.rs` and `stats/counter.rs` as they stand, over loom's atomics |
 //! | `delivery.rs` | (a) claim, fill, commit, publish: producers and a driver, split and packed |
 //! | `views.rs` | (b) publish, acknowledge, retire; (c) a transmit queue changes its poll thread |
-//! | `registry.rs` | (d) a session that enables its rings against the removal of its port |
+//! | `removal.rs` | (d) a session that enables or disables its rings against the removal of its port |
 //! | `observers.rs` | (e) an observer comes, is written to and read, and goes; its client is killed; poll threads change |
 //! | `mutants.rs` | the same models with a deliberate error, each of which must be found |
 //!
 //! Production code is what `production.rs` names, and nothing else. What surrounds it is modelled: in (a) the ring in guest
 //! memory, so what `virtio/split.rs` and `virtio/packed.rs` do to publish and to look at the driver's event (their bytes and
 //! their order are compared with other implementations in `tests/oracle.rs`), and the tries of `ReceiveQueue` to claim; in
-//! (b) to (e) the loops of poll threads, of sessions and of control, and in (d) the mailbox between them.
+//! (b) to (e) the loops of poll threads, of sessions and of control, with the lock around the mailbox.
 //!
 //! No RUSTFLAGS: the included files take their atomics from `crate::sync`, which is loom's here. A model is exhaustive within
 //! its bound of preemptions, the first argument of `explore`: 1 for three producers, 3 for two with a driver, of either kind
@@ -32,7 +32,7 @@ mod delivery_models;
 mod mutants;
 mod observer_models;
 mod production;
-mod registry;
+mod removal_models;
 mod sync;
 mod view_models;
 

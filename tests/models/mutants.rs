@@ -7,6 +7,7 @@ use crate::delivery_models::{Fault, HASTY, Scenario, TWO, packed};
 use crate::explore;
 use crate::observer_models::{self, ONE};
 use crate::production;
+use crate::removal_models;
 use crate::view_models::{MoveFault, ReadFault};
 
 macro_rules! claim_mutant {
@@ -59,6 +60,21 @@ macro_rules! handover_mutant {
     };
 }
 
+macro_rules! mailbox_mutant {
+    ($name:ident) => {
+        mod $name {
+            #[allow(dead_code, reason = "a copy")]
+            pub mod mailbox;
+            #[allow(dead_code, reason = "not every model is run")]
+            #[path = "../../removal.rs"]
+            pub mod removal;
+            #[allow(dead_code, reason = "not everything has a model")]
+            #[path = "../../../../src/sys/snapshot.rs"]
+            pub mod snapshot;
+        }
+    };
+}
+
 macro_rules! pen_mutant {
     ($name:ident) => {
         mod $name {
@@ -89,6 +105,9 @@ snapshot_mutant!(wakes_without_barrier);
 handover_mutant!(owned_on_its_way);
 handover_mutant!(unacknowledged);
 handover_mutant!(arrives_twice);
+mailbox_mutant!(posts_though_gone);
+mailbox_mutant!(kept_when_gone);
+mailbox_mutant!(answers_before);
 pen_mutant!(kept);
 pen_mutant!(unsettled);
 pen_mutant!(looked_at_last);
@@ -133,6 +152,24 @@ const COPIES: &[(&str, &str, &str, &str)] = &[
             if turn & HELD != 0 {
                 return Published::Clean;
             }",
+    ),
+    (
+        "posts_though_gone/mailbox.rs",
+        include_str!("../../src/daemon/mailbox.rs"),
+        "if self.gone {",
+        "if self.gone && device.is_none() {",
+    ),
+    (
+        "kept_when_gone/mailbox.rs",
+        include_str!("../../src/daemon/mailbox.rs"),
+        "self.gone = true;\n        self.device = None;",
+        "self.gone = true;",
+    ),
+    (
+        "answers_before/mailbox.rs",
+        include_str!("../../src/daemon/mailbox.rs"),
+        "(self.published >= post || self.gone)",
+        "(self.posted >= post || self.gone)",
     ),
     (
         "acknowledges_unread/snapshot.rs",
@@ -346,6 +383,36 @@ fn a_hand_over_that_was_overtaken() {
 fn asleep_without_a_second_look() {
     explore(2, || {
         production::views::hand_over(MoveFault::NoSecondLook, &[1]);
+    });
+}
+
+#[test]
+#[should_panic(expected = "came back")]
+fn a_session_that_posts_although_its_port_is_gone() {
+    explore(2, || {
+        posts_though_gone::removal::remove(removal_models::Fault::None)
+    });
+}
+
+#[test]
+#[should_panic(expected = "came back")]
+fn a_post_that_outlives_its_port_in_the_mailbox() {
+    explore(2, || {
+        kept_when_gone::removal::remove(removal_models::Fault::None)
+    });
+}
+
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn an_answer_before_the_post_is_published() {
+    explore(2, answers_before::removal::stop);
+}
+
+#[test]
+#[should_panic(expected = "came back")]
+fn control_that_applies_a_stale_turn() {
+    explore(2, || {
+        production::removal::remove(removal_models::Fault::StaleTurn)
     });
 }
 
