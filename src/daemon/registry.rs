@@ -138,7 +138,6 @@ impl Registry {
             .iter()
             .position(|port| port.shared.name() == name)?;
         let record = self.ports.remove(at);
-        record.shared.set_gone();
         self.fdb.port_removed(record.shared.reference);
         let observers = self.observers_of(record.shared.reference);
         self.names.remove(record.shared.reference);
@@ -157,9 +156,6 @@ impl Registry {
     /// those that are not, where at the end of the switch it should wait in their rings for the next one.
     pub(super) fn unregister_all(&mut self) -> Vec<PortRecord> {
         let records = std::mem::take(&mut self.ports);
-        for record in &records {
-            record.shared.set_gone();
-        }
         let observers = std::mem::take(&mut self.observers);
         self.dirty = true;
         self.publish();

@@ -1,14 +1,13 @@
 //! A port: what outlives its users, and what only poll threads may reach.
 //!
 //! Two halves. [`PortShared`] is name and counters: statistics readers, captures and API requests may hold it
-//! as long as they like; after removal every operation on it answers "gone". [`Device`] is guest memory, rings and
+//! as long as they like; after removal control finds no port of that registration any more, and answers "gone". [`Device`] is guest memory, rings and
 //! file descriptors of one session: reachable only from a topology, so that its last reference is dropped on the reaper
 //! and no other thread ever runs an munmap.
 
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::config::PortSpec;
 use crate::memory::GuestMemory;
@@ -29,7 +28,6 @@ pub struct PortShared {
     pub stats: PortStats,
     /// Who makes its calls.
     pub calls: Arc<CallGuard>,
-    gone: AtomicBool,
 }
 
 impl PortShared {
@@ -40,23 +38,12 @@ impl PortShared {
             reference,
             stats: PortStats::new(),
             calls: CallGuard::new()?,
-            gone: AtomicBool::new(false),
         }))
     }
 
     /// Its name.
     pub fn name(&self) -> &str {
         &self.spec.name
-    }
-
-    /// Whether the port has been removed: no operation on it succeeds any more.
-    pub fn is_gone(&self) -> bool {
-        self.gone.load(Ordering::Acquire)
-    }
-
-    /// Set by `unregister`, before the topology without the port is published.
-    pub fn set_gone(&self) {
-        self.gone.store(true, Ordering::Release);
     }
 }
 

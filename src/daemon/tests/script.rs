@@ -180,7 +180,8 @@ impl Script {
             assert_eq!(found, Some(port.reference), "{at}");
         }
         for (port, address) in &self.removed {
-            assert!(port.is_gone(), "{at}");
+            let found = self.registry.find_registration(port);
+            assert!(found.is_none(), "{at}: a removed port is found");
             assert_eq!(self.fdb.lookup(0, mac(*address)), None, "{at}");
         }
         self.check_devices();
@@ -228,12 +229,16 @@ impl Script {
     fn register(&mut self) {
         let name = format!("p{}", self.random.below(10));
         let exists = self.model.ports.iter().any(|port| port.name == name);
-        if exists || self.model.ports.len() == MOST_PORTS {
-            return;
+        if !exists && self.model.ports.len() < MOST_PORTS {
+            let is_pinned = self.random.chance(4);
+            self.register_as(name, is_pinned);
         }
+    }
+
+    pub(super) fn register_as(&mut self, name: String, is_pinned: bool) {
         let mut spec: PortSpec = format!("{name},socket=/nowhere/{name}").parse().unwrap();
         spec.queues = 1 + self.random.below(PAIRS) as u16;
-        if self.random.chance(4) {
+        if is_pinned {
             let staying: Vec<_> = self.model.staying.iter().collect();
             let any = self.random.below(staying.len() as u64) as usize;
             spec.poll = vec![*staying[any] as u32];
@@ -286,7 +291,11 @@ impl Script {
 
     fn unregister(&mut self) {
         let name = format!("p{}", self.random.below(10));
-        let removed = self.registry.unregister(&name);
+        self.unregister_as(&name);
+    }
+
+    pub(super) fn unregister_as(&mut self, name: &str) {
+        let removed = self.registry.unregister(name);
         let at = self.model.ports.iter().position(|port| port.name == name);
         assert_eq!(removed.is_some(), at.is_some(), "{}", self.at);
         let (Some((record, _)), Some(at)) = (removed, at) else {
