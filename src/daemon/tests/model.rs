@@ -68,12 +68,15 @@ pub(super) struct Move {
     pub(super) order: Option<usize>,
 }
 
+/// A receive queue of a port: its pair and its ring.
+type Receiving = (u16, usize);
+
 /// What a view says.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct View {
     pub(super) generation: u64,
     /// By slot: whose it is, whether memory is there, and the receive queues by pair.
-    ports: Vec<Option<(PortRef, bool, Vec<(u16, usize)>)>>,
+    ports: Vec<Option<(PortRef, bool, Vec<Receiving>)>>,
     flood: Vec<u16>,
     /// By thread: port, pair, ring, enabled.
     pub(super) plans: Vec<Vec<(PortRef, u16, usize, bool)>>,
