@@ -338,6 +338,40 @@ fn a_guest_with_packed_rings_loses_nothing_in_all_its_life() {
     life(true);
 }
 
+/// Without VIRTIO_F_VERSION_1 the header has 10 bytes unless buffers are mergeable, and 12 then.
+#[test]
+fn a_guest_with_a_legacy_card_loses_nothing() {
+    let ram = Ram::new(GuestOptions::default());
+    for mergeable in [false, true] {
+        let options = LinuxOptions {
+            mergeable,
+            lone: true,
+            legacy: true,
+            ..LinuxOptions::default()
+        };
+        let mut scene = Scene::new(&ram);
+        let linux = scene.start("linux", &options);
+        scene.begin(&linux);
+        scene.assert_rings(&options);
+        let agreed = scene.daemon().port(PORT)["session"]["features"].to_string();
+        assert!(!agreed.contains("version_1"), "{agreed}");
+        assert_eq!(agreed.contains("mrg_rxbuf"), mergeable, "{agreed}");
+        // Linux without offloads has buffers for frames of 1514 bytes, and longer ones only if they are mergeable.
+        for size in [60, 1514, if mergeable { 9000 } else { 700 }] {
+            scene.echo.set_size(size);
+            scene.echo.exchange(300);
+        }
+        scene.check(&linux, "legacy", (0, ""));
+        scene.echo.set_size(200);
+        scene.echo.run(200);
+        scene.kill();
+        scene.echo.exchange(300);
+        scene.check(&linux, "killed", (0, ""));
+        drop(linux);
+        scene.stop();
+    }
+}
+
 /// Serves a guest's firmware until Linux answers.
 fn boot(scene: &mut Scene<'_>, server: &mut BootServer, linux: &Linux) {
     let began = Instant::now();

@@ -11,6 +11,9 @@
 //!               descriptors, how many
 //! ```
 //!
+//! 128 bytes and 8 a slot. It has no lap or sequence number of its own: the flags in the ring, which the driver sees, too,
+//! say which of the three cases below it is, and the identity takes the place of one for a ring that is another.
+//!
 //! The notes are what a packed ring needs anyway, because the publisher writes the elements of others. What the record
 //! adds to the data path is two stores of one word a run: before the first store to the ring, and after the last.
 //!

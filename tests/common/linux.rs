@@ -42,6 +42,8 @@ pub(crate) struct LinuxOptions {
     pub(crate) netboot: bool,
     /// Its backend will be away: it is not told that its link goes then, and what QEMU throws away is counted.
     pub(crate) lone: bool,
+    /// Its card is one from before virtio 1.0.
+    pub(crate) legacy: bool,
 }
 
 impl Default for LinuxOptions {
@@ -53,6 +55,7 @@ impl Default for LinuxOptions {
             entries: 256,
             netboot: false,
             lone: false,
+            legacy: false,
         }
     }
 }
@@ -85,9 +88,14 @@ impl Linux {
         if options.netboot {
             command.arg("--netboot");
         }
+        command.arg("--");
         if options.lone {
-            command.args(["--", "-global", "virtio-net-pci.status=off"]);
+            command.args(["-global", "virtio-net-pci.status=off"]);
             command.args(["-trace", THROWN_AWAY]);
+        }
+        if options.legacy {
+            command.args(["-global", "virtio-net-pci.disable-modern=on"]);
+            command.args(["-global", "virtio-net-pci.disable-legacy=off"]);
         }
         Linux {
             process: Process::spawn("qemu/guest", &mut command),
