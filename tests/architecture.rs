@@ -348,6 +348,33 @@ fn rings_read_what_they_share_by_atomic_words_only() {
     assert_none(&problems);
 }
 
+/// Whoever delivers does not ask of which kind a ring is: the device's side tells them apart here, the driver's in one file
+/// of its own.
+const KINDS_OF_RINGS: [&str; 2] = ["src/virtio/mod.rs", "src/virtio/driver.rs"];
+
+#[test]
+fn split_and_packed_rings_are_told_apart_in_one_place() {
+    let (mut places, mut problems) = (BTreeSet::new(), Vec::new());
+    // The load generator has its own idea of kinds: what it is to ask for.
+    let switch = |source: &&Source| !source.is_test && source.module != "bench";
+    for source in sources().iter().filter(switch) {
+        for (number, line) in without_tests(&source.text) {
+            if !["Ring::Split", "Ring::Packed"]
+                .iter()
+                .any(|kind| code(line).contains(kind))
+            {
+                continue;
+            }
+            places.insert(source.name.clone());
+            if !KINDS_OF_RINGS.contains(&source.name.as_str()) {
+                problems.push(format!("{}:{number}", source.name));
+            }
+        }
+    }
+    assert_eq!(places.len(), KINDS_OF_RINGS.len(), "{places:?}");
+    assert_none(&problems);
+}
+
 #[test]
 fn decisions_know_no_clock_and_no_system() {
     let mut problems = Vec::new();
