@@ -324,8 +324,8 @@ fn unsafe_code_stands_only_where_it_may() {
     assert_none(&problems);
 }
 
-/// An index that is read in two halves may be one that nobody wrote, and a value that is read twice may be checked as one
-/// and used as another.
+/// An index that is read in two halves may be one that nobody wrote. That nothing is read twice is for the tests in which
+/// descriptors flip.
 #[test]
 fn rings_read_what_they_share_by_atomic_words_only() {
     let (mut of_tables, mut problems) = (Vec::new(), Vec::new());
@@ -483,6 +483,24 @@ fn every_test_named_for_a_hostile_input_exists() {
         .map(|(place, name)| format!("docs/hostile-inputs.md names {place}::{name}"))
         .collect();
     assert_none(&missing);
+}
+
+/// A suite that became a folder once fell out of the run unseen.
+#[test]
+fn every_test_program_is_run() {
+    let run = fs::read_to_string(root().join("tests/run")).unwrap();
+    assert!(
+        run.contains("for file in tests/*.rs tests/*/main.rs;"),
+        "tests/run"
+    );
+    let (_, others) = run.split_once("case $file in ").unwrap();
+    let (others, _) = others.split_once(')').unwrap();
+    for name in others.split(" | ") {
+        assert!(
+            run.contains(&format!("--test {name}")),
+            "tests/run leaves out {name}"
+        );
+    }
 }
 
 #[test]

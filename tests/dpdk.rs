@@ -233,7 +233,7 @@ fn a_closed_loop_loses_nothing_where_the_frontend_listens() {
 fn come_back(port: &VirtioUser) {
     let backend = Backend::listening(2);
     let options = loop_options(port, backend.sockets());
-    for clean in [true, false, true] {
+    for (round, clean) in (1..).zip([true, false, true]) {
         let mut testpmd = Testpmd::start(&options);
         closed_loop(&mut testpmd, 64, WINDOW, Duration::from_millis(500));
         testpmd.command("set fwd mac");
@@ -258,6 +258,9 @@ fn come_back(port: &VirtioUser) {
         } else {
             "at 0x0"
         };
+        wait_for("the starts of four rings a round in the log", || {
+            daemon.log().matches(" started: ").count() >= 4 * round
+        });
         let log = daemon.log();
         let mut starts = log.lines().filter(|line| line.contains(" started: "));
         assert!(starts.all(|line| line.contains(start)), "{log}");

@@ -34,7 +34,8 @@ struct Tmpfs {
 
 impl Tmpfs {
     fn mount() -> Tmpfs {
-        let script = "mount -t tmpfs -o size=8m tmpfs /mnt && echo mounted && exec sleep 600";
+        // `cat` ends with the test, however that ends: it reads from it.
+        let script = "mount -t tmpfs -o size=8m tmpfs /mnt && echo mounted && exec cat";
         let mut command = Command::new("unshare");
         // Who is not root is that in a user namespace.
         let own = if rustix::process::geteuid().is_root() {
@@ -166,13 +167,14 @@ fn lose_memory(options: GuestOptions, loss: Loss, traffic: Traffic) {
         ("tx", "egress_memory_fault")
     };
     wait_for("the session to be cut off", || guest.is_cut_off());
-    assert_eq!(daemon.dropped("p2", direction, reason), 1);
     let said = "guest memory is lost: its file was truncated, or its file system is full";
     daemon.assert_logged(said);
     wait_for("the reason", || daemon.state("p2").1.contains(said));
     wait_for("the end of the session", || {
         daemon.state("p2").0 == "waiting"
     });
+    // The session has ended, and waited for the poll thread before.
+    assert_eq!(daemon.dropped("p2", direction, reason), 1);
     let before = bystanders.frames();
     wait_for("the bystanders' frames", || {
         let log = daemon.log();

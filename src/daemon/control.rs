@@ -238,10 +238,11 @@ impl Control {
                 .as_ref()
                 .is_some_and(|device| device.memory.faulted())
             {
-                if record.reported_state.as_deref() != Some(MEMORY_LOST) {
+                let lost = format!("{MEMORY_LOST}; the session is cut off");
+                if record.reported_state.as_deref() != Some(&lost) {
                     self.report
-                        .port(&record.shared, EventKind::RingBroken, MEMORY_LOST);
-                    record.reported_state = Some(MEMORY_LOST.to_string());
+                        .port(&record.shared, EventKind::RingBroken, &lost);
+                    record.reported_state = Some(lost);
                 }
                 session.cut_off = Some(MEMORY_LOST);
                 session.stopper.stop();

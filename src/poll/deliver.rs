@@ -221,7 +221,7 @@ fn fill<'t>(
     done
 }
 
-/// Senders' pages may have gone while we copied (the file was truncated): what arrived is not their frames.
+/// Senders' pages may have gone while we copied (see `lose_faulted`): what arrived is not their frames.
 #[cold]
 fn blank_faulted(context: &Context<'_>, burst: &Burst<'_>, claim: &mut Claim<'_>, done: Mask) {
     for (index, number) in numbers(done).enumerate() {

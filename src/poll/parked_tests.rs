@@ -296,26 +296,32 @@ fn a_parked_producer_delays_its_own_queue_and_no_other() {
 
 #[test]
 fn nobody_loops_or_waits_for_a_parked_producer() {
-    for point in POINTS {
-        let shown = park_at(point, false, false);
+    for (point, packed) in POINTS.into_iter().flat_map(|p| [(p, false), (p, true)]) {
+        let shown = park_at(point, false, packed);
         let [from, to] = shown.parked;
         let passes = to.passes - from.passes;
         // It was waited for once, before the first of these marks, and never again while it stands there.
-        assert_eq!(to.given_up, from.given_up, "{point:?}");
-        assert!(to.given_up - shown.quiet[1].given_up <= 2, "{point:?}");
+        assert_eq!(to.given_up, from.given_up, "{point:?} packed={packed}");
+        assert!(
+            to.given_up - shown.quiet[1].given_up <= 2,
+            "{point:?} packed={packed}"
+        );
         let claims = to.tries.claims - from.tries.claims;
         let publishes = to.tries.publishes - from.tries.publishes;
         assert!(
             claims <= TRIES_A_PASS * passes,
-            "{point:?}: {claims} {passes}"
+            "{point:?} packed={packed}: {claims} {passes}"
         );
         assert!(
             publishes <= TRIES_A_PASS * passes,
-            "{point:?}: {publishes} {passes}"
+            "{point:?} packed={packed}: {publishes} {passes}"
         );
         let waited = from.tries.publishes - shown.quiet[1].tries.publishes;
         let before = TRIES_A_PASS * (from.passes - shown.quiet[1].passes);
-        assert!(waited <= before + 2 * TRIES_A_WAIT, "{point:?}: {waited}");
+        assert!(
+            waited <= before + 2 * TRIES_A_WAIT,
+            "{point:?} packed={packed}: {waited}"
+        );
     }
 }
 

@@ -5,7 +5,6 @@ use std::sync::atomic::Ordering;
 use pollux::virtio::driver::DESC_NEXT;
 use serde_json::Value;
 
-use crate::common::daemon::DaemonOptions;
 use crate::common::events::Events;
 use crate::common::guest::{Guest, GuestOptions, RECEIVE, Ram, TRANSMIT};
 use crate::common::scene::{Scene, VICTIM};
@@ -113,29 +112,17 @@ fn broken_reason(port: &Value, ring: usize) -> Option<String> {
     reason.as_str().map(str::to_string)
 }
 
-/// A scene whose packed rings have records in a directory.
-fn scene_with_records() -> (tempfile::TempDir, Scene) {
-    let mut named = tempfile::Builder::new();
-    let state = named.prefix("plx-").tempdir_in("/dev/shm").unwrap();
-    let path = state.path().to_str().unwrap().to_string();
-    let scene = Scene::with(&DaemonOptions {
-        args: vec!["--ring-state".into(), path],
-        ..DaemonOptions::default()
-    });
-    (state, scene)
-}
-
 /// Breaks a ring, checks what is said of it and what still works, and heals it.
 fn breaks_and_heals(options: GuestOptions, which: usize, how: Impossible, by: Cure) {
     let what = format!("{how:?} on ring {which}, then {by:?}");
     println!("{what}");
-    let (state, scene) = scene_with_records();
+    let scene = Scene::new();
     let rams = [Ram::new(split()), Ram::new(options)];
     let (mut sink, mut guest) = (Guest::new(&rams[0]), Guest::new(&rams[1]));
     scene.attach_sink(&mut sink);
     scene.attach_victim(&mut guest, &mut sink);
-    let records = std::fs::read_dir(state.path()).unwrap().count();
-    assert_eq!(records, if options.packed { 2 } else { 0 });
+    let records = scene.daemon.records();
+    assert_eq!(records.len(), if options.packed { 2 } else { 0 });
     let events = Events::of(&scene.daemon);
     wait_for("the transmit buffers", || guest.in_flight() == 0);
     how.commit(&guest, which);

@@ -12,7 +12,7 @@
 //!
 //! Production code is what `production.rs` names, and nothing else. What surrounds it is modelled: in (a) the ring in guest
 //! memory, so what `virtio/split.rs` and `virtio/packed.rs` do to publish and to look at the driver's event (their bytes and
-//! their order are compared with other implementations in `tests/oracle.rs`), and the tries of `ReceiveQueue` to claim; in
+//! their order are compared with other implementations in `tests/oracle`), and the tries of `ReceiveQueue` to claim; in
 //! (b) to (e) the loops of poll threads, of sessions and of control, with the lock around the mailbox.
 //!
 //! No RUSTFLAGS: the included files take their atomics from `crate::sync`, which is loom's here. A model is exhaustive within

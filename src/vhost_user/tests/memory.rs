@@ -157,7 +157,7 @@ fn single(region: &VhostUserMemoryRegionInfo) -> Vec<u8> {
 #[test]
 fn a_table_has_as_many_regions_as_descriptors_and_at_most_32() {
     let mut peer = Peer::new();
-    peer.memory = memfd::create("vu-table", SIZE).unwrap();
+    peer.memory = memfd::create("vu-one-table", SIZE).unwrap();
     peer.negotiate();
     let send = |regions: u32, files: usize| {
         let files = vec![peer.memory.as_raw_fd(); files];
@@ -174,18 +174,21 @@ fn a_table_has_as_many_regions_as_descriptors_and_at_most_32() {
         // Behind the answer, and before the next one.
         peer.queue_num();
         assert_eq!(peer.status.snapshot().memory_regions, 0);
-        assert_eq!(descriptors("vu-table"), 1);
+        assert_eq!(descriptors("vu-one-table"), 1);
     }
     for regions in [1, 32] {
         send(regions, regions as usize);
         assert_eq!(peer.reply(), Some(0));
         assert_eq!(peer.status.snapshot().memory_regions, regions as usize);
-        assert_eq!(descriptors("vu-table"), 1);
+        assert_eq!(descriptors("vu-one-table"), 1);
     }
     send(33, 33);
     let why = peer.refused();
     assert!(why.contains("more than 32 file descriptors"), "{why}");
-    assert_eq!((descriptors("vu-table"), mappings("vu-table")), (0, 0));
+    assert_eq!(
+        (descriptors("vu-one-table"), mappings("vu-one-table")),
+        (0, 0)
+    );
 }
 
 #[test]
