@@ -74,7 +74,7 @@
 //! 5. **Complete** the transmit chains whose frames are *published*, in available order. If the process is killed
 //!    in between, the guest's next attachment replays the frame instead of losing it. Behind another thread's
 //!    open claim a chain waits 100 µs at most, then is completed all the same (`completed_early`), and later ones at
-//!    once until that queue moves.
+//!    once until that queue moves: a process that is killed while a thread has lost its processor there loses those.
 //! 6. **Notify** at the end of the pass.
 //!
 //! # Life of a port

@@ -231,6 +231,26 @@ impl Daemon {
         self.stop_by(Signal::TERM);
     }
 
+    /// SIGSTOP; all its threads stand when this returns.
+    pub(crate) fn freeze(&self) {
+        self.process.signal(Signal::STOP);
+        wait_for("all threads to stand", || {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
+            tasks.expect("its threads").flatten().all(|task| {
+                let stat = std::fs::read_to_string(task.path().join("stat"));
+                stat.is_ok_and(|stat| {
+                    let state = stat.rsplit_once(") ");
+                    state.is_some_and(|(_, rest)| rest.starts_with('T'))
+                })
+            })
+        });
+    }
+
+    /// SIGCONT.
+    pub(crate) fn thaw(&self) {
+        self.process.signal(Signal::CONT);
+    }
+
     /// SIGKILL; what it leaves in its directory stays there.
     pub(crate) fn kill(self) -> tempfile::TempDir {
         let Daemon { process, dir, .. } = self;

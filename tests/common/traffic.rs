@@ -214,6 +214,16 @@ impl<'m> Exchange<'m> {
         any
     }
 
+    /// Takes what has come; whether a sender has a buffer back whose frame has not.
+    pub(crate) fn is_ahead(&mut self) -> bool {
+        self.receive();
+        (0..self.flows.len()).any(|n| {
+            let from = self.flows[n].from;
+            let in_flight = u64::from(self.guests[from].in_flight());
+            self.flows[n].sent > self.flows[n].received + in_flight
+        })
+    }
+
     /// Receives until nothing is on its way.
     pub(crate) fn drain(&mut self) {
         while self.flows.iter().any(|flow| flow.received < flow.sent) {
