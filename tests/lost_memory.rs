@@ -35,19 +35,14 @@ struct Tmpfs {
 impl Tmpfs {
     fn mount() -> Tmpfs {
         // `cat` ends with the test, however that ends: it reads from it.
-        let script = "mount -t tmpfs -o size=8m tmpfs /mnt && echo mounted && exec cat";
-        let mut command = Command::new("unshare");
-        // Who is not root is that in a user namespace.
-        let own = if rustix::process::geteuid().is_root() {
-            "-m"
-        } else {
-            "-Urm"
-        };
-        command.args([own, "sh", "-c", script]);
-        let keeper = Process::spawn("unshare", &mut command);
-        let mounted = keeper.out.wait("mounted", 0, LIMIT);
-        assert!(mounted.is_some(), "no tmpfs: {}", keeper.err.text());
-        let root = format!("/proc/{}/root/mnt", keeper.pid()).into();
+        let inner = "mount -t tmpfs -o size=8m tmpfs /mnt && echo mounted $$ && exec cat";
+        // Who may not mount may in a user namespace.
+        let script = format!("unshare -m sh -c '{inner}' || exec unshare -Urm sh -c '{inner}'");
+        let keeper = Process::spawn("unshare", Command::new("sh").args(["-c", &script]));
+        let said = keeper.out.wait("\n", 0, LIMIT);
+        let said = said.unwrap_or_else(|| panic!("no tmpfs: {}", keeper.err.text()));
+        let pid = said.trim().strip_prefix("mounted ").expect("its process");
+        let root = format!("/proc/{pid}/root/mnt").into();
         Tmpfs {
             _keeper: keeper,
             root,
