@@ -278,13 +278,16 @@ impl<'t> Burst<'t> {
     pub fn retain(&mut self, mut keep: impl FnMut(&Frame<'t>) -> bool) {
         let mut kept = 0;
         for number in 0..self.count {
-            let frame = self.frames[number];
-            if keep(&frame) {
-                self.frames[kept] = frame;
-                kept += 1;
-            } else {
+            let frame = &self.frames[number];
+            if !keep(frame) {
                 self.bytes -= frame.len;
+                continue;
             }
+            // Mostly all are kept: of a burst beside somebody else's fault.
+            if kept != number {
+                self.frames[kept] = *frame;
+            }
+            kept += 1;
         }
         self.count = kept;
     }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, RECEIVE, Ram, TRANSMIT};
-use common::traffic::{Bystanders, Exchange, frame, mac};
+use common::traffic::{Bystanders, Exchange, attach, frame, mac};
 use common::{long, wait_for};
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -51,20 +51,6 @@ fn legacy_mergeable() -> GuestOptions {
         receive_len: 100,
         ..split()
     }
-}
-
-/// A guest on each port, from `first` on.
-fn attach<'m>(daemon: &Daemon, rams: &'m [Ram], first: usize) -> Vec<Guest<'m>> {
-    let attached = rams.iter().zip(&daemon.sockets()[first..]);
-    let guests = attached
-        .map(|(ram, socket)| {
-            let mut guest = Guest::new(ram);
-            guest.attach(socket);
-            guest
-        })
-        .collect();
-    daemon.settle();
-    guests
 }
 
 /// Frames of a port that were dropped for a reason.

@@ -16,7 +16,7 @@ use std::time::Duration;
 use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, RING_SPACE, Ram};
 use common::process::Process;
-use common::traffic::{Bystanders, Exchange, frame, mac};
+use common::traffic::{Exchange, acquainted, frame, mac};
 use common::wait_for;
 use pollux::memory::SharedMemory;
 use pollux::virtio::driver::Buffer;
@@ -123,25 +123,6 @@ impl Victim {
         rustix::fs::fallocate(file, hole, RINGS, len).unwrap();
         tmpfs.fill();
     }
-}
-
-/// Bystanders, and the guests that know each other: the victim on the third port, another one on the fourth.
-fn acquainted<'m>(daemon: &Daemon, rams: [&'m Ram; 2]) -> (Bystanders, Guest<'m>, Guest<'m>) {
-    let bystanders = Bystanders::start([&daemon.sockets()[0], &daemon.sockets()[1]]);
-    let guests = rams
-        .iter()
-        .zip(&daemon.sockets()[2..])
-        .map(|(ram, socket)| {
-            let mut guest = Guest::new(ram);
-            guest.attach(socket);
-            guest
-        });
-    let mut exchange = Exchange::new(guests.collect(), 3, &[(0, 1), (1, 0)], 8, 300);
-    exchange.meet();
-    exchange.exchange(50);
-    exchange.drain();
-    let other = exchange.guests.pop().unwrap();
-    (bystanders, exchange.guests.pop().unwrap(), other)
 }
 
 fn lose_memory(options: GuestOptions, loss: Loss, traffic: Traffic) {

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, RECEIVE, Ram, TRANSMIT};
-use common::traffic::{self, Bystanders, Exchange, frame, mac};
+use common::traffic::{self, Bystanders, Exchange, acquainted, attach, frame, mac};
 use common::{long, pause, wait_for};
 use pollux::bench::frontend::Frontend;
 
@@ -48,20 +48,6 @@ fn resetting_daemon(ports: usize) -> Daemon {
         ring_reset: true,
         ..DaemonOptions::default()
     })
-}
-
-/// A guest on each port, from `first` on.
-fn attach<'m>(daemon: &Daemon, rams: &'m [Ram], first: usize) -> Vec<Guest<'m>> {
-    let attached = rams.iter().zip(&daemon.sockets()[first..]);
-    let guests = attached
-        .map(|(ram, socket)| {
-            let mut guest = Guest::new(ram);
-            guest.attach(socket);
-            guest
-        })
-        .collect();
-    daemon.settle();
-    guests
 }
 
 #[test]
@@ -140,7 +126,7 @@ fn a_transmitq_is_reset_while_its_device_receives() {
 
 // ---- in the middle of traffic ------------------------------------------------------------------------
 
-/// Turns until GET_VRING_BASE has stopped a ring, which is asked for once `seen` is at `after`; returns the answer.
+/// Turns until GET_VRING_BASE has stopped a ring, which is asked for once `seen` has grown by 300; returns the answer.
 fn stop_amid(frontend: &Frontend, which: usize, seen: &AtomicU64, mut turn: impl FnMut()) -> u32 {
     let after = seen.load(Ordering::Relaxed) + 300;
     thread::scope(|scope| {
@@ -162,21 +148,6 @@ fn assert_untouched(guest: &Guest<'_>, which: usize, before: &[u8]) {
         changed.is_empty(),
         "written to after its ring stopped: {changed:x?}"
     );
-}
-
-/// Four ports, bystanders on the first two, and guests that know each other on the others; theirs are the first `rams`.
-fn acquainted<'m>(daemon: &Daemon, rams: &'m [Ram]) -> (Bystanders, Guest<'m>, Guest<'m>) {
-    let bystanders = Bystanders::start([&daemon.sockets()[0], &daemon.sockets()[1]]);
-    let guests = attach(daemon, rams, 2);
-    let mut exchange = Exchange::new(guests, 3, &[(0, 1), (1, 0)], 8, 100);
-    exchange.meet();
-    exchange.drain();
-    // Greetings that were not waited for.
-    for guest in &mut exchange.guests {
-        while guest.try_receive().is_some() {}
-    }
-    let other = exchange.guests.pop().unwrap();
-    (bystanders, exchange.guests.pop().unwrap(), other)
 }
 
 /// Ends a thread also when a check fails beside it.
@@ -205,7 +176,7 @@ fn flood(sender: &mut Guest<'_>, stop: &AtomicBool) -> u64 {
 fn reset_a_receiveq_amid_its_frames(options: GuestOptions) {
     let daemon = resetting_daemon(4);
     let rams = [options, split()].map(Ram::new);
-    let (bystanders, mut guest, mut sender) = acquainted(&daemon, &rams);
+    let (bystanders, mut guest, mut sender) = acquainted(&daemon, rams.each_ref());
     guest.reset_ring(RECEIVE, options.entries);
     let known: u64 = drops(&daemon).values().sum();
     let (stop, total) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -275,7 +246,7 @@ fn a_receiveq_is_reset_amid_its_frames() {
 fn reset_a_transmitq_amid_its_frames(options: GuestOptions) {
     let daemon = resetting_daemon(4);
     let rams = [options, split()].map(Ram::new);
-    let (bystanders, mut guest, mut receiver) = acquainted(&daemon, &rams);
+    let (bystanders, mut guest, mut receiver) = acquainted(&daemon, rams.each_ref());
     guest.reset_ring(TRANSMIT, options.entries);
     let arrived = AtomicU64::new(0);
     for round in 0..rounds() {

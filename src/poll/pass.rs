@@ -202,8 +202,8 @@ impl<'t, 'p> Pass<'t, 'p> {
         self.burst.cut(count, mark);
     }
 
-    /// Senders' pages may have gone while descriptors and heads were read (a file that was truncated, a full file system): zeros came instead.
-    /// Returns whether frames of others are left.
+    /// Senders' pages may have gone while descriptors and heads were read (a file that was truncated, a full file system):
+    /// zeros came instead. Returns whether frames of others are left.
     #[cold]
     #[inline(never)]
     fn lose_faulted(&mut self) -> bool {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::daemon::Daemon;
 use super::guest::{Guest, GuestOptions, Ram};
 use super::{pause, wait_for};
 
@@ -260,6 +261,44 @@ impl<'m> Exchange<'m> {
             self.turn();
         }
     }
+}
+
+/// A guest on each port, from `first` on.
+pub(crate) fn attach<'m>(
+    daemon: &Daemon,
+    rams: impl IntoIterator<Item = &'m Ram>,
+    first: usize,
+) -> Vec<Guest<'m>> {
+    let attached = rams.into_iter().zip(&daemon.sockets()[first..]);
+    let guests = attached
+        .map(|(ram, socket)| {
+            let mut guest = Guest::new(ram);
+            guest.attach(socket);
+            guest
+        })
+        .collect();
+    daemon.settle();
+    guests
+}
+
+/// Bystanders on the first two ports, and on the next two guests in these memories that know each other: `mac(3)` and
+/// `mac(4)`. Nothing is on its way.
+pub(crate) fn acquainted<'m>(
+    daemon: &Daemon,
+    rams: [&'m Ram; 2],
+) -> (Bystanders, Guest<'m>, Guest<'m>) {
+    let bystanders = Bystanders::start([&daemon.sockets()[0], &daemon.sockets()[1]]);
+    let guests = attach(daemon, rams, 2);
+    let mut exchange = Exchange::new(guests, 3, &[(0, 1), (1, 0)], 8, 300);
+    exchange.meet();
+    exchange.exchange(50);
+    exchange.drain();
+    // Greetings that were not waited for.
+    for guest in &mut exchange.guests {
+        while guest.try_receive().is_some() {}
+    }
+    let other = exchange.guests.pop().expect("the second");
+    (bystanders, exchange.guests.pop().expect("the first"), other)
 }
 
 /// Two guests on a thread of their own that exchange frames for as long as they live, and must not lose one.

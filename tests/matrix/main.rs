@@ -6,10 +6,9 @@
 //! refuses is listed and checked to be refused.
 //!
 //! Every run tries a cover of all pairs, and a refused cell for each reason, chosen by the seed in `POLLUX_MATRIX_SEED`
-//! (1 unless it is set); the ignored test
-//! tries all cells (`tests/run --matrix`) and writes `tests/MATRIX.md`, or with `POLLUX_MATRIX_PART=1/8` the first of eight
-//! parts of them, and writes nothing. An empty `POLLUX_MATRIX_GUESTS` leaves out the cells
-//! that need QEMU (`tests/run --quick`).
+//! (1 unless it is set); the ignored test tries all cells (`tests/run --matrix`) and writes `tests/MATRIX.md`, or with
+//! `POLLUX_MATRIX_PART=1/8` the first of eight parts of them, and writes nothing. An empty `POLLUX_MATRIX_GUESTS` leaves
+//! out the cells that need QEMU (`tests/run --quick`).
 
 #![allow(
     clippy::unwrap_used,
