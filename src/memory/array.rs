@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+use super::window::prefetch_write;
 use super::{PinnedWindow, Region, Window};
 
 /// A little-endian word of guest memory. Implemented for 16, 32 and 64 bits.
@@ -126,16 +127,7 @@ impl<T: Word> PinnedArray<T> {
     /// The same for writing: no other core keeps the line.
     #[inline(always)]
     pub fn prefetch_write(&self, index: usize) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let place = self.array().place(index);
-            // The intrinsic becomes a prefetch for reading on the default target. Processors that do not know the
-            // instruction do nothing.
-            // SAFETY: a prefetch has no architectural effect, whatever the address.
-            unsafe {
-                std::arch::asm!("prefetchw [{}]", in(reg) place, options(nostack, preserves_flags));
-            }
-        }
+        prefetch_write(self.array().place(index));
     }
 
     /// All of it, for accesses of other sizes.

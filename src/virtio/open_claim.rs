@@ -33,6 +33,8 @@ pub struct Claim<'m> {
     pub(super) span: u16,
     /// Bytes of the header before each frame.
     pub(super) header: usize,
+    /// Drivers read `num_buffers` of each frame's header.
+    pub(super) mergeable: bool,
     pub(super) heads: ArrayVec<ClaimedHead<'m>, CLAIM_HEADS>,
     /// Pieces of buffers of several.
     pub(super) windows: Windows<'m, CLAIM_WINDOWS>,
@@ -49,6 +51,7 @@ impl<'m> Claim<'m> {
             position: 0,
             span: 0,
             header: NET_HDR_SIZE,
+            mergeable: false,
             bad: 0,
             heads: ArrayVec::new(),
             windows: ArrayVec::new(),
@@ -91,6 +94,12 @@ impl<'m> Claim<'m> {
     #[inline(always)]
     pub fn header(&self) -> usize {
         self.header
+    }
+
+    /// Whether the driver has accepted VIRTIO_NET_F_MRG_RXBUF, so that it reads each frame's header.
+    #[inline(always)]
+    pub fn mergeable(&self) -> bool {
+        self.mergeable
     }
 
     /// Number of buffers of frame `index` (`num_buffers` of its header).
