@@ -351,10 +351,10 @@ def busy_ns(before, after):
 
 
 def pollux_bench(backend, cpu, size, ring, mergeable, mode, seconds):
-    """`pollux bench` attached to the backend's two sockets."""
+    """`pollux bench` attached to the backend's two sockets, with rings of a kind and a size."""
     command = ["taskset", "-c", str(cpu), pollux_binary(), "bench",
                "--attach", ",".join(backend.sockets), "--size", str(size),
-               "--seconds", f"{seconds:g}", "--ring", ring, "--mergeable", mergeable,
+               "--seconds", f"{seconds:g}", "--ring", ring[0], "--ring-size", str(ring[1]), "--mergeable", mergeable,
                "--mode", mode, "--json"]
     before, watch = backend.look(), Watch(backend.child.pid)
     try:

@@ -13,9 +13,10 @@ const TURN: usize = 32;
 /// Million copies a second of `size` bytes with the C library's `memcpy`, out of the transmit buffers of two guests of
 /// `pollux bench` into the memory of each other's receive buffers: the same memory, of the same size, in the same order.
 /// Pieces are not told apart: mergeable buffers are a memory of so many bytes.
-pub(crate) fn measure(size: usize, mergeable: bool, effort: &Effort) -> Value {
+pub(crate) fn measure(size: usize, mergeable: bool, ring_size: u16, effort: &Effort) -> Value {
     let plan = Plan {
         mergeable,
+        ring_size,
         ..plan(2, size)
     };
     let rams = [0, 1].map(|_| GuestRam::new(&plan.memory_needs()).unwrap());

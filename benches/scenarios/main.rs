@@ -96,6 +96,9 @@ enum Scenario {
         /// The memory of guests with mergeable receive buffers
         #[arg(long)]
         mergeable: bool,
+        /// Entries of each ring
+        #[arg(long, default_value_t = 256)]
+        ring_size: u16,
     },
     /// The longest time for which a thread that only looks at the clock is away
     Spin,
@@ -196,7 +199,11 @@ fn run(scenario: &Scenario, effort: &Effort) -> Result<serde_json::Value, RunErr
         Scenario::Pairs => Ok(pairs::measure(effort)),
         Scenario::Scale { ports } => Ok(scale::measure(ports, effort)),
         Scenario::Growth { curves, plots } => Ok(growth::measure(curves, plots.as_deref(), effort)),
-        Scenario::Copies { size, mergeable } => Ok(copies::measure(*size, *mergeable, effort)),
+        Scenario::Copies {
+            size,
+            mergeable,
+            ring_size,
+        } => Ok(copies::measure(*size, *mergeable, *ring_size, effort)),
         Scenario::Footprint { ports } => footprint::measure(*ports, effort),
         Scenario::Spin => Ok(spin::measure(effort)),
         Scenario::Plot { file } => Ok(plots::draw(file)),
