@@ -423,7 +423,7 @@ impl ReceiveQueue {
 /// Asks for the first lines of a buffer, to be written: the receiver's core has read them last, see `Burst::note`.
 ///
 /// Asked for as readers do, each would be asked for again by the store: 1.12 times the rate of 64-byte frames, 1.42 times
-/// where the header has a line of its own that the driver reads (Granite Rapids; Cascade Lake showed no difference). That
+/// where the header has a line of its own that the driver reads (a Cascade Lake showed no difference, a newer Xeon did). That
 /// line, which mostly is not written (`Frame::has_header_in`), is asked for last: if it is the frame's too, it comes for
 /// writing.
 #[inline(always)]
