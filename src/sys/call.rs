@@ -3,8 +3,9 @@
 //! Signalling an eventfd takes as long as waking all that wait on it, and a frontend can hang twenty thousand waiters
 //! on its own (0.65 ms a signal). So poll threads time their batches. After a slow one its ports are suspects, whose
 //! calls are made one by one for a while, timed by the thread's CPU clock: being descheduled is nobody's fault. A port
-//! whose slow calls cost more than [`BUDGET_US`] has its calls *deferred*: poll threads ring the bell of
-//! its session, and that thread signals. A minute without a slow signal makes good for everything.
+//! with one slow call has its calls *deferred*: poll threads ring the bell of its session, and that thread signals, until
+//! [`PROBATION`] in a row were fast. Once its slow calls have cost poll threads more than [`BUDGET_US`] that is no way
+//! back any more: only a minute without a slow signal makes good for everything.
 
 use std::fs::File;
 use std::io;
@@ -18,8 +19,11 @@ use super::wake::Wake;
 
 /// A signal that takes longer is slow.
 pub const SLOW: Duration = Duration::from_micros(50);
-/// What a port's slow signals may cost poll threads, in microseconds, before its session makes them.
+/// What a port's slow signals may cost poll threads, in microseconds, before its session makes them for good.
 pub const BUDGET_US: u32 = 500;
+/// Fast signals of the session in a row after which poll threads try again. A processor that was busy with something else
+/// while it counted our time makes a signal look slow, too.
+const PROBATION: u32 = 8;
 /// Time without a slow signal after which everything is forgiven.
 const CALM: Duration = Duration::from_secs(60);
 
@@ -39,6 +43,8 @@ pub enum Way {
 pub struct CallGuard {
     /// Microseconds of slow signals since the last calm; 1 is mere suspicion.
     spent_us: AtomicU32,
+    /// Fast signals that the session has still to make before poll threads try again.
+    probation: AtomicU32,
     /// The last slow signal, in milliseconds since `made`.
     last_slow_ms: AtomicU64,
     made: Instant,
@@ -52,6 +58,7 @@ impl CallGuard {
     pub fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(CallGuard {
             spent_us: AtomicU32::new(0),
+            probation: AtomicU32::new(0),
             last_slow_ms: AtomicU64::new(0),
             made: Instant::now(),
             slow: AtomicU64::new(0),
@@ -70,7 +77,7 @@ impl CallGuard {
     pub fn way(&self) -> Way {
         match self.spent_us.load(Ordering::Relaxed) {
             0 => Way::Batch,
-            1..=BUDGET_US => Way::Alone,
+            1..=BUDGET_US if self.probation.load(Ordering::Relaxed) == 0 => Way::Alone,
             _ => Way::Deferred,
         }
     }
@@ -102,6 +109,7 @@ impl CallGuard {
         }
         self.slow.fetch_add(1, Ordering::Relaxed);
         self.last_slow_ms.store(self.now_ms(), Ordering::Relaxed);
+        self.probation.store(PROBATION, Ordering::Relaxed);
         let cost = u32::try_from(cost.as_micros()).unwrap_or(u32::MAX);
         let add = |spent: u32| Some(spent.saturating_add(cost));
         // The closure never refuses.
@@ -115,7 +123,15 @@ impl CallGuard {
         self.deferred.fetch_add(calls, Ordering::Relaxed);
         if cost > SLOW {
             self.last_slow_ms.store(self.now_ms(), Ordering::Relaxed);
+            self.probation.store(PROBATION, Ordering::Relaxed);
+            return;
         }
+        let calls = u32::try_from(calls).unwrap_or(u32::MAX);
+        let served = |left: u32| Some(left.saturating_sub(calls));
+        // The closure never refuses.
+        let _ = self
+            .probation
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, served);
     }
 
     /// Forgives everything after a calm; to be called now and then.
@@ -123,6 +139,7 @@ impl CallGuard {
         let calm = self.now_ms() - self.last_slow_ms.load(Ordering::Relaxed).min(self.now_ms());
         if self.way() != Way::Batch && u128::from(calm) >= CALM.as_millis() {
             self.spent_us.store(0, Ordering::Relaxed);
+            self.probation.store(0, Ordering::Relaxed);
         }
     }
 }
@@ -190,13 +207,21 @@ mod tests {
         guard.suspect();
         guard.made_alone(SLOW);
         assert_eq!((guard.way(), guard.slow()), (Way::Alone, 0));
-        // 60 µs each: eight are within the budget.
-        for _ in 0..8 {
+        // 60 µs each: eight are within the budget, and each sends the next calls to the session.
+        for slow in 1..=8 {
             guard.made_alone(Duration::from_micros(60));
+            guard.made_deferred(u64::from(PROBATION) - 1, SLOW);
+            assert_eq!((guard.way(), guard.slow()), (Way::Deferred, slow));
+            // A slow one of the session: it begins anew.
+            guard.made_deferred(1, 2 * SLOW);
+            guard.made_deferred(1, SLOW);
+            assert_eq!(guard.way(), Way::Deferred);
+            guard.made_deferred(u64::from(PROBATION) - 1, SLOW);
+            assert_eq!(guard.way(), Way::Alone);
         }
-        assert_eq!((guard.way(), guard.slow()), (Way::Alone, 8));
         guard.made_alone(Duration::from_micros(60));
-        assert_eq!(guard.way(), Way::Deferred);
+        guard.made_deferred(100, SLOW);
+        assert_eq!(guard.way(), Way::Deferred, "over the budget");
         guard.suspect();
         assert_eq!(guard.way(), Way::Deferred);
     }
