@@ -330,8 +330,9 @@ impl FromStr for Rebalance {
     }
 }
 
-/// What a poll thread does when it finds no work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a poll thread does when it finds no work; in JSON a string such as `adaptive:50`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub enum IdlePolicy {
     /// Never sleeps.
     Busy,
@@ -361,6 +362,20 @@ impl FromStr for IdlePolicy {
                 .ok_or_else(|| ConfigError::Idle(text.to_string())),
             _ => Err(ConfigError::Idle(text.to_string())),
         }
+    }
+}
+
+impl From<IdlePolicy> for String {
+    fn from(policy: IdlePolicy) -> String {
+        policy.to_string()
+    }
+}
+
+impl TryFrom<String> for IdlePolicy {
+    type Error = ConfigError;
+
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        text.parse()
     }
 }
 
@@ -408,8 +423,9 @@ pub struct DaemonConfig {
     pub ports: Vec<PortSpec>,
     /// One pinned poll thread for each; one unpinned thread where empty.
     pub poll_cpus: Vec<usize>,
-    /// What poll threads do without work.
-    pub idle: IdlePolicy,
+    /// What poll threads do without work: one policy for all, or one for each of `poll_cpus`. Threads that are added later
+    /// have the first one.
+    pub idle: Vec<IdlePolicy>,
     /// Whether queues move between poll threads by themselves.
     pub rebalance: Rebalance,
     /// Where the API listens; no API where `None` (in-process use).
@@ -429,7 +445,7 @@ impl Default for DaemonConfig {
         DaemonConfig {
             ports: Vec::new(),
             poll_cpus: Vec::new(),
-            idle: IdlePolicy::default(),
+            idle: vec![IdlePolicy::default()],
             rebalance: Rebalance::default(),
             api_socket: None,
             api_group: None,

@@ -145,7 +145,7 @@ fn reads_are_tables_for_people_and_json_for_programs() {
         ("fdb list", vec!["52:54:00:00:00:01", "static"]),
         (
             "poll list",
-            vec!["overdue 2.5s", "50%", "vm1:0 12%", "TAKE-OVERS"],
+            vec!["overdue 2.5s", "50%", "vm1:0 12%", "TAKE-OVERS", "busy"],
         ),
         ("stats", vec!["RX FRAMES", "vm1", "generation 4"]),
     ] {

@@ -15,7 +15,6 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use pollux::config::{IdlePolicy, MAX_SNAPLEN, ObserveDirection, PortSpec, SocketMode};
@@ -23,10 +22,8 @@ use pollux::memory::{GuestMemory, RegionSpec, SharedMemory};
 use pollux::observe::{Filter, Kind, Observer, ObserverSpec};
 use pollux::poll::{PollShared, Poller};
 use pollux::port::{Device, PortShared, QueuePair, Receive, Transmit};
-use pollux::stats::ThreadStats;
 use pollux::switch::PortRef;
 use pollux::switch::fdb::{Fdb, FdbConfig};
-use pollux::sys::epoll::Sleeper;
 use pollux::sys::eventfd::KickFd;
 use pollux::sys::snapshot::snapshots;
 use pollux::topology::{PortEntry, Topology};
@@ -304,13 +301,9 @@ fn run(scenario: &Scenario, rounds: u32) -> u64 {
     let mut bytes = Vec::new();
     let (_publisher, readers) = snapshots(topology, scenario.threads);
     let poller = |reader| {
-        let shared = Arc::new(PollShared {
-            stats: ThreadStats::default(),
-            sleeper: Sleeper::new().unwrap(),
-            stop: AtomicBool::new(false),
-        });
         let idle = IdlePolicy::Adaptive(Duration::ZERO);
-        Poller::new(shared, reader, idle, Instant::now()).unwrap()
+        let shared = Arc::new(PollShared::new(idle).unwrap());
+        Poller::new(shared, reader, Instant::now()).unwrap()
     };
     let mut pollers: Vec<Poller> = readers.into_iter().map(poller).collect();
     for (n, guest) in (0..).zip(&guests) {

@@ -216,10 +216,16 @@ fn a_loaded_thread_gives_a_queue_away_by_itself() {
         reasons.any(|(_, message)| message.contains("% busy"))
     });
     end(load);
-    assert_eq!(do_it(&daemon, &["poll", "set"]), "rebalance=auto\n");
     assert_eq!(
-        do_it(&daemon, &["poll", "set", "rebalance=off"]),
-        "rebalance=off\n"
+        do_it(&daemon, &["poll", "set"]),
+        "rebalance=auto idle=adaptive:50\n"
+    );
+    assert_eq!(
+        do_it(
+            &daemon,
+            &["poll", "set", "rebalance=off", "idle=adaptive:20"]
+        ),
+        "rebalance=off idle=adaptive:20\n"
     );
     daemon.stop();
 }

@@ -10,7 +10,7 @@ mod guest;
 mod packed_reference;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -18,10 +18,8 @@ use guest::{DATA, Driver, Guest, HEADER, features, readable, writable};
 use pollux::config::IdlePolicy;
 use pollux::poll::{PollShared, Poller};
 use pollux::port::{Device, PortShared, QueuePair, Receive, Transmit};
-use pollux::stats::ThreadStats;
 use pollux::switch::PortRef;
 use pollux::switch::fdb::{Fdb, FdbConfig};
-use pollux::sys::epoll::Sleeper;
 use pollux::sys::snapshot::{Publisher, snapshots};
 use pollux::topology::{PortEntry, Topology};
 use pollux::virtio::{ReceiveQueue, TransmitQueue};
@@ -131,13 +129,9 @@ impl Thread {
     fn start(stations: &[&Station<'_>]) -> Thread {
         let fdb = Arc::new(Fdb::new(FdbConfig::default()).unwrap());
         let (publisher, mut readers) = snapshots(view(&fdb, stations), 1);
-        let shared = Arc::new(PollShared {
-            stats: ThreadStats::default(),
-            sleeper: Sleeper::new().unwrap(),
-            stop: AtomicBool::new(false),
-        });
+        let shared = Arc::new(PollShared::new(IdlePolicy::Busy).unwrap());
         let reader = readers.remove(0);
-        let poller = Poller::new(shared.clone(), reader, IdlePolicy::Busy, Instant::now()).unwrap();
+        let poller = Poller::new(shared.clone(), reader, Instant::now()).unwrap();
         Thread {
             shared,
             publisher,

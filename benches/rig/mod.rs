@@ -7,7 +7,6 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use pollux::bench::frame::{Checker, MacPrefix};
@@ -18,10 +17,8 @@ use pollux::config::{IdlePolicy, PortSpec, SocketMode};
 use pollux::memory::{GuestMemory, RegionSpec, SharedMemory};
 use pollux::poll::{PollShared, Poller};
 use pollux::port::{Device, PortShared, QueuePair, Receive, Transmit};
-use pollux::stats::ThreadStats;
 use pollux::switch::PortRef;
 use pollux::switch::fdb::{Fdb, FdbConfig};
-use pollux::sys::epoll::Sleeper;
 use pollux::sys::snapshot::{Publisher, snapshots};
 use pollux::topology::{PortEntry, Topology};
 use pollux::virtio::driver::{RingAreas, RingLayout};
@@ -124,16 +121,10 @@ impl Rig {
         let (publisher, readers) = snapshots(topology, threads);
         let shared: Vec<Arc<PollShared>> = readers
             .iter()
-            .map(|_| {
-                Arc::new(PollShared {
-                    stats: ThreadStats::default(),
-                    sleeper: Sleeper::new().expect("an epoll"),
-                    stop: AtomicBool::new(false),
-                })
-            })
+            .map(|_| Arc::new(PollShared::new(IdlePolicy::Busy).expect("an epoll")))
             .collect();
         let poller = |(reader, shared): (_, &Arc<PollShared>)| {
-            Poller::new(shared.clone(), reader, IdlePolicy::Busy, Instant::now())
+            Poller::new(shared.clone(), reader, Instant::now())
         };
         let pollers = readers.into_iter().zip(&shared).map(poller);
         Switch {

@@ -9,9 +9,9 @@ use std::fmt;
 use crossbeam_channel::Receiver;
 
 use super::types::{
-    CaptureOrder, Event, FdbAdd, FdbEntry, FdbKey, MirrorAdd, Moved, ObserverView, PollMove,
-    PollSettings, PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView, TraceOrder,
-    VersionView,
+    CaptureOrder, Event, FdbAdd, FdbEntry, FdbKey, MirrorAdd, Moved, ObserverView, PollAdd,
+    PollMove, PollSettings, PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView,
+    TraceOrder, VersionView,
 };
 use crate::config::PortSpec;
 
@@ -114,12 +114,12 @@ pub trait Control: Send + Sync {
     /// The poll threads.
     fn poll_threads(&self) -> Result<Vec<PollThreadView>, ControlError>;
     /// Starts a poll thread, pinned to a CPU that no other one has, or unpinned.
-    fn poll_add(&self, cpu: Option<u32>) -> Result<PollThreadView, ControlError>;
+    fn poll_add(&self, order: PollAdd) -> Result<PollThreadView, ControlError>;
     /// Gives a poll thread's queues to the others and ends it; it has ended when this returns.
     fn poll_remove(&self, thread: u32) -> Result<(), ControlError>;
     /// Gives queues of a port to a poll thread; it owns them when this returns.
     fn poll_move(&self, order: PollMove) -> Result<Moved, ControlError>;
-    /// Changes how queues are placed; answers how they are then.
+    /// Changes how queues are placed and what threads do without work; answers how they are then.
     fn poll_set(&self, patch: PollSettingsPatch) -> Result<PollSettings, ControlError>;
     /// Counters of everything at one moment.
     fn stats(&self) -> Result<StatsView, ControlError>;

@@ -21,8 +21,8 @@ pub use observe::{
     TraceOrder, TraceOutcome,
 };
 pub use poll::{
-    Latency, Moved, PollAdd, PollMove, PollSettings, PollSettingsPatch, PollState, PollThreadView,
-    QueueRef,
+    Latency, LatencyBucket, Moved, PollAdd, PollMove, PollSettings, PollSettingsPatch, PollState,
+    PollThreadView, QueueRef,
 };
 
 /// Highest VLAN identifier (4095 is reserved by IEEE 802.1Q).

@@ -132,9 +132,14 @@ pub struct RunArgs {
     #[arg(long, value_name = "LIST")]
     pub poll_cpus: Option<CpuList>,
     /// What a poll thread does without work: busy, adaptive or adaptive:MICROSECONDS (spin so
-    /// long, then sleep)
-    #[arg(long, value_name = "POLICY", default_value_t = IdlePolicy::default())]
-    pub idle: IdlePolicy,
+    /// long, then sleep); one policy for all, or one for each of --poll-cpus
+    #[arg(
+        long,
+        value_name = "POLICY",
+        value_delimiter = ',',
+        default_value = "adaptive:50"
+    )]
+    pub idle: Vec<IdlePolicy>,
     /// Whether transmit queues move between poll threads by measured load: auto or off
     #[arg(long, value_name = "POLICY", default_value_t = Rebalance::default())]
     pub rebalance: Rebalance,
@@ -257,6 +262,9 @@ pub enum PollCommand {
         /// CPU to pin it to, which no other poll thread has
         #[arg(long, value_name = "N")]
         cpu: Option<u32>,
+        /// What it does without work: busy, adaptive or adaptive:MICROSECONDS [default: as all]
+        #[arg(long, value_name = "POLICY")]
+        idle: Option<IdlePolicy>,
     },
     /// End a poll thread; its queues go to the others, without loss
     Remove {
@@ -271,11 +279,14 @@ pub enum PollCommand {
         /// Number of the poll thread.
         thread: u32,
     },
-    /// Change how queues are placed, or say how they are
+    /// Change how queues are placed and what threads do without work, or say how that is
     Set {
-        /// What to change: rebalance=auto|off
+        /// What to change: rebalance=auto|off, idle=busy|adaptive|adaptive:MICROSECONDS
         #[arg(value_name = "KEY=VALUE", value_parser = parse_poll_setting)]
-        setting: Option<Rebalance>,
+        settings: Vec<PollSetting>,
+        /// The only poll thread that idle= is for; without it all there are and will be
+        #[arg(long, value_name = "N")]
+        thread: Option<u32>,
         #[command(flatten)]
         output: Output,
     },
@@ -311,11 +322,25 @@ impl FromStr for QueueName {
     }
 }
 
-fn parse_poll_setting(text: &str) -> Result<Rebalance, SettingError> {
+/// One `KEY=VALUE` of `pollux poll set`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PollSetting {
+    /// `rebalance=auto|off`.
+    Rebalance(Rebalance),
+    /// `idle=POLICY`.
+    Idle(IdlePolicy),
+}
+
+fn parse_poll_setting(text: &str) -> Result<PollSetting, SettingError> {
     match text.split_once('=') {
         Some(("rebalance", value)) => value
             .parse()
+            .map(PollSetting::Rebalance)
             .map_err(|_| SettingError::Rebalance(value.to_string())),
+        Some(("idle", value)) => value
+            .parse()
+            .map(PollSetting::Idle)
+            .map_err(|_| SettingError::Idle(value.to_string())),
         _ => Err(SettingError::UnknownPoll(text.to_string())),
     }
 }
@@ -346,11 +371,14 @@ pub enum SettingError {
     #[error("queues={0} is not valid: {QUEUE_PAIRS}")]
     Queues(String),
     /// The same for `pollux poll set`.
-    #[error("{0:?} cannot be set; known is rebalance=auto|off")]
+    #[error("{0:?} cannot be set; known are rebalance=auto|off and idle=POLICY")]
     UnknownPoll(String),
     /// No such policy.
     #[error("rebalance={0} is not valid: auto or off")]
     Rebalance(String),
+    /// No such policy.
+    #[error("idle={0} is not valid: busy, adaptive or adaptive:MICROSECONDS (at most 1000000)")]
+    Idle(String),
     /// What stands behind a port's name is no number.
     #[error("{0:?}: use NAME or NAME:PAIR, pairs counting from 0")]
     Pair(String),
@@ -401,7 +429,7 @@ mod tests {
         };
         assert_eq!(run.ports.len(), 2);
         assert_eq!(run.poll_cpus.unwrap().0, [0, 2, 3]);
-        assert_eq!(run.idle, IdlePolicy::Busy);
+        assert_eq!(run.idle, [IdlePolicy::Busy]);
         assert_eq!((run.mac_ageing, run.fdb_size), (60, 100));
         assert_eq!(run.ring_state, Some(PathBuf::from("/r")));
         assert_eq!(run.log, "debug");
@@ -440,7 +468,8 @@ mod tests {
             ("pollux port set vm1 colour=red", "known is queues=N"),
             ("pollux port set vm1 queues=0", "1 to 128"),
             ("pollux poll set rebalance=often", "auto or off"),
-            ("pollux poll set colour=red", "known is rebalance"),
+            ("pollux poll set idle=lazy", "busy, adaptive"),
+            ("pollux poll set colour=red", "known are rebalance"),
             ("pollux poll move vm1:x 0", "NAME:PAIR"),
             ("pollux poll move vm1", "<THREAD>"),
             ("pollux run --rebalance often", "use auto or off"),

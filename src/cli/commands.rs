@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
-use super::args::{Command, FdbCommand, Output, PollCommand, PortCommand};
+use super::args::{Command, FdbCommand, Output, PollCommand, PollSetting, PortCommand};
 use super::text::print;
 use super::{Failure, observe, views};
 use crate::api::client::{Answer, Client, ClientError};
@@ -114,8 +114,8 @@ fn poll(client: &Client, command: PollCommand) -> Result<(), Failure> {
             output,
             |threads: &Vec<PollThreadView>| views::poll_threads(threads),
         ),
-        PollCommand::Add { cpu } => {
-            let added: PollThreadView = client.post("/v1/poll", &PollAdd { cpu })?.read()?;
+        PollCommand::Add { cpu, idle } => {
+            let added: PollThreadView = client.post("/v1/poll", &PollAdd { cpu, idle })?.read()?;
             print(&format!("poll thread {} started\n", added.thread))
         }
         PollCommand::Remove { thread } => {
@@ -131,16 +131,45 @@ fn poll(client: &Client, command: PollCommand) -> Result<(), Failure> {
             let Moved { queues } = client.post("/v1/poll/moves", &order)?.read()?;
             print(&format!("{queues} queues moved\n"))
         }
-        PollCommand::Set { setting, output } => {
-            let patch = PollSettingsPatch { rebalance: setting };
+        PollCommand::Set {
+            settings,
+            thread,
+            output,
+        } => {
+            let patch = poll_patch(&settings, thread)?;
             let answer = client.patch("/v1/poll", &patch)?;
             if output.json {
                 return print(&format!("{}\n", answer.value()?));
             }
             let settings: PollSettings = answer.read()?;
-            print(&format!("rebalance={}\n", settings.rebalance))
+            print(&format!(
+                "rebalance={} idle={}\n",
+                settings.rebalance, settings.idle
+            ))
         }
     }
+}
+
+fn poll_patch(settings: &[PollSetting], thread: Option<u32>) -> Result<PollSettingsPatch, Failure> {
+    let mut patch = PollSettingsPatch {
+        thread,
+        ..Default::default()
+    };
+    for setting in settings {
+        let again = match setting {
+            PollSetting::Rebalance(rebalance) => patch.rebalance.replace(*rebalance).is_some(),
+            PollSetting::Idle(idle) => patch.idle.replace(*idle).is_some(),
+        };
+        if again {
+            let text = "each setting may be given once".to_string();
+            return Err(Failure::bad_arguments(text));
+        }
+    }
+    if thread.is_some() && patch.idle.is_none() {
+        let text = "--thread is for idle=POLICY".to_string();
+        return Err(Failure::bad_arguments(text));
+    }
+    Ok(patch)
 }
 
 fn stats(client: &Client, watch: Option<u64>, output: Output) -> Result<(), Failure> {

@@ -185,7 +185,15 @@ pub(super) fn poll_threads(threads: &[PollThreadView]) -> String {
         ">P99 PASS",
         "QUEUES",
     ]);
-    let mut taken_over = Table::new(&[">THREAD", ">TAKE-OVERS", ">P50", ">P99", ">MAX", ">BEHIND"]);
+    let mut taken_over = Table::new(&[
+        ">THREAD",
+        ">TAKE-OVERS",
+        ">P50",
+        ">P99",
+        ">MAX",
+        ">BEHIND",
+        "IDLE",
+    ]);
     for thread in threads {
         let p99 = |latency: &Latency| seconds(latency.p99_seconds);
         table.row([
@@ -219,6 +227,7 @@ pub(super) fn poll_threads(threads: &[PollThreadView]) -> String {
             value(|latency| latency.p99_seconds),
             value(|latency| latency.max_seconds),
             behind.to_string(),
+            thread.idle.to_string(),
         ]);
     }
     format!("{}\n{}", table.render(""), taken_over.render(""))

@@ -8,8 +8,8 @@ use super::link::Link;
 use super::observers::{ObserverRecord, Prospect};
 use crate::api::ControlError;
 use crate::api::types::{
-    FdbAdd, FdbEntry, FdbKey, Moved, ObserverView, PollMove, PollSettings, PollSettingsPatch,
-    PollThreadView, PortPatch, PortView, StatsView,
+    FdbAdd, FdbEntry, FdbKey, Moved, ObserverView, PollAdd, PollMove, PollSettings,
+    PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView,
 };
 use crate::config::PortSpec;
 use crate::observe::Observer;
@@ -42,7 +42,7 @@ pub(super) enum Command {
     FdbFlush(Option<String>, Reply<u64>),
     PollThreads(Reply<Vec<PollThreadView>>),
     Stats(Reply<StatsView>),
-    PollAdd(Option<usize>, Reply<PollThreadView>),
+    PollAdd(PollAdd, Reply<PollThreadView>),
     PollRemove(usize, Reply<()>),
     PollMove(PollMove, Reply<Moved>),
     PollSet(PollSettingsPatch, Reply<PollSettings>),

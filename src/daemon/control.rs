@@ -299,13 +299,13 @@ impl Control {
                     self.started.elapsed(),
                 )));
             }
-            Command::PollAdd(cpu, reply) => {
-                let _ = reply.send(self.add_thread(cpu));
+            Command::PollAdd(order, reply) => {
+                let _ = reply.send(self.add_thread(order));
             }
             Command::PollRemove(thread, reply) => self.remove_thread(thread, reply),
             Command::PollMove(order, reply) => self.move_queues(&order, reply),
             Command::PollSet(patch, reply) => {
-                let _ = reply.send(Ok(self.set_poll(patch)));
+                let _ = reply.send(self.set_poll(patch));
             }
             Command::Prospect(ports, to, reply) => {
                 let answer = self.registry.prospect(ports.as_deref(), to.as_deref());

@@ -46,7 +46,7 @@ pub fn start(ports: usize, queue_pairs: u16) -> Result<EmbeddedSwitch<Embedded>,
     let sockets = specs.iter().map(|spec| spec.socket.clone()).collect();
     let config = DaemonConfig {
         ports: specs,
-        idle: IdlePolicy::Busy,
+        idle: vec![IdlePolicy::Busy],
         ..DaemonConfig::default()
     };
     switch.daemon = Some(Daemon::start(&config)?);

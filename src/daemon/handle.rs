@@ -10,9 +10,9 @@ use super::observers::Names;
 use super::report::Report;
 use super::streams::{CaptureStream, TraceStream, add_mirror};
 use crate::api::types::{
-    CaptureOrder, Event, FdbAdd, FdbEntry, FdbKey, MirrorAdd, Moved, ObserverView, PollMove,
-    PollSettings, PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView, TraceOrder,
-    VersionView,
+    CaptureOrder, Event, FdbAdd, FdbEntry, FdbKey, MirrorAdd, Moved, ObserverView, PollAdd,
+    PollMove, PollSettings, PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView,
+    TraceOrder, VersionView,
 };
 use crate::api::{ByteStream, Control, ControlError};
 use crate::config::PortSpec;
@@ -94,8 +94,8 @@ impl Control for Handle {
         self.ask(Command::PollThreads)
     }
 
-    fn poll_add(&self, cpu: Option<u32>) -> Result<PollThreadView, ControlError> {
-        self.ask(|reply| Command::PollAdd(cpu.map(|cpu| cpu as usize), reply))
+    fn poll_add(&self, order: PollAdd) -> Result<PollThreadView, ControlError> {
+        self.ask(|reply| Command::PollAdd(order, reply))
     }
 
     fn poll_remove(&self, thread: u32) -> Result<(), ControlError> {

@@ -218,12 +218,13 @@ fn assemble(
     let since = vec![epoch; MAX_THREADS].into();
     let empty = Topology::build(&[], since, fdb.clone(), |_, _| None);
     let (publisher, readers) = snapshots(empty, MAX_THREADS);
-    let mut polls = PollThreads::new(readers, config.idle, epoch, sender.clone(), wake.clone());
+    let all = config.idle.first().copied().unwrap_or_default();
+    let mut polls = PollThreads::new(readers, all, epoch, sender.clone(), wake.clone());
     if config.poll_cpus.is_empty() {
-        polls.start(None)?;
+        polls.start(None, None)?;
     }
-    for cpu in &config.poll_cpus {
-        polls.start(Some(*cpu))?;
+    for (number, cpu) in config.poll_cpus.iter().enumerate() {
+        polls.start(Some(*cpu), config.idle.get(number).copied())?;
     }
     let (reap, retired) = unbounded::<Retired<Topology>>();
     // Ends when control, the only sender, is gone.

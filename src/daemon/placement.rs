@@ -16,7 +16,7 @@ use super::handover::{HandOver, Place};
 use super::port::PortRecord;
 use super::registry::Registry;
 use super::views;
-use crate::api::types::{Moved, PollThreadView};
+use crate::api::types::{Moved, PollAdd, PollThreadView};
 use crate::api::{ControlError, What};
 use crate::port::PortShared;
 
@@ -54,7 +54,7 @@ impl Moves {
     }
 }
 
-fn no_thread(thread: usize) -> ControlError {
+pub(super) fn no_thread(thread: usize) -> ControlError {
     ControlError::NotFound {
         what: What::PollThread(u32::try_from(thread).unwrap_or(u32::MAX)),
     }
@@ -223,10 +223,8 @@ impl Registry {
     }
 
     /// Starts a poll thread on a CPU, or unpinned.
-    pub(super) fn add_thread(
-        &mut self,
-        cpu: Option<usize>,
-    ) -> Result<PollThreadView, ControlError> {
+    pub(super) fn add_thread(&mut self, order: PollAdd) -> Result<PollThreadView, ControlError> {
+        let cpu = order.cpu.map(|cpu| cpu as usize);
         let taken = |(number, thread): (&usize, &super::pollers::PollThread)| {
             (cpu.is_some() && thread.cpu == cpu).then_some(*number)
         };
@@ -234,16 +232,19 @@ impl Registry {
             let text = format!("CPU {cpu} has a poll thread already, number {other}");
             return Err(ControlError::Conflict { text });
         }
-        let number = self.polls.start(cpu).map_err(|error| match error {
-            DaemonError::Pin(error) => ControlError::BadArgument(error.to_string()),
-            DaemonError::TooManyThreads(_) => ControlError::Conflict {
-                text: format!(
-                    "{} poll threads are the most there can be",
-                    super::registry::MAX_THREADS
-                ),
-            },
-            error => ControlError::Internal(error.to_string()),
-        })?;
+        let number = self
+            .polls
+            .start(cpu, order.idle)
+            .map_err(|error| match error {
+                DaemonError::Pin(error) => ControlError::BadArgument(error.to_string()),
+                DaemonError::TooManyThreads(_) => ControlError::Conflict {
+                    text: format!(
+                        "{} poll threads are the most there can be",
+                        super::registry::MAX_THREADS
+                    ),
+                },
+                error => ControlError::Internal(error.to_string()),
+            })?;
         Ok(views::poll_thread(self, number))
     }
 

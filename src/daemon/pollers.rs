@@ -12,9 +12,7 @@ use super::DaemonError;
 use super::command::Command;
 use crate::config::IdlePolicy;
 use crate::poll::{PollShared, Poller};
-use crate::stats::ThreadStats;
 use crate::sys::affinity;
-use crate::sys::epoll::Sleeper;
 use crate::sys::eventfd::KickFd;
 use crate::sys::sched;
 use crate::sys::snapshot::Reader;
@@ -50,7 +48,8 @@ pub(super) struct PollThreads {
     pub(super) threads: BTreeMap<usize, PollThread>,
     /// Readers of threads that do not exist (yet, or any more): asleep, so nobody waits for them.
     spare: Vec<Reader<Topology>>,
-    idle: IdlePolicy,
+    /// What threads do without work where nobody has said otherwise.
+    pub(super) idle: IdlePolicy,
     epoch: Instant,
     /// Where a thread that ended hands its reader back.
     commands: Sender<Command>,
@@ -76,13 +75,18 @@ impl PollThreads {
         }
     }
 
-    /// Starts a thread, pinned to `cpu` if there is one; returns the lowest number that is free, which is now its.
-    pub(super) fn start(&mut self, cpu: Option<usize>) -> Result<usize, DaemonError> {
+    /// Starts a thread, pinned to `cpu` if there is one, with a policy of its own or that of all; returns the lowest number
+    /// that is free, which is now its.
+    pub(super) fn start(
+        &mut self,
+        cpu: Option<usize>,
+        idle: Option<IdlePolicy>,
+    ) -> Result<usize, DaemonError> {
         let Some(reader) = self.spare_reader() else {
             return Err(DaemonError::TooManyThreads(self.threads.len() + 1));
         };
         let number = reader.index();
-        match self.start_one(reader, cpu) {
+        match self.start_one(reader, cpu, idle.unwrap_or(self.idle)) {
             Ok(thread) => {
                 self.threads.insert(number, thread);
                 Ok(number)
@@ -106,11 +110,7 @@ impl PollThreads {
     #[cfg(test)]
     pub(super) fn start_scripted(&mut self) -> Reader<Topology> {
         let reader = self.spare_reader().unwrap();
-        let shared = Arc::new(PollShared {
-            stats: ThreadStats::default(),
-            sleeper: Sleeper::new().unwrap(),
-            stop: AtomicBool::new(false),
-        });
+        let shared = Arc::new(PollShared::new(self.idle).unwrap());
         let thread = PollThread::new(shared, None, Default::default(), None);
         self.threads.insert(reader.index(), thread);
         reader
@@ -284,19 +284,15 @@ impl PollThreads {
         &self,
         reader: Reader<Topology>,
         cpu: Option<usize>,
+        idle: IdlePolicy,
     ) -> Result<PollThread, (DaemonError, Option<Reader<Topology>>)> {
         let system = |error| DaemonError::System(error);
         let index = reader.index();
-        let sleeper = match Sleeper::new() {
-            Ok(sleeper) => sleeper,
+        let shared = match PollShared::new(idle) {
+            Ok(shared) => Arc::new(shared),
             Err(error) => return Err((system(error), Some(reader))),
         };
-        let shared = Arc::new(PollShared {
-            stats: ThreadStats::default(),
-            sleeper,
-            stop: AtomicBool::new(false),
-        });
-        let poller = Poller::new(shared.clone(), reader, self.idle, self.epoch)
+        let poller = Poller::new(shared.clone(), reader, self.epoch)
             .map_err(|error| (system(error), None))?;
         let (tid, removed) = (
             Arc::new(AtomicU32::new(0)),

@@ -2,20 +2,23 @@
 
 use super::command::Reply;
 use super::control::Control;
+use super::placement::no_thread;
 use crate::api::ControlError;
-use crate::api::types::{Moved, PollMove, PollSettings, PollSettingsPatch, PollThreadView};
+use crate::api::types::{
+    Moved, PollAdd, PollMove, PollSettings, PollSettingsPatch, PollThreadView,
+};
+use crate::config::IdlePolicy;
 
 impl Control {
-    pub(super) fn add_thread(
-        &mut self,
-        cpu: Option<usize>,
-    ) -> Result<PollThreadView, ControlError> {
-        let view = self.registry.add_thread(cpu)?;
+    pub(super) fn add_thread(&mut self, order: PollAdd) -> Result<PollThreadView, ControlError> {
+        let view = self.registry.add_thread(order)?;
         let on = view
             .cpu
             .map_or("unpinned".to_string(), |cpu| format!("on CPU {cpu}"));
-        self.report
-            .polling(format!("poll-{} was added, {on}", view.thread));
+        self.report.polling(format!(
+            "poll-{} was added, {on}, {}",
+            view.thread, view.idle
+        ));
         Ok(view)
     }
 
@@ -51,15 +54,45 @@ impl Control {
         }
     }
 
-    pub(super) fn set_poll(&mut self, patch: PollSettingsPatch) -> PollSettings {
+    pub(super) fn set_poll(
+        &mut self,
+        patch: PollSettingsPatch,
+    ) -> Result<PollSettings, ControlError> {
+        if let Some(idle) = patch.idle {
+            self.set_idle(patch.thread, idle)?;
+        }
         if let Some(rebalance) = patch.rebalance
             && rebalance != self.rebalance
         {
             self.rebalance = rebalance;
             self.report.polling(format!("rebalancing is {rebalance}"));
         }
-        PollSettings {
+        Ok(PollSettings {
             rebalance: self.rebalance,
-        }
+            idle: self.registry.polls.idle,
+        })
+    }
+
+    /// Sets the policy of one thread, or that of all there are and will be.
+    fn set_idle(&mut self, thread: Option<u32>, idle: IdlePolicy) -> Result<(), ControlError> {
+        let polls = &mut self.registry.polls;
+        let Some(number) = thread else {
+            polls.idle = idle;
+            polls
+                .threads
+                .values()
+                .for_each(|thread| thread.shared.set_idle(idle));
+            self.report
+                .polling(format!("poll threads without work: {idle}"));
+            return Ok(());
+        };
+        let found = polls.threads.get(&(number as usize));
+        let Some(thread) = found.filter(|thread| !thread.leaving) else {
+            return Err(no_thread(number as usize));
+        };
+        thread.shared.set_idle(idle);
+        self.report
+            .polling(format!("poll-{number} without work: {idle}"));
+        Ok(())
     }
 }

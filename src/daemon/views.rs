@@ -12,9 +12,9 @@ use super::handover::Place;
 use super::port::{Door, PortRecord};
 use super::registry::Registry;
 use crate::api::types::{
-    CallMode, DirectionStatistics, FdbAdd, FdbEntry, FdbKey, FdbStatistics, Latency, MacAddr,
-    PollState, PollThreadView, PortCounters, PortState, PortStatistics, PortView, QueueRef,
-    RingDirection, RingKind, RingState, RingView, SessionView, StatsView,
+    CallMode, DirectionStatistics, FdbAdd, FdbEntry, FdbKey, FdbStatistics, Latency, LatencyBucket,
+    MacAddr, PollState, PollThreadView, PortCounters, PortState, PortStatistics, PortView,
+    QueueRef, RingDirection, RingKind, RingState, RingView, SessionView, StatsView,
 };
 use crate::api::{ControlError, What};
 use crate::port::PortShared;
@@ -303,6 +303,7 @@ pub(super) fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
             Some(_) if overdue.is_some() => PollState::Overdue,
             Some(_) => PollState::Busy,
         },
+        idle: thread.shared.idle(),
         overdue_seconds: overdue.map(|waited| waited.as_secs_f64()),
         passes: stats.passes.get(),
         busy_seconds: stats.busy_ns.get() as f64 / 1e9,
@@ -338,12 +339,20 @@ fn latency(histogram: &Histogram) -> Option<Latency> {
         let bound = bucket.and_then(Histogram::upper_bound).unwrap_or(max_ns);
         bound.min(max_ns) as f64 / 1e9
     };
+    let bucket = |(i, count): (usize, &u64)| {
+        let bound = Histogram::upper_bound(i).unwrap_or(max_ns);
+        (*count > 0).then_some(LatencyBucket {
+            up_to_seconds: bound as f64 / 1e9,
+            count: *count,
+        })
+    };
     (count > 0).then(|| Latency {
         count,
         p50_seconds: quantile(0.5),
         p99_seconds: quantile(0.99),
         p999_seconds: quantile(0.999),
         max_seconds: max_ns as f64 / 1e9,
+        buckets: counts.iter().enumerate().filter_map(bucket).collect(),
     })
 }
 

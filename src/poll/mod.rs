@@ -19,7 +19,7 @@ mod tap;
 mod tests;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::config::IdlePolicy;
@@ -41,6 +41,44 @@ pub struct PollShared {
     pub sleeper: Sleeper,
     /// Ends the thread; ring the bell afterwards.
     pub stop: AtomicBool,
+    /// Nanoseconds without work before it sleeps, or [`NEVER`].
+    idle_ns: AtomicU64,
+}
+
+/// In `PollShared::idle_ns`: it polls for ever.
+const NEVER: u64 = u64::MAX;
+
+impl PollShared {
+    /// For a thread that is to begin, with this policy.
+    pub fn new(idle: IdlePolicy) -> std::io::Result<Self> {
+        Ok(PollShared {
+            stats: ThreadStats::default(),
+            sleeper: Sleeper::new()?,
+            stop: AtomicBool::new(false),
+            idle_ns: AtomicU64::new(idle_ns(idle)),
+        })
+    }
+
+    /// What the thread does without work.
+    pub fn idle(&self) -> IdlePolicy {
+        match self.idle_ns.load(Ordering::Relaxed) {
+            NEVER => IdlePolicy::Busy,
+            ns => IdlePolicy::Adaptive(Duration::from_nanos(ns)),
+        }
+    }
+
+    /// Changes that, from its next pass without work on; one that sleeps looks for work once.
+    pub fn set_idle(&self, idle: IdlePolicy) {
+        self.idle_ns.store(idle_ns(idle), Ordering::Relaxed);
+        self.sleeper.wake();
+    }
+}
+
+fn idle_ns(idle: IdlePolicy) -> u64 {
+    match idle {
+        IdlePolicy::Busy => NEVER,
+        IdlePolicy::Adaptive(spin) => u64::try_from(spin.as_nanos()).unwrap_or(NEVER),
+    }
 }
 
 /// A pass longer than this may have been one without a CPU.
@@ -52,7 +90,6 @@ pub struct Poller {
     shared: Arc<PollShared>,
     reader: Reader<Topology>,
     caller: Caller,
-    idle: IdlePolicy,
     clock: quanta::Clock,
     /// Raw clock at `start_s` seconds of the switch's clock.
     start: u64,
@@ -160,7 +197,6 @@ impl Poller {
     pub fn new(
         shared: Arc<PollShared>,
         reader: Reader<Topology>,
-        idle: IdlePolicy,
         epoch: Instant,
     ) -> std::io::Result<Self> {
         let clock = quanta::Clock::new();
@@ -168,7 +204,6 @@ impl Poller {
             shared,
             reader,
             caller: Caller::new()?,
-            idle,
             start: clock.raw(),
             start_s: u32::try_from(epoch.elapsed().as_secs()).unwrap_or(u32::MAX),
             clock,
@@ -224,7 +259,6 @@ impl Poller {
             shared,
             reader,
             caller,
-            idle,
             clock,
             start,
             start_s,
@@ -266,17 +300,15 @@ impl Poller {
                 last_work = ended;
                 continue;
             }
-            match *idle {
-                IdlePolicy::Adaptive(spin)
-                    if u128::from(clock.delta_as_nanos(last_work, ended)) >= spin.as_nanos() =>
-                {
-                    pass.settle();
-                    if pass.arm() {
-                        return Left::Idle;
-                    }
-                    pass.disarm();
+            let spin_ns = shared.idle_ns.load(Ordering::Relaxed);
+            if spin_ns != NEVER && clock.delta_as_nanos(last_work, ended) >= spin_ns {
+                pass.settle();
+                if pass.arm() {
+                    return Left::Idle;
                 }
-                _ => std::hint::spin_loop(),
+                pass.disarm();
+            } else {
+                std::hint::spin_loop();
             }
         }
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use crossbeam_channel::Receiver;
 use pollux::api::types::*;
 use pollux::api::{ByteStream, Control, ControlError, EventHub, Server, What};
-use pollux::config::PortSpec;
+use pollux::config::{IdlePolicy, PortSpec};
 
 #[derive(Default)]
 pub(crate) struct Model {
@@ -196,6 +196,7 @@ impl Control for Model {
             numa_node: Some(0),
             tid: 1234,
             state: PollState::Overdue,
+            idle: IdlePolicy::Busy,
             overdue_seconds: Some(2.5),
             passes: 1_000_000,
             busy_seconds: 0.5,
@@ -217,19 +218,24 @@ impl Control for Model {
                 p99_seconds: 5e-6,
                 p999_seconds: 6e-6,
                 max_seconds: 1e-4,
+                buckets: vec![LatencyBucket {
+                    up_to_seconds: 1e-6,
+                    count: 9,
+                }],
             }),
             takeover_length: None,
             acknowledge_latency: None,
         }])
     }
 
-    fn poll_add(&self, cpu: Option<u32>) -> Result<PollThreadView, ControlError> {
-        let cpu = cpu.filter(|cpu| *cpu < 64);
+    fn poll_add(&self, order: PollAdd) -> Result<PollThreadView, ControlError> {
+        let cpu = order.cpu.filter(|cpu| *cpu < 64);
         let no_such = || ControlError::BadArgument("CPU does not exist".into());
         let cpu = Some(cpu.ok_or_else(no_such)?);
         let thread = self.poll_threads()?.remove(0);
         Ok(PollThreadView {
             cpu,
+            idle: order.idle.unwrap_or_default(),
             thread: 1,
             ..thread
         })
@@ -255,6 +261,7 @@ impl Control for Model {
     fn poll_set(&self, patch: PollSettingsPatch) -> Result<PollSettings, ControlError> {
         Ok(PollSettings {
             rebalance: patch.rebalance.unwrap_or_default(),
+            idle: patch.idle.unwrap_or_default(),
         })
     }
 

@@ -31,9 +31,9 @@ pub(super) async fn poll_threads(
 )]
 pub(super) async fn poll_add(
     State(api): State<Api>,
-    Input(PollAdd { cpu }): Input<PollAdd>,
+    Input(order): Input<PollAdd>,
 ) -> Result<(StatusCode, Json<PollThreadView>), Failure> {
-    let view = call(&api, move |control| control.poll_add(cpu)).await?;
+    let view = call(&api, move |control| control.poll_add(order)).await?;
     Ok((StatusCode::CREATED, Json(view)))
 }
 
@@ -78,12 +78,16 @@ pub(super) async fn poll_move(
     ))
 }
 
-/// Changes how queues are placed; answers how they are then.
+/// Changes how queues are placed and what threads do without work; answers how that is then.
 #[utoipa::path(
     patch,
     path = "/v1/poll",
     request_body = PollSettingsPatch,
-    responses((status = 200, body = PollSettings), (status = 400, body = ApiError))
+    responses(
+        (status = 200, body = PollSettings),
+        (status = 400, body = ApiError),
+        (status = 404, body = ApiError, description = "No such poll thread")
+    )
 )]
 pub(super) async fn poll_set(
     State(api): State<Api>,

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::config::Rebalance;
+use crate::config::{IdlePolicy, Rebalance};
 
 /// Whether a poll thread is polling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -30,6 +30,10 @@ pub struct PollThreadView {
     pub tid: u32,
     /// Polling or asleep.
     pub state: PollState,
+    /// What it does without work: `busy` polls on, `adaptive:N` sleeps after N microseconds.
+    #[serde(default)]
+    #[schema(value_type = String, example = "adaptive:50")]
+    pub idle: IdlePolicy,
     /// Seconds for which it has not acknowledged, while it is overdue.
     #[serde(default)]
     pub overdue_seconds: Option<f64>,
@@ -82,6 +86,10 @@ pub struct PollAdd {
     /// CPU to pin it to; unpinned if null.
     #[serde(default)]
     pub cpu: Option<u32>,
+    /// What it does without work; as all do if null.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "busy")]
+    pub idle: Option<IdlePolicy>,
 }
 
 /// Queues to be given to a poll thread.
@@ -109,6 +117,10 @@ pub struct Moved {
 pub struct PollSettings {
     /// Whether queues move by themselves.
     pub rebalance: Rebalance,
+    /// What threads do without work that were told nothing else: `busy`, or `adaptive:` and microseconds.
+    #[serde(default)]
+    #[schema(value_type = String, example = "adaptive:50")]
+    pub idle: IdlePolicy,
 }
 
 /// What to change of that; what is left out stays.
@@ -118,10 +130,17 @@ pub struct PollSettingsPatch {
     /// Whether queues move by themselves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rebalance: Option<Rebalance>,
+    /// What threads do without work: of all there are and will be, or of `thread`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, example = "adaptive:50")]
+    pub idle: Option<IdlePolicy>,
+    /// Number of the only thread that `idle` is for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thread: Option<u32>,
 }
 
 /// A distribution of durations.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Latency {
     /// Durations seen.
     pub count: u64,
@@ -133,4 +152,16 @@ pub struct Latency {
     pub p999_seconds: f64,
     /// The longest.
     pub max_seconds: f64,
+    /// How many there were of each length, ascending; lengths that did not occur are left out. Eight to a power of two.
+    #[serde(default)]
+    pub buckets: Vec<LatencyBucket>,
+}
+
+/// Durations of about the same length.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct LatencyBucket {
+    /// They were at most this long, and longer than those of the bucket below.
+    pub up_to_seconds: f64,
+    /// How many.
+    pub count: u64,
 }
