@@ -56,6 +56,11 @@ impl Control {
                 record.accept_at = Some(record.accepts.next());
                 return;
             }
+            // It would be refused, and refusing takes long at the moment: it waits outside.
+            if record.session.is_some() && self.closer.is_behind() {
+                record.accept_at = Some(now + ACCEPT_AGAIN);
+                return;
+            }
             let stream = match listener.accept() {
                 Ok(Some(stream)) => stream,
                 Ok(None) => return,
@@ -75,9 +80,12 @@ impl Control {
                 // and one that crowds another out is told of at once: as long as they come, no doubt ends.
                 Some(session) => {
                     record.doubt_until = Some(now + DOUBT);
-                    if record.waiting.replace(stream).is_some() && !hung_up(&session.stream) {
-                        let (kind, reports) = (EventKind::SessionRefused, &record.reports);
-                        self.report.paced(&record.shared, reports, kind, SECOND);
+                    if let Some(crowded_out) = record.waiting.replace(stream) {
+                        self.closer.close(crowded_out);
+                        if !hung_up(&session.stream) {
+                            let (kind, reports) = (EventKind::SessionRefused, &record.reports);
+                            self.report.paced(&record.shared, reports, kind, SECOND);
+                        }
                     }
                 }
             }
@@ -95,7 +103,10 @@ impl Control {
             if record.waiting.is_none() || record.session.as_ref().is_none_or(gone) {
                 record.doubt_until = None;
             } else if until <= now {
-                (record.waiting, record.doubt_until) = (None, None);
+                record.doubt_until = None;
+                if let Some(stream) = record.waiting.take() {
+                    self.closer.close(stream);
+                }
                 let (kind, reports) = (EventKind::SessionRefused, &record.reports);
                 self.report.paced(&record.shared, reports, kind, SECOND);
             } else {
@@ -110,11 +121,12 @@ impl Control {
         let acknowledgements = self.registry.acknowledgements.clone();
         let records = self.ring_records(port.name());
         let Some(record) = self.registry.find_registration(port) else {
-            return;
+            return self.closer.close(stream);
         };
         let reports = record.reports.clone();
         let refused = EventKind::SessionRefused;
         let (Ok(stopper), Ok(probe)) = (Stopper::new(&stream), stream.try_clone()) else {
+            self.closer.close(stream);
             let text = "no descriptor left for a session";
             return self.report.paced(port, &reports, refused, text);
         };
@@ -159,6 +171,9 @@ impl Control {
                     .paced(port, &reports, connected, "frontend connected");
             }
             Err(error) => {
+                // The last descriptor of the socket.
+                drop(stopper);
+                self.closer.close(probe);
                 let text = format!("no thread for a session: {error}");
                 self.report.paced(port, &reports, refused, text);
             }

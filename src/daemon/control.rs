@@ -10,6 +10,7 @@ use crossbeam_channel::{Receiver, Sender};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 
 use super::balance::Balance;
+use super::closer::Closer;
 use super::command::Command;
 use super::link::Link;
 use super::port::Door;
@@ -19,7 +20,7 @@ use super::socket::start_connect;
 use super::{DaemonError, views};
 use crate::api::ControlError;
 use crate::api::types::EventKind;
-use crate::config::Rebalance;
+use crate::config::{DaemonConfig, Rebalance};
 use crate::stats::Histogram;
 use crate::sys::signal::{Signal, Signals};
 use crate::sys::wake::Wake;
@@ -50,6 +51,7 @@ pub(super) struct Control {
     pub(super) registry: Registry,
     pub(super) started: Instant,
     pub(super) report: Arc<Report>,
+    pub(super) closer: Closer,
     commands: Receiver<Command>,
     pub(super) sender: Sender<Command>,
     pub(super) wake: Arc<Wake>,
@@ -89,20 +91,21 @@ impl Control {
         commands: (Sender<Command>, Receiver<Command>),
         wake: Arc<Wake>,
         signals: Option<Signals>,
-        ring_state: Option<PathBuf>,
-        rebalance: Rebalance,
+        closer: Closer,
+        config: &DaemonConfig,
     ) -> Self {
         let now = Instant::now();
         Control {
             registry,
             started: now,
             report,
+            closer,
             sender: commands.0,
             commands: commands.1,
             wake,
             signals,
-            ring_state,
-            rebalance,
+            ring_state: config.ring_state.clone(),
+            rebalance: config.rebalance,
             balance: Balance::default(),
             next_housekeeping: now + HOUSEKEEPING,
             times: OperationTimes::default(),
@@ -422,6 +425,7 @@ impl Control {
             if let Some(session) = &record.session {
                 session.stopper.stop();
             }
+            self.close_sockets(record);
         }
         // Sessions wait for acknowledgements, so they go first.
         // Not for ever: a descriptor that a frontend sent may belong to a file system that does not answer.

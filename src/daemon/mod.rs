@@ -6,10 +6,12 @@
 //! | `session-NAME` | the vhost-user conversation with one frontend | yes, only its own VM waits |
 //! | control (the caller of [`run`]) | sockets, timers, signals, commands; the only publisher | briefly |
 //! | `reaper` | drops retired views: munmap, close | yes |
+//! | `closer` | closes sockets that nobody has read to their end | yes |
 //! | `api` | HTTP on a unix socket | yes |
 
 mod accept;
 mod balance;
+mod closer;
 mod command;
 mod control;
 pub mod embedded;
@@ -49,6 +51,7 @@ use crate::sys::signal::Signals;
 use crate::sys::snapshot::{Retired, snapshots};
 use crate::sys::wake::Wake;
 use crate::topology::Topology;
+use closer::Closer;
 use command::Command;
 use control::Control;
 pub use handle::Handle;
@@ -232,6 +235,7 @@ fn assemble(
         .name("reaper".to_string())
         .spawn(move || retired.iter().for_each(drop))
         .map_err(DaemonError::System)?;
+    let closer = Closer::start().map_err(DaemonError::System)?;
     let names = Arc::new(Names::default());
     let acknowledgements = publisher.acknowledgements();
     let fdb = (fdb, config.fdb_size);
@@ -250,8 +254,8 @@ fn assemble(
         (sender, receiver),
         wake,
         signals,
-        config.ring_state.clone(),
-        config.rebalance,
+        closer,
+        config,
     );
     Ok((control, handle, reaper))
 }

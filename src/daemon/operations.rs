@@ -185,7 +185,18 @@ impl Control {
         for observer in &observers {
             self.report_end(observer, "port removed");
         }
+        self.close_sockets(record);
         Ok(())
+    }
+
+    /// Lets go of what frontends of a removed port may still wait in.
+    pub(super) fn close_sockets(&self, record: PortRecord) {
+        if let Door::Listening(listener) = record.door {
+            self.closer.close(listener.into_socket());
+        }
+        if let Some(stream) = record.waiting {
+            self.closer.close(stream);
+        }
     }
 
     pub(super) fn set_port(

@@ -86,6 +86,11 @@ impl Listener {
         })
     }
 
+    /// The socket, for somebody else to close: frontends may wait in it. Its file is gone.
+    pub(super) fn into_socket(self) -> UnixListener {
+        self.listener
+    }
+
     /// The next frontend that waits, if any. An error means that it waits on: no descriptor is left, as a rule.
     pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
         loop {

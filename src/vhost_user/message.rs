@@ -5,8 +5,9 @@
 //! from its first byte on; between messages a frontend may be silent for ever. What the crate does not
 //! know is read here, which also makes the kernel close any descriptor that came with it.
 
-use std::io::{IoSliceMut, Read, Write};
+use std::io::{ErrorKind, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -132,6 +133,23 @@ pub(super) fn take(mut stream: &UnixStream, arrived: &Arrived) -> Result<Vec<u8>
     let mut bytes = vec![0; arrived.len()];
     stream.read_exact(&mut bytes)?;
     Ok(bytes.split_off(HEADER))
+}
+
+/// Ends the conversation, and reads what nobody will look at, so that descriptors in it are closed here. Else whoever is
+/// the last to close the socket would close them, and that may take as long as their sender likes: they can be sockets
+/// that linger, or files on FUSE.
+pub(super) fn discard(mut stream: &UnixStream) {
+    // Fails only where the peer has gone already. Nothing comes from here on.
+    let _ = stream.shutdown(Shutdown::Both);
+    let mut bytes = [0; 1024];
+    loop {
+        match stream.read(&mut bytes) {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
 }
 
 /// Acknowledges a message that the crate does not see: 0 for success.

@@ -11,7 +11,7 @@ use vhost::vhost_user::{BackendReqHandler, Error as CrateError};
 use super::deferred::Deferred;
 use super::device::DeviceState;
 use super::error::{SessionEnd, SessionError};
-use super::message::{Arrived, Waited, acknowledge, take, wait, wait_writable};
+use super::message::{Arrived, Waited, acknowledge, discard, take, wait, wait_writable};
 use super::options::SessionOptions;
 use super::status::SessionStatus;
 use super::{DeviceSink, Gone};
@@ -60,17 +60,16 @@ pub(super) fn serve_with(
 ) -> SessionEnd {
     let device = DeviceState::new(options, sink, Arc::clone(&status), Instant::now());
     let device = Arc::new(Mutex::new(device));
-    let end = match Session::new(stream, Arc::clone(&device), deadline) {
+    let end = match Session::new(&stream, Arc::clone(&device), deadline) {
         Ok(mut session) => {
             let end = SessionEnd::from(session.run());
             // While the socket is open: a frontend may take its end for "nobody uses the memory any more".
-            let end = finish(&device, end);
-            drop(session);
-            end
+            finish(&device, end)
         }
         Err(error) => finish(&device, error.into()),
     };
     status.lock().ended = true;
+    discard(&stream);
     end
 }
 
@@ -90,17 +89,17 @@ fn finish(device: &Mutex<DeviceState>, end: SessionEnd) -> SessionEnd {
     }
 }
 
-struct Session {
-    stream: UnixStream,
+struct Session<'s> {
+    stream: &'s UnixStream,
     device: Arc<Mutex<DeviceState>>,
     handler: BackendReqHandler<Mutex<DeviceState>>,
     deadline: Duration,
     deferred: Deferred,
 }
 
-impl Session {
+impl<'s> Session<'s> {
     fn new(
-        stream: UnixStream,
+        stream: &'s UnixStream,
         device: Arc<Mutex<DeviceState>>,
         deadline: Duration,
     ) -> Result<Self, SessionError> {
@@ -128,7 +127,7 @@ impl Session {
     fn turn(&mut self) -> Result<(), SessionError> {
         let idle = lock(&self.device).is_running().then_some(LOOK);
         let bell = self.deferred.bell();
-        let arrived = match wait(&self.stream, bell, idle, self.deadline)? {
+        let arrived = match wait(self.stream, bell, idle, self.deadline)? {
             Waited::Message(arrived) => arrived,
             Waited::Idle => {
                 let mut device = lock(&self.device);
@@ -142,7 +141,7 @@ impl Session {
                 return Ok(());
             }
         };
-        wait_writable(&self.stream, self.deadline)?;
+        wait_writable(self.stream, self.deadline)?;
         match arrived.request.code() {
             // The crate refuses it before SET_FEATURES, which is when QEMU sends it first.
             Some(FrontendReq::SET_VRING_ENABLE) => self.enable(&arrived),
@@ -184,7 +183,7 @@ impl Session {
     }
 
     fn enable(&mut self, arrived: &Arrived) -> Result<(), SessionError> {
-        let body = take(&self.stream, arrived)?;
+        let body = take(self.stream, arrived)?;
         let [a, b, c, d, e, f, g, h] = body[..] else {
             return Err(SessionError::BodySize {
                 request: arrived.request,
@@ -204,7 +203,7 @@ impl Session {
     }
 
     fn refuse_unknown(&mut self, arrived: &Arrived) -> Result<(), SessionError> {
-        take(&self.stream, arrived)?;
+        take(self.stream, arrived)?;
         let error = SessionError::Unsupported(arrived.request);
         if arrived.request.code().is_some_and(wants_value) {
             // An acknowledgement would be taken for the value asked for.
@@ -222,12 +221,12 @@ impl Session {
         let mut device = lock(&self.device);
         let wanted = arrived.needs_reply() && device.acknowledges();
         match result {
-            Ok(()) if wanted => acknowledge(&self.stream, arrived, 0),
+            Ok(()) if wanted => acknowledge(self.stream, arrived, 0),
             Ok(()) => Ok(()),
             Err(SessionError::Gone(gone)) => Err(gone.into()),
             Err(error) if wanted => {
                 device.refused(&error, Instant::now());
-                acknowledge(&self.stream, arrived, 1)
+                acknowledge(self.stream, arrived, 1)
             }
             Err(error) => Err(error),
         }
