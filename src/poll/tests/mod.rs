@@ -1,6 +1,8 @@
 //! Passes one at a time, between scripted guests in this process: what happens when is the test's choice.
 
 mod faults;
+mod hostile;
+mod kicks;
 mod outcomes;
 mod shares;
 
@@ -49,6 +51,15 @@ fn mac(n: u16) -> [u8; 6] {
     [0x52, 0x54, 0, 0, high, low]
 }
 
+fn features(packed: bool) -> RingFeatures {
+    RingFeatures {
+        packed,
+        version_1: true,
+        mergeable: true,
+        ..RingFeatures::default()
+    }
+}
+
 /// A guest, its port, and the queues in between.
 struct Vm<'m> {
     ram: &'m SharedMemory,
@@ -65,12 +76,12 @@ struct Vm<'m> {
 impl<'m> Vm<'m> {
     /// A guest on the port of this slot, with all receive buffers posted.
     fn new(ram: &'m SharedMemory, slot: u16, packed: bool) -> Self {
-        let features = RingFeatures {
-            packed,
-            version_1: true,
-            mergeable: true,
-            ..RingFeatures::default()
-        };
+        Vm::with(ram, slot, features(packed))
+    }
+
+    /// The same with other features.
+    fn with(ram: &'m SharedMemory, slot: u16, features: RingFeatures) -> Self {
+        let packed = features.packed;
         let spec = RegionSpec {
             guest_addr: BASE,
             user_addr: BASE,

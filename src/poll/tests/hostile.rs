@@ -1,0 +1,70 @@
+//! What hostile guests cost others, counted in passes: no other load on the machine changes that.
+
+use super::*;
+
+/// Guest address of memory that is no ring's.
+const PLACE: u64 = BASE + TRANSMIT as u64;
+
+/// What a hostile pair of guests does before each pass.
+type Deed = fn(&mut [Vm<'_>]);
+
+/// Posts as many readable buffers as there is room for.
+fn post(vm: &mut Vm<'_>, address: u64, len: u32) {
+    while vm.transmit.reap().is_some() {}
+    while vm.transmit.post_one(Buffer::readable(address, len), 0) {}
+    vm.transmit.publish();
+}
+
+/// Posts every receive buffer that has come back, as something else.
+fn post_again(vm: &mut Vm<'_>, buffer: Buffer) {
+    while let Some(used) = vm.receive.reap() {
+        assert!(vm.receive.post_one(buffer, used.token));
+    }
+    vm.receive.publish();
+}
+
+#[test]
+fn whatever_hostile_guests_post_a_bystanders_frame_arrives_in_the_pass_after_it_was_sent() {
+    let deeds: [(&str, Deed); 6] = [
+        ("chains in a hole", |vms| post(&mut vms[0], 0, 100)),
+        ("empty chains", |vms| post(&mut vms[0], PLACE, 0)),
+        ("chains that are too long", |vms| {
+            post(&mut vms[0], PLACE, MAX_FRAME + 1000);
+        }),
+        (
+            "the longest frames for a receiver that returns nothing",
+            |vms| {
+                vms[0].send(1, MAX_FRAME, ALL);
+            },
+        ),
+        ("frames for buffers of one byte", |vms| {
+            vms[0].send(1, 60, ALL);
+            post_again(&mut vms[1], Buffer::writable(PLACE, 1));
+        }),
+        ("frames for buffers in a hole", |vms| {
+            vms[0].send(1, 60, ALL);
+            post_again(&mut vms[1], Buffer::writable(0, 2048));
+        }),
+    ];
+    for packed in [false, true] {
+        for (what, deed) in deeds {
+            let rams = rams::<4>();
+            let mut vms = vms(&rams, packed);
+            let topology = topology(&vms, 1, |_| 0);
+            let mut tools = Threads::new(1);
+            let mut passes = tools.passes(&topology);
+            for turn in 0..500 {
+                deed(&mut vms);
+                assert_eq!(vms[2].send(3, 60, 1), 1);
+                passes[0].run(0, || true);
+                let came = vms[3].take(usize::MAX);
+                assert_eq!(came, 1, "{what}, packed: {packed}, pass {turn}");
+                vms[3].give_back();
+            }
+            assert_eq!(vms[3].from[2], 500);
+            for vm in &vms[..2] {
+                assert_eq!((vm.transmit.fault(), vm.receive.fault()), (None, None));
+            }
+        }
+    }
+}
