@@ -9,7 +9,12 @@
     reason = "helpers of tests fail by panicking, like tests"
 )]
 
+#[path = "../common/mod.rs"]
 mod common;
+
+mod closing;
+mod notifications;
+mod tables;
 
 use std::fs::File;
 use std::io::Write;
@@ -109,6 +114,15 @@ fn kinds() -> [GuestOptions; 2] {
         packed,
         ..GuestOptions::default()
     })
+}
+
+/// Ends a loop beside it, also where a check fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 // ---- slow ones ---------------------------------------------------------------------------------------
