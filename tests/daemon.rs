@@ -9,13 +9,14 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, DaemonOptions};
-use common::guest::{Guest, GuestOptions, Ram};
+use common::guest::{Guest, GuestOptions, RECEIVE, Ram};
 use common::traffic::{Exchange, frame, mac};
 use common::{long, memory_tempdir, short_tempdir};
 use pollux::bench::frontend::Frontend;
@@ -159,6 +160,25 @@ fn kill(daemon: Daemon, exchange: &mut Exchange<'_>) -> tempfile::TempDir {
     }
 }
 
+/// The switch has all receive buffers of a guest, each of them once: as many frames of one buffer as there are come in
+/// different ones, while none is posted again.
+fn assert_every_receive_buffer_is_there(
+    exchange: &mut Exchange<'_>,
+    from: usize,
+    to: usize,
+    entries: u16,
+) {
+    while exchange.guests[to].try_receive().is_some() {}
+    let name = |guest: usize| mac(1 + guest as u8);
+    let mut used = BTreeSet::new();
+    for number in 0..u64::from(entries) {
+        exchange.guests[from].send(&frame(name(to), name(from), number, 60));
+        let token = exchange.guests[to].returned(RECEIVE).token;
+        assert!(used.insert(token), "buffer {token} came twice");
+    }
+    assert_eq!(used.len(), usize::from(entries));
+}
+
 /// Three guests, two of which send into the third, keep their rings while their daemon is killed and started anew.
 ///
 /// A frame that was delivered but not completed comes again; none is lost, and no buffer is returned twice (the
@@ -211,6 +231,10 @@ fn survive_the_daemon(guest: GuestOptions, threads: Threads, kills: u32) {
         assert_eq!(flow.received, flow.sent);
     }
     println!("{:?}", exchange.flows);
+    daemon.settle();
+    for (from, to) in [(0, 2), (2, 0), (0, 1)] {
+        assert_every_receive_buffer_is_there(&mut exchange, from, to, guest.entries);
+    }
     drop(exchange);
     daemon.stop();
 }
