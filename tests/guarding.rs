@@ -10,7 +10,6 @@
 mod common;
 
 use std::fs;
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -19,11 +18,10 @@ use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, RECEIVE, Ram};
 use common::park::Parked;
 use common::traffic::{Bystanders, frame, mac, read};
+use common::waiters::hang_waiters;
 use common::{long, wait_for};
 use pollux::virtio::driver::RingLayout;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::EventFd;
 
 /// Ports 0 and 1 are the bystanders', 2 the victim's or culprit's, 3 its correspondent's.
 const CULPRIT: usize = 2;
@@ -56,21 +54,6 @@ fn arrived(guest: &mut Guest<'_>, from: u8) -> Vec<u64> {
 }
 
 // ---- slow calls --------------------------------------------------------------------------------------
-
-/// Hangs `count * count` epoll waiters on a descriptor, as any holder of it can. They go with the result.
-fn hang_waiters(on: &EventFd, count: usize) -> (Vec<EventFd>, Vec<Epoll>) {
-    // Epoll tells registrations apart by descriptor number, so few descriptors make many waiters.
-    let names: Vec<EventFd> = (0..count).map(|_| on.try_clone().unwrap()).collect();
-    let beds: Vec<Epoll> = (0..count).map(|_| Epoll::new().unwrap()).collect();
-    for bed in &beds {
-        for name in &names {
-            let event = EpollEvent::new(EventSet::IN, 0);
-            bed.ctl(ControlOperation::Add, name.as_raw_fd(), event)
-                .unwrap();
-        }
-    }
-    (names, beds)
-}
 
 #[test]
 fn a_call_descriptor_with_20000_waiters_is_signalled_by_its_own_session() {
@@ -146,7 +129,7 @@ fn a_poll_thread_that_does_not_acknowledge_is_named_and_nothing_is_answered() {
     daemon.settle();
     let thread = daemon.poll_threads()[0].clone();
     assert_eq!(thread["state"], "busy");
-    let parked = Parked::park(u32::try_from(thread["tid"].as_u64().unwrap()).unwrap()).unwrap();
+    let parked = Parked::poll_thread(&daemon, 0);
     let answered = AtomicBool::new(false);
     let frontend = guest.frontend.take().unwrap();
     std::thread::scope(|scope| {

@@ -15,7 +15,7 @@ use std::time::Duration;
 use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, RECEIVE, Ram, TRANSMIT};
 use common::traffic::{self, Bystanders, Exchange, acquainted, attach, frame, mac};
-use common::{long, pause, wait_for};
+use common::{Stop, long, pause, wait_for};
 use pollux::bench::frontend::Frontend;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -148,15 +148,6 @@ fn assert_untouched(guest: &Guest<'_>, which: usize, before: &[u8]) {
         changed.is_empty(),
         "written to after its ring stopped: {changed:x?}"
     );
-}
-
-/// Ends a thread also when a check fails beside it.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 /// Sends numbered frames to `mac(3)` until it is told to stop; returns how many.

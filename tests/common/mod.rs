@@ -9,6 +9,7 @@
 //! - [`guest`], [`many`], [`traffic`]: scripted guests, also with many queues, and numbered frames between them in closed loops;
 //! - [`linux`], [`netboot`]: a guest of QEMU, pings in a closed loop with it, and what its firmware loads it from;
 //! - [`scene`]: bystanders that must notice nothing of what is done to a fourth port;
+//! - [`waiters`]: what makes a call slow;
 //! - [`events`], [`holdings`]: what the daemon tells of itself, and what it holds of the system;
 //! - [`journey`]: pcap files sent through a backend by testpmd, and compared;
 //! - [`capture`]: captures, and their files as tshark reads them;
@@ -33,8 +34,10 @@ pub(crate) mod process;
 pub(crate) mod scene;
 pub(crate) mod testpmd;
 pub(crate) mod traffic;
+pub(crate) mod waiters;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// A directory in `/tmp`, for the 107 bytes that a unix socket's path may have; removed on drop.
@@ -86,6 +89,16 @@ pub(crate) fn wait_for_within(limit: Duration, what: &str, mut condition: impl F
             "{limit:?} were not enough for {what}"
         );
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Ends a thread also when a check fails beside it.
+#[derive(Debug)]
+pub(crate) struct Stop<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use super::daemon::Daemon;
+
 /// A thread that stands still as long as this lives. To be made and dropped by one thread, its tracer.
 #[derive(Debug)]
 pub(crate) struct Parked {
@@ -10,6 +12,13 @@ pub(crate) struct Parked {
 }
 
 impl Parked {
+    /// Stops a poll thread of a daemon, by its number.
+    pub(crate) fn poll_thread(daemon: &Daemon, number: usize) -> Parked {
+        let tid = daemon.poll_threads()[number]["tid"].as_u64();
+        let tid = tid.and_then(|tid| u32::try_from(tid).ok());
+        Parked::park(tid.expect("a thread's id")).expect("it can be stopped")
+    }
+
     /// Stops a thread of a child of ours; returns when it stands.
     #[allow(unsafe_code, reason = "there is no safe wrapper of ptrace")]
     pub(crate) fn park(thread: u32) -> io::Result<Parked> {

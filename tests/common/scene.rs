@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::daemon::{Daemon, DaemonOptions};
-use super::guest::Guest;
+use super::guest::{Guest, GuestOptions, Ram};
 use super::traffic::{Bystanders, frame, mac, read};
 use super::wait_for;
 
@@ -67,6 +67,23 @@ impl Scene {
     pub(crate) fn reaches(&self, guest: &mut Guest<'_>, sink: &mut Guest<'_>, number: u64) {
         sink.send(&frame(mac(3), mac(4), number, 100));
         assert_eq!(next(guest, 4), number, "a frame to the victim");
+    }
+
+    /// A guest of the usual kind is served on the victim's port, and goes.
+    pub(crate) fn serves(&self, sink: &mut Guest<'_>) {
+        let ram = Ram::new(GuestOptions::default());
+        let mut guest = Guest::new(&ram);
+        self.attach_victim(&mut guest, sink);
+        self.reaches(&mut guest, sink, 9);
+        guest.detach();
+        self.wait_until_left();
+    }
+
+    /// The victim's session has ended.
+    pub(crate) fn wait_until_left(&self) {
+        wait_for("the session's end", || {
+            self.daemon.state(VICTIM).0 == "waiting"
+        });
     }
 
     /// The bystanders have lost nothing, and the daemon ends well and without having reported an error of its own.

@@ -59,20 +59,8 @@ fn is_cut_off(stream: &UnixStream) -> bool {
 
 /// Why the last session of the victim's port ended.
 fn last_end(scene: &Scene) -> String {
-    wait_for("the session's end", || {
-        scene.daemon.state(VICTIM).0 == "waiting"
-    });
+    scene.wait_until_left();
     scene.daemon.state(VICTIM).1
-}
-
-/// A guest of the usual kind is served on the victim's port.
-fn is_served(scene: &Scene, sink: &mut Guest<'_>) {
-    let ram = Ram::new(GuestOptions::default());
-    let mut guest = Guest::new(&ram);
-    scene.attach_victim(&mut guest, sink);
-    scene.reaches(&mut guest, sink, 9);
-    guest.detach();
-    last_end(scene);
 }
 
 /// Does something to the switch with a sink attached, after which everything is as before.
@@ -91,7 +79,7 @@ fn scene_of(ports: usize, act: impl FnOnce(&Scene, &mut Guest<'_>)) {
     scene.attach_sink(&mut sink);
     let before = Holdings::of(&scene.daemon);
     act(&scene, &mut sink);
-    is_served(&scene, &mut sink);
+    scene.serves(&mut sink);
     before.wait_for_return(&scene.daemon);
     drop(sink);
     scene.finish();
