@@ -11,7 +11,7 @@ use super::observers::{ObserverRecord, Prospect};
 use crate::api::types::{
     CaptureOrder, MirrorAdd, ObserverView, TraceFrame, TraceLine, TraceOrder, TraceOutcome,
 };
-use crate::api::{ByteStream, Control, ControlError};
+use crate::api::{ByteStream, Control, ControlError, What as Named};
 use crate::config::{MAX_FILTER, MAX_PORT_NAME, MAX_SNAPLEN, MAX_TRACE, ObserveDirection, is_name};
 use crate::observe::pcapng::Section;
 use crate::observe::pen::take_to_the_end;
@@ -448,7 +448,7 @@ pub(super) fn add_mirror(handle: &Handle, order: &MirrorAdd) -> Result<ObserverV
     };
     let spec = ObserverSpec {
         kind: Kind::Mirror(destination),
-        ports: Some(ports.into()),
+        ports: Some(ports.clone().into()),
         direction: order.direction,
         snaplen: order.snaplen,
         filter: Filter::default(),
@@ -463,5 +463,14 @@ pub(super) fn add_mirror(handle: &Handle, order: &MirrorAdd) -> Result<ObserverV
     wait_seen(handle, generation);
     let mut views = handle.observers()?.into_iter();
     let view = views.find(|view| view.name == name);
-    view.ok_or_else(|| ControlError::Internal(format!("mirror {name:?} has ended at once")))
+    view.ok_or_else(|| {
+        // It has ended while poll threads took it over: with a port that it has nothing to do without, or on request.
+        let present = handle.names.present();
+        let mut ports = ports.iter().chain([&destination]);
+        let what = match ports.find(|port| !present.contains(port)) {
+            Some(port) => Named::Port(handle.names.of(*port)),
+            None => Named::Observer(name),
+        };
+        ControlError::Gone { what }
+    })
 }

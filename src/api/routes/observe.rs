@@ -57,7 +57,8 @@ pub(super) async fn mirrors(State(api): State<Api>) -> Result<Json<Vec<ObserverV
         (status = 201, body = ObserverView),
         (status = 400, body = ApiError),
         (status = 404, body = ApiError, description = "No such port"),
-        (status = 409, body = ApiError, description = "Name in use, or too many observers")
+        (status = 409, body = ApiError, description = "Name in use, or too many observers"),
+        (status = 410, body = ApiError, description = "A port was removed meanwhile")
     )
 )]
 pub(super) async fn mirror_add(
