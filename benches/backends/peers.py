@@ -53,7 +53,12 @@ def machine_line(at):
 
 
 def scenarios_binary():
-    """The measuring program of this tree, built if it is not."""
+    """The measuring program: what SCENARIOS names, or this tree's, built if it is not."""
+    named = os.environ.get("SCENARIOS")
+    if named:
+        if not os.access(named, os.X_OK):
+            raise Missing(f"there is no program {named} to measure with")
+        return named
     command = ["cargo", "build", "--release", "--locked", "--bins", "--bench", "scenarios",
                "--message-format", "json"]
     try:
@@ -75,7 +80,7 @@ def scenario(binary, arguments, seconds, cpus, rounds=1, feed=None):
                "--cpus", ",".join(map(str, cpus))]
     try:
         run = subprocess.run(command, input=feed, stdin=None if feed else subprocess.DEVNULL,
-                             capture_output=True, timeout=600, check=False)
+                             capture_output=True, timeout=600 + 60 * seconds, check=False)
     except subprocess.TimeoutExpired as error:
         raise PeerError(f"{arguments[0]}: the measurement did not end") from error
     if run.returncode != 0:
