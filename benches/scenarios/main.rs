@@ -118,7 +118,7 @@ enum Scenario {
         #[arg(long, value_delimiter = ',')]
         attach: Vec<PathBuf>,
     },
-    /// A receiver, a flooder, and a sender at 1 % of the receiver's capacity
+    /// A receiver at a quarter of its capacity, a flooder, and a sender at 1 % of what the receiver takes
     Flood {
         #[arg(long, value_delimiter = ',')]
         attach: Vec<PathBuf>,
