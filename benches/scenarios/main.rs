@@ -100,7 +100,7 @@ enum Scenario {
         #[arg(long, default_value_t = 256)]
         ring_size: u16,
     },
-    /// The longest time for which a thread that only looks at the clock is away
+    /// How long and how often a thread that only looks at the clock is away
     Spin,
     /// Memory of a switch without ports and with them, and the time from its start to the first frame
     Footprint {

@@ -11,11 +11,13 @@ use crate::Effort;
 
 /// Shorter gaps are not looked into.
 const GAP_NS: u64 = 20_000;
+/// Longer ones are counted, as `benches/change` counts passes.
+const LONG_NS: u64 = 100_000;
 
 pub(crate) fn measure(effort: &Effort) -> Value {
     effort.pin(0);
     let (clock, begun) = (Clock::new(), Instant::now());
-    let mut longest = 0;
+    let (mut longest, mut long) = (0, 0_u64);
     let mut looked = (clock.raw(), sched::own_cpu_time());
     let mut last = looked.0;
     while begun.elapsed() < effort.time {
@@ -31,9 +33,15 @@ pub(crate) fn measure(effort: &Effort) -> Value {
             let had = ran.saturating_sub(looked.1).as_nanos() as u64;
             let off = clock.delta_as_nanos(looked.0, at).saturating_sub(had);
             looked = (at, ran);
-            longest = longest.max(gap.saturating_sub(off));
+            let away = gap.saturating_sub(off);
+            longest = longest.max(away);
+            long += u64::from(away > LONG_NS);
             last = clock.raw();
         }
     }
-    json!({ "longest_seconds": longest as f64 / 1e9 })
+    json!({
+        "seconds": begun.elapsed().as_secs_f64(),
+        "longest_seconds": longest as f64 / 1e9,
+        "over_100_us": long,
+    })
 }
