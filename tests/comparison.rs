@@ -1,4 +1,5 @@
-//! `benches/compare` where something is wrong: a clear sentence, partial results marked as such, never a wrong number.
+//! `benches/compare` and `benches/change` where something is wrong: a clear sentence, partial results marked as such, never a
+//! wrong number. And all of `benches/change`, as short as it can be: what it promises of its output, not how fast anything is.
 
 #![allow(
     clippy::unwrap_used,
@@ -7,31 +8,86 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_pollux");
 
-/// What it printed as JSON, and its exit code.
-fn compare(arguments: &str, change: impl FnOnce(&mut Command)) -> (Value, i32) {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/compare");
-    let mut command = Command::new(script);
-    command
-        .args(arguments.split(' '))
-        .args(["--quiet", "--json"]);
+/// How a script of `benches` ends.
+fn run(script: &str, arguments: &str, change: impl FnOnce(&mut Command)) -> Output {
+    let benches = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches");
+    let mut command = Command::new(benches.join(script));
+    command.args(["--quiet", "--json"]);
     // Each of the two shares the only processor with the other, where there is just one.
     if std::thread::available_parallelism().unwrap().get() == 1 {
         command.args(["--client-cpu", "0"]);
     }
-    command.env("POLLUX", BINARY);
+    command.args(arguments.split(' ')).env("POLLUX", BINARY);
     change(&mut command);
-    let output = command.output().unwrap();
+    command.output().unwrap()
+}
+
+/// What it printed as JSON, and its exit code.
+fn report(script: &str, arguments: &str, change: impl FnOnce(&mut Command)) -> (Value, i32) {
+    let output = run(script, arguments, change);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let json = serde_json::from_slice(&output.stdout);
     let json = json.unwrap_or_else(|error| panic!("{error}: {said}"));
     (json, output.status.code().unwrap())
+}
+
+fn compare(arguments: &str, change: impl FnOnce(&mut Command)) -> (Value, i32) {
+    report("compare", arguments, change)
+}
+
+/// What `benches/change` measures with, in this test's own profile: its libraries are built already.
+fn scenarios() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
+        cargo.args(["build", "--locked", "--message-format", "json"]);
+        cargo.args(["--bench", "scenarios"]);
+        if !cfg!(debug_assertions) {
+            cargo.arg("--release");
+        }
+        let output = cargo.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        let messages = serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>();
+        let mut messages = messages.map(Result::unwrap);
+        let program = messages.find(|message| message["target"]["name"] == "scenarios");
+        PathBuf::from(program.unwrap()["executable"].as_str().unwrap())
+    })
+}
+
+/// A shell script.
+fn executable(dir: &Path, name: &str, text: &str) -> PathBuf {
+    let path = dir.join(name);
+    fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+/// The figures of one scenario.
+fn figures<'r>(report: &'r Value, scenario: &str) -> Vec<&'r Value> {
+    let figures = report["figures"].as_array().unwrap().iter();
+    figures
+        .filter(|figure| figure["scenario"] == scenario)
+        .collect()
+}
+
+/// The one whose name begins so.
+fn figure<'r>(report: &'r Value, scenario: &str, name: &str) -> &'r Value {
+    let figures = figures(report, scenario);
+    let mut named = figures
+        .into_iter()
+        .filter(|figure| figure["figure"].as_str().unwrap().starts_with(name));
+    let found = named.next();
+    found.unwrap_or_else(|| panic!("{scenario} has no {name}: {report}"))
 }
 
 fn notes(report: &Value) -> String {
@@ -84,13 +140,11 @@ fn a_backend_that_is_not_there_is_said_and_has_no_number() {
 #[test]
 fn a_backend_that_dies_under_way_has_no_number() {
     let dir = tempfile::tempdir().unwrap();
-    let mortal = dir.path().join("pollux");
     // Only the switch: the client has the same name.
     let script = format!(
-        "#!/bin/sh\n[ \"$1\" != run ] || exec timeout -s KILL 1.5 {BINARY} \"$@\"\nexec {BINARY} \"$@\"\n"
+        "[ \"$1\" != run ] || exec timeout -s KILL 1.5 {BINARY} \"$@\"\nexec {BINARY} \"$@\""
     );
-    fs::write(&mortal, script).unwrap();
-    fs::set_permissions(&mortal, fs::Permissions::from_mode(0o755)).unwrap();
+    let mortal = executable(dir.path(), "pollux", &script);
     let arguments = "--backends pollux --sizes 64 --rings split --mergeable off --rounds 1 --seconds 4 --mode tput";
     let (report, code) = compare(arguments, |command| {
         command.env("POLLUX", &mortal);
@@ -144,4 +198,123 @@ fn a_client_that_is_not_there_is_said() {
     });
     assert_eq!((code, &report["complete"]), (3, &false.into()), "{report}");
     assert!(notes(&report).contains("it is not built"), "{report}");
+}
+
+/// The least that `benches/change` can be asked for.
+const LEAST: &str = "--backends pollux --cycles 1 --seconds 0.2 --rounds 1 --memory 16";
+
+#[test]
+fn every_scenario_of_changes_has_figures_and_no_bystander_loses_a_frame() {
+    let (report, code) = report("change", LEAST, |command| {
+        command.env("SCENARIOS", scenarios());
+    });
+    assert_eq!(report["notes"], json!([]), "{report}");
+    let scenarios = [
+        "churn", "reset", "claims", "gather", "slow", "flood", "fair",
+    ];
+    for scenario in scenarios {
+        let found = figures(&report, scenario);
+        assert!(!found.is_empty(), "{scenario}: {report}");
+        for figure in found {
+            assert!(figure["value"].as_f64().unwrap().is_finite(), "{figure}");
+        }
+    }
+    // How fast this machine is, nobody knows: a must may not be met, and a flooder may get no processor to flood with. The
+    // exit code says so.
+    let all = report["figures"].as_array().unwrap();
+    let conclusive = all.iter().all(|figure| figure["inconclusive"].is_null());
+    let met = all.iter().all(|figure| figure["ok"] != false);
+    assert_eq!(report["complete"], conclusive, "{report}");
+    assert_eq!(code, i32::from(!(conclusive && met)), "{report}");
+    let lost = figure(&report, "churn", "bystanders' frames lost");
+    assert_eq!((&lost["value"], &lost["ok"]), (&0.into(), &true.into()));
+}
+
+#[test]
+fn a_loss_beside_a_flooder_that_does_not_flood_is_inconclusive() {
+    let dir = tempfile::tempdir().unwrap();
+    let cases = [
+        (0.031, 0.002, 1, Value::Null),
+        (0.6, 0.002, 0, true.into()),
+        (0.6, 0.02, 1, false.into()),
+    ];
+    for (flooder, paced, expected, ok) in cases {
+        let result = json!({
+            "flooder_loss_share": flooder,
+            "paced_loss_share": paced,
+            "taken_mpps": 1.0,
+        });
+        let program = executable(dir.path(), "scenarios", &format!("echo '{result}'"));
+        let (report, code) = report("change", "--backends pollux --scenarios flood", |command| {
+            command.env("SCENARIOS", program);
+        });
+        let loss = figure(&report, "flood", "the paced sender's loss");
+        assert_eq!((code, &loss["ok"]), (expected, &ok), "{report}");
+        let why = match ok {
+            Value::Null => "inconclusive: the flooder lost only 3.1 %".into(),
+            _ => Value::Null,
+        };
+        assert_eq!(loss["inconclusive"], why, "{report}");
+        assert_eq!(report["complete"], why.is_null(), "{report}");
+    }
+}
+
+#[test]
+fn long_passes_are_counted_beside_the_pauses_of_a_thread_that_only_looks_at_the_clock() {
+    let dir = tempfile::tempdir().unwrap();
+    // Whenever it is asked, there is one more in each bucket; the first one holds no long ones.
+    let bucket = |up_to_seconds| json!({"up_to_seconds": up_to_seconds, "count": 777});
+    let buckets = [Some(100e-6), Some(110e-6), None].map(bucket);
+    let answer = json!([{"pass_length": {"buckets": buckets}, "takeover_length": null}]);
+    fs::write(dir.path().join("answer"), answer.to_string()).unwrap();
+    let script = format!(
+        "[ \"$1 $2\" = 'poll list' ] || exec {BINARY} \"$@\"\n\
+         cd {}\necho >>asked\nsed \"s/777/$(wc -l <asked)/g\" answer",
+        dir.path().display()
+    );
+    let switch = executable(dir.path(), "pollux", &script);
+    let arguments = format!("{LEAST} --scenarios reset");
+    let (report, _) = report("change", &arguments, |command| {
+        command.env("SCENARIOS", scenarios()).env("POLLUX", switch);
+    });
+    assert_eq!(report["notes"], json!([]), "{report}");
+    figure(&report, "reset", "passes over 100 us, 2 in ");
+    let absences = figure(&report, "reset", "absences over 100 us of that thread, ");
+    assert!(absences["value"].as_f64().unwrap() >= 0.0, "{absences}");
+}
+
+#[test]
+fn wrong_options_of_changes_are_said_in_a_sentence() {
+    for (arguments, said) in [
+        ("--scenarios churn,nonesuch", "nonesuch: use churn, reset"),
+        ("--scenarios ,", "--scenarios: at least one is needed"),
+        ("--backends testpmd", "testpmd: use pollux or ovs"),
+        ("--cycles 0", "--cycles, --rounds, --memory: at least 1"),
+        ("--rounds 0", "--cycles, --rounds, --memory: at least 1"),
+        ("--seconds 0", "--seconds: 0.1 to 3600"),
+        ("--seconds nan", "--seconds: 0.1 to 3600"),
+        ("--client-cpu 100000", "there is no CPU 100000 here"),
+        ("--nonesuch", "unrecognized arguments: --nonesuch"),
+    ] {
+        let output = run("change", arguments, |_| {});
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments}: {text}");
+        assert!(output.stdout.is_empty(), "{arguments}");
+        assert!(text.lines().last().unwrap().contains(said), "{text}");
+    }
+}
+
+#[test]
+fn changes_that_cannot_be_measured_at_all_have_no_figure() {
+    for (name, said) in [
+        ("POLLUX", "/nonexistent is not built"),
+        ("SCENARIOS", "there is no program /nonexistent"),
+    ] {
+        let (report, code) = report("change", "--backends pollux --scenarios slow", |command| {
+            command.env("SCENARIOS", BINARY).env(name, "/nonexistent");
+        });
+        assert_eq!((code, &report["complete"]), (3, &false.into()), "{report}");
+        assert!(notes(&report).contains(said), "{report}");
+        assert_eq!(report["figures"], json!([]), "{report}");
+    }
 }
