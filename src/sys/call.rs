@@ -4,7 +4,7 @@
 //! on its own (0.65 ms a signal). So poll threads time their batches. After a slow one its ports are suspects, whose
 //! calls are made one by one for a while, timed by the thread's CPU clock: being descheduled is nobody's fault. A port
 //! with one slow call has its calls *deferred*: poll threads ring the bell of its session, and that thread signals, until
-//! [`PROBATION`] in a row were fast. Once its slow calls have cost poll threads more than [`BUDGET_US`] that is no way
+//! eight in a row were fast. Once its slow calls have cost poll threads more than [`BUDGET_US`] that is no way
 //! back any more: only a minute without a slow signal makes good for everything.
 
 use std::fs::File;

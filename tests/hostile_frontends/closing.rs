@@ -64,7 +64,7 @@ fn nobody_waits(scene: &Scene, sink: &mut Guest<'_>) {
     let spec = format!("{VICTIM},socket={}", scene.victim().display());
     let (code, said) = scene.daemon.try_pollux(&["port", "add", &spec]);
     assert_eq!(code, 0, "{said}");
-    is_served(scene, sink);
+    scene.serves(sink);
     assert!(begun.elapsed() < LINGER / 2, "{:?}", begun.elapsed());
 }
 

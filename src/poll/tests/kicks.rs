@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -10,7 +10,6 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::*;
 use crate::config::IdlePolicy;
 use crate::poll::{PollShared, Poller};
-use crate::sys::epoll::Sleeper;
 use crate::sys::eventfd::KickFd;
 use crate::sys::snapshot::{Publisher, snapshots};
 
@@ -72,13 +71,9 @@ impl<'m> Wish<'m> {
 /// A poll thread that does not run yet, and what keeps its topology.
 fn poller(topology: Topology, idle: IdlePolicy) -> (Publisher<Topology>, Arc<PollShared>, Poller) {
     let (publisher, mut readers) = snapshots(topology, 1);
-    let shared = Arc::new(PollShared {
-        stats: ThreadStats::default(),
-        sleeper: Sleeper::new().unwrap(),
-        stop: AtomicBool::new(false),
-    });
+    let shared = Arc::new(PollShared::new(idle).unwrap());
     let reader = readers.pop().unwrap();
-    let poller = Poller::new(shared.clone(), reader, idle, Instant::now());
+    let poller = Poller::new(shared.clone(), reader, Instant::now());
     (publisher, shared, poller.unwrap())
 }
 
