@@ -7,6 +7,24 @@ const PLACE: u64 = BASE + TRANSMIT as u64;
 
 /// What a hostile pair of guests does before each pass.
 type Deed = fn(&mut [Vm<'_>]);
+/// The counter that says so.
+type Counted = fn(&[Vm<'_>]) -> u64;
+
+fn malformed(vms: &[Vm<'_>]) -> u64 {
+    vms[0].drops(DropReason::RxMalformedChain)
+}
+
+fn too_long(vms: &[Vm<'_>]) -> u64 {
+    vms[0].drops(DropReason::RxTooLong)
+}
+
+fn full(vms: &[Vm<'_>]) -> u64 {
+    vms[1].drops(DropReason::EgressRingFull)
+}
+
+fn bad_buffers(vms: &[Vm<'_>]) -> u64 {
+    vms[1].port.stats.sum().bad_buffers
+}
 
 /// Posts as many readable buffers as there is room for.
 fn post(vm: &mut Vm<'_>, address: u64, len: u32) {
@@ -25,29 +43,32 @@ fn post_again(vm: &mut Vm<'_>, buffer: Buffer) {
 
 #[test]
 fn whatever_hostile_guests_post_a_bystanders_frame_arrives_in_the_pass_after_it_was_sent() {
-    let deeds: [(&str, Deed); 6] = [
-        ("chains in a hole", |vms| post(&mut vms[0], 0, 100)),
-        ("empty chains", |vms| post(&mut vms[0], PLACE, 0)),
-        ("chains that are too long", |vms| {
+    let deeds: [(&str, Counted, Deed); 6] = [
+        ("chains in a hole", malformed, |vms| {
+            post(&mut vms[0], 0, 100)
+        }),
+        ("empty chains", malformed, |vms| post(&mut vms[0], PLACE, 0)),
+        ("chains that are too long", too_long, |vms| {
             post(&mut vms[0], PLACE, MAX_FRAME + 1000);
         }),
         (
             "the longest frames for a receiver that returns nothing",
+            full,
             |vms| {
                 vms[0].send(1, MAX_FRAME, ALL);
             },
         ),
-        ("frames for buffers of one byte", |vms| {
+        ("frames for buffers of one byte", bad_buffers, |vms| {
             vms[0].send(1, 60, ALL);
             post_again(&mut vms[1], Buffer::writable(PLACE, 1));
         }),
-        ("frames for buffers in a hole", |vms| {
+        ("frames for buffers in a hole", bad_buffers, |vms| {
             vms[0].send(1, 60, ALL);
             post_again(&mut vms[1], Buffer::writable(0, 2048));
         }),
     ];
     for packed in [false, true] {
-        for (what, deed) in deeds {
+        for (what, counted, deed) in deeds {
             let rams = rams::<4>();
             let mut vms = vms(&rams, packed);
             let topology = topology(&vms, 1, |_| 0);
@@ -62,6 +83,9 @@ fn whatever_hostile_guests_post_a_bystanders_frame_arrives_in_the_pass_after_it_
                 vms[3].give_back();
             }
             assert_eq!(vms[3].from[2], 500);
+            // From the first passes on, in which there were good buffers, each of them.
+            let counted = counted(&vms);
+            assert!(counted >= 450, "{what}, packed: {packed}: {counted}");
             for vm in &vms[..2] {
                 assert_eq!((vm.transmit.fault(), vm.receive.fault()), (None, None));
             }
