@@ -3,8 +3,8 @@
 //! Signalling an eventfd takes as long as waking all that wait on it, and a frontend can hang twenty thousand waiters
 //! on its own (0.65 ms a signal). So poll threads time their batches. After a slow one its ports are suspects, whose
 //! calls are made one by one for a while, timed by the thread's CPU clock: being descheduled is nobody's fault. A port
-//! with one slow call has its calls *deferred*: poll threads ring the bell of its session, and that thread signals, until
-//! eight in a row were fast. Once its slow calls have cost poll threads more than [`BUDGET_US`] that is no way
+//! with one slow call has its calls *deferred*: poll threads ring the bell of its session, and that thread signals,
+//! until eight in a row were fast. Once its slow calls have cost poll threads more than [`BUDGET_US`] that is no way
 //! back any more: only a minute without a slow signal makes good for everything.
 
 use std::fs::File;
@@ -19,10 +19,12 @@ use super::wake::Wake;
 
 /// A signal that takes longer is slow.
 pub const SLOW: Duration = Duration::from_micros(50);
+/// What each signal of several that a session makes at once may take beside [`SLOW`] for all of them: it wakes somebody.
+const EACH: Duration = Duration::from_micros(3);
 /// What a port's slow signals may cost poll threads, in microseconds, before its session makes them for good.
 pub const BUDGET_US: u32 = 500;
-/// Fast signals of the session in a row after which poll threads try again. A processor that was busy with something else
-/// while it counted our time makes a signal look slow, too.
+/// Fast signals of the session in a row after which poll threads try again. A processor that was busy with something
+/// else while it counted our time makes a signal look slow, too.
 const PROBATION: u32 = 8;
 /// Time without a slow signal after which everything is forgiven.
 const CALM: Duration = Duration::from_secs(60);
@@ -118,15 +120,15 @@ impl CallGuard {
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
     }
 
-    /// The session made `calls` calls, the dearest of which cost this much CPU time.
+    /// The session made `calls` calls at once, which cost this much CPU time together.
     pub fn made_deferred(&self, calls: u64, cost: Duration) {
         self.deferred.fetch_add(calls, Ordering::Relaxed);
-        if cost > SLOW {
+        let calls = u32::try_from(calls).unwrap_or(u32::MAX);
+        if cost > SLOW.saturating_add(EACH.saturating_mul(calls)) {
             self.last_slow_ms.store(self.now_ms(), Ordering::Relaxed);
             self.probation.store(PROBATION, Ordering::Relaxed);
             return;
         }
-        let calls = u32::try_from(calls).unwrap_or(u32::MAX);
         let served = |left: u32| Some(left.saturating_sub(calls));
         // The closure never refuses.
         let _ = self
@@ -224,6 +226,24 @@ mod tests {
         assert_eq!(guard.way(), Way::Deferred, "over the budget");
         guard.suspect();
         assert_eq!(guard.way(), Way::Deferred);
+    }
+
+    #[test]
+    fn calls_that_a_session_makes_at_once_are_judged_by_how_many_they_are() {
+        const RINGS: u32 = 24;
+        let together = SLOW + RINGS * EACH;
+        let guard = CallGuard::new().unwrap();
+        guard.made_alone(2 * SLOW);
+        assert_eq!(guard.way(), Way::Deferred);
+        guard.made_deferred(u64::from(RINGS), together + Duration::from_nanos(1));
+        assert_eq!(guard.way(), Way::Deferred, "one of them was slow");
+        guard.made_deferred(u64::from(RINGS), together);
+        assert_eq!(guard.way(), Way::Alone);
+        // One slow signal among few is as slow as it ever was.
+        guard.made_alone(2 * SLOW);
+        guard.made_deferred(u64::from(PROBATION), 2 * SLOW);
+        assert_eq!(guard.way(), Way::Deferred);
+        assert_eq!(guard.deferred(), u64::from(2 * RINGS + PROBATION));
     }
 
     #[test]
