@@ -192,6 +192,10 @@ impl Control {
     /// Lets go of what frontends of a removed port may still wait in.
     pub(super) fn close_sockets(&self, record: PortRecord) {
         if let Door::Listening(listener) = record.door {
+            // Those that were not accepted yet would hear of it when the socket is closed, which may take long.
+            for stream in listener.end() {
+                self.closer.close(stream);
+            }
             self.closer.close(listener.into_socket());
         }
         if let Some(stream) = record.waiting {

@@ -7,7 +7,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::net::{
+    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, shutdown,
+    socket_with,
+};
 use rustix::time::Timespec;
 
 use crate::config::PortSpec;
@@ -84,6 +87,13 @@ impl Listener {
             listener,
             _file: file,
         })
+    }
+
+    /// Lets no more frontends in, and returns those that wait. (Some stay in the socket if no descriptor is left.)
+    pub(super) fn end(&self) -> impl Iterator<Item = UnixStream> {
+        // It cannot fail for a socket that listens.
+        let _ = shutdown(&self.listener, Shutdown::Both);
+        std::iter::from_fn(|| self.accept().ok().flatten())
     }
 
     /// The socket, for somebody else to close: frontends may wait in it. Its file is gone.
@@ -230,6 +240,23 @@ mod tests {
             Listener::bind(&spec(&missing)),
             Err(SocketError::NoDirectory { .. })
         ));
+    }
+
+    #[test]
+    fn frontends_that_wait_when_a_listener_ends_are_handed_out_and_no_more_come() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = Listener::bind(&spec(&path)).unwrap();
+        let waiting = [(); 3].map(|()| UnixStream::connect(&path).unwrap());
+        let mut handed_out = listener.end();
+        for stream in &waiting {
+            assert!(!hung_up(stream));
+            drop(handed_out.next().unwrap());
+            assert!(hung_up(stream));
+        }
+        let late = UnixStream::connect(&path).unwrap_err();
+        assert_eq!(late.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(handed_out.next().is_none());
     }
 
     #[test]

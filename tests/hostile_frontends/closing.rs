@@ -114,28 +114,34 @@ fn a_descriptor_that_cannot_be_closed_behind_the_last_message_holds_up_nobody() 
     });
 }
 
+/// Two frontends that are refused beside the victim's, each with a descriptor that cannot be closed, and more of them
+/// than may wait to be closed: not all are let in. Nothing is closed until what this returns is.
+fn refusals(scene: &Scene) -> (Vec<TcpStream>, Vec<UnixStream>) {
+    let call = message(FrontendReq::SET_VRING_CALL, &[0; 8]);
+    // One crowds the other out.
+    scene.daemon.freeze();
+    let seconds = [(); 2].map(|()| connect(scene));
+    let peers = seconds.each_ref().map(|second| {
+        let (socket, peer) = lingering();
+        second
+            .send_with_fds(&[&call[..]], &[socket.as_raw_fd()])
+            .unwrap();
+        peer
+    });
+    scene.daemon.thaw();
+    wait_for("the refusals", || seconds.iter().all(is_cut_off));
+    let crowd: Vec<UnixStream> = (0..60).map(|_| connect(scene)).collect();
+    let refused = || crowd.iter().filter(|one| is_cut_off(one)).count();
+    wait_for("the crowd", || refused() >= 30);
+    (peers.into(), crowd)
+}
+
 #[test]
 fn a_descriptor_that_cannot_be_closed_of_a_frontend_that_is_refused_holds_up_nobody() {
     with_victim(GuestOptions::default(), |scene, guest, sink| {
         let begun = Instant::now();
         let held = Holdings::of(&scene.daemon).fds;
-        let call = message(FrontendReq::SET_VRING_CALL, &[0; 8]);
-        // One crowds the other out.
-        scene.daemon.freeze();
-        let seconds = [(); 2].map(|()| connect(scene));
-        let peers = seconds.each_ref().map(|second| {
-            let (socket, peer) = lingering();
-            second
-                .send_with_fds(&[&call[..]], &[socket.as_raw_fd()])
-                .unwrap();
-            peer
-        });
-        scene.daemon.thaw();
-        wait_for("the refusals", || seconds.iter().all(is_cut_off));
-        // More of them than may wait to be closed: the others are not let in.
-        let crowd: Vec<UnixStream> = (0..60).map(|_| connect(scene)).collect();
-        let refused = || crowd.iter().filter(|one| is_cut_off(one)).count();
-        wait_for("the crowd", || refused() >= 30);
+        let (peers, crowd) = refusals(scene);
         scene.bystanders.go_on(200);
         let now = Holdings::of(&scene.daemon).fds;
         assert!(now <= held + 40, "{now} descriptors, before it were {held}");
@@ -148,5 +154,19 @@ fn a_descriptor_that_cannot_be_closed_of_a_frontend_that_is_refused_holds_up_nob
         wait_for("the descriptors to be closed", || {
             Holdings::of(&scene.daemon).fds <= held
         });
+    });
+}
+
+#[test]
+fn frontends_that_wait_at_a_port_that_is_removed_are_hung_up_on_whatever_cannot_be_closed() {
+    scene(|scene, sink| {
+        let ram = Ram::new(GuestOptions::default());
+        let mut guest = Guest::new(&ram);
+        scene.attach_victim(&mut guest, sink);
+        let (peers, crowd) = refusals(scene);
+        assert!(!crowd.iter().all(is_cut_off), "all were let in");
+        nobody_waits(scene, sink);
+        wait_for("the hang-ups", || crowd.iter().all(is_cut_off));
+        drop((peers, guest));
     });
 }
