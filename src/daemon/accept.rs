@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::closer::Unclosed;
 use super::control::Control;
 use super::link::{Link, Sink};
 use super::port::{Door, PortRecord, SessionHandle};
@@ -57,7 +58,7 @@ impl Control {
                 return;
             }
             // It would be refused, and refusing takes long at the moment: it waits outside.
-            if record.session.is_some() && self.closer.is_behind() {
+            if record.session.is_some() && record.unclosed.are_many() {
                 record.accept_at = Some(now + ACCEPT_AGAIN);
                 return;
             }
@@ -81,7 +82,7 @@ impl Control {
                 Some(session) => {
                     record.doubt_until = Some(now + DOUBT);
                     if let Some(crowded_out) = record.waiting.replace(stream) {
-                        self.closer.close(crowded_out);
+                        self.closer.close(crowded_out, &record.unclosed);
                         if !hung_up(&session.stream) {
                             let (kind, reports) = (EventKind::SessionRefused, &record.reports);
                             self.report.paced(&record.shared, reports, kind, SECOND);
@@ -105,7 +106,7 @@ impl Control {
             } else if until <= now {
                 record.doubt_until = None;
                 if let Some(stream) = record.waiting.take() {
-                    self.closer.close(stream);
+                    self.closer.close(stream, &record.unclosed);
                 }
                 let (kind, reports) = (EventKind::SessionRefused, &record.reports);
                 self.report.paced(&record.shared, reports, kind, SECOND);
@@ -121,12 +122,12 @@ impl Control {
         let acknowledgements = self.registry.acknowledgements.clone();
         let records = self.ring_records(port.name());
         let Some(record) = self.registry.find_registration(port) else {
-            return self.closer.close(stream);
+            return self.closer.close(stream, &Unclosed::default());
         };
         let reports = record.reports.clone();
         let refused = EventKind::SessionRefused;
         let (Ok(stopper), Ok(probe)) = (Stopper::new(&stream), stream.try_clone()) else {
-            self.closer.close(stream);
+            self.closer.close(stream, &record.unclosed);
             let text = "no descriptor left for a session";
             return self.report.paced(port, &reports, refused, text);
         };
@@ -173,7 +174,7 @@ impl Control {
             Err(error) => {
                 // The last descriptor of the socket.
                 drop(stopper);
-                self.closer.close(probe);
+                self.closer.close(probe, &record.unclosed);
                 let text = format!("no thread for a session: {error}");
                 self.report.paced(port, &reports, refused, text);
             }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use event_manager::{EventOps, EventSet, Events};
 use rustix::process::{Resource, getrlimit};
 
+use super::closer::Unclosed;
 use super::control::{Control, LISTENER};
 use super::pace::Pace;
 use super::port::{Door, PortRecord};
@@ -124,6 +125,7 @@ impl Control {
             session: None,
             waiting: None,
             doubt_until: None,
+            unclosed: Unclosed::default(),
             device: None,
             last_end: None,
             accept_at: None,
@@ -194,12 +196,12 @@ impl Control {
         if let Door::Listening(listener) = record.door {
             // Those that were not accepted yet would hear of it when the socket is closed, which may take long.
             for stream in listener.end() {
-                self.closer.close(stream);
+                self.closer.close(stream, &record.unclosed);
             }
-            self.closer.close(listener.into_socket());
+            self.closer.close(listener.into_socket(), &record.unclosed);
         }
         if let Some(stream) = record.waiting {
-            self.closer.close(stream);
+            self.closer.close(stream, &record.unclosed);
         }
     }
 

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::closer::Unclosed;
 use super::handover::Place;
 use super::link::Link;
 use super::pace::Pace;
@@ -54,6 +55,8 @@ pub(super) struct PortRecord {
     pub(super) waiting: Option<UnixStream>,
     /// When that is refused, if its predecessor has not hung up by then.
     pub(super) doubt_until: Option<Instant>,
+    /// Sockets of its frontends that wait to be closed.
+    pub(super) unclosed: Unclosed,
     pub(super) device: Option<Arc<Device>>,
     /// Why the last session ended.
     pub(super) last_end: Option<String>,

@@ -14,6 +14,7 @@ use super::model::{Model, Owner, Pair, Port, Posted, View};
 use crate::api::ControlError;
 use crate::api::types::Moved;
 use crate::config::{IdlePolicy, PortSpec};
+use crate::daemon::closer::Unclosed;
 use crate::daemon::command::Command;
 use crate::daemon::link::{Link, Sink};
 use crate::daemon::observers::Names;
@@ -279,6 +280,7 @@ impl Script {
             session: None,
             waiting: None,
             doubt_until: None,
+            unclosed: Unclosed::default(),
             device: None,
             last_end: None,
             accept_at: None,
