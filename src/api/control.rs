@@ -57,10 +57,10 @@ pub enum ControlError {
         /// What is in the way, and where.
         text: String,
     },
-    /// The port was removed while the request was under way.
+    /// A port that it names was removed while the request was under way, or what it made was.
     #[error("{what} was removed meanwhile")]
     Gone {
-        /// What was named.
+        /// What was removed.
         what: What,
     },
     /// A fault of the daemon or the operating system.

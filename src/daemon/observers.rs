@@ -11,6 +11,9 @@ use crate::config::MAX_OBSERVERS;
 use crate::observe::{Kind, Observer};
 use crate::switch::PortRef;
 
+/// Why an observer ends that has nothing to do without the port that was removed.
+pub(super) const PORT_REMOVED: &str = "port removed";
+
 /// Names of removed ports that are kept, for records that still speak of them.
 const GONE: usize = 256;
 

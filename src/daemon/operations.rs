@@ -9,6 +9,7 @@ use rustix::process::{Resource, getrlimit};
 
 use super::closer::Unclosed;
 use super::control::{Control, LISTENER};
+use super::observers::PORT_REMOVED;
 use super::pace::Pace;
 use super::port::{Door, PortRecord};
 use super::report::reports;
@@ -185,7 +186,7 @@ impl Control {
         self.report
             .port(&record.shared, EventKind::PortRemoved, "port removed");
         for observer in &observers {
-            self.report_end(observer, "port removed");
+            self.report_end(observer, PORT_REMOVED);
         }
         self.close_sockets(record);
         Ok(())

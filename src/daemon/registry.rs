@@ -12,7 +12,7 @@ use crossbeam_channel::Sender;
 
 use super::balance::Loads;
 use super::handover::Place;
-use super::observers::{Names, ObserverRecord};
+use super::observers::{Names, ObserverRecord, PORT_REMOVED};
 use super::placement::Moves;
 use super::pollers::PollThreads;
 use super::port::PortRecord;
@@ -144,7 +144,7 @@ impl Registry {
         self.dirty = true;
         self.publish();
         for observer in &observers {
-            observer.observer.end("port removed", self.generation());
+            observer.observer.end(PORT_REMOVED, self.generation());
         }
         if let Some(session) = &record.session {
             session.link.port_gone(self.publisher.generation());

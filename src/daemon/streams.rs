@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::command::Command;
 use super::handle::Handle;
-use super::observers::{ObserverRecord, Prospect};
+use super::observers::{ObserverRecord, PORT_REMOVED, Prospect};
 use crate::api::types::{
     CaptureOrder, MirrorAdd, ObserverView, TraceFrame, TraceLine, TraceOrder, TraceOutcome,
 };
@@ -448,14 +448,15 @@ pub(super) fn add_mirror(handle: &Handle, order: &MirrorAdd) -> Result<ObserverV
     };
     let spec = ObserverSpec {
         kind: Kind::Mirror(destination),
-        ports: Some(ports.clone().into()),
+        ports: Some(ports.into()),
         direction: order.direction,
         snaplen: order.snaplen,
         filter: Filter::default(),
     };
+    let observer = Observer::mirror(spec, prospect.threads.iter().copied());
     let record = ObserverRecord {
         name: order.name.clone(),
-        observer: Observer::mirror(spec, prospect.threads.iter().copied()),
+        observer: observer.clone(),
         ports: from,
         to: Some(to),
     };
@@ -463,13 +464,16 @@ pub(super) fn add_mirror(handle: &Handle, order: &MirrorAdd) -> Result<ObserverV
     wait_seen(handle, generation);
     let mut views = handle.observers()?.into_iter();
     let view = views.find(|view| view.name == name);
+    // What has ended meanwhile is not there, and by now another one may have its name.
+    let view = view.filter(|_| !observer.has_ended());
     view.ok_or_else(|| {
-        // It has ended while poll threads took it over: with a port that it has nothing to do without, or on request.
-        let present = handle.names.present();
-        let mut ports = ports.iter().chain([&destination]);
-        let what = match ports.find(|port| !present.contains(port)) {
-            Some(port) => Named::Port(handle.names.of(*port)),
-            None => Named::Observer(name),
+        let to_is_gone = !handle.names.present().contains(&destination);
+        // Whether somebody still writes to it is of no interest here.
+        let what = match observer.settled_end(|_| true) {
+            Some(PORT_REMOVED) if to_is_gone => Named::Port(order.to.clone()),
+            // So are all that it was to copy from.
+            Some(PORT_REMOVED) => Named::Port(order.from[0].clone()),
+            _ => Named::Observer(name),
         };
         ControlError::Gone { what }
     })

@@ -58,7 +58,7 @@ pub(super) async fn mirrors(State(api): State<Api>) -> Result<Json<Vec<ObserverV
         (status = 400, body = ApiError),
         (status = 404, body = ApiError, description = "No such port"),
         (status = 409, body = ApiError, description = "Name in use, or too many observers"),
-        (status = 410, body = ApiError, description = "A port was removed meanwhile")
+        (status = 410, body = ApiError, description = "A port, or the mirror itself, was removed meanwhile")
     )
 )]
 pub(super) async fn mirror_add(
@@ -96,6 +96,7 @@ pub(super) async fn mirror_remove(
         (status = 400, body = ApiError),
         (status = 404, body = ApiError, description = "No such port"),
         (status = 409, body = ApiError, description = "Too many observers"),
+        (status = 410, body = ApiError, description = "The port was removed meanwhile"),
         (status = 503, body = ApiError, description = "Too many streams are open")
     )
 )]
@@ -124,6 +125,7 @@ pub(super) async fn capture(
         (status = 400, body = ApiError),
         (status = 404, body = ApiError, description = "No such port"),
         (status = 409, body = ApiError, description = "Too many observers"),
+        (status = 410, body = ApiError, description = "The port was removed meanwhile"),
         (status = 503, body = ApiError, description = "Too many streams are open")
     )
 )]

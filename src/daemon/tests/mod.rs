@@ -4,6 +4,7 @@
 //! Poll threads are scripted: the test takes views over and falls asleep in their place. Every run prints its seed;
 //! `POLLUX_SEED` repeats it, and `POLLUX_LONG=1` takes more.
 
+mod mirrors;
 mod model;
 mod script;
 mod threads;
