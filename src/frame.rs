@@ -81,9 +81,9 @@ impl Frame<'_> {
 
     /// Whether the header that the receiver is to find stands at the start of its buffer already.
     ///
-    /// Drivers that use their buffers again leave it as it was, often in a line of its own (DPDK's, in front of the frame's):
-    /// not to write what they will read saves that line two ways between the cores, 7 % of the rate of 64-byte frames. The
-    /// driver that changes it while we look gets what it wrote.
+    /// Drivers that use their buffers again leave it as it was, often in a line of its own (DPDK's, in front of the
+    /// frame's): not to write what they will read saves that line two ways between the cores, 7 % of the rate of
+    /// 64-byte frames. The driver that changes it while we look gets what it wrote.
     #[inline(always)]
     pub fn has_header_in(&self, buffer: &Window<'_>) -> bool {
         let mut found = [0; NET_HDR_SIZE];

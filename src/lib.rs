@@ -25,6 +25,7 @@
 //! | `session-NAME` | one per connected frontend | the blocking vhost-user conversation | yes, only its own VM waits |
 //! | control | 1, an event loop | sockets, reconnection, signals, commands; owns the registry; the only publisher | briefly |
 //! | `reaper` | 1 | drops retired views: munmap in steps of 2 MiB, close | yes |
+//! | `closer` | 1 | closes sockets that nobody has read to their end, and what their senders put into them | yes |
 //! | `api` | 1, and a bounded set of helpers | HTTP on a unix socket | yes |
 //!
 //! ```text

@@ -1,7 +1,9 @@
 //! Frontends that connect: accepted at a pace, each served by a thread of its own.
 
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::closer::Unclosed;
@@ -77,8 +79,8 @@ impl Control {
                     let port = record.shared.clone();
                     self.start_session(&port, stream);
                 }
-                // Its predecessor is gone and being cleaned up, or may be about to: it waits. A newer one takes its place,
-                // and one that crowds another out is told of at once: as long as they come, no doubt ends.
+                // Its predecessor is gone and being cleaned up, or may be about to: it waits. A newer one takes its
+                // place, and one that crowds another out is told of at once: as long as they come, no doubt ends.
                 Some(session) => {
                     record.doubt_until = Some(now + DOUBT);
                     if let Some(crowded_out) = record.waiting.replace(stream) {
@@ -144,17 +146,7 @@ impl Control {
             options.features |= vhost_user::RING_RESET;
         }
         options.records = records;
-        let (thread_link, thread_status) = (link.clone(), status.clone());
-        let spawned = std::thread::Builder::new()
-            .name(format!("session-{}", port.name()))
-            .spawn(move || {
-                let sink = Arc::new(Sink(thread_link.clone()));
-                // However the thread ends: a port whose session is forgotten would take no other frontend.
-                let mut end =
-                    Farewell(thread_link, "the session failed; this is a bug".to_string());
-                end.1 = vhost_user::serve(stream, options, sink, thread_status).to_string();
-            });
-        match spawned {
+        match spawn(stream, options, link.clone(), status.clone()) {
             Ok(thread) => {
                 let since = Instant::now();
                 record.reported_state = None;
@@ -180,6 +172,23 @@ impl Control {
             }
         }
     }
+}
+
+/// Starts the thread of a session.
+fn spawn(
+    stream: UnixStream,
+    options: SessionOptions,
+    link: Arc<Link>,
+    status: Arc<SessionStatus>,
+) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name(format!("session-{}", link.port.name()))
+        .spawn(move || {
+            let sink = Arc::new(Sink(link.clone()));
+            // However the thread ends: a port whose session is forgotten would take no other frontend.
+            let mut end = Farewell(link, "the session failed; this is a bug".to_string());
+            end.1 = vhost_user::serve(stream, options, sink, status).to_string();
+        })
 }
 
 /// Tells control why a session ended, when its thread does.

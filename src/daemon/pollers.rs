@@ -75,8 +75,8 @@ impl PollThreads {
         }
     }
 
-    /// Starts a thread, pinned to `cpu` if there is one, with a policy of its own or that of all; returns the lowest number
-    /// that is free, which is now its.
+    /// Starts a thread, pinned to `cpu` if there is one, with a policy of its own or that of all; returns the lowest
+    /// number that is free, which is now its.
     pub(super) fn start(
         &mut self,
         cpu: Option<usize>,

@@ -296,8 +296,8 @@ impl<'m> Window<'m> {
 #[inline(always)]
 pub(super) fn prefetch_write<T>(place: *const T) {
     #[cfg(target_arch = "x86_64")]
-    // The intrinsic becomes a prefetch for reading on the default target. Processors that do not know the instruction do
-    // nothing.
+    // The intrinsic becomes a prefetch for reading on the default target. Processors that do not know the instruction
+    // do nothing.
     // SAFETY: a prefetch has no architectural effect, whatever the address.
     unsafe {
         std::arch::asm!("prefetchw [{}]", in(reg) place, options(nostack, preserves_flags));

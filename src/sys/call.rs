@@ -19,7 +19,7 @@ use super::wake::Wake;
 
 /// A signal that takes longer is slow.
 pub const SLOW: Duration = Duration::from_micros(50);
-/// What each signal of several that a session makes at once may take beside [`SLOW`] for all of them: it wakes somebody.
+/// What each signal of several that a session makes at once may take, beside [`SLOW`] for all: it wakes somebody.
 const EACH: Duration = Duration::from_micros(3);
 /// What a port's slow signals may cost poll threads, in microseconds, before its session makes them for good.
 pub const BUDGET_US: u32 = 500;

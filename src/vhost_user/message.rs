@@ -135,9 +135,9 @@ pub(super) fn take(mut stream: &UnixStream, arrived: &Arrived) -> Result<Vec<u8>
     Ok(bytes.split_off(HEADER))
 }
 
-/// Ends the conversation, and reads what nobody will look at, so that descriptors in it are closed here. Else whoever is
-/// the last to close the socket would close them, and that may take as long as their sender likes: they can be sockets
-/// that linger, or files on FUSE.
+/// Ends the conversation, and reads what nobody will look at, so that descriptors in it are closed here. Else whoever
+/// is the last to close the socket would close them, and that may take as long as their sender likes: they can be
+/// sockets that linger, or files on FUSE.
 pub(super) fn discard(mut stream: &UnixStream) {
     // Fails only where the peer has gone already. Nothing comes from here on.
     let _ = stream.shutdown(Shutdown::Both);
