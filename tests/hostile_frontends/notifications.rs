@@ -1,7 +1,10 @@
-//! Call descriptors that change while poll threads use them.
+//! Notification descriptors that change while poll threads use them, or are not there, and kicks without end.
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::common::daemon::Daemon;
+use crate::common::long;
 use crate::common::traffic::{Exchange, attach};
 
 /// New call descriptors for both rings of each frontend.
@@ -101,4 +104,103 @@ fn a_call_descriptor_that_is_replaced_under_traffic_is_called_and_no_other_ports
             ..options
         });
     }
+}
+
+#[test]
+fn call_and_kick_descriptors_are_replaced_under_traffic_and_none_is_left() {
+    scene(|scene, sink| {
+        let ram = Ram::new(GuestOptions {
+            event_idx: false,
+            calls: true,
+            ..GuestOptions::default()
+        });
+        let mut guest = Guest::new(&ram);
+        scene.attach_victim(&mut guest, sink);
+        let frontend = guest.frontend.take().unwrap();
+        let held = Holdings::of(&scene.daemon).fds;
+        let stop = AtomicBool::new(false);
+        let mut sent = 0;
+        std::thread::scope(|scope| {
+            let stop = &stop;
+            scope.spawn(move || {
+                for turn in 0..if long() { 100_000 } else { 1_000 } {
+                    let fd = EventFd::new(EFD_NONBLOCK).unwrap();
+                    frontend.set_vring_call(turn % 2, &fd).unwrap();
+                    frontend.set_vring_kick(turn % 2, &fd).unwrap();
+                }
+                stop.store(true, Ordering::Relaxed);
+                frontend
+            });
+            // Kicks are for the descriptor that was there first: the ring is polled while it has traffic, and the
+            // last of its frames needs none behind another port's.
+            while !stop.load(Ordering::Relaxed) {
+                sent += u64::from(guest.try_send(&frame(mac(4), mac(3), sent, 100)));
+                while sink.try_receive().is_some() {}
+                sink.try_send(&frame(mac(3), mac(4), sent, 100));
+                while guest.try_receive().is_some() {}
+            }
+        });
+        assert!(sent > 0);
+        last_end(scene);
+        while sink.try_receive().is_some() {}
+        wait_for("the old descriptors to go", || {
+            Holdings::of(&scene.daemon).fds <= held
+        });
+    });
+}
+
+#[test]
+fn a_guest_without_descriptors_is_polled_and_called_by_nobody() {
+    scene(|scene, sink| {
+        let ram = Ram::new(GuestOptions::default());
+        let mut guest = Guest::new(&ram);
+        let mut frontend = guest.negotiate(scene.victim()).unwrap();
+        frontend.set_features(frontend.features()).unwrap();
+        frontend.set_mem_table(&[guest.region()]).unwrap();
+        for which in [RECEIVE, TRANSMIT] {
+            let queue = guest.queue(which);
+            frontend
+                .set_vring_num(queue.index, u32::from(queue.size))
+                .unwrap();
+            frontend.set_vring_base(queue.index, queue.base).unwrap();
+            frontend.set_vring_addr(&queue).unwrap();
+            // Bit 8: there is no descriptor.
+            let none = (u64::from(queue.index) | 1 << 8).to_le_bytes();
+            frontend
+                .tell(FrontendReq::SET_VRING_KICK, &none, &[])
+                .unwrap();
+            frontend
+                .tell(FrontendReq::SET_VRING_CALL, &none, &[])
+                .unwrap();
+            frontend.set_vring_enable(queue.index, true).unwrap();
+        }
+        guest.frontend = Some(frontend);
+        scene.wait_until_running(VICTIM);
+        for number in 0..50 {
+            scene.passes(&mut guest, sink, number);
+            scene.reaches(&mut guest, sink, number);
+        }
+        assert!(guest.calls.iter().all(|call| call.read().is_err()));
+        guest.detach();
+        last_end(scene);
+    });
+}
+
+#[test]
+fn a_storm_of_kicks_delays_nobody() {
+    with_victim(GuestOptions::default(), |scene, guest, sink| {
+        let stop = AtomicBool::new(false);
+        let kick = guest.kicks[TRANSMIT].try_clone().unwrap();
+        std::thread::scope(|scope| {
+            let stop = &stop;
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let _ = kick.write(1);
+                }
+            });
+            scene.bystanders.go_on(500);
+            scene.passes(guest, sink, 1);
+            stop.store(true, Ordering::Relaxed);
+        });
+    });
 }

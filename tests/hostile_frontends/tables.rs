@@ -1,6 +1,6 @@
-//! Memory tables that change under load, and memory for which there is no address space left.
+//! Memory that must not be taken, tables that change under load, and memory for which there is no address space left.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::AtomicU64;
 
@@ -10,7 +10,165 @@ use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use super::*;
 use crate::common::daemon::Daemon;
 use crate::common::guest::RING_SPACE;
-use crate::common::traffic::acquainted;
+use crate::common::long;
+use crate::common::traffic::{Mac, acquainted, read};
+
+// ---- refused -----------------------------------------------------------------------------------------
+
+/// One table of guest memory that must not be taken.
+struct Table<'a> {
+    what: &'a str,
+    reason: &'a str,
+    regions: Vec<Region>,
+    fds: Vec<RawFd>,
+}
+
+#[test]
+fn memory_that_cannot_be_shared_is_refused_in_words_and_good_memory_taken_afterwards() {
+    scene(|scene, sink| {
+        let ram = Ram::new(GuestOptions::cloud_hypervisor());
+        let mut guest = Guest::new(&ram);
+        let whole = guest.region();
+        let zero = File::open("/dev/zero").unwrap();
+        let (pipe, _writer) = std::io::pipe().unwrap();
+        let link = format!("/proc/self/fd/{}", whole.fd);
+        let read_only = File::open(link).unwrap();
+        let proc = File::open("/proc/self/maps").unwrap();
+        let far = Region {
+            guest_address: 1 << 40,
+            user_address: 1 << 40,
+            ..whole
+        };
+        let one = |what, reason, region, fd| Table {
+            what,
+            reason,
+            regions: vec![region],
+            fds: vec![fd],
+        };
+        let shared = "memory-backend-memfd,share=on";
+        let tables = [
+            Table {
+                what: "private",
+                reason: "guest memory not shared",
+                regions: vec![whole],
+                fds: vec![],
+            },
+            Table {
+                what: "fewer files",
+                reason: "SET_MEM_TABLE",
+                regions: vec![whole, far],
+                fds: vec![whole.fd],
+            },
+            Table {
+                what: "more files",
+                reason: "SET_MEM_TABLE",
+                regions: vec![whole],
+                fds: vec![whole.fd; 2],
+            },
+            Table {
+                what: "no region",
+                reason: "guest memory not shared",
+                regions: vec![],
+                fds: vec![],
+            },
+            one("a device", shared, whole, zero.as_raw_fd()),
+            one("a pipe", shared, whole, pipe.as_raw_fd()),
+            one("another file system", shared, whole, proc.as_raw_fd()),
+            one(
+                "a read-only file",
+                "cannot be mapped",
+                whole,
+                read_only.as_raw_fd(),
+            ),
+            one(
+                "size 0",
+                "SET_MEM_TABLE",
+                Region { len: 0, ..whole },
+                whole.fd,
+            ),
+            one(
+                "beyond the file",
+                "beyond the file",
+                Region {
+                    len: whole.len + 4096,
+                    ..whole
+                },
+                whole.fd,
+            ),
+            one(
+                "half of all addresses",
+                "are possible",
+                Region {
+                    len: 1 << 62,
+                    guest_address: 0,
+                    user_address: 0,
+                    ..whole
+                },
+                whole.fd,
+            ),
+            one(
+                "a wrapping address",
+                "SET_MEM_TABLE",
+                Region {
+                    guest_address: u64::MAX - 4095,
+                    ..whole
+                },
+                whole.fd,
+            ),
+            one(
+                "an offset inside a page",
+                "page size",
+                Region {
+                    offset: 512,
+                    len: 4096,
+                    ..whole
+                },
+                whole.fd,
+            ),
+            Table {
+                what: "overlapping regions",
+                reason: "overlap",
+                regions: vec![
+                    whole,
+                    Region {
+                        guest_address: whole.guest_address + 4096,
+                        user_address: 1 << 40,
+                        ..whole
+                    },
+                ],
+                fds: vec![whole.fd; 2],
+            },
+        ];
+        for table in tables {
+            let mut frontend = guest.negotiate(scene.victim()).unwrap();
+            frontend.set_features(frontend.features()).unwrap();
+            let mut body = [table.regions.len() as u32, 0]
+                .map(u32::to_le_bytes)
+                .concat();
+            body.extend(table.regions.iter().flat_map(region_body));
+            let answer = frontend.tell(FrontendReq::SET_MEM_TABLE, &body, &table.fds);
+            let answer = format!("{:?}", answer.unwrap_err());
+            if answer.contains("Refused") {
+                wait_for(table.what, || last_end_is(scene, table.reason));
+                // The session goes on, and may do better.
+                frontend.set_mem_table(&[whole]).unwrap();
+                assert!(!last_end_is(scene, table.reason), "{}", table.what);
+                frontend
+                    .stream()
+                    .shutdown(std::net::Shutdown::Both)
+                    .unwrap();
+                drop(frontend);
+                last_end(scene);
+            } else {
+                let end = last_end(scene);
+                assert!(end.contains(table.reason), "{}: {end}", table.what);
+            }
+        }
+        scene.attach_victim(&mut guest, sink);
+        guest.detach();
+        last_end(scene);
+    });
+}
 
 // ---- under load --------------------------------------------------------------------------------------
 
