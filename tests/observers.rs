@@ -299,13 +299,13 @@ fn dropped_frames_are_captured_with_their_reason() {
     daemon.stop();
 }
 
-/// Frames that all ports have counted.
-fn frames(daemon: &Daemon) -> u64 {
-    let ports = daemon.ports();
-    let counts = ports.iter().flat_map(|port| {
-        ["rx", "tx"].map(|direction| port["statistics"][direction]["frames"].as_u64().unwrap())
-    });
-    counts.sum()
+/// Frames that each port has counted.
+fn frames(daemon: &Daemon) -> Vec<u64> {
+    let count = |port: &Value| -> u64 {
+        let of = |direction| port["statistics"][direction]["frames"].as_u64().unwrap();
+        ["rx", "tx"].into_iter().map(of).sum()
+    };
+    daemon.ports().iter().map(count).collect()
 }
 
 /// Packet blocks in a file, as `pcap-file` reads them.
@@ -351,13 +351,14 @@ fn at_full_rate_every_frame_is_captured_or_counted_as_missed() {
     daemon.settle();
     let frames = frames(&daemon);
     let (captured, missed, file) = capture.end();
-    println!("{frames} frames, {captured} captured, {missed} missed");
-    assert_eq!(captured + missed, frames);
+    println!("{frames:?} frames, {captured} captured, {missed} missed");
+    assert_eq!(captured + missed, frames.iter().sum::<u64>());
     assert!(captured > 10_000, "{captured}");
     assert_eq!(packets(&file), captured);
     slow.process.signal(Signal::CONT);
     let (captured, missed, file) = slow.end();
-    assert_eq!(captured + missed, frames / 2);
+    // Its own: a frame that came when one guest had gone is not counted by both ports.
+    assert_eq!(captured + missed, frames[0]);
     assert!(missed > 0, "a reader that stands still misses something");
     assert_eq!(packets(&file), captured);
     daemon.stop();
