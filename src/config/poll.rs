@@ -1,0 +1,156 @@
+//! Where poll threads run and what they do without work, as an operator says it.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::ConfigError;
+
+/// Whether queues move between poll threads by themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Rebalance {
+    /// By measured load, one queue at a time and rarely.
+    Auto,
+    /// Only when the operator says so.
+    #[default]
+    Off,
+}
+
+impl fmt::Display for Rebalance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Rebalance::Auto => "auto",
+            Rebalance::Off => "off",
+        })
+    }
+}
+
+impl FromStr for Rebalance {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "auto" => Ok(Rebalance::Auto),
+            "off" => Ok(Rebalance::Off),
+            _ => Err(ConfigError::Rebalance(text.to_string())),
+        }
+    }
+}
+
+/// What a poll thread does when it finds no work; in JSON a string such as `adaptive:50`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum IdlePolicy {
+    /// Never sleeps.
+    Busy,
+    /// Spins this long without work, then arms notifications and sleeps.
+    Adaptive(Duration),
+}
+
+impl Default for IdlePolicy {
+    /// 50 µs: longer than a guest needs between two bursts, far shorter than a scheduler tick.
+    fn default() -> Self {
+        IdlePolicy::Adaptive(Duration::from_micros(50))
+    }
+}
+
+impl FromStr for IdlePolicy {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text.split_once(':') {
+            None if text == "busy" => Ok(IdlePolicy::Busy),
+            None if text == "adaptive" => Ok(IdlePolicy::default()),
+            Some(("adaptive", micros)) => micros
+                .parse()
+                .ok()
+                .filter(|micros| *micros <= 1_000_000)
+                .map(|micros| IdlePolicy::Adaptive(Duration::from_micros(micros)))
+                .ok_or_else(|| ConfigError::Idle(text.to_string())),
+            _ => Err(ConfigError::Idle(text.to_string())),
+        }
+    }
+}
+
+impl From<IdlePolicy> for String {
+    fn from(policy: IdlePolicy) -> String {
+        policy.to_string()
+    }
+}
+
+impl TryFrom<String> for IdlePolicy {
+    type Error = ConfigError;
+
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for IdlePolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            IdlePolicy::Busy => f.write_str("busy"),
+            IdlePolicy::Adaptive(spin) => write!(f, "adaptive:{}", spin.as_micros()),
+        }
+    }
+}
+
+/// A list of CPUs, `0,2-3`, in the order given.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CpuList(pub Vec<usize>);
+
+impl FromStr for CpuList {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let bad = || ConfigError::Cpus(text.to_string());
+        let mut cpus = Vec::new();
+        for part in text.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let first: usize = first.parse().map_err(|_| bad())?;
+            let last: usize = last.parse().map_err(|_| bad())?;
+            if first > last || last > 4095 {
+                return Err(bad());
+            }
+            for cpu in first..=last {
+                if cpus.contains(&cpu) {
+                    return Err(bad());
+                }
+                cpus.push(cpu);
+            }
+        }
+        Ok(CpuList(cpus))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn idle_policies_round_trip() {
+        for text in ["busy", "adaptive:50", "adaptive:0"] {
+            assert_eq!(text.parse::<IdlePolicy>().unwrap().to_string(), text);
+        }
+        for text in [
+            "",
+            "lazy",
+            "adaptive:",
+            "adaptive:-1",
+            "adaptive:9999999999",
+        ] {
+            assert!(text.parse::<IdlePolicy>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn cpu_lists_take_ranges_and_refuse_repeats() {
+        assert_eq!("0,2-3".parse::<CpuList>().unwrap().0, [0, 2, 3]);
+        for text in ["", "a", "3-2", "0,0", "1-", "99999"] {
+            assert!(text.parse::<CpuList>().is_err(), "{text:?}");
+        }
+    }
+}
