@@ -15,6 +15,8 @@ use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, Ram};
 use common::traffic::{frame, mac};
 use common::wait_for;
+use pollux::api::client::{Client, ClientError};
+use serde_json::json;
 
 /// The first frame after a sleep may take so long, of CPU and wake-up time.
 const FIRST_FRAME: Duration = Duration::from_micros(200);
@@ -83,14 +85,53 @@ fn each_thread_has_a_policy_of_its_own_that_changes_at_run_time() {
     assert_eq!(said, "rebalance=off idle=adaptive:50\n");
     wait_until(&daemon, &["asleep"; 3]);
     assert_eq!(of_threads(&daemon, "idle"), ["adaptive:50"; 3]);
-    for (args, said) in [
-        (["idle=busy", "--thread", "7"], "no such poll thread 7"),
-        (["rebalance=off", "--thread", "0"], "--thread is for idle="),
-        (["idle=busy", "idle=busy", "--json"], "once"),
+    daemon.stop();
+}
+
+#[test]
+fn settings_that_make_no_sense_change_nothing() {
+    let daemon = daemon(&["--idle", "adaptive:20"]);
+    for (args, expected, said) in [
+        ("idle=busy --thread 7", 4, "no such poll thread 7"),
+        ("rebalance=auto --thread 0", 2, "--thread is for idle="),
+        ("--thread 0", 2, "idle=POLICY, which is missing"),
+        ("idle=busy idle=busy", 2, "once"),
     ] {
-        let (code, text) = daemon.try_pollux(&[&["poll", "set"], &args[..]].concat());
-        assert!(code != 0 && text.contains(said), "{code}: {text}");
+        let words: Vec<&str> = ["poll", "set"].into_iter().chain(args.split(' ')).collect();
+        let (code, text) = daemon.try_pollux(&words);
+        assert_eq!(code, expected, "{args}: {text}");
+        assert!(text.contains(said), "{args}: {text}");
     }
+    let client = Client::new(daemon.dir().join("api.sock"));
+    for (patch, expected, said) in [
+        (json!({"thread": 0}), 400, "without idle"),
+        (
+            json!({"thread": 0, "rebalance": "auto"}),
+            400,
+            "without idle",
+        ),
+        (
+            json!({"thread": 7, "rebalance": "auto"}),
+            400,
+            "without idle",
+        ),
+        (
+            json!({"thread": 7, "idle": "busy", "rebalance": "auto"}),
+            404,
+            "no such poll thread 7",
+        ),
+    ] {
+        match client.patch("/v1/poll", &patch) {
+            Err(ClientError::Refused { status, error }) => {
+                assert_eq!(status, expected, "{patch}: {error:?}");
+                assert!(error.message.contains(said), "{patch}: {error:?}");
+            }
+            other => panic!("{patch}: {other:?}"),
+        }
+    }
+    let said = do_it(&daemon, &["poll", "set"]);
+    assert_eq!(said, "rebalance=off idle=adaptive:20\n");
+    assert_eq!(of_threads(&daemon, "idle"), ["adaptive:20"]);
     daemon.stop();
 }
 

@@ -166,7 +166,7 @@ fn poll_patch(settings: &[PollSetting], thread: Option<u32>) -> Result<PollSetti
         }
     }
     if thread.is_some() && patch.idle.is_none() {
-        let text = "--thread is for idle=POLICY".to_string();
+        let text = "--thread is for idle=POLICY, which is missing".to_string();
         return Err(Failure::bad_arguments(text));
     }
     Ok(patch)

@@ -58,6 +58,12 @@ impl Control {
         &mut self,
         patch: PollSettingsPatch,
     ) -> Result<PollSettings, ControlError> {
+        if let (Some(number), None) = (patch.thread, patch.idle) {
+            // Nothing else is of one thread: what was meant for it must not be done to all.
+            let text =
+                format!("thread {number} is named without idle, the policy that it is to have");
+            return Err(ControlError::BadArgument(text));
+        }
         if let Some(idle) = patch.idle {
             self.set_idle(patch.thread, idle)?;
         }

@@ -134,7 +134,7 @@ pub struct PollSettingsPatch {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, example = "adaptive:50")]
     pub idle: Option<IdlePolicy>,
-    /// Number of the only thread that `idle` is for.
+    /// Number of the only thread that `idle` is for; refused without `idle`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub thread: Option<u32>,
 }
