@@ -164,6 +164,23 @@ fn reads_are_tables_for_people_and_json_for_programs() {
 }
 
 #[test]
+fn settings_of_poll_threads_are_answered_with_what_they_are_then() {
+    let served = serve();
+    for (arguments, expected) in [
+        ("rebalance=auto", "rebalance=auto idle=adaptive:50\n"),
+        ("idle=busy", "rebalance=off idle=busy\n"),
+        ("idle=busy --thread 0", "rebalance=off idle=busy thread=0\n"),
+    ] {
+        let (code, out, err) = run(&served.socket, &format!("poll set {arguments}"));
+        assert_eq!((code, out.as_str()), (0, expected), "{arguments}: {err}");
+    }
+    let (code, out, _) = run(&served.socket, "poll set idle=busy --thread 0 --json");
+    let answer: Value = serde_json::from_str(&out).unwrap();
+    let expected = serde_json::json!({"rebalance": "off", "thread": 0, "idle": "busy"});
+    assert_eq!((code, answer), (0, expected));
+}
+
+#[test]
 fn events_are_printed_as_they_happen_and_end_with_the_daemon() {
     let mut served = serve();
     let mut child = pollux(&served.socket)

@@ -74,11 +74,11 @@ fn each_thread_has_a_policy_of_its_own_that_changes_at_run_time() {
     wait_until(&daemon, &["asleep", "busy", "asleep"]);
     assert_polls(&daemon, 1);
     // One that sleeps, and one that polls, told something else.
-    do_it(&daemon, &["poll", "set", "idle=busy", "--thread", "2"]);
-    do_it(
-        &daemon,
-        &["poll", "set", "idle=adaptive:0", "--thread", "1"],
-    );
+    for (thread, idle) in [("2", "busy"), ("1", "adaptive:0")] {
+        let setting = format!("idle={idle}");
+        let said = do_it(&daemon, &["poll", "set", &setting, "--thread", thread]);
+        assert_eq!(said, format!("rebalance=off {setting} thread={thread}\n"));
+    }
     wait_until(&daemon, &["asleep", "asleep", "busy"]);
     assert_polls(&daemon, 2);
     let said = do_it(&daemon, &["poll", "set", "idle=adaptive"]);

@@ -13,8 +13,8 @@ use super::text::print;
 use super::{Failure, observe, views};
 use crate::api::client::{Answer, Client, ClientError};
 use crate::api::types::{
-    Event, EventKind, FdbAdd, FdbEntry, Flushed, Moved, PollAdd, PollMove, PollSettings,
-    PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView,
+    Event, EventKind, FdbAdd, FdbEntry, Flushed, Moved, PollAdd, PollMove, PollSettingsPatch,
+    PollThreadView, PortPatch, PortView, StatsView,
 };
 use crate::config::PortSpec;
 
@@ -141,11 +141,7 @@ fn poll(client: &Client, command: PollCommand) -> Result<(), Failure> {
             if output.json {
                 return print(&format!("{}\n", answer.value()?));
             }
-            let settings: PollSettings = answer.read()?;
-            print(&format!(
-                "rebalance={} idle={}\n",
-                settings.rebalance, settings.idle
-            ))
+            print(&views::poll_settings(&answer.read()?))
         }
     }
 }

@@ -4,8 +4,9 @@ use std::fmt::Write as _;
 
 use super::text::{Table, escape, seconds, short, timestamp};
 use crate::api::types::{
-    CallMode, DirectionStatistics, Event, FdbEntry, Latency, PollState, PollThreadView,
-    PortStatistics, PortView, RingDirection, RingKind, RingState, RingView, SessionView, StatsView,
+    CallMode, DirectionStatistics, Event, FdbEntry, Latency, PollSettings, PollState,
+    PollThreadView, PortStatistics, PortView, RingDirection, RingKind, RingState, RingView,
+    SessionView, StatsView,
 };
 
 /// `pollux port list`.
@@ -170,6 +171,17 @@ pub(super) fn fdb(entries: &[FdbEntry]) -> String {
         ]);
     }
     table.render("")
+}
+
+/// `pollux poll set`: how that is now.
+pub(super) fn poll_settings(settings: &PollSettings) -> String {
+    let thread = settings.thread.map(|thread| format!(" thread={thread}"));
+    format!(
+        "rebalance={} idle={}{}\n",
+        settings.rebalance,
+        settings.idle,
+        thread.unwrap_or_default()
+    )
 }
 
 /// `pollux poll list`: what the threads do, and how fast they take over changes.

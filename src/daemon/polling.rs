@@ -73,9 +73,14 @@ impl Control {
             self.rebalance = rebalance;
             self.report.polling(format!("rebalancing is {rebalance}"));
         }
+        let polls = &self.registry.polls;
+        let named = patch
+            .thread
+            .and_then(|number| polls.threads.get(&(number as usize)));
         Ok(PollSettings {
             rebalance: self.rebalance,
-            idle: self.registry.polls.idle,
+            thread: patch.thread,
+            idle: named.map_or(polls.idle, |thread| thread.shared.idle()),
         })
     }
 

@@ -261,6 +261,7 @@ impl Control for Model {
     fn poll_set(&self, patch: PollSettingsPatch) -> Result<PollSettings, ControlError> {
         Ok(PollSettings {
             rebalance: patch.rebalance.unwrap_or_default(),
+            thread: patch.thread,
             idle: patch.idle.unwrap_or_default(),
         })
     }

@@ -117,7 +117,10 @@ pub struct Moved {
 pub struct PollSettings {
     /// Whether queues move by themselves.
     pub rebalance: Rebalance,
-    /// What threads do without work that were told nothing else: `busy`, or `adaptive:` and microseconds.
+    /// Number of the thread that the change was for; absent if it was for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thread: Option<u32>,
+    /// Policy of `thread`, or of threads that were told nothing else: `busy`, or `adaptive:` and microseconds.
     #[serde(default)]
     #[schema(value_type = String, example = "adaptive:50")]
     pub idle: IdlePolicy,
