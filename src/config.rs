@@ -14,7 +14,7 @@ mod observe;
 mod poll;
 
 pub use observe::{MAX_FILTER, MAX_OBSERVERS, MAX_SNAPLEN, MAX_TRACE, ObserveDirection};
-pub use poll::{CpuList, IdlePolicy, Rebalance};
+pub use poll::{CpuList, IdleList, IdlePolicy, Rebalance};
 
 /// Longest port name, in bytes.
 pub const MAX_PORT_NAME: usize = 63;
@@ -308,8 +308,8 @@ pub struct DaemonConfig {
     /// One pinned poll thread for each; one unpinned thread where empty.
     pub poll_cpus: Vec<usize>,
     /// What poll threads do without work: one policy for all, or one for each of `poll_cpus`. Threads that are added
-    /// later have the first one.
-    pub idle: Vec<IdlePolicy>,
+    /// later have the one for all, or else the default.
+    pub idle: IdleList,
     /// Whether queues move between poll threads by themselves.
     pub rebalance: Rebalance,
     /// Where the API listens; no API where `None` (in-process use).
@@ -329,7 +329,7 @@ impl Default for DaemonConfig {
         DaemonConfig {
             ports: Vec::new(),
             poll_cpus: Vec::new(),
-            idle: vec![IdlePolicy::default()],
+            idle: IdleList::default(),
             rebalance: Rebalance::default(),
             api_socket: None,
             api_group: None,

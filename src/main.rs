@@ -15,6 +15,7 @@ fn run(config: DaemonConfig) -> Result<(), Box<dyn Error>> {
     daemon::run(config).map_err(|error| match error {
         // What the command line alone cannot know to be wrong.
         DaemonError::Pin(source) => bad_argument(format!("--poll-cpus: {source}")),
+        DaemonError::IdlePolicies { .. } => bad_argument(format!("--idle, --poll-cpus: {error}")),
         DaemonError::TooManyThreads(_) | DaemonError::Fdb(_) => bad_argument(error.to_string()),
         DaemonError::Port(source) => source.into(),
         DaemonError::Api(source) => source.into(),

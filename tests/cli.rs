@@ -70,6 +70,8 @@ fn bad_arguments_exit_with_2() {
         "run --port vm1",
         "run --port a,socket=/x --port a,socket=/y",
         "run --port a,socket=/x --port b,socket=/x",
+        "run --idle busy --idle adaptive",
+        "run --idle busy,adaptive",
         "run --log nonsense=nonsense",
         "man --dir /nonexistent/dir",
     ] {
@@ -323,6 +325,15 @@ fn a_daemon_that_cannot_start_says_what_is_wrong_and_where() {
             format!("--port p,socket={good} --poll-cpus 4000"),
             2,
             vec!["--poll-cpus", "CPU 4000"],
+        ),
+        (
+            format!("--port p,socket={good} --poll-cpus 0 --idle busy,adaptive"),
+            2,
+            vec![
+                "--idle",
+                "--poll-cpus",
+                "2 idle policies for 1 poll threads",
+            ],
         ),
         (
             format!("--port p,socket={good},socket-group=nosuchgroup"),

@@ -139,9 +139,18 @@ fn settings_that_make_no_sense_change_nothing() {
 fn threads_start_with_the_policies_of_the_command_line() {
     let (first, second) = common::cpus();
     let cpus = format!("{first},{second}");
-    let daemon = daemon(&["--poll-cpus", &cpus, "--idle", "adaptive,busy"]);
-    assert_eq!(of_threads(&daemon, "idle"), ["adaptive:50", "busy"]);
-    wait_until(&daemon, &["asleep", "busy"]);
+    let daemon = daemon(&["--poll-cpus", &cpus, "--idle", "adaptive:20,busy"]);
+    assert_eq!(of_threads(&daemon, "idle"), ["adaptive:20", "busy"]);
+    // Those are for the threads of the command line. One that is added has the default, or what it is told.
+    do_it(&daemon, &["poll", "add"]);
+    do_it(&daemon, &["poll", "add", "--idle", "adaptive:30"]);
+    assert_eq!(
+        of_threads(&daemon, "idle"),
+        ["adaptive:20", "busy", "adaptive:50", "adaptive:30"]
+    );
+    let said = do_it(&daemon, &["poll", "set"]);
+    assert_eq!(said, "rebalance=off idle=adaptive:50\n");
+    wait_until(&daemon, &["asleep", "busy", "asleep", "asleep"]);
     daemon.stop();
 }
 

@@ -8,7 +8,9 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand, ValueHint};
 
 use crate::api::types::{MAX_VLAN, MacAddr, PortPatch};
-use crate::config::{CpuList, IdlePolicy, MAX_QUEUE_PAIRS, PortSpec, QUEUE_PAIRS, Rebalance};
+use crate::config::{
+    CpuList, IdleList, IdlePolicy, MAX_QUEUE_PAIRS, PortSpec, QUEUE_PAIRS, Rebalance,
+};
 
 mod observe;
 
@@ -132,14 +134,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "LIST")]
     pub poll_cpus: Option<CpuList>,
     /// What a poll thread does without work: busy, adaptive or adaptive:MICROSECONDS (spin so
-    /// long, then sleep); one policy for all, or one for each of --poll-cpus
-    #[arg(
-        long,
-        value_name = "POLICY",
-        value_delimiter = ',',
-        default_value = "adaptive:50"
-    )]
-    pub idle: Vec<IdlePolicy>,
+    /// long, then sleep); one policy for all, or one for each of --poll-cpus (threads that are
+    /// added later then have the default)
+    #[arg(long, value_name = "POLICY", default_value_t = IdleList::default())]
+    pub idle: IdleList,
     /// Whether transmit queues move between poll threads by measured load: auto or off
     #[arg(long, value_name = "POLICY", default_value_t = Rebalance::default())]
     pub rebalance: Rebalance,
@@ -262,7 +260,8 @@ pub enum PollCommand {
         /// CPU to pin it to, which no other poll thread has
         #[arg(long, value_name = "N")]
         cpu: Option<u32>,
-        /// What it does without work: busy, adaptive or adaptive:MICROSECONDS [default: as all]
+        /// What it does without work: busy, adaptive or adaptive:MICROSECONDS [default: that
+        /// of all, which pollux poll set prints]
         #[arg(long, value_name = "POLICY")]
         idle: Option<IdlePolicy>,
     },
@@ -429,7 +428,7 @@ mod tests {
         };
         assert_eq!(run.ports.len(), 2);
         assert_eq!(run.poll_cpus.unwrap().0, [0, 2, 3]);
-        assert_eq!(run.idle, [IdlePolicy::Busy]);
+        assert_eq!(run.idle.0, [IdlePolicy::Busy]);
         assert_eq!((run.mac_ageing, run.fdb_size), (60, 100));
         assert_eq!(run.ring_state, Some(PathBuf::from("/r")));
         assert_eq!(run.log, "debug");
@@ -454,6 +453,8 @@ mod tests {
         for (line, part) in [
             ("pollux run --port vm1", "a socket is needed"),
             ("pollux run --idle lazy", "busy, adaptive"),
+            ("pollux run --idle busy,lazy", "busy, adaptive"),
+            ("pollux run --idle busy --idle busy", "multiple times"),
             ("pollux run --poll-cpus 3-1", "0,2-3"),
             ("pollux run --fdb-size 1", "64..=1048576"),
             ("pollux run --mac-ageing 0", "1..=1000000"),

@@ -257,13 +257,6 @@ fn run_daemon(args: RunArgs, api_socket: PathBuf, run: Runner) -> Result<(), Fai
         ))
     })?;
     check_ports(&args)?;
-    let threads = args.poll_cpus.as_ref().map_or(1, |cpus| cpus.0.len());
-    if args.idle.len() > 1 && args.idle.len() != threads {
-        return Err(Failure::bad_arguments(format!(
-            "--idle: {} policies for {threads} poll threads (--poll-cpus); give one for all, or one for each",
-            args.idle.len()
-        )));
-    }
     tracing_subscriber::fmt()
         .compact()
         .with_writer(io::stderr)

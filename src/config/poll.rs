@@ -98,6 +98,44 @@ impl fmt::Display for IdlePolicy {
     }
 }
 
+/// What poll threads do without work, `busy,adaptive`: one policy for all, or one for each in their order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IdleList(pub Vec<IdlePolicy>);
+
+impl IdleList {
+    /// What threads do that have no place in the list. Where each thread has its own policy, none of these is meant for
+    /// others: they have the default.
+    pub fn of_all(&self) -> IdlePolicy {
+        match self.0[..] {
+            [all] => all,
+            _ => IdlePolicy::default(),
+        }
+    }
+}
+
+impl Default for IdleList {
+    fn default() -> Self {
+        IdleList(vec![IdlePolicy::default()])
+    }
+}
+
+impl FromStr for IdleList {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let policies: Result<Vec<IdlePolicy>, ConfigError> =
+            text.split(',').map(str::parse).collect();
+        Ok(IdleList(policies?))
+    }
+}
+
+impl fmt::Display for IdleList {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let policies: Vec<String> = self.0.iter().map(IdlePolicy::to_string).collect();
+        f.write_str(&policies.join(","))
+    }
+}
+
 /// A list of CPUs, `0,2-3`, in the order given.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuList(pub Vec<usize>);
@@ -143,6 +181,24 @@ mod tests {
             "adaptive:9999999999",
         ] {
             assert!(text.parse::<IdlePolicy>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn one_idle_policy_is_for_all_and_several_are_not() {
+        let adaptive = IdlePolicy::default();
+        for (text, all) in [
+            ("busy", IdlePolicy::Busy),
+            ("busy,busy", adaptive),
+            ("busy,adaptive:20,adaptive:50", adaptive),
+        ] {
+            let list: IdleList = text.parse().unwrap();
+            assert_eq!(list.to_string(), text);
+            assert_eq!(list.of_all(), all, "{text}");
+        }
+        assert_eq!(IdleList::default().of_all(), adaptive);
+        for text in ["", "busy,", ",busy", "busy lazy", "busy,lazy"] {
+            assert!(text.parse::<IdleList>().is_err(), "{text:?}");
         }
     }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::Daemon;
 use crate::bench::EmbeddedSwitch;
-use crate::config::{DaemonConfig, IdlePolicy, PortSpec, SocketMode};
+use crate::config::{DaemonConfig, IdleList, IdlePolicy, PortSpec, SocketMode};
 
 /// A switch and the directory of its sockets; both go with it.
 #[derive(Debug)]
@@ -46,7 +46,7 @@ pub fn start(ports: usize, queue_pairs: u16) -> Result<EmbeddedSwitch<Embedded>,
     let sockets = specs.iter().map(|spec| spec.socket.clone()).collect();
     let config = DaemonConfig {
         ports: specs,
-        idle: vec![IdlePolicy::Busy],
+        idle: IdleList(vec![IdlePolicy::Busy]),
         ..DaemonConfig::default()
     };
     switch.daemon = Some(Daemon::start(&config)?);

@@ -72,6 +72,16 @@ pub enum DaemonError {
     /// More poll CPUs than there can be poll threads.
     #[error("{0} poll CPUs are too many: at most {MAX_THREADS}")]
     TooManyThreads(usize),
+    /// Neither one idle policy for all poll threads nor one for each.
+    #[error(
+        "{policies} idle policies for {threads} poll threads; give one for all, or one for each"
+    )]
+    IdlePolicies {
+        /// How many were given.
+        policies: usize,
+        /// How many threads there are to be.
+        threads: usize,
+    },
     /// The forwarding data base cannot be made.
     #[error(transparent)]
     Fdb(#[from] FdbError),
@@ -211,6 +221,10 @@ fn assemble(
     if threads > MAX_THREADS {
         return Err(DaemonError::TooManyThreads(threads));
     }
+    let policies = config.idle.0.len();
+    if policies != 1 && policies != threads {
+        return Err(DaemonError::IdlePolicies { policies, threads });
+    }
     let epoch = Instant::now();
     let mut fdb_config = FdbConfig::with_capacity(config.fdb_size);
     fdb_config.ageing = config.mac_ageing;
@@ -221,13 +235,13 @@ fn assemble(
     let since = vec![epoch; MAX_THREADS].into();
     let empty = Topology::build(&[], since, fdb.clone(), |_, _| None);
     let (publisher, readers) = snapshots(empty, MAX_THREADS);
-    let all = config.idle.first().copied().unwrap_or_default();
+    let all = config.idle.of_all();
     let mut polls = PollThreads::new(readers, all, epoch, sender.clone(), wake.clone());
     if config.poll_cpus.is_empty() {
         polls.start(None, None)?;
     }
     for (number, cpu) in config.poll_cpus.iter().enumerate() {
-        polls.start(Some(*cpu), config.idle.get(number).copied())?;
+        polls.start(Some(*cpu), config.idle.0.get(number).copied())?;
     }
     let (reap, retired) = unbounded::<Retired<Topology>>();
     // Ends when control, the only sender, is gone.
