@@ -16,10 +16,15 @@ use serde_json::{Value, json};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_pollux");
 
-/// How a script of `benches` ends.
-fn run(script: &str, arguments: &str, change: impl FnOnce(&mut Command)) -> Output {
+/// A script of `benches`.
+fn script(name: &str) -> Command {
     let benches = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches");
-    let mut command = Command::new(benches.join(script));
+    Command::new(benches.join(name))
+}
+
+/// How it ends.
+fn run(name: &str, arguments: &str, change: impl FnOnce(&mut Command)) -> Output {
+    let mut command = script(name);
     command.args(["--quiet", "--json"]);
     // Each of the two shares the only processor with the other, where there is just one.
     if std::thread::available_parallelism().unwrap().get() == 1 {
@@ -31,8 +36,8 @@ fn run(script: &str, arguments: &str, change: impl FnOnce(&mut Command)) -> Outp
 }
 
 /// What it printed as JSON, and its exit code.
-fn report(script: &str, arguments: &str, change: impl FnOnce(&mut Command)) -> (Value, i32) {
-    let output = run(script, arguments, change);
+fn report(name: &str, arguments: &str, change: impl FnOnce(&mut Command)) -> (Value, i32) {
+    let output = run(name, arguments, change);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let json = serde_json::from_slice(&output.stdout);
     let json = json.unwrap_or_else(|error| panic!("{error}: {said}"));
@@ -302,6 +307,64 @@ fn wrong_options_of_changes_are_said_in_a_sentence() {
         assert!(output.stdout.is_empty(), "{arguments}");
         assert!(text.lines().last().unwrap().contains(said), "{text}");
     }
+}
+
+#[test]
+fn wrong_options_of_comparisons_are_said_in_a_sentence() {
+    for (arguments, said) in [
+        ("--ring-size 96", "--ring-size: a power of two, 64 to 32768"),
+        ("--ring-size many", "--ring-size: invalid int value: 'many'"),
+        (
+            "--client testpmd --window 0",
+            "--window: a multiple of 32, at most half of a ring, 512",
+        ),
+        (
+            "--client testpmd --window 96 --ring-size 128",
+            "--window: a multiple of 32, at most half of a ring, 64",
+        ),
+        ("--client testpmd --mode rtt", "--mode: testpmd does not"),
+        ("--client nonesuch", "--client: invalid choice: 'nonesuch'"),
+        ("--sizes 64,59", "--sizes: 59: use 60 to 9000"),
+        ("--sizes \u{b2}", "--sizes: \u{b2}: use 60 to 9000"),
+        ("--sizes ,", "--sizes: at least one is needed"),
+        ("--rings split,bent", "--rings: bent: use split or packed"),
+        ("--mergeable maybe", "--mergeable: maybe: use off or on"),
+        ("--backends ,", "--backends: at least one is needed"),
+        ("--rounds 0", "--rounds: at least 1, --seconds: 0.2 to 3600"),
+        (
+            "--seconds nan",
+            "--rounds: at least 1, --seconds: 0.2 to 3600",
+        ),
+        ("--client-cpu 100000", "there is no CPU 100000 here"),
+        ("--nonesuch", "unrecognized arguments: --nonesuch"),
+    ] {
+        let output = run("compare", arguments, |_| {});
+        assert_one_line(&output, "compare: ", said);
+    }
+}
+
+#[test]
+fn wrong_options_of_the_page_of_results_are_said_in_a_sentence() {
+    for (arguments, said) in [
+        ("nonesuch", "nonesuch: use rates, stock"),
+        ("rates nonesuch", "nonesuch: use rates, stock"),
+        ("--rounds 0", "--rounds: at least 1"),
+        ("--rounds few", "--rounds: invalid int value: 'few'"),
+        ("--rounds", "--rounds: expected one argument"),
+        ("--nonesuch", "unrecognized arguments: --nonesuch"),
+    ] {
+        let output = script("results").args(arguments.split(' ')).output();
+        assert_one_line(&output.unwrap(), "results: ", said);
+    }
+}
+
+/// Wrong usage, in one line, and nothing else was done.
+fn assert_one_line(output: &Output, program: &str, said: &str) {
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}: {text}");
+    assert!(output.stdout.is_empty(), "{said}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(text.starts_with(program) && text.contains(said), "{text}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 Each wait has a deadline, and whatever was started is stopped when its `with` block is left.
 """
 
+import argparse
 import json
 import os
 import re
@@ -16,6 +17,13 @@ import time
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROMPT = "testpmd> "
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments: the usage before it would be ten, and --help has it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 class PeerError(Exception):
