@@ -312,8 +312,11 @@ fn wrong_options_of_changes_are_said_in_a_sentence() {
 #[test]
 fn wrong_options_of_comparisons_are_said_in_a_sentence() {
     for (arguments, said) in [
+        ("--ring-size 0", "--ring-size: a power of two, 64 to 32768"),
         ("--ring-size 96", "--ring-size: a power of two, 64 to 32768"),
         ("--ring-size many", "--ring-size: invalid int value: 'many'"),
+        ("--window 64", "--window: client pollux has none"),
+        ("--window 0", "--window: client pollux has none"),
         (
             "--client testpmd --window 0",
             "--window: a multiple of 32, at most half of a ring, 512",
@@ -326,10 +329,12 @@ fn wrong_options_of_comparisons_are_said_in_a_sentence() {
         ("--client nonesuch", "--client: invalid choice: 'nonesuch'"),
         ("--sizes 64,59", "--sizes: 59: use 60 to 9000"),
         ("--sizes \u{b2}", "--sizes: \u{b2}: use 60 to 9000"),
+        ("--sizes 64,064", "--sizes: each once"),
         ("--sizes ,", "--sizes: at least one is needed"),
         ("--rings split,bent", "--rings: bent: use split or packed"),
         ("--mergeable maybe", "--mergeable: maybe: use off or on"),
         ("--backends ,", "--backends: at least one is needed"),
+        ("--backends pollux,pollux", "--backends: each once"),
         ("--rounds 0", "--rounds: at least 1, --seconds: 0.2 to 3600"),
         (
             "--seconds nan",
