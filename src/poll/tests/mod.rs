@@ -194,6 +194,26 @@ impl<'m> Vm<'m> {
         self.receive.publish();
     }
 
+    /// Disables its receiveq, as of the next topology.
+    fn disable(&mut self) {
+        let mut device = Device {
+            memory: self.device.memory.clone(),
+            features: 0,
+            numa_node: None,
+            pairs: self.device.pairs.clone(),
+        };
+        device.pairs[0].receive.as_mut().unwrap().enabled = false;
+        self.device = Arc::new(device);
+    }
+
+    /// Its port, for a topology.
+    fn entry(&self) -> PortEntry {
+        PortEntry {
+            shared: self.port.clone(),
+            device: Some(self.device.clone()),
+        }
+    }
+
     fn slot(&self) -> u16 {
         self.port.reference.slot
     }
@@ -202,6 +222,12 @@ impl<'m> Vm<'m> {
         (0..2)
             .map(|thread| self.port.stats.thread(thread).drops(reason))
             .sum()
+    }
+
+    /// Every reason that frames were dropped for at its port, and how many.
+    fn outcomes(&self) -> Vec<(DropReason, u64)> {
+        let reasons = DropReason::ALL.map(|reason| (reason, self.drops(reason)));
+        reasons.into_iter().filter(|(_, n)| *n > 0).collect()
     }
 
     fn queue(&self) -> &ReceiveQueue {
@@ -236,15 +262,20 @@ fn topology(vms: &[Vm<'_>], threads: usize, owner: impl Fn(u16) -> usize) -> Top
         .map(|vm| {
             let address = Mac::from_bytes(mac(vm.slot()));
             fdb.insert_static(0, address, vm.port.reference).unwrap();
-            PortEntry {
-                shared: vm.port.clone(),
-                device: Some(vm.device.clone()),
-            }
+            vm.entry()
         })
         .collect();
     let since = vec![Instant::now(); threads].into();
     Topology::build(&entries, since, fdb, |port, _| {
         Some(owner(port.reference.slot))
+    })
+}
+
+/// The switch of these ports alone, with the addresses that were known before.
+fn successor(before: &Topology, entries: &[PortEntry]) -> Topology {
+    let since = before.since.clone();
+    Topology::succeed(Some(before), entries, since, before.fdb.clone(), |_, _| {
+        Some(0)
     })
 }
 
