@@ -289,6 +289,8 @@ impl<'m> Window<'m> {
         for line in (0..self.len).step_by(LINE) {
             prefetch_write(self.ptr.as_ptr().wrapping_add(line));
         }
+        // One more where the window starts within a line.
+        self.prefetch_write(self.len.wrapping_sub(1));
     }
 }
 

@@ -193,8 +193,9 @@ fn fill<'t>(
 ) -> Mask {
     let (mut done, mut bytes): (Mask, u64) = (0, 0);
     let kind @ (header, _) = (claim.header(), claim.mergeable());
+    let frames = burst.frames();
     for (index, number) in numbers(mask).take(claim.frames()).enumerate() {
-        let frame = &burst.frames()[number];
+        let frame = &frames[number];
         done |= 1 << number;
         match claim.whole(index, header + frame.len as usize) {
             Some(target) => fill_whole(&target, kind, frame, burst.payload(frame)),
@@ -262,9 +263,16 @@ fn fill_whole(
     }
 }
 
+/// Bytes of a long copy that are asked for at once: more would be gone again, or on their way still, when they are needed
+/// (frames of 65000 bytes: 1.10 times the rate of asking for all of their lines first).
+const ASKED: usize = 4096;
+
 /// Fills `place` from the start of `source`, which is as long at least.
 #[inline(always)]
 fn copy(place: &Window<'_>, source: &Window<'_>) {
+    if place.len() > ASKED {
+        return copy_in_pieces(place, source);
+    }
     if place.len() >= LONG_COPY {
         // The receiver's core has most of these lines, and a store that waits for one holds up those behind it. As many
         // requests as the processor can have open, instead: 122 ns in place of 135 for 1500 bytes, and 1.24 times the rate
@@ -272,6 +280,16 @@ fn copy(place: &Window<'_>, source: &Window<'_>) {
         place.prefetch_write_all();
     }
     place.copy_from(source, place.len());
+}
+
+#[inline(never)]
+fn copy_in_pieces(place: &Window<'_>, source: &Window<'_>) {
+    for at in (0..place.len()).step_by(ASKED) {
+        let len = ASKED.min(place.len() - at);
+        if let (Some(place), Some(source)) = (place.sub(at, len), source.sub(at, len)) {
+            copy(&place, &source);
+        }
+    }
 }
 
 /// A buffer of several pieces, or a frame over several buffers.
