@@ -60,7 +60,7 @@ impl Control {
                 return;
             }
             // It would be refused, and refusing takes long at the moment: it waits outside.
-            if record.session.is_some() && record.unclosed.are_many() {
+            if record.session.is_some() && !self.closer.has_room(&record.unclosed) {
                 record.accept_at = Some(now + ACCEPT_AGAIN);
                 return;
             }

@@ -15,18 +15,24 @@ use rustix::net::{Shutdown, shutdown};
 /// Sockets of one port that may wait to be closed before its frontends wait that would be refused: each holds a
 /// descriptor, as a ring's kick and call do.
 const MOST: usize = 16;
+/// The same of all ports, and of ports that have gone.
+const ALL: usize = 256;
 
-/// Counts the sockets of a port that wait to be closed, so that no port's keep another one's from being refused.
+/// Counts the sockets of a port that wait to be closed. One that cannot be closed holds up all behind it, of whatever port;
+/// but its own port's next ones soon wait outside, and the others' are hung up on at once all the same.
 #[derive(Debug, Default)]
 pub(super) struct Unclosed(Arc<()>);
 
 impl Unclosed {
-    /// Something takes so long to close that no more should come.
-    pub(super) fn are_many(&self) -> bool {
+    /// Something takes so long to close that no more of this port should come.
+    fn are_many(&self) -> bool {
         // One is ours, and one goes with each socket.
         Arc::strong_count(&self.0) > MOST
     }
 }
+
+/// Sockets of a port that has been removed, and its count.
+pub(super) type Leftover = (Vec<OwnedFd>, Unclosed);
 
 /// A socket, and its part in the count.
 type Counted = (OwnedFd, Arc<()>);
@@ -43,6 +49,16 @@ impl Closer {
             .name("closer".to_string())
             .spawn(move || sockets.iter().for_each(drop))?;
         Ok(Closer(sender))
+    }
+
+    /// How many sockets more should come of all ports together.
+    pub(super) fn room(&self) -> usize {
+        ALL.saturating_sub(self.0.len())
+    }
+
+    /// Whether another socket of the port those are of may come.
+    pub(super) fn has_room(&self, unclosed: &Unclosed) -> bool {
+        !unclosed.are_many() && self.room() > 0
     }
 
     /// Hangs up now, and closes some time; `unclosed` are those of the same port.
@@ -73,17 +89,24 @@ mod tests {
         let [one, other] = [(); 2].map(|()| Unclosed::default());
         let mut peers = Vec::new();
         for count in 0..MOST {
-            assert!(!one.are_many(), "{count}");
+            assert!(closer.has_room(&one), "{count}");
             let (ours, theirs) = UnixStream::pair().unwrap();
             closer.close(ours, &one);
             peers.push(theirs);
         }
-        assert!(one.are_many() && !other.are_many());
+        assert!(!closer.has_room(&one) && closer.has_room(&other));
         // They have been hung up on all the same.
         for peer in &peers {
             assert_eq!(std::io::Read::read(&mut &*peer, &mut [0]).unwrap(), 0);
         }
         drop(sockets.recv().unwrap());
-        assert!(!one.are_many());
+        assert!(closer.has_room(&one));
+        // All together have an end, too.
+        for _ in sockets.len()..ALL {
+            assert!(closer.has_room(&other));
+            let (ours, _) = UnixStream::pair().unwrap();
+            closer.close(ours, &Unclosed::default());
+        }
+        assert!(!closer.has_room(&other));
     }
 }

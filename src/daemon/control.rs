@@ -266,9 +266,15 @@ impl Control {
             }
             Command::RemovePort(name, reply) => {
                 let began = Instant::now();
-                let answer = self.remove_port(&name, ops);
+                let removed = self.remove_port(&name, ops);
                 record(&self.times.port_remove, began);
+                let (answer, sockets) =
+                    removed.map_or_else(|error| (Err(error), None), |s| (Ok(()), Some(s)));
                 let _ = reply.send(answer);
+                // Behind the answer: the thread that closes may take this one's processor, for milliseconds.
+                sockets
+                    .into_iter()
+                    .for_each(|sockets| self.close_sockets(sockets));
             }
             Command::SetPort(name, patch, reply) => {
                 let _ = reply.send(self.set_port(&name, &patch));
@@ -425,7 +431,7 @@ impl Control {
             if let Some(session) = &record.session {
                 session.stopper.stop();
             }
-            self.close_sockets(record);
+            self.close_sockets(self.sockets(record));
         }
         // Sessions wait for acknowledgements, so they go first.
         // Not for ever: a descriptor that a frontend sent may belong to a file system that does not answer.

@@ -1,13 +1,14 @@
 //! What an operator does to ports, on the control thread.
 
 use std::ffi::OsString;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events};
 use rustix::process::{Resource, getrlimit};
 
-use super::closer::Unclosed;
+use super::closer::{Leftover, Unclosed};
 use super::control::{Control, LISTENER};
 use super::observers::PORT_REMOVED;
 use super::pace::Pace;
@@ -164,7 +165,7 @@ impl Control {
         &mut self,
         name: &str,
         ops: &mut EventOps,
-    ) -> Result<(), ControlError> {
+    ) -> Result<Leftover, ControlError> {
         let (record, observers) = self
             .registry
             .unregister(name)
@@ -188,21 +189,27 @@ impl Control {
         for observer in &observers {
             self.report_end(observer, PORT_REMOVED);
         }
-        self.close_sockets(record);
-        Ok(())
+        Ok(self.sockets(record))
     }
 
-    /// Lets go of what frontends of a removed port may still wait in.
-    pub(super) fn close_sockets(&self, record: PortRecord) {
+    /// What frontends of a removed port may still wait in. Its file is gone, and nobody comes any more.
+    pub(super) fn sockets(&self, record: PortRecord) -> Leftover {
+        let mut sockets: Vec<OwnedFd> = Vec::new();
         if let Door::Listening(listener) = record.door {
-            // Those that were not accepted yet would hear of it when the socket is closed, which may take long.
-            for stream in listener.end() {
-                self.closer.close(stream, &record.unclosed);
-            }
-            self.closer.close(listener.into_socket(), &record.unclosed);
+            // Those that were not accepted yet would hear of it when the socket is closed, which may take long. Where very many
+            // wait for that already, some do.
+            let waiting = listener.end().take(self.closer.room());
+            sockets.extend(waiting.map(OwnedFd::from));
+            sockets.push(listener.into_socket().into());
         }
-        if let Some(stream) = record.waiting {
-            self.closer.close(stream, &record.unclosed);
+        sockets.extend(record.waiting.map(OwnedFd::from));
+        (sockets, record.unclosed)
+    }
+
+    /// Hangs up on all of them.
+    pub(super) fn close_sockets(&self, (sockets, unclosed): Leftover) {
+        for socket in sockets {
+            self.closer.close(socket, &unclosed);
         }
     }
 
