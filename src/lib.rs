@@ -123,7 +123,9 @@
 //! logged): that is exact for QEMU, for cloud-hypervisor (which sends its available index) and for DPDK's
 //! virtio-user (which sends 0). A packed ring starts where SET_VRING_BASE says, unless the switch has been away: nothing in
 //! its memory says where it stands, so that is kept in a record of its own ([`virtio::redo`]). Every start is a new queue object, and
-//! calls its driver once: it may be asleep on work that was finished before a restart. A ring starts as soon as
+//! its session calls its driver once: it may be asleep on work that was finished before a restart. No poll thread does, whose
+//! other guests would wait. Another call descriptor of a running ring is called, too, once all poll threads have
+//! acknowledged it: a call by the one before may not have reached the driver. A ring starts as soon as
 //! size, addresses, kick, features and memory are known, in whatever order they came.
 //! Frames on a disabled ring are discarded, as the protocol says, but a transmitq that was never told waits for its
 //! first SET_VRING_ENABLE: frontends send it last, and a guest's pending frames must survive a restart of the switch.

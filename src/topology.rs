@@ -70,21 +70,6 @@ pub struct Ingress {
 pub struct Plan {
     /// The transmit queues that it owns.
     pub queues: Box<[Ingress]>,
-    /// Receive queues whose first call (at ring start) it makes.
-    pub starts: Box<[Start]>,
-}
-
-/// A receive queue by its place in the topology.
-#[derive(Clone, Copy, Debug)]
-pub struct Start {
-    /// Slot of the port.
-    pub slot: u16,
-    /// Index in [`Egress::queues`].
-    pub index: u16,
-    /// Address of the ring object, to tell a restarted ring from the one before.
-    pub address: usize,
-    /// Address of the call descriptor, to tell when another one came.
-    pub call: usize,
 }
 
 /// A port for [`Topology::build`].
@@ -204,8 +189,8 @@ fn plans(
     ports: &[Option<Arc<Egress>>],
     changed: &[bool],
 ) -> Box<[Arc<Plan>]> {
-    let mut plans: Vec<(Vec<Ingress>, Vec<Start>)> = Vec::new();
-    plans.resize_with(changed.len(), Default::default);
+    let mut plans: Vec<Vec<Ingress>> = Vec::new();
+    plans.resize_with(changed.len(), Vec::new);
     let entries = if changed.contains(&true) {
         entries
     } else {
@@ -219,25 +204,19 @@ fn plans(
         if !port.owners.iter().flatten().any(|thread| changed[*thread]) {
             continue;
         }
-        for (pair, start) in starts(entry) {
-            if let Some(thread) = owner(pair) {
-                plans[thread].1.push(start);
-            }
-        }
         for ingress in ingresses(entry) {
             if let Some(thread) = owner(ingress.pair)
-                && plans[thread].0.len() < MAX_PLAN
+                && plans[thread].len() < MAX_PLAN
             {
-                plans[thread].0.push(ingress);
+                plans[thread].push(ingress);
             }
         }
     }
     let plans = plans.into_iter().enumerate();
-    let plan = |(thread, (queues, starts)): (usize, (Vec<_>, Vec<_>))| match before {
+    let plan = |(thread, queues): (usize, Vec<_>)| match before {
         Some(before) if !changed[thread] => before.plans[thread].clone(),
         _ => Arc::new(Plan {
             queues: queues.into(),
-            starts: starts.into(),
         }),
     };
     plans.map(plan).collect()
@@ -250,20 +229,6 @@ fn receive_queues(entry: &PortEntry) -> impl Iterator<Item = (u16, &Receive)> {
     queues.filter_map(|(pair, queues)| {
         let receive = queues.receive.as_ref()?;
         receive.enabled.then_some((pair, receive))
-    })
-}
-
-fn starts(entry: &PortEntry) -> impl Iterator<Item = (u16, Start)> {
-    let queues = (0_u16..).zip(receive_queues(entry));
-    queues.map(|(index, (pair, receive))| {
-        let call = receive.call.as_ref();
-        let start = Start {
-            slot: entry.shared.reference.slot,
-            index,
-            address: Arc::as_ptr(&receive.queue).addr(),
-            call: call.map_or(0, |call| Arc::as_ptr(call).addr()),
-        };
-        (pair, start)
     })
 }
 

@@ -140,6 +140,11 @@ impl DeviceSink for Sink {
         if gone { Err(Gone) } else { Ok(()) }
     }
 
+    fn is_settled(&self, ticket: Ticket) -> bool {
+        let generation = self.0.mailbox().answer(ticket.0);
+        generation.is_some_and(|generation| self.0.acknowledgements.reached(generation))
+    }
+
     fn calls(&self) -> Arc<CallGuard> {
         self.0.port.calls.clone()
     }

@@ -47,6 +47,7 @@ use crate::config::{DaemonConfig, PortSpec};
 use crate::memory::fence;
 use crate::switch::fdb::{Fdb, FdbConfig, FdbError};
 use crate::sys::affinity::PinError;
+use crate::sys::aio::with_spare;
 use crate::sys::signal::Signals;
 use crate::sys::snapshot::{Retired, snapshots};
 use crate::sys::wake::Wake;
@@ -250,6 +251,8 @@ fn assemble(
         .spawn(move || retired.iter().for_each(drop))
         .map_err(DaemonError::System)?;
     let closer = Closer::start().map_err(DaemonError::System)?;
+    // What sessions need for calls is had now, or missed now.
+    with_spare(|_| ()).map_err(DaemonError::System)?;
     let names = Arc::new(Names::default());
     let acknowledgements = publisher.acknowledgements();
     let fdb = (fdb, config.fdb_size);

@@ -250,7 +250,6 @@ impl PollThread {
 struct Work {
     /// Addresses, of which none is used again while the view that has it is the current one.
     queue: usize,
-    call: usize,
     /// 0: it must be polled. A kick that came by an earlier one may have been taken out with it.
     kick: usize,
     enabled: bool,
@@ -259,23 +258,13 @@ struct Work {
 fn work_of(plan: &Plan) -> Vec<Work> {
     let queues = plan.queues.iter().map(|queue| Work {
         queue: Arc::as_ptr(&queue.queue).addr(),
-        call: queue
-            .call
-            .as_ref()
-            .map_or(0, |call| Arc::as_ptr(call).addr()),
         kick: queue
             .kick
             .as_ref()
             .map_or(0, |kick| Arc::as_ptr(kick).addr()),
         enabled: queue.enabled,
     });
-    let starts = plan.starts.iter().map(|start| Work {
-        queue: start.address,
-        call: start.call,
-        kick: 0,
-        enabled: true,
-    });
-    queues.chain(starts).collect()
+    queues.collect()
 }
 
 impl PollThreads {

@@ -115,35 +115,6 @@ impl<'t, 'p> Delivery<'t, 'p> {
         }
     }
 
-    /// Makes the one call that every ring start and every new call descriptor owes its driver.
-    pub(super) fn call_started(&mut self) {
-        let Context { topology, plan, .. } = self.context;
-        for start in &plan.starts {
-            let egress = topology.port(start.slot);
-            let index = usize::from(start.index);
-            if let Some(queue) = egress.and_then(|egress| egress.queues.get(index)) {
-                self.make_room(1);
-                self.touched.note(queue, Published::Clean);
-                if let Some(call) = queue.call.as_deref().filter(|call| call.take_fresh()) {
-                    // Answers the wish of a ring that has just started, too.
-                    queue.queue.take_call_wanted();
-                    signal(&mut self.tools, &[call]);
-                }
-            }
-        }
-        let barrier = FullBarrier::new();
-        for ingress in &plan.queues {
-            // Not left to `notify`, which asks only queues that were completed.
-            if let Some(call) = ingress.call.as_deref() {
-                let wanted = ingress.queue.take_call_wanted(&barrier);
-                if call.take_fresh() || wanted {
-                    signal(&mut self.tools, &[call]);
-                }
-            }
-        }
-        self.notify();
-    }
-
     /// Delivers the burst, egress by egress, each egress's frames in their order.
     #[inline(always)]
     pub(super) fn dispatch(

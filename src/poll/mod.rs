@@ -278,7 +278,6 @@ impl Poller {
         let mut pass = Pass::new(&topology, thread, tools);
         // Notifications may still be armed from the last sleep.
         pass.disarm();
-        pass.call_started();
         let mut times = take_over.unwrap_or_else(|| PassTimes::now(clock));
         let mut last_work = clock.raw();
         loop {

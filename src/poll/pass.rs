@@ -49,11 +49,6 @@ impl<'t, 'p> Pass<'t, 'p> {
         &self.delivery.context
     }
 
-    /// Makes the one call that every ring start owes its driver.
-    pub(super) fn call_started(&mut self) {
-        self.delivery.call_started();
-    }
-
     /// One turn over all queues of the plan. Returns whether there was work; stops early when `current` says that the
     /// topology is out of date.
     #[inline(always)]

@@ -122,6 +122,10 @@ impl CallGuard {
 
     /// The session made `calls` calls at once, which cost this much CPU time together.
     pub fn made_deferred(&self, calls: u64, cost: Duration) {
+        if self.way() == Way::Batch {
+            // Of rings that have started. Whether the port's calls are slow is found out where somebody pays for it.
+            return;
+        }
         self.deferred.fetch_add(calls, Ordering::Relaxed);
         let calls = u32::try_from(calls).unwrap_or(u32::MAX);
         if cost > SLOW.saturating_add(EACH.saturating_mul(calls)) {
@@ -153,8 +157,6 @@ pub struct CallFd {
     guard: Arc<CallGuard>,
     /// A deferred call that the session has not made yet.
     owed: AtomicBool,
-    /// Nobody was called by it yet.
-    fresh: AtomicBool,
 }
 
 impl CallFd {
@@ -164,14 +166,7 @@ impl CallFd {
             fd: eventfd(file)?,
             guard,
             owed: AtomicBool::new(false),
-            fresh: AtomicBool::new(true),
         })
-    }
-
-    /// True once: a call by the descriptor before this one may not have reached the driver, so whoever uses it first
-    /// makes a spare one. (A wish noted at the queue could still be taken for the descriptor before.)
-    pub fn take_fresh(&self) -> bool {
-        self.fresh.swap(false, Ordering::Relaxed)
     }
 
     /// The guard of its port.
@@ -183,6 +178,16 @@ impl CallFd {
     /// Leaves the call to the session. Returns the bell to signal, unless it has been rung for an earlier call.
     pub fn defer(&self) -> Option<BorrowedFd<'_>> {
         (!self.owed.swap(true, Ordering::AcqRel)).then(|| self.guard.bell.as_fd())
+    }
+
+    /// Notes a call that the session owes itself: of a ring that has started, or because the descriptor is a new one.
+    pub fn owe(&self) {
+        self.owed.store(true, Ordering::Release);
+    }
+
+    /// Whether there is one that the session has to make.
+    pub fn is_owed(&self) -> bool {
+        self.owed.load(Ordering::Acquire)
     }
 
     /// Whether a call was left to the session, which makes it now.

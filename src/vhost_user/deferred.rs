@@ -1,4 +1,5 @@
-//! Calls that poll threads leave to the session, because signalling them is slow.
+//! Calls that the session makes: those that poll threads leave to it, because signalling them is slow, and one for each
+//! ring that starts, which no poll thread's other guests need wait for.
 //!
 //! By kernel AIO here, too: a `write` that blocks would pin session and port. What the frontend makes slow, it
 //! waits for itself: nobody else is called by this thread.
@@ -8,13 +9,11 @@ use std::time::Duration;
 
 use super::device::DeviceState;
 use super::event::SessionEvent;
-use crate::sys::aio::Caller;
-use crate::sys::call::{CallGuard, Way};
+use crate::sys::aio::with_spare;
+use crate::sys::call::{CallGuard, SLOW, Way};
 use crate::sys::sched::own_cpu_time;
 use crate::sys::wake::Wake;
 
-/// Calls of one system call.
-const BATCH: usize = 8;
 /// A session spends at most one part in so many of its time on signalling.
 const SHARE: u32 = 10;
 /// Longest pause for that.
@@ -23,8 +22,6 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 /// The session's part in its port's calls.
 pub(super) struct Deferred {
     guard: Arc<CallGuard>,
-    /// Made when it is first needed.
-    caller: Option<Caller>,
     /// What was reported last.
     reported: bool,
 }
@@ -33,7 +30,6 @@ impl Deferred {
     pub(super) fn new(guard: Arc<CallGuard>) -> Self {
         Deferred {
             guard,
-            caller: None,
             reported: false,
         }
     }
@@ -43,31 +39,32 @@ impl Deferred {
         self.guard.bell()
     }
 
-    /// Makes the calls that were left to it. Returns how long to do nothing then.
-    pub(super) fn make(&mut self, device: &mut DeviceState) -> Duration {
+    /// Makes the calls that were left to it. Returns how long to do nothing then, and whether they are still owed: the kernel
+    /// has no context for them.
+    pub(super) fn make(&mut self, device: &mut DeviceState) -> (Duration, bool) {
         self.look(device);
-        if self.caller.is_none() {
-            match Caller::for_batches(BATCH) {
-                Ok(caller) => self.caller = Some(caller),
-                Err(error) => {
-                    let reason = error.to_string().into();
-                    device.event(SessionEvent::CallsImpossible { reason });
-                    // The calls stay owed; ringing again tries again.
-                    self.bell().wake();
-                    return LONGEST_PAUSE;
-                }
+        let made = with_spare(|caller| {
+            let begun = own_cpu_time();
+            // A descriptor that is refused costs its own call only.
+            let due = device.calls().filter(|call| call.take_deferred());
+            let made = caller.signal(due.map(std::os::fd::AsFd::as_fd), |_, _| {});
+            (made, own_cpu_time().saturating_sub(begun))
+        });
+        let (made, cost) = match made {
+            Ok(made) => made,
+            Err(error) => {
+                let reason = error.to_string().into();
+                device.event(SessionEvent::CallsImpossible { reason });
+                return (Duration::ZERO, true);
             }
-        }
-        let Some(caller) = &mut self.caller else {
-            return Duration::ZERO;
         };
-        let begun = own_cpu_time();
-        // A descriptor that is refused costs its own call only.
-        let due = device.calls().filter(|call| call.take_deferred());
-        let made = caller.signal(due.map(std::os::fd::AsFd::as_fd), |_, _| {});
-        let cost = own_cpu_time().saturating_sub(begun);
         self.guard.made_deferred(made as u64, cost);
-        (cost * (SHARE - 1)).min(LONGEST_PAUSE)
+        let pause = if self.guard.way() == Way::Batch && cost <= SLOW {
+            Duration::ZERO
+        } else {
+            (cost * (SHARE - 1)).min(LONGEST_PAUSE)
+        };
+        (pause, false)
     }
 
     /// Forgives what is long past, and reports what has changed.

@@ -5,6 +5,8 @@
 //! the device without them is posted and settled, and only then do they hand over their position and disappear.
 //! Rings that a change does not concern stay the same queue objects in the next device.
 
+mod report;
+
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,7 +14,7 @@ use super::error::SessionError;
 use super::event::{Reporter, RingName, SessionEvent};
 use super::options::{PROTOCOL, SessionOptions, has_enable, ring_features};
 use super::ring::{Addresses, Running, Vring, size_possible};
-use super::status::{RingEntry, SessionStatus};
+use super::status::SessionStatus;
 use super::{DeviceSink, Gone};
 use crate::memory::{FaultMark, GuestMemory};
 use crate::port::{Device, QueuePair};
@@ -118,14 +120,46 @@ impl DeviceState {
         self.start(true);
     }
 
-    /// Starts what can start; posts then, or `always`.
-    fn start(&mut self, always: bool) {
-        if self.start_rings() || always {
-            self.post();
+    /// A running ring has another call descriptor. A call by the one before may not have reached the driver: once nobody
+    /// uses that any more, a spare one is owed.
+    pub(super) fn replaced_call(&mut self, index: u8) {
+        let posted = self.start(true);
+        if let Some(ring) = self.rings.get_mut(usize::from(index)) {
+            ring.spare_after = posted;
         }
-        self.refresh();
-        // After the device is posted: its other rings wait for that.
+    }
+
+    /// Notes the spare calls that are due now. Returns whether others will be.
+    pub(super) fn owe_spare_calls(&mut self) -> bool {
+        let mut later = false;
+        for ring in &mut self.rings {
+            let Some(ticket) = ring.spare_after else {
+                continue;
+            };
+            if self.sink.is_settled(ticket) {
+                ring.spare_after = None;
+                ring.call.iter().for_each(|call| call.owe());
+            } else {
+                later = true;
+            }
+        }
+        later
+    }
+
+    /// Takes page faults of rings that have started: after their calls, which drivers wait for.
+    pub(super) fn touch(&mut self) {
         self.rings.iter_mut().for_each(Vring::touch);
+    }
+
+    /// Starts what can start; posts then, or `always`.
+    fn start(&mut self, always: bool) -> Option<super::Ticket> {
+        let posted = if self.start_rings() || always {
+            self.post()
+        } else {
+            None
+        };
+        self.refresh();
+        posted
     }
 
     /// Tries to start every ring that does not run; true if one did.
@@ -166,6 +200,7 @@ impl DeviceState {
             }
         };
         ring.refusal = None;
+        ring.call_started();
         self.event(SessionEvent::RingStarted {
             ring: name,
             size,
@@ -416,7 +451,7 @@ impl DeviceState {
         Ok(())
     }
 
-    // ---- end and status --------------------------------------------------------------------------
+    // ---- end --------------------------------------------------------------------------------------
 
     /// Lets go of rings and memory, whatever happened before.
     pub(super) fn release(&mut self) -> Result<(), Gone> {
@@ -426,71 +461,5 @@ impl DeviceState {
         self.rings.clear();
         self.refresh();
         stopped
-    }
-
-    /// Remembers an error for the status.
-    pub(super) fn record(&mut self, error: &SessionError) {
-        let text = error.to_string();
-        let mut status = self.status.lock();
-        if error.concerns_memory() {
-            status.memory_error = Some(text.clone());
-        }
-        status.last_error = Some(text);
-    }
-
-    /// A message was refused, and the session goes on.
-    pub(super) fn refused(&mut self, error: &SessionError, now: Instant) {
-        self.record(error);
-        let reason = error.to_string().into();
-        self.reporter
-            .report(SessionEvent::MessageRefused { reason }, now);
-    }
-
-    /// Reports what a driver broke since the last look, and touches buffers that it has posted since its rings started.
-    pub(super) fn look(&mut self, now: Instant) {
-        self.rings.iter_mut().for_each(Vring::touch);
-        if self.memory.faulted() && !std::mem::replace(&mut self.loss_reported, true) {
-            self.reporter.report(SessionEvent::MemoryLost, now);
-        }
-        for ring in &mut self.rings {
-            let broken = ring.running.as_ref().and_then(Running::broken);
-            if let Some(reason) = broken.filter(|_| !ring.broken_reported) {
-                ring.broken_reported = true;
-                let ring: RingName = ring.name;
-                self.reporter
-                    .report(SessionEvent::RingBroken { ring, reason }, now);
-            }
-        }
-    }
-
-    /// Brings the status up to date.
-    fn refresh(&self) {
-        let told = |ring: &&Vring| {
-            ring.name.pair() < self.options.pairs() || ring.kicked || ring.size.is_some()
-        };
-        let mut status = self.status.lock();
-        status.features = self.features;
-        status.protocol = self.protocol;
-        status.packed = self
-            .features
-            .is_some_and(|features| ring_features(features).packed);
-        status.regions = self.memory.regions().count();
-        status.bytes = self.memory.len_bytes();
-        status.rings = self
-            .rings
-            .iter()
-            .filter(told)
-            .map(|ring| self.entry(ring))
-            .collect();
-    }
-
-    fn entry(&self, ring: &Vring) -> RingEntry {
-        RingEntry {
-            ring: ring.name,
-            size: ring.size,
-            enabled: self.enabled(ring),
-            running: ring.running.clone(),
-            refusal: ring.refusal,
-        }
     }
 }

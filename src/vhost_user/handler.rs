@@ -68,7 +68,7 @@ impl DeviceState {
         let call = call.map_err(|source| SessionError::Notification { ring: name, source })?;
         ring.call = call.map(Into::into);
         if ring.running.is_some() {
-            self.update();
+            self.replaced_call(index);
         }
         Ok(())
     }

@@ -63,6 +63,9 @@ pub trait DeviceSink: Send + Sync {
     /// Blocks until every poll thread works with that post or a later one.
     fn settle(&self, ticket: Ticket) -> Result<(), Gone>;
 
+    /// Whether they do already.
+    fn is_settled(&self, ticket: Ticket) -> bool;
+
     /// Who makes the port's calls.
     fn calls(&self) -> Arc<CallGuard>;
 

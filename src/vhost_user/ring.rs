@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use super::Ticket;
 use super::event::RingName;
 use super::options::{has_ring_reset, ring_features};
 use crate::memory::{GuestMemory, PinnedWindow};
@@ -14,8 +15,8 @@ use crate::sys::call::CallFd;
 use crate::sys::eventfd::KickFd;
 use crate::sys::numa::node_of;
 use crate::virtio::{
-    Broken, MAX_RING_SIZE, ReceiveQueue, RingFeatures, RingSetup, SetupError, TransmitQueue,
-    packed, split,
+    Broken, FullBarrier, MAX_RING_SIZE, ReceiveQueue, RingFeatures, RingSetup, SetupError,
+    TransmitQueue, packed, split,
 };
 
 /// Base of a packed ring that was never told one: slot 0, both wrap counters 1 (virtio 1.2 §2.8.1).
@@ -149,6 +150,8 @@ pub(super) struct Vring {
     pub(super) kicked: bool,
     pub(super) kick: Option<Arc<KickFd>>,
     pub(super) call: Option<Arc<CallFd>>,
+    /// The post with which the call descriptor replaced another one that poll threads may have used until then.
+    pub(super) spare_after: Option<Ticket>,
     /// SET_VRING_ENABLE, once it has come.
     pub(super) enable: Option<bool>,
     pub(super) running: Option<Running>,
@@ -173,6 +176,7 @@ impl Vring {
             kicked: false,
             kick: None,
             call: None,
+            spare_after: None,
             enable: None,
             running: None,
             refusal: Some(Refusal::NoFeatures),
@@ -258,6 +262,22 @@ impl Vring {
         let base = running.base();
         self.running = Some(running);
         Ok(base)
+    }
+
+    /// The one call that every start owes its driver, which may sleep on work that was finished before.
+    pub(super) fn call_started(&self) {
+        let Some(call) = &self.call else {
+            // The first descriptor of a running ring is called for being new.
+            return;
+        };
+        let wanted = match &self.running {
+            Some(Running::Receive(queue)) => queue.take_call_wanted(),
+            Some(Running::Transmit(queue)) => queue.take_call_wanted(&FullBarrier::new()),
+            None => false,
+        };
+        if wanted {
+            call.owe();
+        }
     }
 
     /// Takes the page faults of a receiveq's first buffers, so that no poll thread has to. A driver may post them after

@@ -15,9 +15,14 @@ use super::message::{Arrived, Waited, acknowledge, discard, take, wait, wait_wri
 use super::options::SessionOptions;
 use super::status::SessionStatus;
 use super::{DeviceSink, Gone};
+use crate::sys::call::CallFd;
 
 /// For the rest of a message whose first byte came, and for a frontend to read our replies.
 const DEADLINE: Duration = Duration::from_secs(5);
+/// How often a session looks whether poll threads have let go of a call descriptor: mostly they have by then.
+const LOOK_SOON: Duration = Duration::from_millis(1);
+/// How often it tries to make calls that the kernel had no means for.
+const TRY_AGAIN: Duration = Duration::from_millis(50);
 /// How often a silent session looks whether one of its rings broke.
 const LOOK: Duration = Duration::from_secs(2);
 
@@ -125,7 +130,7 @@ impl<'s> Session<'s> {
     }
 
     fn turn(&mut self) -> Result<(), SessionError> {
-        let idle = lock(&self.device).is_running().then_some(LOOK);
+        let idle = self.call();
         let bell = self.deferred.bell();
         let arrived = match wait(self.stream, bell, idle, self.deadline)? {
             Waited::Message(arrived) => arrived,
@@ -135,11 +140,8 @@ impl<'s> Session<'s> {
                 self.deferred.look(&mut device);
                 return Ok(());
             }
-            Waited::Bell => {
-                let pause = self.deferred.make(&mut lock(&self.device));
-                std::thread::sleep(pause);
-                return Ok(());
-            }
+            // The next turn begins with calls.
+            Waited::Bell => return Ok(()),
         };
         wait_writable(self.stream, self.deadline)?;
         match arrived.request.code() {
@@ -147,6 +149,28 @@ impl<'s> Session<'s> {
             Some(FrontendReq::SET_VRING_ENABLE) => self.enable(&arrived),
             Some(code) if !unknown_to_crate(code) => self.dispatch(&arrived, code),
             _ => self.refuse_unknown(&arrived),
+        }
+    }
+
+    /// Makes the calls that are due, then what takes longer. Returns when to look again, if nothing comes.
+    fn call(&mut self) -> Option<Duration> {
+        let mut device = lock(&self.device);
+        let later = device.owe_spare_calls();
+        let (pause, owed) = if device.calls().any(CallFd::is_owed) {
+            self.deferred.make(&mut device)
+        } else {
+            (Duration::ZERO, false)
+        };
+        device.touch();
+        let running = device.is_running();
+        drop(device);
+        if !pause.is_zero() {
+            std::thread::sleep(pause);
+        }
+        match (later, owed) {
+            (true, _) => Some(LOOK_SOON),
+            (_, true) => Some(TRY_AGAIN),
+            _ => running.then_some(LOOK),
         }
     }
 

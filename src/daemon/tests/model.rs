@@ -80,8 +80,6 @@ pub(super) struct View {
     flood: Vec<u16>,
     /// By thread: port, pair, ring, enabled.
     pub(super) plans: Vec<Vec<(PortRef, u16, usize, bool)>>,
-    /// By thread: slot, index, ring.
-    starts: Vec<Vec<(u16, u16, usize)>>,
 }
 
 impl View {
@@ -101,17 +99,11 @@ impl View {
             });
             queue.collect()
         };
-        let starts = |plan: &Arc<Plan>| {
-            let starts = plan.starts.iter();
-            let starts = starts.map(|it| (it.slot, it.index, it.address));
-            starts.collect()
-        };
         View {
             generation,
             ports: ports.collect(),
             flood: topology.flood.to_vec(),
             plans: topology.plans.iter().map(queues).collect(),
-            starts: topology.plans.iter().map(starts).collect(),
         }
     }
 }
@@ -184,7 +176,6 @@ impl Model {
             generation,
             ports: vec![None; slots.unwrap_or(0).into()],
             plans: vec![Vec::new(); MAX_THREADS],
-            starts: vec![Vec::new(); MAX_THREADS],
             ..View::default()
         };
         for port in &self.ports {
@@ -192,13 +183,8 @@ impl Model {
             let mut receive = Vec::new();
             let pairs = port.device.iter().flat_map(|device| &device.pairs);
             for ((number, pair), owner) in (0..).zip(pairs).zip(&port.owners) {
-                if let Owner::On(thread) = *owner {
-                    if let Some((ring, true)) = pair.receive {
-                        view.starts[thread].push((slot, receive.len() as u16, ring));
-                    }
-                    if let Some((ring, enabled)) = pair.transmit {
-                        view.plans[thread].push((port.reference, number, ring, enabled));
-                    }
+                if let (Owner::On(thread), Some((ring, enabled))) = (*owner, pair.transmit) {
+                    view.plans[thread].push((port.reference, number, ring, enabled));
                 }
                 if let Some((ring, true)) = pair.receive {
                     receive.push((number, ring));

@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, UCred, sendmsg};
 use rustix::process::{getgid, getpid, getuid};
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
 
@@ -275,5 +276,48 @@ fn several_control_messages_are_one_message_with_all_their_descriptors() {
     assert_eq!(peer.reply(), Some(0));
     assert_eq!(peer.status.snapshot().memory_regions, 2);
     assert_eq!(descriptors("vu-control"), 1);
+    peer.leave();
+}
+
+/// Waits for calls of a descriptor that does not block; their number.
+fn called(call: &EventFd) -> u64 {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        if let Ok(calls) = call.read() {
+            return calls;
+        }
+        assert!(Instant::now() < deadline, "nobody was called");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_ring_that_starts_is_called_once_whatever_poll_threads_do() {
+    let mut peer = Peer::with_memory(SessionOptions::new(1), false);
+    peer.sink.late.store(true, Ordering::SeqCst);
+    peer.calls[0] = EventFd::new(EFD_NONBLOCK).unwrap();
+    peer.start_ring(0, 0);
+    assert!(peer.started(0));
+    assert_eq!(called(&peer.calls[0]), 1);
+    // A session makes its calls before it answers another message.
+    assert!(peer.queue_num().is_some());
+    assert!(peer.calls[0].read().is_err());
+    peer.leave();
+}
+
+#[test]
+fn a_call_descriptor_of_a_running_ring_is_called_once_nobody_uses_the_one_before() {
+    let peer = Peer::up(false);
+    for _ in 0..2 {
+        peer.sink.late.store(true, Ordering::SeqCst);
+        let call = EventFd::new(EFD_NONBLOCK).unwrap();
+        peer.frontend.set_vring_call(0, &call).unwrap();
+        assert!(peer.queue_num().is_some());
+        assert!(call.read().is_err(), "another one may be called still");
+        peer.sink.late.store(false, Ordering::SeqCst);
+        assert_eq!(called(&call), 1);
+        assert!(peer.queue_num().is_some());
+        assert!(call.read().is_err());
+    }
     peer.leave();
 }

@@ -49,6 +49,8 @@ struct Double {
     posts: AtomicU64,
     settled: AtomicU64,
     gone: AtomicBool,
+    /// A poll thread has still to take over the newest post.
+    late: AtomicBool,
     events: Mutex<Vec<String>>,
     calls: OnceLock<Arc<CallGuard>>,
 }
@@ -67,6 +69,11 @@ impl DeviceSink for Double {
         } else {
             Ok(())
         }
+    }
+
+    fn is_settled(&self, ticket: Ticket) -> bool {
+        assert!(ticket.0 <= self.posts.load(Ordering::SeqCst));
+        !self.late.load(Ordering::SeqCst)
     }
 
     fn calls(&self) -> Arc<CallGuard> {
