@@ -239,7 +239,7 @@ pub struct PortStatistics {
     /// Slow calls (over 50 µs) that poll threads made; more than a few, and the session makes them.
     #[serde(default)]
     pub slow_calls: u64,
-    /// Calls that the port's sessions made.
+    /// Calls that the port's sessions made in place of poll threads.
     #[serde(default)]
     pub deferred_calls: u64,
 }

@@ -325,3 +325,49 @@ fn fill_pieces(claim: &Claim<'_>, index: usize, frame: &Frame<'_>, payload: Piec
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::SharedMemory;
+
+    #[test]
+    fn copies_of_any_length_and_place_are_whole_and_nothing_beside_them_is_written() {
+        const LEN: usize = 65_535;
+        let [from, to] = [(); 2].map(|()| SharedMemory::create(2 * LEN, false).unwrap());
+        let pattern: Vec<u8> = (0..2 * LEN).map(|at| (at % 251) as u8 | 1).collect();
+        from.window(0, pattern.len())
+            .unwrap()
+            .write_bytes(0, &pattern);
+        for len in [
+            1,
+            LONG_COPY - 1,
+            LONG_COPY,
+            ASKED,
+            ASKED + 1,
+            2 * ASKED,
+            9018,
+            LEN,
+        ] {
+            for (start, source) in [(0, 0), (52, 1), (63, 64), (4095, 77)] {
+                let all = to.window(0, 2 * LEN).unwrap();
+                all.write_bytes(0, &vec![0; 2 * LEN]);
+                copy(
+                    &to.window(start, len).unwrap(),
+                    &from.window(source, len + 5).unwrap(),
+                );
+                let mut found = vec![0; 2 * LEN];
+                all.read_bytes(0, &mut found);
+                assert!(
+                    found[start..start + len] == pattern[source..source + len],
+                    "{len} at {start}"
+                );
+                let beside = found[..start].iter().chain(&found[start + len..]);
+                assert!(
+                    beside.copied().all(|byte| byte == 0),
+                    "beside {len} at {start}"
+                );
+            }
+        }
+    }
+}

@@ -1,17 +1,16 @@
 //! Making calls: one system call for all of a pass, and slow ones for their ports' sessions to make.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use arrayvec::ArrayVec;
 
 use super::egress::{TOUCHED, Tools};
-use crate::sys::call::{CallFd, SLOW, Way};
+use crate::sys::call::{CallFd, Way, are_slow};
 use crate::sys::sched::own_cpu_time;
 
 /// Most calls of one batch.
 pub(super) const CALLS: usize = 2 * TOUCHED;
-/// What one call of a batch may take, in nanoseconds, beside [`SLOW`] for all of them: it wakes somebody.
-const EACH_NS: u64 = 3_000;
 
 /// Signals every driver of `calls`.
 #[cold]
@@ -31,7 +30,7 @@ pub(super) fn signal(tools: &mut Tools<'_>, calls: &[&CallFd]) {
         .signal(batch.iter().copied(), |_, _| stats.calls_refused.add(1));
     let ns = tools.clock.delta_as_nanos(begun, tools.clock.raw());
     stats.calls.add(calls.len() as u64);
-    if ns > SLOW.as_nanos() as u64 + EACH_NS * batch.len() as u64 {
+    if are_slow(batch.len() as u32, Duration::from_nanos(ns)) {
         for guard in calls.iter().map(|call| call.guard()) {
             if guard.way() == Way::Batch {
                 guard.suspect();

@@ -19,8 +19,14 @@ use super::wake::Wake;
 
 /// A signal that takes longer is slow.
 pub const SLOW: Duration = Duration::from_micros(50);
-/// What each signal of several that a session makes at once may take, beside [`SLOW`] for all: it wakes somebody.
+/// What each signal of several that are made at once may take, beside [`SLOW`] for all: it wakes somebody.
 const EACH: Duration = Duration::from_micros(3);
+
+/// Whether so many signals, made at once, were slow.
+pub fn are_slow(signals: u32, cost: Duration) -> bool {
+    cost > SLOW.saturating_add(EACH.saturating_mul(signals))
+}
+
 /// What a port's slow signals may cost poll threads, in microseconds, before its session makes them for good.
 pub const BUDGET_US: u32 = 500;
 /// Fast signals of the session in a row after which poll threads try again. A processor that was busy with something
@@ -128,7 +134,7 @@ impl CallGuard {
         }
         self.deferred.fetch_add(calls, Ordering::Relaxed);
         let calls = u32::try_from(calls).unwrap_or(u32::MAX);
-        if cost > SLOW.saturating_add(EACH.saturating_mul(calls)) {
+        if are_slow(calls, cost) {
             self.last_slow_ms.store(self.now_ms(), Ordering::Relaxed);
             self.probation.store(PROBATION, Ordering::Relaxed);
             return;

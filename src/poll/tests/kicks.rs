@@ -81,10 +81,7 @@ fn poller(topology: Topology, idle: IdlePolicy) -> (Publisher<Topology>, Arc<Pol
 fn a_thread_that_polls_wants_no_kicks_however_many_frames_there_are_or_are_not() {
     for features in kinds() {
         let rams = rams::<2>();
-        let mut vms: Vec<Vm<'_>> = (0..)
-            .zip(&rams)
-            .map(|(n, ram)| Vm::with(ram, n, features))
-            .collect();
+        let mut vms = vms_with(&rams, features);
         let topology = topology(&vms, 1, |_| 0);
         let (_publisher, shared, poller) = poller(topology, IdlePolicy::Busy);
         let wishes = [0, 1].map(|which| Wish::of(&rams[0], which, features));
@@ -155,10 +152,7 @@ fn wait_for(mut condition: impl FnMut() -> bool) {
 fn a_thread_that_sleeps_wants_one_kick_and_none_after_it_has_woken() {
     for features in kinds() {
         let rams = rams::<2>();
-        let mut vms: Vec<Vm<'_>> = (0..)
-            .zip(&rams)
-            .map(|(n, ram)| Vm::with(ram, n, features))
-            .collect();
+        let mut vms = vms_with(&rams, features);
         let kicks: Vec<OwnedFd> = vms.iter_mut().map(give_kick).collect();
         let topology = topology(&vms, 1, |_| 0);
         let idle = IdlePolicy::Adaptive(Duration::from_micros(50));

@@ -75,12 +75,7 @@ struct Vm<'m> {
 
 impl<'m> Vm<'m> {
     /// A guest on the port of this slot, with all receive buffers posted.
-    fn new(ram: &'m SharedMemory, slot: u16, packed: bool) -> Self {
-        Vm::with(ram, slot, features(packed))
-    }
-
-    /// The same with other features.
-    fn with(ram: &'m SharedMemory, slot: u16, features: RingFeatures) -> Self {
+    fn new(ram: &'m SharedMemory, slot: u16, features: RingFeatures) -> Self {
         let packed = features.packed;
         let spec = RegionSpec {
             guest_addr: BASE,
@@ -243,9 +238,14 @@ impl<'m> Vm<'m> {
 
 /// A guest in each memory, on ports by number.
 fn vms(rams: &[SharedMemory], packed: bool) -> Vec<Vm<'_>> {
+    vms_with(rams, features(packed))
+}
+
+/// The same with these features.
+fn vms_with(rams: &[SharedMemory], features: RingFeatures) -> Vec<Vm<'_>> {
     let numbered = rams.iter().zip(0..);
     numbered
-        .map(|(ram, slot)| Vm::new(ram, slot, packed))
+        .map(|(ram, slot)| Vm::new(ram, slot, features))
         .collect()
 }
 
