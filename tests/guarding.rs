@@ -16,12 +16,12 @@ use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, DaemonOptions};
 use common::guest::{Guest, GuestOptions, RECEIVE, Ram};
+use common::holdings::{descriptors, limit_descriptors};
 use common::park::Parked;
 use common::traffic::{Bystanders, frame, mac, read};
 use common::waiters::hang_waiters;
 use common::{long, wait_for};
 use pollux::virtio::driver::RingLayout;
-use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 /// Ports 0 and 1 are the bystanders', 2 the victim's or culprit's, 3 its correspondent's.
 const CULPRIT: usize = 2;
@@ -433,21 +433,8 @@ fn control_time(daemon: &Daemon) -> Duration {
 fn without_a_descriptor_left_frontends_wait_and_control_sleeps() {
     let mut daemon = daemon(&[]);
     let bystanders = bystanders(&daemon);
-    let pid = Pid::from_raw(i32::try_from(daemon.pid()).unwrap());
-    let fds = format!("/proc/{}/fd", daemon.pid());
-    let open = || {
-        let entries = fs::read_dir(&fds).unwrap();
-        let names = entries.filter_map(|entry| entry.unwrap().file_name().into_string().ok());
-        names
-            .map(|name| name.parse::<u64>().unwrap())
-            .collect::<Vec<u64>>()
-    };
-    let free = |open: &[u64]| (0..).find(|fd| !open.contains(fd));
-    let limit = Rlimit {
-        current: free(&open()),
-        maximum: getrlimit(Resource::Nofile).maximum,
-    };
-    let before = prlimit(pid, Resource::Nofile, limit).unwrap();
+    let open = descriptors(&daemon);
+    limit_descriptors(&daemon, (0..).find(|fd| !open.contains(fd)));
     let mut waiting = Vec::new();
     wait_for("the last descriptor", || {
         waiting.push(UnixStream::connect(&daemon.sockets()[CULPRIT]).unwrap());
@@ -466,7 +453,7 @@ fn without_a_descriptor_left_frontends_wait_and_control_sleeps() {
         share * 100.0
     );
     drop(waiting);
-    prlimit(pid, Resource::Nofile, before).unwrap();
+    limit_descriptors(&daemon, None);
     let ram = Ram::new(GuestOptions::default());
     let guest = attached(&daemon, &ram, CULPRIT);
     wait_for("the state", || daemon.port("p2")["state"] == "running");

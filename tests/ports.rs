@@ -17,15 +17,14 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use common::daemon::{Daemon, DaemonOptions};
+use common::daemon::DaemonOptions;
 use common::events::Events;
 use common::guest::{Guest, GuestOptions, Ram};
-use common::holdings::Holdings;
+use common::holdings::{Holdings, api_connections, descriptors, limit_descriptors};
 use common::scene::{SINK, Scene, VICTIM};
 use common::traffic::{Bystanders, frame, mac, read};
 use common::{long, pause, socket_path, wait_for};
 use pollux::api::client::{Client, ClientError};
-use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -122,29 +121,6 @@ fn a_frame_passes_before_the_answer_to_port_add_is_taken() {
     scene.finish();
 }
 
-/// Numbers of the daemon's descriptors.
-fn descriptors(daemon: &Daemon) -> BTreeSet<u64> {
-    let all = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
-    all.map(|entry| {
-        entry
-            .unwrap()
-            .file_name()
-            .to_str()
-            .unwrap()
-            .parse()
-            .unwrap()
-    })
-    .collect()
-}
-
-/// Sets how many descriptors the daemon may have; `None` for as many as ever.
-fn limit_descriptors(daemon: &Daemon, limit: Option<u64>) {
-    let pid = Pid::from_raw(i32::try_from(daemon.pid()).unwrap());
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    let current = limit.or(maximum);
-    prlimit(pid, Resource::Nofile, Rlimit { current, maximum }).unwrap();
-}
-
 #[test]
 fn a_port_that_cannot_be_made_leaves_nothing_and_its_name_is_free_at_once() {
     let scene = Scene::new();
@@ -155,6 +131,9 @@ fn a_port_that_cannot_be_made_leaves_nothing_and_its_name_is_free_at_once() {
     // The API's connection takes one; then the socket cannot be made, or its file cannot be looked at.
     for spare in [0, 1] {
         before.wait_for_return(daemon);
+        wait_for("the end of the API's connections", || {
+            api_connections(daemon) == 0
+        });
         let used = descriptors(daemon);
         let limit = (0..).filter(|n| !used.contains(n)).nth(1 + spare).unwrap();
         limit_descriptors(daemon, Some(limit));
@@ -472,6 +451,8 @@ fn no_frame_for_a_removed_port_goes_to_the_next_tenant_of_its_slot_alone() {
         let ram = Ram::new(GuestOptions::default());
         let mut guest = Guest::new(&ram);
         scene.attach_victim(&mut guest, &mut sink);
+        // Both addresses are known before anybody sends without reading, so that nothing of it is flooded.
+        scene.reaches(&mut guest, &mut sink, 0);
         collect(&mut witness, &mut seen);
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {

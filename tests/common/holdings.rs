@@ -1,8 +1,11 @@
 //! What a daemon holds of the operating system, and that it returns it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 use super::daemon::Daemon;
 
@@ -44,4 +47,33 @@ impl Holdings {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+/// Numbers of the daemon's descriptors.
+pub(crate) fn descriptors(daemon: &Daemon) -> BTreeSet<u64> {
+    let all = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("its /proc");
+    let names = all.map(|entry| entry.expect("its entries").file_name());
+    names
+        .map(|name| name.to_string_lossy().parse().expect("a number"))
+        .collect()
+}
+
+/// Connections of the API that the daemon has not closed yet; it closes them some time after their clients have ended.
+pub(crate) fn api_connections(daemon: &Daemon) -> usize {
+    // Flag of a socket that listens, `__SO_ACCEPTCON`.
+    const LISTENS: &str = "00010000";
+    let path = daemon.dir().join("api.sock");
+    let path_text = path.to_str().expect("UTF-8");
+    let sockets = fs::read_to_string("/proc/net/unix").expect("sockets");
+    let ours = sockets.lines().filter(|l| l.ends_with(path_text));
+    ours.filter(|l| l.split_whitespace().nth(3) != Some(LISTENS))
+        .count()
+}
+
+/// Sets how many descriptors the daemon may have; `None` for as many as ever.
+pub(crate) fn limit_descriptors(daemon: &Daemon, limit: Option<u64>) {
+    let pid = Pid::from_raw(i32::try_from(daemon.pid()).expect("a PID"));
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let current = limit.or(maximum);
+    prlimit(pid, Resource::Nofile, Rlimit { current, maximum }).expect("a limit");
 }
