@@ -74,8 +74,10 @@
 //!    The sender's ring always drains.
 //! 5. **Complete** the transmit chains whose frames are *published*, in available order. If the process is killed
 //!    in between, the guest's next attachment replays the frame instead of losing it. Behind another thread's
-//!    open claim a chain waits 100 µs at most, then is completed all the same (`completed_early`), and later ones at
-//!    once until that queue moves: a process that is killed while a thread has lost its processor there loses those.
+//!    open claim a chain waits from pass to pass, and the thread goes on. Where nothing moves for a millisecond the chain
+//!    is completed all the same (`completed_early`), and later ones at once until that queue moves: a process that is
+//!    killed while a thread has lost its processor there loses those. Waiting for longer would stop what their senders have
+//!    for others.
 //! 6. **Notify** at the end of the pass.
 //!
 //! # Life of a port
@@ -107,7 +109,7 @@
 //! - A lost claim and a full ring are ordinary, counted outcomes. A claim that contradicts the ring's own state
 //!   (available index impossibly far ahead) marks the ring broken, once.
 //! - The price: a thread descheduled with an open claim, or while it publishes, delays what that one queue's driver
-//!   sees, and whoever delivers there waits for it once, 100 µs at most. No other queue notices. So claims are late
+//!   sees, and once, for a millisecond at most, the completion of what was sent to it. No thread waits. So claims are late
 //!   and small (32 frames, 64 KiB), one a thread; pin poll threads.
 //!
 //! **A full ring keeps a share for each sender.** For two laps after a ring had no buffer for somebody, its last

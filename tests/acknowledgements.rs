@@ -67,18 +67,25 @@ fn wait_until_overdue(daemon: &Daemon) {
     assert!(String::from_utf8_lossy(&listed).contains("overdue"));
 }
 
-/// Asks for something under a flood to the victim, with the poll thread stopped in the middle of whatever it does.
+/// Asks for something under a flood to the victim, with the poll thread stopped in the middle of whatever it does. The
+/// daemon has mapped so many regions of `memory` of others.
 fn ask_of_a_thread_that_stands_still(
     request: Request,
     options: GuestOptions,
     scene: &Scene,
     sink: &mut Guest<'_>,
+    memory: usize,
 ) {
     println!("{request:?}, packed: {}", options.packed);
     let daemon = &scene.daemon;
+    // With the victim's own; memory of the guest before it may go a little later than its session.
+    let held = memory + 1;
     let rams = [(); 2].map(|()| Ram::new(options));
     let mut guest = Guest::new(&rams[0]);
     scene.attach_victim(&mut guest, sink);
+    wait_for("memory of those that left to go", || {
+        Holdings::of(daemon).mappings == held
+    });
     let mut frontend = guest.frontend.take().unwrap();
     let protocol = frontend.get_protocol_features().unwrap();
     frontend.set_protocol_features(protocol).unwrap();
@@ -95,7 +102,6 @@ fn ask_of_a_thread_that_stands_still(
         wait_for("frames at the victim", || guest.try_receive().is_some());
         let parked = Parked::poll_thread(daemon, 0);
         let table = copy_of(&guest, &rams[1]);
-        let held = Holdings::of(daemon).mappings;
         let asked = scope.spawn(move || request.ask(frontend, table));
         wait_until_overdue(daemon);
         assert!(!asked.is_finished(), "answered too early");
@@ -141,7 +147,7 @@ fn what_a_thread_that_stands_still_may_use_is_given_back_when_it_goes_on() {
             ..GuestOptions::default()
         };
         for request in REQUESTS {
-            ask_of_a_thread_that_stands_still(request, options, &scene, &mut sink);
+            ask_of_a_thread_that_stands_still(request, options, &scene, &mut sink, before.mappings);
         }
     }
     before.wait_for_return(&scene.daemon);

@@ -145,8 +145,8 @@ enum Threads {
 }
 
 /// Kills the daemon at any instruction, but not while a buffer is back at its sender whose frame nobody sees yet. That is so
-/// where a poll thread has lost its processor with an open claim, and others no longer wait for it (`completed_early`):
-/// what dies with it then is lost.
+/// where a poll thread lost its processor with an open claim a millisecond ago, and chains no longer wait for it
+/// (`completed_early`): what dies with it then is lost.
 fn kill(daemon: Daemon, exchange: &mut Exchange<'_>) -> tempfile::TempDir {
     let deadline = Instant::now() + LIMIT;
     loop {

@@ -229,25 +229,37 @@ impl Client<'_, '_> {
         turn
     }
 
-    /// Every guest says where it is, and the backend reads it: from then on it is known to run.
+    /// Every guest says where it is on each of its transmit queues, and the backend reads it: from then on it is known to
+    /// run, and each of its threads to know all queues, so that no flow changes its receive queue any more.
     fn announce(&mut self) {
-        let (checker, flows) = (self.shared.checker, self.shared.flows);
         for at in 0..self.guests.len() {
-            let index = self.guests[at].index;
-            self.guests[at].transmit[0].announce(checker, index);
-            let since = self.active_ns;
-            while !self.guests[at].transmit[0].announced(checker, flows) {
-                self.tick();
-                for guest in self.guests.iter_mut() {
-                    guest.receive(checker, self.now_ns);
-                }
-                if self.active_ns - since > ANNOUNCE_NS || self.over() {
+            for queue in 0..self.guests[at].transmit.len() {
+                if !self.announce_on(at, queue) {
+                    let index = self.guests[at].index;
                     self.report.deaf.get_or_insert(index);
                     self.shared.stop.store(true, Ordering::Relaxed);
                     return;
                 }
             }
         }
+    }
+
+    /// The same on one queue; whether the backend reads it.
+    fn announce_on(&mut self, at: usize, queue: usize) -> bool {
+        let (checker, flows) = (self.shared.checker, self.shared.flows);
+        let index = self.guests[at].index;
+        self.guests[at].transmit[queue].announce(checker, index);
+        let since = self.active_ns;
+        while !self.guests[at].transmit[queue].announced(checker, flows) {
+            self.tick();
+            for guest in self.guests.iter_mut() {
+                guest.receive(checker, self.now_ns);
+            }
+            if self.active_ns - since > ANNOUNCE_NS || self.over() {
+                return false;
+            }
+        }
+        true
     }
 
     fn exchange(&mut self) {

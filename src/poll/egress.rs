@@ -15,7 +15,7 @@ use super::context::Context;
 use super::deliver::{Left, Mask, Target, numbers};
 use super::lanes::{lanes, matching};
 use super::notify::{CALLS, signal};
-use super::owed::Owed;
+use super::owed::{HOLD_NS, Owed};
 use super::tap::{Lost, Tap};
 
 /// Copies of one pass after which calls are made and no more is taken: a flood to 500 ports is 500.
@@ -24,8 +24,6 @@ const PASS_COPIES: u32 = 4096;
 pub(super) const TOUCHED: usize = 128;
 /// Transmit queues completed before their calls are made.
 const COMPLETED: usize = 128;
-/// Longest wait for another thread's open claim before chains are completed all the same, in nanoseconds.
-const OWED_WAIT_NS: u64 = 100_000;
 /// In place of a slot: the frame is dropped.
 pub(super) const NOWHERE: u16 = u16::MAX;
 /// In place of a slot: the frame is flooded.
@@ -235,10 +233,16 @@ impl<'t, 'p> Delivery<'t, 'p> {
             .fold(0, |mask, number| mask | 1 << number)
     }
 
-    /// Whether something of ours waits to be made visible.
+    /// Whether something of ours waits to be made visible, or chains wait for that.
     #[inline(always)]
     pub(super) fn is_behind(&self) -> bool {
-        !self.touched.0.is_empty()
+        !self.touched.0.is_empty() || self.owes()
+    }
+
+    /// Whether chains wait for other threads' claims.
+    #[inline(always)]
+    pub(super) fn owes(&self) -> bool {
+        self.owed.any()
     }
 
     /// Whether the pass is to end: other queues wait for their turn, their drivers for calls.
@@ -247,7 +251,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
         self.spent
     }
 
-    /// Makes room for one more delivery: calls after many copies, owed chains before their list is full.
+    /// Makes room for one more delivery: calls after many copies.
     #[inline(always)]
     pub(super) fn make_room(&mut self, copies: u32) {
         self.copies += copies;
@@ -257,16 +261,13 @@ impl<'t, 'p> Delivery<'t, 'p> {
             while self.touched.publish() {}
             self.notify();
         }
-        if !self.owed.has_room() {
-            self.wait_published();
-        }
     }
 
     /// Keeps frames that found no buffer for the end of the pass; drops those that do not fit there.
     #[cold]
     fn hold(&mut self, burst: &Burst<'t>, (port, pair): (&Egress, u16), left: Left) {
         let mut mask = left.hold;
-        while mask != 0 && self.owed.has_room() {
+        while mask != 0 {
             let frame = &burst.frames()[mask.trailing_zeros() as usize];
             if !self.held.adopt(burst, frame) {
                 break;
@@ -294,29 +295,46 @@ impl<'t, 'p> Delivery<'t, 'p> {
     #[inline(always)]
     pub(super) fn settle(&mut self) {
         (self.copies, self.spent) = (0, false);
-        if self.owed.used() {
+        if self.owes() {
             self.settle_owed();
         }
         self.touched.publish();
         self.notify();
     }
 
-    /// Repeats until nothing of ours waits to be published: before sleeping and before acknowledging.
+    /// Repeats until nothing of ours waits to be published, and gives up waiting for others: before sleeping and before
+    /// acknowledging.
     pub(super) fn settle_wholly(&mut self) {
         self.settle();
         while self.touched.publish() {}
+        if self.owes() {
+            let queues = self.owed.queues();
+            self.owed.give_up();
+            self.complete_released(&queues);
+        }
         self.notify();
     }
 
-    /// Retries, waits for other threads' claims, and completes whatever was held back in this pass.
+    /// Retries, and completes what was held back and need not be any more.
     #[cold]
     fn settle_owed(&mut self) {
+        let queues = self.owed.queues();
         self.retry();
-        self.wait_published();
-        for number in 0..self.context.plan.queues.len() {
-            self.complete(number as u16);
+        self.touched.publish();
+        self.complete_released(&queues);
+    }
+
+    /// Completes chains of `queues` that wait no longer.
+    fn complete_released(&mut self, queues: &[u16]) {
+        let clock = self.tools.clock;
+        let now = clock.raw();
+        let is_late = |since| clock.delta_as_nanos(since, now) > HOLD_NS;
+        if self.owed.release(now, is_late) {
+            self.tools.stats.completed_early.add(1);
         }
-        self.owed.clear();
+        for number in queues {
+            self.complete(*number);
+        }
     }
 
     /// The one retry of a pass for frames that found no buffer. Whatever it does not place is dropped.
@@ -369,29 +387,6 @@ impl<'t, 'p> Delivery<'t, 'p> {
         }
         let (to, reason) = ((port, Some(queue.pair)), reason_of(rest.reason));
         self.context.drop_egress(to, reason, &self.held, rest.mask);
-    }
-
-    /// Waits a bounded time until the claims that chains wait for are published, then forgets those.
-    #[cold]
-    fn wait_published(&mut self) {
-        let start = self.tools.clock.raw();
-        loop {
-            self.touched.publish();
-            if self.owed.all_published() {
-                return;
-            }
-            if self
-                .tools
-                .clock
-                .delta_as_nanos(start, self.tools.clock.raw())
-                > OWED_WAIT_NS
-            {
-                break;
-            }
-            std::hint::spin_loop();
-        }
-        self.tools.stats.completed_early.add(1);
-        self.owed.forget_published();
     }
 
     /// Signals every driver that asked for it, with one system call; none at all while drivers poll.

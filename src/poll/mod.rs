@@ -30,6 +30,7 @@ use crate::sys::sched;
 use crate::sys::snapshot::Reader;
 use crate::topology::Topology;
 use egress::Tools;
+use owed::HOLD_NS;
 use pass::Pass;
 
 /// What control shares with one poll thread.
@@ -279,28 +280,35 @@ impl Poller {
         // Notifications may still be armed from the last sleep.
         pass.disarm();
         let mut times = take_over.unwrap_or_else(|| PassTimes::now(clock));
-        let mut last_work = clock.raw();
+        let (mut last_work, mut leaving) = (clock.raw(), None);
         loop {
             let passed = clock.delta_as_nanos(*start, times.began);
             let now_s = *start_s + (passed / 1_000_000_000) as u32;
             between();
             let worked = pass.run(now_s, || topology.is_current());
             let ended = times.pass(clock, stats, now_s, worked);
-            if !topology.is_current() {
+            let outdated = !topology.is_current();
+            if outdated || shared.stop.load(Ordering::Relaxed) {
+                // Whoever has the claim that chains wait for has not acknowledged either: no change waits longer for this.
+                let since = *leaving.get_or_insert(ended);
+                if pass.owes() && clock.delta_as_nanos(since, ended) < HOLD_NS {
+                    continue;
+                }
                 let next = times.take_over();
                 pass.settle();
-                return Left::OutOfDate(next);
-            }
-            if shared.stop.load(Ordering::Relaxed) {
-                pass.settle();
-                return Left::Stop;
+                return if outdated {
+                    Left::OutOfDate(next)
+                } else {
+                    Left::Stop
+                };
             }
             if worked {
                 last_work = ended;
                 continue;
             }
             let spin_ns = shared.idle_ns.load(Ordering::Relaxed);
-            if spin_ns != NEVER && clock.delta_as_nanos(last_work, ended) >= spin_ns {
+            let idle = spin_ns != NEVER && !pass.owes();
+            if idle && clock.delta_as_nanos(last_work, ended) >= spin_ns {
                 pass.settle();
                 if pass.arm() {
                     return Left::Idle;

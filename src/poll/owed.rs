@@ -3,7 +3,10 @@
 //! A transmit chain goes back to its driver when its frame is *published*, not merely committed: if the process is
 //! killed in between, the guest's next attachment replays the frame instead of losing it. Usually everything is published when the
 //! burst ends. Where another thread's open claim stands in front, or the frame is held for a retry, the chain and all later
-//! ones of its queue wait here (a queue completes in available order).
+//! ones of its queue wait here (a queue completes in available order), from pass to pass: the thread itself goes on.
+//!
+//! Behind a thread that has lost its processor they would wait for as long as that takes, and what their senders have for
+//! others would wait with them. So where nothing moves for [`HOLD_NS`], they are completed all the same.
 
 use arrayvec::ArrayVec;
 
@@ -11,10 +14,21 @@ use crate::frame::BURST_FRAMES;
 use crate::topology::Plan;
 use crate::virtio::ReceiveQueue;
 
-/// Entries before the oldest must be waited for.
+/// Longest wait for another thread's open claim, in nanoseconds: a hundred times what it takes to copy the 64 KiB of one.
+pub(super) const HOLD_NS: u64 = 1_000_000;
+/// Entries: for a retry one a frame at most, for publication at most two a transmit queue and receive queue.
 const OWED: usize = 256;
 /// Queues that stand still whose waits are remembered; beyond them a wait is made again.
 const STALLED: usize = 8;
+
+/// The chain of transmit queue `ingress` at `position`, which must not be completed yet.
+#[derive(Clone, Copy, Debug)]
+struct Entry<'t> {
+    /// Number in the plan.
+    ingress: u16,
+    position: u64,
+    wait: Wait<'t>,
+}
 
 /// What a chain waits for.
 #[derive(Clone, Copy, Debug)]
@@ -25,31 +39,49 @@ enum Wait<'t> {
     Retry,
 }
 
+impl Entry<'_> {
+    fn is_published(&self) -> bool {
+        matches!(self.wait, Wait::Published(queue, end) if queue.published() >= end)
+    }
+
+    fn is_retry(&self) -> bool {
+        matches!(self.wait, Wait::Retry)
+    }
+}
+
 /// Chains of one thread that must not be completed yet.
 #[derive(Debug, Default)]
 pub(super) struct Owed<'t> {
-    /// Queue in the plan, position, reason.
-    blocked: ArrayVec<(u16, u64, Wait<'t>), OWED>,
+    /// Oldest first.
+    blocked: ArrayVec<Entry<'t>, OWED>,
+    /// When the oldest of those that wait for publication became that, by the raw clock.
+    since: Option<u64>,
+    /// Chains found no place here, and were completed early.
+    left_out: bool,
     /// Queues that were waited for in vain, and where they stood: as long as they stand there, nobody waits again.
-    /// Otherwise every pass that delivers into such a queue would wait, and with it the frames to all others.
+    /// Otherwise senders to such a queue would stand still for a while again and again.
     stalled: ArrayVec<(&'t ReceiveQueue, u64), STALLED>,
-    /// Whether anything waited since the last `clear`.
-    used: bool,
 }
 
 impl<'t> Owed<'t> {
-    /// Whether anything waited since the last [`Owed::clear`]: completions may have been held back.
+    /// Whether chains wait.
     #[inline(always)]
-    pub(super) fn used(&self) -> bool {
-        self.used
+    pub(super) fn any(&self) -> bool {
+        !self.blocked.is_empty() || self.left_out
     }
 
-    /// Whether the entries of another delivery fit: at most one a frame.
-    pub(super) fn has_room(&self) -> bool {
-        self.blocked.remaining_capacity() >= BURST_FRAMES
+    /// The transmit queues with chains that wait, by their numbers in the plan.
+    pub(super) fn queues(&self) -> ArrayVec<u16, OWED> {
+        let mut queues = ArrayVec::new();
+        for entry in &self.blocked {
+            if !queues.contains(&entry.ingress) {
+                queues.push(entry.ingress);
+            }
+        }
+        queues
     }
 
-    /// The chain at `position` waits until `queue` is published up to `end`.
+    /// The chain at `position` waits until `queue` is published up to `end`, which is behind all earlier ends.
     pub(super) fn until_published(
         &mut self,
         ingress: u16,
@@ -60,59 +92,81 @@ impl<'t> Owed<'t> {
         if self.is_stalled(queue) {
             return;
         }
-        self.used = true;
-        // One entry a queue and claim is enough: the first position holds the later ones back.
-        let same = |(at, _, wait): &(u16, u64, Wait<'_>)| {
-            *at == ingress
-                && matches!(wait, Wait::Published(other, to) if std::ptr::eq(*other, queue) && *to == end)
-        };
-        if !self.blocked.last().is_some_and(same) {
-            // Room was made before the burst (`has_room`); without any the entry is left out and the chain completes
-            // early, which only matters if the process is killed this instant.
-            let _ = self
-                .blocked
-                .try_push((ingress, position, Wait::Published(queue, end)));
+        // One entry for a claim is enough, for its first position holds the later ones back; and one for all claims but the
+        // oldest, of which that must not wait for those that come later.
+        let mut count = 0;
+        for entry in &mut self.blocked {
+            if entry.ingress == ingress
+                && let Wait::Published(other, to) = &mut entry.wait
+                && std::ptr::eq(*other, queue)
+            {
+                count += 1;
+                if *to == end || count == 2 {
+                    *to = end;
+                    entry.position = entry.position.min(position);
+                    return;
+                }
+            }
+        }
+        // Retries always have room.
+        if self.blocked.remaining_capacity() > BURST_FRAMES {
+            self.blocked.push(Entry {
+                ingress,
+                position,
+                wait: Wait::Published(queue, end),
+            });
+        } else {
+            self.left_out = true;
         }
     }
 
     /// The chain at `position` waits for the end of the pass.
     pub(super) fn until_retry(&mut self, ingress: u16, position: u64) {
-        self.used = true;
-        let _ = self.blocked.try_push((ingress, position, Wait::Retry));
+        let wait = Wait::Retry;
+        // A burst's worth of frames is held at most, and so much room is left for them.
+        let _ = self.blocked.try_push(Entry {
+            ingress,
+            position,
+            wait,
+        });
     }
 
     /// The retry was made.
     pub(super) fn retried(&mut self) {
-        self.blocked
-            .retain(|(_, _, wait)| !matches!(wait, Wait::Retry));
+        self.blocked.retain(|entry| !entry.is_retry());
     }
 
-    /// Forgets what is published by now; says whether nothing waits for that any more.
-    pub(super) fn all_published(&mut self) -> bool {
-        let mut left = false;
-        self.blocked.retain(|(_, _, wait)| match wait {
-            Wait::Published(queue, end) => {
-                let waits = queue.published() < *end;
-                left |= waits;
-                waits
-            }
-            Wait::Retry => true,
-        });
-        !left
+    /// Forgets what is published at time `now`, and everything where the oldest has been that for so long that it
+    /// `is_late`. Returns whether chains are completed early.
+    pub(super) fn release(&mut self, now: u64, is_late: impl Fn(u64) -> bool) -> bool {
+        let before = self.oldest();
+        self.blocked.retain(|entry| !entry.is_published());
+        let oldest = self.oldest();
+        let same = self.since.filter(|_| oldest == before);
+        self.since = oldest.map(|_| same.unwrap_or(now));
+        if self.since.is_some_and(is_late) {
+            self.give_up();
+        }
+        std::mem::take(&mut self.left_out)
     }
 
     /// Gives up waiting for other threads' claims, and notes where those queues stand.
-    pub(super) fn forget_published(&mut self) {
+    pub(super) fn give_up(&mut self) {
         self.stalled.retain(|(queue, at)| queue.published() == *at);
-        for (_, _, wait) in &self.blocked {
-            if let Wait::Published(queue, _) = wait
+        for entry in &self.blocked {
+            if let Wait::Published(queue, _) = entry.wait
                 && !self.is_stalled(queue)
             {
                 let _ = self.stalled.try_push((queue, queue.published()));
             }
         }
-        self.blocked
-            .retain(|(_, _, wait)| matches!(wait, Wait::Retry));
+        self.blocked.retain(|entry| entry.is_retry());
+        (self.since, self.left_out) = (None, true);
+    }
+
+    fn oldest(&self) -> Option<(u16, u64)> {
+        let oldest = self.blocked.iter().find(|entry| !entry.is_retry());
+        oldest.map(|entry| (entry.ingress, entry.position))
     }
 
     fn is_stalled(&self, queue: &ReceiveQueue) -> bool {
@@ -122,20 +176,14 @@ impl<'t> Owed<'t> {
         self.stalled.iter().any(same)
     }
 
-    /// Everything is completed.
-    pub(super) fn clear(&mut self) {
-        self.blocked.clear();
-        self.used = false;
-    }
-
     /// Completes what may be completed of queue `ingress`; says whether anything was.
     #[inline(always)]
     pub(super) fn complete(&self, plan: &Plan, ingress: u16) -> bool {
         let queue = &plan.queues[usize::from(ingress)].queue;
         let mut end = queue.position();
-        for (at, position, _) in &self.blocked {
-            if *at == ingress {
-                end = end.min(*position);
+        for entry in &self.blocked {
+            if entry.ingress == ingress {
+                end = end.min(entry.position);
             }
         }
         queue.complete(end)

@@ -37,10 +37,6 @@ const SENT: [(usize, usize); 3] = [(A, 8), (B, 16), (C, 8)];
 const REAPED: u32 = 10;
 /// Claims and publications of thread 1 in one pass: one a receiver, and a second for the retry.
 const TRIES_A_PASS: u64 = 6;
-/// Looks at a queue in 100 µs, the one time that its end is waited for.
-const TRIES_A_WAIT: u64 = 100_000;
-/// Passes of thread 1 that are compared at least, however busy the machine is.
-const PASSES: u64 = 1000;
 /// For whatever should happen soon; the machine may be busy.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -58,9 +54,9 @@ struct Mark {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     StopBetweenPasses,
-    Quiet(Instant),
+    Quiet,
     StopAt(u32),
-    Parked(Instant),
+    Parked,
     Drain,
 }
 
@@ -83,7 +79,7 @@ fn long() -> bool {
     std::env::var_os("POLLUX_LONG").is_some_and(|value| value == "1")
 }
 
-/// How long the producer stands still.
+/// How long the producer stands still, in time that thread 1 runs: chains wait for it once, a millisecond of any time.
 fn pause() -> Duration {
     Duration::from_millis(if long() { 1000 } else { 100 })
 }
@@ -122,9 +118,9 @@ impl Script<'_, '_> {
         match self.phase {
             Phase::StopBetweenPasses if self.brake.has_stopped() => {
                 self.mark();
-                self.phase = Phase::Quiet(Instant::now() + pause());
+                self.phase = Phase::Quiet;
             }
-            Phase::Quiet(until) if self.is_over(until) => {
+            Phase::Quiet if self.is_over() => {
                 self.mark();
                 self.brake.release();
                 self.brake.stop_at(self.point);
@@ -132,12 +128,12 @@ impl Script<'_, '_> {
             }
             Phase::StopAt(REAPED) => {
                 self.mark();
-                self.phase = Phase::Parked(Instant::now() + pause());
+                self.phase = Phase::Parked;
             }
             Phase::StopAt(turns) if self.brake.has_stopped() => {
                 self.phase = Phase::StopAt(turns + 1);
             }
-            Phase::Parked(until) if self.is_over(until) => {
+            Phase::Parked if self.is_over() => {
                 self.mark();
                 self.brake.release();
                 let senders = self.guests.iter().flat_map(|guest| &guest.transmit);
@@ -152,9 +148,9 @@ impl Script<'_, '_> {
     }
 
     /// Whether the time since the last mark was long enough.
-    fn is_over(&self, until: Instant) -> bool {
-        let passes = self.marks.last().map_or(0, |mark| mark.passes);
-        Instant::now() >= until && self.shared.stats.passes.get() >= passes + PASSES
+    fn is_over(&self) -> bool {
+        let begun = self.marks.last().map(|mark| mark.cpu);
+        begun.is_some_and(|begun| own_cpu_time() - begun >= pause())
     }
 
     /// Frames that were sent, and neither have come nor were counted as dropped.
@@ -298,29 +294,18 @@ fn a_parked_producer_delays_its_own_queue_and_no_other() {
 fn nobody_loops_or_waits_for_a_parked_producer() {
     for (point, packed) in POINTS.into_iter().flat_map(|p| [(p, false), (p, true)]) {
         let shown = park_at(point, false, packed);
-        let [from, to] = shown.parked;
-        let passes = to.passes - from.passes;
-        // It was waited for once, before the first of these marks, and never again while it stands there.
-        assert_eq!(to.given_up, from.given_up, "{point:?} packed={packed}");
+        let ([_, from], [_, to]) = (shown.quiet, shown.parked);
+        // Chains wait for it once, and never again while it stands there; the thread goes on all the time.
         assert!(
-            to.given_up - shown.quiet[1].given_up <= 2,
+            to.given_up - from.given_up <= 2,
             "{point:?} packed={packed}"
         );
+        let most = TRIES_A_PASS * (to.passes - from.passes);
         let claims = to.tries.claims - from.tries.claims;
         let publishes = to.tries.publishes - from.tries.publishes;
         assert!(
-            claims <= TRIES_A_PASS * passes,
-            "{point:?} packed={packed}: {claims} {passes}"
-        );
-        assert!(
-            publishes <= TRIES_A_PASS * passes,
-            "{point:?} packed={packed}: {publishes} {passes}"
-        );
-        let waited = from.tries.publishes - shown.quiet[1].tries.publishes;
-        let before = TRIES_A_PASS * (from.passes - shown.quiet[1].passes);
-        assert!(
-            waited <= before + 2 * TRIES_A_WAIT,
-            "{point:?} packed={packed}: {waited}"
+            claims <= most && publishes <= most,
+            "{point:?} packed={packed}: {claims} and {publishes} of {most}"
         );
     }
 }

@@ -79,7 +79,8 @@ impl<'t, 'p> Pass<'t, 'p> {
             };
             self.delivery.settle();
         } else if self.delivery.is_behind() {
-            // Claims that could not be made visible yet: nothing else may come that would.
+            // Claims that could not be made visible yet, or chains that wait for others' claims: nothing else may come that
+            // would look at them.
             self.delivery.settle();
         }
         worked
@@ -306,6 +307,12 @@ impl<'t, 'p> Pass<'t, 'p> {
         stats.bursts.add(1);
         stats.frames.add(self.burst.frames().len() as u64);
         flooding
+    }
+
+    /// Whether chains wait for other threads' claims: it is too early to settle.
+    #[inline(always)]
+    pub(super) fn owes(&self) -> bool {
+        self.delivery.owes()
     }
 
     /// Repeats until nothing of ours waits to be published: before sleeping and before acknowledging.

@@ -169,6 +169,7 @@ fn breaks_and_heals(options: GuestOptions, which: usize, how: Impossible, by: Cu
     scene.reaches(&mut guest, &mut sink, 11);
     let told = events.messages(VICTIM, "ring_broken");
     assert_eq!(told.len(), 1, "{what}: {told:?}");
+    scene.daemon.assert_logged(&told[0]);
     assert_eq!(scene.daemon.log().matches(&told[0]).count(), 1, "{what}");
     drop((sink, guest));
     scene.finish();

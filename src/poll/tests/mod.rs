@@ -4,6 +4,7 @@ mod faults;
 mod hostile;
 mod kicks;
 mod outcomes;
+mod owed;
 mod shares;
 
 use std::sync::Arc;
