@@ -1,8 +1,8 @@
 //! A poll thread: passes over the transmit queues it owns, deliveries into any port, sleep when idle.
 //!
 //! It never blocks: no lock, no allocation, no channel, no log, and no system call but one batch of calls a pass, the
-//! idle sleep, and a look at its own CPU time where that cannot matter: once a second, around taking over a topology, and
-//! after a pass that was long already. The look tells a long pass from a thread that had no CPU. It borrows the topology and acknowledges a new one after every burst; see `sys::snapshot`.
+//! idle sleep, and a look at its own CPU time where that cannot matter: once a second, and after a pass that was long
+//! already. The look tells a long pass from a thread that had no CPU. It borrows the topology and acknowledges a new one after every burst; see `sys::snapshot`.
 
 mod context;
 mod deliver;
@@ -127,18 +127,6 @@ impl PassTimes {
         }
     }
 
-    /// The topology is out of date: from here on the time is that of its successor's first pass.
-    #[cold]
-    fn take_over(mut self) -> Self {
-        // From the end of the last pass on: a CPU lost between there and here counts as lost.
-        self.on_cpu = OnCpu {
-            at: self.began,
-            ran: sched::own_cpu_time(),
-        };
-        self.takes_over = true;
-        self
-    }
-
     /// Counts a pass that ends now; returns the raw clock.
     #[inline(always)]
     fn pass(
@@ -150,7 +138,7 @@ impl PassTimes {
     ) -> u64 {
         let ended = clock.raw();
         let mut ns = clock.delta_as_nanos(self.began, ended);
-        let long = self.takes_over || ns > LONG_PASS_NS;
+        let long = ns > LONG_PASS_NS;
         if long || now_s != self.looked_s {
             let off = self.on_cpu.off_cpu_ns(clock);
             self.looked_s = now_s;
@@ -294,10 +282,11 @@ impl Poller {
                 if pass.owes() && clock.delta_as_nanos(since, ended) < HOLD_NS {
                     continue;
                 }
-                let next = times.take_over();
                 pass.settle();
+                // From the end of the last pass on it is time of the successor's first one.
+                times.takes_over = true;
                 return if outdated {
-                    Left::OutOfDate(next)
+                    Left::OutOfDate(times)
                 } else {
                     Left::Stop
                 };
