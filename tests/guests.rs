@@ -247,8 +247,8 @@ fn life(packed: bool) {
     scene.check(&linux, "first", (0, ""));
 
     // The daemon is killed in the midst of it.
-    for cycle in 0..if long() { 30 } else { 3 } {
-        scene.echo.run(300 + cycle * 37);
+    for cycle in 0..if long() { 100 } else { 3 } {
+        scene.echo.run(300 + cycle % 10 * 37);
         scene.kill();
         scene.echo.run(100);
     }

@@ -479,8 +479,9 @@ fn observers_end_with_their_port() {
     do_it(daemon, &["port", "remove", "p3"]);
     wait_for("the mirror to end", || observers(daemon).len() == 1);
     daemon.assert_logged("mirror \"stays\" ends: port removed");
-    let (captured, missed, file) = all.end();
-    assert_eq!((packets(&file), missed), (captured, 0));
+    // The bystanders send as fast as they can: it may miss some.
+    let (captured, _, file) = all.end();
+    assert_eq!(packets(&file), captured);
     let seen = read(&file);
     assert!(
         seen.iter().any(|one| one.port == "p2"),

@@ -299,7 +299,7 @@ enum Refusal {
     Busy,
 }
 
-/// Answers without reading the request, and lingers so that the answer arrives.
+/// Answers without understanding the request, and lingers so that the answer arrives.
 async fn refuse(mut stream: UnixStream, refusal: Refusal, _slot: OwnedSemaphorePermit) {
     let (status, error) = match refusal {
         Refusal::Forbidden => (
@@ -329,6 +329,8 @@ async fn refuse(mut stream: UnixStream, refusal: Refusal, _slot: OwnedSemaphoreP
         routes::SERVER,
         body.len()
     );
+    // A client that has an answer before it has asked takes that for an error of the connection.
+    let _ = timeout(REFUSAL_LIMIT, stream.readable()).await;
     let _ = timeout(REFUSAL_LIMIT, async {
         stream.write_all(answer.as_bytes()).await?;
         stream.shutdown().await?;

@@ -18,7 +18,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 
 use rustix::io::Errno;
 
@@ -77,29 +77,29 @@ static BYTE: u8 = 0;
 const FEW: usize = 8;
 /// Most callers that are kept for later.
 const KEPT: usize = 8;
-/// Callers that no thread uses at the moment.
-static SPARE: Mutex<Vec<Caller>> = Mutex::new(Vec::new());
+/// Callers that no thread uses at the moment, each in a place of its own: a thread that loses its processor with one
+/// locked must not stop all others.
+static SPARE: [Mutex<Option<Caller>>; KEPT] = [const { Mutex::new(None) }; KEPT];
 
 /// Lets `work` make calls, for a thread that does so now and then. Such threads share: a context each would count against
 /// `aio-max-nr`, and takes the kernel milliseconds to end. Nobody waits for another one's calls. Once it has worked, and
 /// while no more than one thread at a time calls it, it does not fail any more.
 pub fn with_spare<R>(work: impl FnOnce(&mut Caller) -> R) -> io::Result<R> {
-    // Whole at every moment.
-    let spare = || SPARE.lock().unwrap_or_else(PoisonError::into_inner);
-    let taken = spare().pop();
+    let taken = SPARE.iter().find_map(|place| place.try_lock().ok()?.take());
     let mut caller = match taken {
         Some(caller) => caller,
         None => Caller::for_batches(FEW)?,
     };
     let result = work(&mut caller);
-    let mut spare = spare();
-    if spare.len() < KEPT {
-        spare.push(caller);
-        return Ok(result);
+    let mut rest = Some(caller);
+    for place in &SPARE {
+        if let Ok(mut place) = place.try_lock()
+            && place.is_none()
+        {
+            *place = rest.take();
+            break;
+        }
     }
-    // The lock before the caller, whose end takes long.
-    drop(spare);
-    drop(caller);
     Ok(result)
 }
 
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_that_call_at_the_same_time_have_callers_of_their_own_and_few_are_kept() {
+    fn threads_that_call_at_the_same_time_have_callers_of_their_own() {
         let fd = good();
         fn nested(fd: &OwnedFd, others: &mut Vec<libc::c_ulong>) {
             let worked = with_spare(|caller| {
@@ -355,7 +355,6 @@ mod tests {
         }
         nested(&fd, &mut Vec::new());
         assert_eq!(count(&fd), KEPT as u64 + 1);
-        assert!(SPARE.lock().unwrap().len() <= KEPT);
     }
 
     #[test]

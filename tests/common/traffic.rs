@@ -232,6 +232,10 @@ impl<'m> Exchange<'m> {
                 pause();
             }
         }
+        self.wait_for_transmit_buffers();
+    }
+
+    fn wait_for_transmit_buffers(&mut self) {
         let guests = &mut self.guests;
         wait_for("every transmit buffer to come back", || {
             guests.iter_mut().all(|guest| guest.in_flight() == 0)
@@ -252,6 +256,9 @@ impl<'m> Exchange<'m> {
             silent.retain(|&n| !self.flows[n].met);
             silent.is_empty()
         });
+        // Those that were not waited for must not fill a small ring.
+        self.wait_for_transmit_buffers();
+        self.receive();
     }
 
     /// Turns until `frames` more have arrived.
