@@ -21,7 +21,7 @@
 //!
 //! | thread | count | does | may block? |
 //! |---|---|---|---|
-//! | `poll-N` | n, pinned by `--poll-cpus` | passes over the transmit queues it owns; delivers into any port | never: no lock, allocation, channel, log; no system call but one batch of calls a pass, the idle sleep, and a look at its own CPU time where a pass is long anyway |
+//! | `poll-N` | n, pinned by `--poll-cpus` | passes over the transmit queues it owns; delivers into any port | never: no lock, allocation, channel, log; no system call but one batch of calls a pass, the idle sleep, and a look at its own CPU time once a second and where a pass is long anyway |
 //! | `session-NAME` | one per connected frontend | the blocking vhost-user conversation | yes, only its own VM waits |
 //! | control | 1, an event loop | sockets, reconnection, signals, commands; owns the registry; the only publisher | briefly |
 //! | `reaper` | 1 | drops retired views: munmap in steps of 2 MiB, close | yes |
@@ -74,10 +74,10 @@
 //!    The sender's ring always drains.
 //! 5. **Complete** the transmit chains whose frames are *published*, in available order. If the process is killed
 //!    in between, the guest's next attachment replays the frame instead of losing it. Behind another thread's
-//!    open claim a chain waits from pass to pass, and the thread goes on. Where nothing moves for a millisecond the chain
-//!    is completed all the same (`completed_early`), and later ones at once until that queue moves: a process that is
-//!    killed while a thread has lost its processor there loses those. Waiting for longer would stop what their senders have
-//!    for others.
+//!    open claim a chain waits from pass to pass, and the thread goes on; it takes over no other topology, for a millisecond
+//!    at most. After a millisecond the chain is completed all the same (`completed_early`), and later ones at once until
+//!    that queue moves: a process that is killed while a thread has lost its processor there loses those. Waiting for longer
+//!    would stop what their senders have for others. The same goes for chains beyond 96 pairs of a sender and such a queue.
 //! 6. **Notify** at the end of the pass.
 //!
 //! # Life of a port
@@ -109,8 +109,8 @@
 //! - A lost claim and a full ring are ordinary, counted outcomes. A claim that contradicts the ring's own state
 //!   (available index impossibly far ahead) marks the ring broken, once.
 //! - The price: a thread descheduled with an open claim, or while it publishes, delays what that one queue's driver
-//!   sees, and once, for a millisecond at most, the completion of what was sent to it. No thread waits. So claims are late
-//!   and small (32 frames, 64 KiB), one a thread; pin poll threads.
+//!   sees; and once for each change of the switch, for a millisecond at most, what its senders get back, and so what they send
+//!   to others. No thread waits. So claims are late and small (32 frames, 64 KiB), one a thread; pin poll threads.
 //!
 //! **A full ring keeps a share for each sender.** For two laps after a ring had no buffer for somebody, its last
 //! eighth is kept back, and each sending port draws on that for at most 1/32 of what the ring delivers (`virtio::share`:

@@ -10,6 +10,7 @@
 //! egress port if one destination did not get it. *rx* and *tx* are always the switch's view.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
 use serde::{Deserialize, Serialize};
@@ -289,9 +290,10 @@ pub struct ThreadStats {
 }
 
 impl ThreadStats {
-    /// Counts a topology that was taken over `ns` nanoseconds after it (or one before it that was skipped) was published.
-    pub fn acknowledged(&self, ns: u64) {
+    /// Counts a topology that was taken over so long after it (or one before it that was skipped) was published.
+    pub fn acknowledged(&self, after: Duration) {
         self.topologies.add(1);
+        let ns = u64::try_from(after.as_nanos()).unwrap_or(u64::MAX);
         self.acknowledge_ns.record(ns);
     }
 

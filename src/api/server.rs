@@ -329,9 +329,9 @@ async fn refuse(mut stream: UnixStream, refusal: Refusal, _slot: OwnedSemaphoreP
         routes::SERVER,
         body.len()
     );
-    // A client that has an answer before it has asked takes that for an error of the connection.
-    let _ = timeout(REFUSAL_LIMIT, stream.readable()).await;
     let _ = timeout(REFUSAL_LIMIT, async {
+        // A client that has an answer before it has asked takes that for an error of the connection.
+        let _ = timeout(REFUSAL_LIMIT / 2, stream.readable()).await;
         stream.write_all(answer.as_bytes()).await?;
         stream.shutdown().await?;
         let mut rest = [0u8; 1024];

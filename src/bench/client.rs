@@ -178,9 +178,7 @@ impl Client<'_, '_> {
         self.announce();
         self.wait_for_all(1);
         // Announcements lie in the rings, and a window fills a ring: out with them before anybody sends.
-        for guest in self.guests.iter_mut() {
-            while guest.receive(self.shared.checker, self.now_ns) > 0 {}
-        }
+        self.receive_all();
         self.wait_for_all(2);
         self.start = self.shared.clock.raw();
         self.now_ns = 0;
@@ -198,12 +196,19 @@ impl Client<'_, '_> {
         self.collect();
     }
 
-    /// Waits until every thread has come here `times` times.
-    fn wait_for_all(&self, times: usize) {
+    /// Waits until every thread has come here `times` times, and takes what others announce meanwhile.
+    fn wait_for_all(&mut self, times: usize) {
         self.shared.ready.fetch_add(1, Ordering::AcqRel);
         let all = times * self.shared.threads;
         while self.shared.ready.load(Ordering::Acquire) < all && !self.over() {
+            self.receive_all();
             std::thread::yield_now();
+        }
+    }
+
+    fn receive_all(&mut self) {
+        for guest in self.guests.iter_mut() {
+            while guest.receive(self.shared.checker, self.now_ns) > 0 {}
         }
     }
 
@@ -230,7 +235,7 @@ impl Client<'_, '_> {
     }
 
     /// Every guest says where it is on each of its transmit queues, and the backend reads it: from then on it is known to
-    /// run, and each of its threads to know all queues, so that no flow changes its receive queue any more.
+    /// run, and whoever serves one of these queues to know all that were there before: no flow changes its receive queue any more.
     fn announce(&mut self) {
         for at in 0..self.guests.len() {
             for queue in 0..self.guests[at].transmit.len() {
@@ -252,9 +257,7 @@ impl Client<'_, '_> {
         let since = self.active_ns;
         while !self.guests[at].transmit[queue].announced(checker, flows) {
             self.tick();
-            for guest in self.guests.iter_mut() {
-                guest.receive(checker, self.now_ns);
-            }
+            self.receive_all();
             if self.active_ns - since > ANNOUNCE_NS || self.over() {
                 return false;
             }

@@ -15,7 +15,7 @@ use super::context::Context;
 use super::deliver::{Left, Mask, Target, numbers};
 use super::lanes::{lanes, matching};
 use super::notify::{CALLS, signal};
-use super::owed::{HOLD_NS, Owed};
+use super::owed::Owed;
 use super::tap::{Lost, Tap};
 
 /// Copies of one pass after which calls are made and no more is taken: a flood to 500 ports is 500.
@@ -35,6 +35,8 @@ pub(super) struct Tools<'p> {
     pub(super) caller: &'p mut Caller,
     pub(super) stats: &'p ThreadStats,
     pub(super) clock: &'p quanta::Clock,
+    /// How long a chain waits for another thread's open claim, in nanoseconds.
+    pub(super) hold_ns: u64,
 }
 
 /// Receive queues delivered to since calls were last made, and whether their publish is to be repeated.
@@ -239,7 +241,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
         !self.touched.0.is_empty() || self.owes()
     }
 
-    /// Whether chains wait for other threads' claims.
+    /// Whether chains wait, at the end of a pass for other threads' claims.
     #[inline(always)]
     pub(super) fn owes(&self) -> bool {
         self.owed.any()
@@ -309,7 +311,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
         while self.touched.publish() {}
         if self.owes() {
             let queues = self.owed.queues();
-            self.owed.give_up();
+            self.owed.give_up_all();
             self.complete_released(&queues);
         }
         self.notify();
@@ -328,7 +330,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
     fn complete_released(&mut self, queues: &[u16]) {
         let clock = self.tools.clock;
         let now = clock.raw();
-        let is_late = |since| clock.delta_as_nanos(since, now) > HOLD_NS;
+        let is_late = |since| clock.delta_as_nanos(since, now) > self.tools.hold_ns;
         if self.owed.release(now, is_late) {
             self.tools.stats.completed_early.add(1);
         }

@@ -2,7 +2,8 @@
 //!
 //! It never blocks: no lock, no allocation, no channel, no log, and no system call but one batch of calls a pass, the
 //! idle sleep, and a look at its own CPU time where that cannot matter: once a second, and after a pass that was long
-//! already. The look tells a long pass from a thread that had no CPU. It borrows the topology and acknowledges a new one after every burst; see `sys::snapshot`.
+//! already. The look tells a long pass from a thread that had no CPU. It borrows the topology, and acknowledges a new one
+//! after the burst that it is at; see `sys::snapshot`.
 
 mod context;
 mod deliver;
@@ -82,6 +83,8 @@ fn idle_ns(idle: IdlePolicy) -> u64 {
     }
 }
 
+/// A claim is open for so long where its thread has a CPU: about what it takes to copy its 64 KiB.
+const CLAIM_NS: u64 = 10_000;
 /// A pass longer than this may have been one without a CPU.
 const LONG_PASS_NS: u64 = 50_000;
 
@@ -181,6 +184,25 @@ impl OnCpu {
     }
 }
 
+/// Whether a topology that is out of date since a pass that ended at `since` may be let go of: no chain stands behind another
+/// thread's open claim, or some have for too long. A thread that has a CPU closes its claim soon, and is waited for. For one
+/// that has none whole passes go on, of which each may bring new waits. Usually it has not acknowledged either, so that
+/// nobody waits longer for that.
+#[inline(always)]
+fn may_leave(pass: &mut Pass<'_, '_>, clock: &quanta::Clock, since: u64) -> bool {
+    if !pass.owes() {
+        return true;
+    }
+    let begun = clock.raw();
+    while !pass.settle_owed() {
+        let now = clock.raw();
+        if clock.delta_as_nanos(begun, now) > CLAIM_NS {
+            return clock.delta_as_nanos(since, now) > HOLD_NS;
+        }
+    }
+    true
+}
+
 impl Poller {
     /// A poller that reads its topologies through `reader`. `epoch` is the zero of the switch's clock.
     pub fn new(
@@ -256,13 +278,13 @@ impl Poller {
         let topology = reader.borrow();
         let stats = &shared.stats;
         if take_over.is_some() {
-            let waited = topology.since[thread].elapsed().as_nanos();
-            stats.acknowledged(u64::try_from(waited).unwrap_or(u64::MAX));
+            stats.acknowledged(topology.since[thread].elapsed());
         }
         let tools = Tools {
             caller,
             stats,
             clock,
+            hold_ns: HOLD_NS,
         };
         let mut pass = Pass::new(&topology, thread, tools);
         // Notifications may still be armed from the last sleep.
@@ -277,9 +299,7 @@ impl Poller {
             let ended = times.pass(clock, stats, now_s, worked);
             let outdated = !topology.is_current();
             if outdated || shared.stop.load(Ordering::Relaxed) {
-                // Whoever has the claim that chains wait for has not acknowledged either: no change waits longer for this.
-                let since = *leaving.get_or_insert(ended);
-                if pass.owes() && clock.delta_as_nanos(since, ended) < HOLD_NS {
+                if !may_leave(&mut pass, clock, *leaving.get_or_insert(ended)) {
                     continue;
                 }
                 pass.settle();

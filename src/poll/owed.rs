@@ -16,8 +16,10 @@ use crate::virtio::ReceiveQueue;
 
 /// Longest wait for another thread's open claim, in nanoseconds: a hundred times what it takes to copy the 64 KiB of one.
 pub(super) const HOLD_NS: u64 = 1_000_000;
-/// Entries: for a retry one a frame at most, for publication at most two a transmit queue and receive queue.
-const OWED: usize = 256;
+/// Entries for publication: at most two for each pair of a transmit queue and a receive queue that stands still.
+pub(super) const ROOM: usize = 192;
+/// All of them: for retries as many more as a burst has frames.
+const OWED: usize = ROOM + BURST_FRAMES;
 /// Queues that stand still whose waits are remembered; beyond them a wait is made again.
 const STALLED: usize = 8;
 
@@ -28,6 +30,8 @@ struct Entry<'t> {
     ingress: u16,
     position: u64,
     wait: Wait<'t>,
+    /// When its wait was first looked at, by the raw clock.
+    since: Option<u64>,
 }
 
 /// What a chain waits for.
@@ -47,27 +51,28 @@ impl Entry<'_> {
     fn is_retry(&self) -> bool {
         matches!(self.wait, Wait::Retry)
     }
+
+    fn is_for(&self, queue: &ReceiveQueue) -> bool {
+        matches!(self.wait, Wait::Published(other, _) if std::ptr::eq(other, queue))
+    }
 }
 
 /// Chains of one thread that must not be completed yet.
 #[derive(Debug, Default)]
 pub(super) struct Owed<'t> {
-    /// Oldest first.
     blocked: ArrayVec<Entry<'t>, OWED>,
-    /// When the oldest of those that wait for publication became that, by the raw clock.
-    since: Option<u64>,
-    /// Chains found no place here, and were completed early.
-    left_out: bool,
+    /// Chains are completed although their frames are not published.
+    early: bool,
     /// Queues that were waited for in vain, and where they stood: as long as they stand there, nobody waits again.
     /// Otherwise senders to such a queue would stand still for a while again and again.
     stalled: ArrayVec<(&'t ReceiveQueue, u64), STALLED>,
 }
 
 impl<'t> Owed<'t> {
-    /// Whether chains wait.
+    /// Whether chains wait, or were completed early and nobody has been told.
     #[inline(always)]
     pub(super) fn any(&self) -> bool {
-        !self.blocked.is_empty() || self.left_out
+        !self.blocked.is_empty() || self.early
     }
 
     /// The transmit queues with chains that wait, by their numbers in the plan.
@@ -108,27 +113,33 @@ impl<'t> Owed<'t> {
                 }
             }
         }
-        // Retries always have room.
-        if self.blocked.remaining_capacity() > BURST_FRAMES {
-            self.blocked.push(Entry {
-                ingress,
-                position,
-                wait: Wait::Published(queue, end),
-            });
+        if !self.has_room() {
+            self.blocked.retain(|entry| !entry.is_published());
+        }
+        if self.has_room() {
+            self.push(ingress, position, Wait::Published(queue, end));
         } else {
-            self.left_out = true;
+            self.early = true;
         }
     }
 
-    /// The chain at `position` waits for the end of the pass.
-    pub(super) fn until_retry(&mut self, ingress: u16, position: u64) {
-        let wait = Wait::Retry;
-        // A burst's worth of frames is held at most, and so much room is left for them.
+    /// For the publication of others' claims; retries always have room.
+    fn has_room(&self) -> bool {
+        self.blocked.remaining_capacity() > BURST_FRAMES
+    }
+
+    fn push(&mut self, ingress: u16, position: u64, wait: Wait<'t>) {
         let _ = self.blocked.try_push(Entry {
             ingress,
             position,
             wait,
+            since: None,
         });
+    }
+
+    /// The chain at `position` waits for the end of the pass. A burst's worth of frames is held at most.
+    pub(super) fn until_retry(&mut self, ingress: u16, position: u64) {
+        self.push(ingress, position, Wait::Retry);
     }
 
     /// The retry was made.
@@ -136,37 +147,40 @@ impl<'t> Owed<'t> {
         self.blocked.retain(|entry| !entry.is_retry());
     }
 
-    /// Forgets what is published at time `now`, and everything where the oldest has been that for so long that it
+    /// Forgets what is published at time `now`, and gives up queues that somebody has waited for since a time that
     /// `is_late`. Returns whether chains are completed early.
     pub(super) fn release(&mut self, now: u64, is_late: impl Fn(u64) -> bool) -> bool {
-        let before = self.oldest();
         self.blocked.retain(|entry| !entry.is_published());
-        let oldest = self.oldest();
-        let same = self.since.filter(|_| oldest == before);
-        self.since = oldest.map(|_| same.unwrap_or(now));
-        if self.since.is_some_and(is_late) {
-            self.give_up();
-        }
-        std::mem::take(&mut self.left_out)
-    }
-
-    /// Gives up waiting for other threads' claims, and notes where those queues stand.
-    pub(super) fn give_up(&mut self) {
-        self.stalled.retain(|(queue, at)| queue.published() == *at);
-        for entry in &self.blocked {
+        let mut late = None;
+        for entry in &mut self.blocked {
             if let Wait::Published(queue, _) = entry.wait
-                && !self.is_stalled(queue)
+                && is_late(*entry.since.get_or_insert(now))
             {
-                let _ = self.stalled.try_push((queue, queue.published()));
+                late = Some(queue);
             }
         }
-        self.blocked.retain(|entry| entry.is_retry());
-        (self.since, self.left_out) = (None, true);
+        if let Some(queue) = late {
+            self.give_up(queue);
+        }
+        std::mem::take(&mut self.early)
     }
 
-    fn oldest(&self) -> Option<(u16, u64)> {
-        let oldest = self.blocked.iter().find(|entry| !entry.is_retry());
-        oldest.map(|entry| (entry.ingress, entry.position))
+    /// Gives up waiting for any other thread's claim.
+    pub(super) fn give_up_all(&mut self) {
+        while let Some(queue) = self.blocked.iter().find_map(|entry| match entry.wait {
+            Wait::Published(queue, _) => Some(queue),
+            Wait::Retry => None,
+        }) {
+            self.give_up(queue);
+        }
+    }
+
+    /// Gives up waiting for `queue`, and notes where it stands.
+    fn give_up(&mut self, queue: &'t ReceiveQueue) {
+        self.blocked.retain(|entry| !entry.is_for(queue));
+        self.stalled.retain(|(queue, at)| queue.published() == *at);
+        let _ = self.stalled.try_push((queue, queue.published()));
+        self.early = true;
     }
 
     fn is_stalled(&self, queue: &ReceiveQueue) -> bool {

@@ -309,10 +309,16 @@ impl<'t, 'p> Pass<'t, 'p> {
         flooding
     }
 
-    /// Whether chains wait for other threads' claims: it is too early to settle.
+    /// Whether chains wait for other threads' claims, after a pass.
     #[inline(always)]
     pub(super) fn owes(&self) -> bool {
         self.delivery.owes()
+    }
+
+    /// Takes nothing, and sees to what waits; returns whether nothing does any more.
+    pub(super) fn settle_owed(&mut self) -> bool {
+        self.delivery.settle();
+        !self.owes()
     }
 
     /// Repeats until nothing of ours waits to be published: before sleeping and before acknowledging.

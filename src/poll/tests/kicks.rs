@@ -9,9 +9,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::*;
 use crate::config::IdlePolicy;
-use crate::poll::{PollShared, Poller};
 use crate::sys::eventfd::KickFd;
-use crate::sys::snapshot::{Publisher, snapshots};
 
 /// For whatever should happen soon; the machine may be busy.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -68,15 +66,6 @@ impl<'m> Wish<'m> {
     }
 }
 
-/// A poll thread that does not run yet, and what keeps its topology.
-fn poller(topology: Topology, idle: IdlePolicy) -> (Publisher<Topology>, Arc<PollShared>, Poller) {
-    let (publisher, mut readers) = snapshots(topology, 1);
-    let shared = Arc::new(PollShared::new(idle).unwrap());
-    let reader = readers.pop().unwrap();
-    let poller = Poller::new(shared.clone(), reader, Instant::now());
-    (publisher, shared, poller.unwrap())
-}
-
 #[test]
 fn a_thread_that_polls_wants_no_kicks_however_many_frames_there_are_or_are_not() {
     for features in kinds() {
@@ -116,7 +105,7 @@ fn a_thread_that_polls_wants_no_kicks_however_many_frames_there_are_or_are_not()
 }
 
 /// Lets a guest kick; returns its descriptor.
-fn give_kick(vm: &mut Vm<'_>) -> OwnedFd {
+pub(super) fn give_kick(vm: &mut Vm<'_>) -> OwnedFd {
     let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
     let kick = KickFd::new(File::from(event.try_clone().unwrap())).unwrap();
     let mut pairs = vm.device.pairs.clone();

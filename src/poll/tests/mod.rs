@@ -12,6 +12,8 @@ use std::time::Instant;
 
 use super::egress::Tools;
 use super::pass::Pass;
+use super::{PollShared, Poller};
+use crate::config::IdlePolicy;
 use crate::frame::MAX_FRAME;
 use crate::memory::{GuestMemory, RegionSpec, SharedMemory, Window};
 use crate::port::{Device, PortShared, QueuePair, Receive, Transmit};
@@ -19,6 +21,7 @@ use crate::stats::{DropReason, ThreadStats};
 use crate::switch::PortRef;
 use crate::switch::fdb::{Fdb, FdbConfig};
 use crate::sys::aio::Caller;
+use crate::sys::snapshot::{Publisher, snapshots};
 use crate::topology::{PortEntry, Topology};
 use crate::virtio::driver::{Buffer, DriverRing, RingAreas, RingLayout};
 use crate::virtio::{
@@ -285,6 +288,8 @@ struct Threads {
     callers: Vec<Caller>,
     stats: Vec<ThreadStats>,
     clock: quanta::Clock,
+    /// How long chains wait for other threads: for ever.
+    hold_ns: u64,
 }
 
 impl Threads {
@@ -293,11 +298,12 @@ impl Threads {
             callers: (0..count).map(|_| Caller::new().unwrap()).collect(),
             stats: (0..count).map(|_| ThreadStats::default()).collect(),
             clock: quanta::Clock::new(),
+            hold_ns: u64::MAX,
         }
     }
 
     fn passes<'t, 'p>(&'p mut self, topology: &'t Topology) -> Vec<Pass<'t, 'p>> {
-        let (stats, clock) = (&self.stats, &self.clock);
+        let (stats, clock, hold_ns) = (&self.stats, &self.clock, self.hold_ns);
         let callers = self.callers.iter_mut().enumerate();
         callers
             .map(|(thread, caller)| {
@@ -306,9 +312,19 @@ impl Threads {
                     caller,
                     stats,
                     clock,
+                    hold_ns,
                 };
                 Pass::new(topology, thread, tools)
             })
             .collect()
     }
+}
+
+/// A poll thread that does not run yet, and what keeps its topology.
+fn poller(topology: Topology, idle: IdlePolicy) -> (Publisher<Topology>, Arc<PollShared>, Poller) {
+    let (publisher, mut readers) = snapshots(topology, 1);
+    let shared = Arc::new(PollShared::new(idle).unwrap());
+    let reader = readers.pop().unwrap();
+    let poller = Poller::new(shared.clone(), reader, Instant::now());
+    (publisher, shared, poller.unwrap())
 }

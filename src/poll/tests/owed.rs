@@ -1,7 +1,12 @@
 //! Transmit chains whose frames stand behind another thread's open claim.
 
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::kicks::give_kick;
 use super::*;
-use crate::poll::owed::HOLD_NS;
+use crate::poll::owed::{HOLD_NS, ROOM};
 use crate::virtio::claim::Published;
 
 /// The receive queue of a guest.
@@ -63,14 +68,15 @@ fn chains_wait_from_pass_to_pass_until_their_frames_are_published() {
 
 #[test]
 fn chains_do_not_wait_for_ever_and_those_that_come_later_not_at_all() {
-    let rams = rams::<2>();
+    let rams = rams::<4>();
     let mut vms = vms(&rams, false);
-    let queue = queue_of(&vms[1]);
+    let (late, other) = (queue_of(&vms[1]), queue_of(&vms[2]));
     let topology = topology(&vms, 1, |_| 0);
     let mut tools = Threads::new(1);
+    tools.hold_ns = HOLD_NS;
     let mut passes = tools.passes(&topology);
     let pass = &mut passes[0];
-    let open = claim(&queue);
+    let open = claim(&late);
     let begun = Instant::now();
     vms[0].send(1, 60, 3);
     while completed(&mut vms[0]) == 0 {
@@ -85,17 +91,148 @@ fn chains_do_not_wait_for_ever_and_those_that_come_later_not_at_all() {
     }
     assert_eq!(vms[1].take(1), 0);
     // It goes on: from here on chains wait again.
-    assert_eq!(queue.commit(&open), Published::Clean);
+    assert_eq!(late.commit(&open), Published::Clean);
     assert_eq!(vms[1].take(16), 1 + 3 + 10);
-    let open = claim(&queue);
-    vms[0].send(1, 60, 2);
+    let opens = [claim(&late), claim(&other)];
+    for to in [1, 2] {
+        vms[0].send(to, 60, 2);
+    }
     pass.run(0, || true);
     assert_eq!(completed(&mut vms[0]), 0);
     // A thread that leaves its topology, and cannot wait any longer, settles all the same.
     pass.settle();
-    assert_eq!(completed(&mut vms[0]), 2);
+    assert_eq!(completed(&mut vms[0]), 4);
     assert!(!pass.owes());
-    assert_eq!(queue.commit(&open), Published::Clean);
+    for (queue, open) in [&late, &other].into_iter().zip(&opens) {
+        assert_eq!(queue.commit(open), Published::Clean);
+    }
     drop(passes);
     assert_eq!(tools.stats[0].completed_early.get(), 2);
+}
+
+#[test]
+fn one_queue_that_stands_still_is_given_up_and_no_other() {
+    let rams = rams::<4>();
+    let mut vms = vms(&rams, false);
+    let (late, other) = (queue_of(&vms[2]), queue_of(&vms[3]));
+    let topology = topology(&vms, 1, |_| 0);
+    let mut tools = Threads::new(1);
+    tools.hold_ns = HOLD_NS;
+    let mut passes = tools.passes(&topology);
+    let pass = &mut passes[0];
+    let _open = claim(&late);
+    vms[0].send(2, 60, 1);
+    pass.run(0, || true);
+    let begun = Instant::now();
+    while begun.elapsed().as_nanos() <= u128::from(HOLD_NS) {}
+    // What comes now is not late.
+    let open = claim(&other);
+    vms[1].send(3, 60, 1);
+    pass.run(0, || true);
+    assert_eq!((completed(&mut vms[0]), completed(&mut vms[1])), (1, 0));
+    assert!(pass.owes());
+    assert_eq!(other.commit(&open), Published::Clean);
+    pass.run(0, || true);
+    assert_eq!(completed(&mut vms[1]), 1);
+    drop(passes);
+    assert_eq!(tools.stats[0].completed_early.get(), 1);
+}
+
+#[test]
+fn more_senders_than_there_is_room_for_do_not_wait_and_are_counted() {
+    let rams: Vec<SharedMemory> = (0..200).map(|_| ram()).collect();
+    let mut vms = vms(&rams, false);
+    let queue = queue_of(&vms[0]);
+    let topology = topology(&vms, 1, |_| 0);
+    let mut tools = Threads::new(1);
+    let mut passes = tools.passes(&topology);
+    let pass = &mut passes[0];
+    let open = claim(&queue);
+    let senders = 1..vms.len();
+    for sender in senders.clone() {
+        vms[sender].send(0, 60, 1);
+    }
+    pass.run(0, || true);
+    let early: usize = senders.clone().map(|at| completed(&mut vms[at])).sum();
+    assert_eq!(early, senders.len() - ROOM);
+    assert_eq!(queue.commit(&open), Published::Clean);
+    pass.run(0, || true);
+    let rest: usize = senders.map(|at| completed(&mut vms[at])).sum();
+    assert_eq!(rest, ROOM);
+    drop(passes);
+    assert_eq!(tools.stats[0].completed_early.get(), 1);
+}
+
+// ---- what else waits for them ------------------------------------------------------------------------
+
+/// A poll thread is asked for something while chains of its wait for a claim, which is committed then, or is not.
+fn asked_while_chains_wait(stops: bool, commits: bool) {
+    let rams = rams::<2>();
+    let mut vms = vms(&rams, false);
+    let queue = queue_of(&vms[1]);
+    let topology = topology(&vms, 1, |_| 0);
+    let mut next = Some(successor(&topology, &[vms[0].entry(), vms[1].entry()]));
+    let (mut publisher, shared, poller) = poller(topology, IdlePolicy::Busy);
+    let acknowledgements = publisher.acknowledgements();
+    let open = claim(&queue);
+    vms[0].send(1, 60, 3);
+    let (mut asked, mut answered, mut turns) = (Instant::now(), None, 0);
+    poller.run_with(|| {
+        turns += 1;
+        if turns == 2 {
+            // One pass has taken the frames.
+            asked = Instant::now();
+            if stops {
+                shared.stop.store(true, Ordering::Relaxed);
+            } else {
+                publisher.publish(next.take().unwrap());
+            }
+        } else if commits && turns == 6 {
+            assert_eq!(queue.commit(&open), Published::Clean);
+        }
+        if turns > 2 && !stops && acknowledgements.reached(publisher.generation()) {
+            answered.get_or_insert_with(|| (asked.elapsed(), completed(&mut vms[0])));
+            shared.stop.store(true, Ordering::Relaxed);
+        }
+    });
+    let (waited, back) = answered.unwrap_or_else(|| (asked.elapsed(), completed(&mut vms[0])));
+    let long = waited.as_nanos() > u128::from(HOLD_NS);
+    assert!(long || commits && turns >= 6, "{waited:?}, {turns} turns");
+    assert_eq!(back, 3);
+    if !commits {
+        assert_eq!(shared.stats.completed_early.get(), 1);
+    }
+}
+
+#[test]
+fn a_change_of_the_switch_waits_for_chains_and_not_for_ever() {
+    for commits in [true, false] {
+        asked_while_chains_wait(false, commits);
+    }
+}
+
+#[test]
+fn a_thread_ends_when_no_chain_waits_and_not_never() {
+    for commits in [true, false] {
+        asked_while_chains_wait(true, commits);
+    }
+}
+
+#[test]
+fn a_thread_does_not_sleep_while_chains_wait() {
+    let rams = rams::<2>();
+    let mut vms = vms(&rams, false);
+    // One that does not kick must be polled.
+    let _kicks: Vec<OwnedFd> = vms.iter_mut().map(give_kick).collect();
+    let queue = queue_of(&vms[1]);
+    let topology = topology(&vms, 1, |_| 0);
+    let (_publisher, shared, mut poller) = poller(topology, IdlePolicy::Adaptive(Duration::ZERO));
+    let _open = claim(&queue);
+    vms[0].send(1, 60, 3);
+    let begun = Instant::now();
+    poller.drain();
+    let waited = begun.elapsed().as_nanos();
+    assert!(waited >= u128::from(HOLD_NS), "{waited} ns");
+    assert_eq!(completed(&mut vms[0]), 3);
+    assert_eq!(shared.stats.completed_early.get(), 1);
 }
