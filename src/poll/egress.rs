@@ -337,6 +337,11 @@ impl<'t, 'p> Delivery<'t, 'p> {
         for number in queues {
             self.complete(*number);
         }
+        if self.owed.take_cleared() {
+            for number in 0..self.context.plan.queues.len() {
+                self.complete(number as u16);
+            }
+        }
     }
 
     /// The one retry of a pass for frames that found no buffer. Whatever it does not place is dropped.

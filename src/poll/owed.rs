@@ -6,7 +6,7 @@
 //! ones of its queue wait here (a queue completes in available order), from pass to pass: the thread itself goes on.
 //!
 //! Behind a thread that has lost its processor they would wait for as long as that takes, and what their senders have for
-//! others would wait with them. So where nothing moves for [`HOLD_NS`], they are completed all the same.
+//! others would wait with them. So after [`HOLD_NS`] they are completed all the same.
 
 use arrayvec::ArrayVec;
 
@@ -63,6 +63,8 @@ pub(super) struct Owed<'t> {
     blocked: ArrayVec<Entry<'t>, OWED>,
     /// Chains are completed although their frames are not published.
     early: bool,
+    /// Waits that have ended were forgotten to make room, and nobody knows whose.
+    cleared: bool,
     /// Queues that were waited for in vain, and where they stood: as long as they stand there, nobody waits again.
     /// Otherwise senders to such a queue would stand still for a while again and again.
     stalled: ArrayVec<(&'t ReceiveQueue, u64), STALLED>,
@@ -72,7 +74,12 @@ impl<'t> Owed<'t> {
     /// Whether chains wait, or were completed early and nobody has been told.
     #[inline(always)]
     pub(super) fn any(&self) -> bool {
-        !self.blocked.is_empty() || self.early
+        !self.blocked.is_empty() || self.early || self.cleared
+    }
+
+    /// Whether all transmit queues are to be completed, and not only those of [`Owed::queues`]; asked once.
+    pub(super) fn take_cleared(&mut self) -> bool {
+        std::mem::take(&mut self.cleared)
     }
 
     /// The transmit queues with chains that wait, by their numbers in the plan.
@@ -114,7 +121,9 @@ impl<'t> Owed<'t> {
             }
         }
         if !self.has_room() {
+            // What they held back is completed at the end of the pass: here frames of the burst are not delivered yet.
             self.blocked.retain(|entry| !entry.is_published());
+            self.cleared = true;
         }
         if self.has_room() {
             self.push(ingress, position, Wait::Published(queue, end));

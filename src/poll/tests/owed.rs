@@ -1,11 +1,13 @@
 //! Transmit chains whose frames stand behind another thread's open claim.
 
+use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::kicks::give_kick;
 use super::*;
+use crate::frame::BURST_FRAMES;
 use crate::poll::owed::{HOLD_NS, ROOM};
 use crate::virtio::claim::Published;
 
@@ -26,6 +28,10 @@ fn claim(queue: &ReceiveQueue) -> Claim<'_> {
 /// Chains that are back at their driver.
 fn completed(vm: &mut Vm<'_>) -> usize {
     std::iter::from_fn(|| vm.transmit.reap()).count()
+}
+
+fn all_completed(vms: &mut [Vm<'_>]) -> usize {
+    vms.iter_mut().map(completed).sum()
 }
 
 #[test]
@@ -148,19 +154,47 @@ fn more_senders_than_there_is_room_for_do_not_wait_and_are_counted() {
     let mut passes = tools.passes(&topology);
     let pass = &mut passes[0];
     let open = claim(&queue);
-    let senders = 1..vms.len();
-    for sender in senders.clone() {
-        vms[sender].send(0, 60, 1);
+    for vm in &mut vms[1..] {
+        vm.send(0, 60, 1);
     }
     pass.run(0, || true);
-    let early: usize = senders.clone().map(|at| completed(&mut vms[at])).sum();
-    assert_eq!(early, senders.len() - ROOM);
+    assert_eq!(all_completed(&mut vms[1..]), 199 - ROOM);
     assert_eq!(queue.commit(&open), Published::Clean);
     pass.run(0, || true);
-    let rest: usize = senders.map(|at| completed(&mut vms[at])).sum();
-    assert_eq!(rest, ROOM);
+    assert_eq!(all_completed(&mut vms[1..]), ROOM);
     drop(passes);
     assert_eq!(tools.stats[0].completed_early.get(), 1);
+}
+
+#[test]
+fn room_is_made_of_waits_that_have_ended() {
+    let rams: Vec<SharedMemory> = (0..200).map(|_| ram()).collect();
+    let mut vms = vms(&rams, false);
+    let queue = queue_of(&vms[0]);
+    let topology = topology(&vms, 1, |_| 0);
+    let mut tools = Threads::new(1);
+    let mut passes = tools.passes(&topology);
+    let pass = &mut passes[0];
+    let first = claim(&queue);
+    for vm in &mut vms[1..] {
+        vm.send(0, 60, 1);
+    }
+    // Behind the first claim are two bursts, behind the second one all that follow.
+    let (bursts, second) = (Cell::new(0), RefCell::new(None));
+    pass.run(0, || {
+        bursts.set(bursts.get() + 1);
+        if bursts.get() == 2 {
+            *second.borrow_mut() = Some(claim(&queue));
+            assert_eq!(queue.commit(&first), Published::Clean);
+        }
+        true
+    });
+    assert_eq!(all_completed(&mut vms[1..]), 2 * BURST_FRAMES);
+    assert_eq!(queue.commit(&second.take().unwrap()), Published::Clean);
+    pass.run(0, || true);
+    assert_eq!(all_completed(&mut vms[1..]), 199 - 2 * BURST_FRAMES);
+    drop(passes);
+    assert_eq!(tools.stats[0].completed_early.get(), 0);
 }
 
 // ---- what else waits for them ------------------------------------------------------------------------
