@@ -110,7 +110,7 @@
 //!   (available index impossibly far ahead) marks the ring broken, once.
 //! - The price: a thread descheduled with an open claim, or while it publishes, delays what that one queue's driver
 //!   sees; and once for each change of the switch, for a millisecond at most, what its senders get back, and so what they send
-//!   to others. No thread waits. So claims are late and small (32 frames, 64 KiB), one a thread; pin poll threads.
+//!   to others. No thread waits for it, but for 10 µs before it takes over another topology. So claims are late and small (32 frames, 64 KiB), one a thread; pin poll threads.
 //!
 //! **A full ring keeps a share for each sender.** For two laps after a ring had no buffer for somebody, its last
 //! eighth is kept back, and each sending port draws on that for at most 1/32 of what the ring delivers (`virtio::share`:

@@ -176,10 +176,13 @@ fn new_histogram() -> Option<RoundTrips> {
 impl Client<'_, '_> {
     fn run(&mut self) {
         self.announce();
-        self.wait_for_all(1);
         // Announcements lie in the rings, and a window fills a ring: out with them before anybody sends.
-        self.receive_all();
-        self.wait_for_all(2);
+        self.wait_for_all(1, |client| {
+            client.receive_all();
+        });
+        while self.receive_all() > 0 {}
+        // What comes from now on is to be answered.
+        self.wait_for_all(2, |_| {});
         self.start = self.shared.clock.raw();
         self.now_ns = 0;
         if self.report.deaf.is_none() {
@@ -196,20 +199,21 @@ impl Client<'_, '_> {
         self.collect();
     }
 
-    /// Waits until every thread has come here `times` times, and takes what others announce meanwhile.
-    fn wait_for_all(&mut self, times: usize) {
+    /// Waits until every thread has come here `times` times, and does something `meanwhile`.
+    fn wait_for_all(&mut self, times: usize, meanwhile: impl Fn(&mut Self)) {
         self.shared.ready.fetch_add(1, Ordering::AcqRel);
         let all = times * self.shared.threads;
         while self.shared.ready.load(Ordering::Acquire) < all && !self.over() {
-            self.receive_all();
+            meanwhile(self);
             std::thread::yield_now();
         }
     }
 
-    fn receive_all(&mut self) {
-        for guest in self.guests.iter_mut() {
-            while guest.receive(self.shared.checker, self.now_ns) > 0 {}
-        }
+    /// Every guest receives a burst; returns how many frames that were.
+    fn receive_all(&mut self) -> usize {
+        let (checker, now_ns) = (self.shared.checker, self.now_ns);
+        let guests = self.guests.iter_mut();
+        guests.map(|guest| guest.receive(checker, now_ns)).sum()
     }
 
     fn over(&self) -> bool {

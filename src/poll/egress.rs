@@ -310,9 +310,8 @@ impl<'t, 'p> Delivery<'t, 'p> {
         self.settle();
         while self.touched.publish() {}
         if self.owes() {
-            let queues = self.owed.queues();
             self.owed.give_up_all();
-            self.complete_released(&queues);
+            self.complete_released();
         }
         self.notify();
     }
@@ -320,27 +319,22 @@ impl<'t, 'p> Delivery<'t, 'p> {
     /// Retries, and completes what was held back and need not be any more.
     #[cold]
     fn settle_owed(&mut self) {
-        let queues = self.owed.queues();
         self.retry();
         self.touched.publish();
-        self.complete_released(&queues);
+        self.complete_released();
     }
 
-    /// Completes chains of `queues` that wait no longer.
-    fn complete_released(&mut self, queues: &[u16]) {
+    /// Completes chains that wait no longer.
+    fn complete_released(&mut self) {
         let clock = self.tools.clock;
         let now = clock.raw();
         let is_late = |since| clock.delta_as_nanos(since, now) > self.tools.hold_ns;
         if self.owed.release(now, is_late) {
             self.tools.stats.completed_early.add(1);
         }
-        for number in queues {
-            self.complete(*number);
-        }
-        if self.owed.take_cleared() {
-            for number in 0..self.context.plan.queues.len() {
-                self.complete(number as u16);
-            }
+        // All queues: whose waits have ended is not remembered.
+        for number in 0..self.context.plan.queues.len() {
+            self.complete(number as u16);
         }
     }
 

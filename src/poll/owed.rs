@@ -63,8 +63,6 @@ pub(super) struct Owed<'t> {
     blocked: ArrayVec<Entry<'t>, OWED>,
     /// Chains are completed although their frames are not published.
     early: bool,
-    /// Waits that have ended were forgotten to make room, and nobody knows whose.
-    cleared: bool,
     /// Queues that were waited for in vain, and where they stood: as long as they stand there, nobody waits again.
     /// Otherwise senders to such a queue would stand still for a while again and again.
     stalled: ArrayVec<(&'t ReceiveQueue, u64), STALLED>,
@@ -74,23 +72,7 @@ impl<'t> Owed<'t> {
     /// Whether chains wait, or were completed early and nobody has been told.
     #[inline(always)]
     pub(super) fn any(&self) -> bool {
-        !self.blocked.is_empty() || self.early || self.cleared
-    }
-
-    /// Whether all transmit queues are to be completed, and not only those of [`Owed::queues`]; asked once.
-    pub(super) fn take_cleared(&mut self) -> bool {
-        std::mem::take(&mut self.cleared)
-    }
-
-    /// The transmit queues with chains that wait, by their numbers in the plan.
-    pub(super) fn queues(&self) -> ArrayVec<u16, OWED> {
-        let mut queues = ArrayVec::new();
-        for entry in &self.blocked {
-            if !queues.contains(&entry.ingress) {
-                queues.push(entry.ingress);
-            }
-        }
-        queues
+        !self.blocked.is_empty() || self.early
     }
 
     /// The chain at `position` waits until `queue` is published up to `end`, which is behind all earlier ends.
@@ -123,7 +105,6 @@ impl<'t> Owed<'t> {
         if !self.has_room() {
             // What they held back is completed at the end of the pass: here frames of the burst are not delivered yet.
             self.blocked.retain(|entry| !entry.is_published());
-            self.cleared = true;
         }
         if self.has_room() {
             self.push(ingress, position, Wait::Published(queue, end));

@@ -64,7 +64,9 @@ pub(crate) fn api_connections(daemon: &Daemon) -> usize {
     const LISTENS: &str = "00010000";
     let path = daemon.dir().join("api.sock");
     let path_text = path.to_str().expect("UTF-8");
-    let sockets = fs::read_to_string("/proc/net/unix").expect("sockets");
+    // Names of others' sockets may be of any bytes.
+    let sockets = fs::read("/proc/net/unix").expect("sockets");
+    let sockets = String::from_utf8_lossy(&sockets);
     let ours = sockets.lines().filter(|l| l.ends_with(path_text));
     ours.filter(|l| l.split_whitespace().nth(3) != Some(LISTENS))
         .count()
