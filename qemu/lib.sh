@@ -10,25 +10,47 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck disable=SC2034
 cache=${POLLUX_QEMU_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/pollux-qemu}
 
+# Debian's path for ordinary users lacks the directories of some programs that they may run, such as ethtool.
+PATH=$PATH:/usr/sbin:/sbin
+
+# What `guest` needs without --kernel: QEMU, and what `initramfs` packs or unpacks with.
+# shellcheck disable=SC2034 # used by the scripts
+guest_programs=(qemu-system-x86_64:qemu-system-x86 /usr/share/seabios:seabios busybox:busybox-static cpio:cpio
+    xz:xz-utils ethtool:ethtool)
+
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 die() { say "$*"; exit 1; }
 
 # usage: prints the comment block at the head of the running script.
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
-# need COMMAND PACKAGE...: makes COMMAND available, installing PACKAGEs as root.
+# need PROGRAM:PACKAGE...: makes all PROGRAMs (names or paths) available, installing as root the PACKAGEs of those that are
+# missing. What cannot be had is said in one message, so that nobody installs one, waits, and hears of the next.
 need() {
-    local command=$1
-    shift
-    command -v "$command" >/dev/null && return
+    local packages
+    mapfile -t packages < <(missing_packages "$@")
+    [[ ${#packages[@]} -gt 0 ]] || return 0
     if [[ $EUID -ne 0 ]] || ! command -v apt-get >/dev/null; then
-        die "'$command' is missing; please install: $*"
+        die "missing here; please install: ${packages[*]}"
     fi
-    say "installing $*"
-    apt_install "$@" || { apt-get -qq update >&2 && apt_install "$@"; } ||
-        die "apt-get could not install: $*"
-    command -v "$command" >/dev/null ||
-        die "'$command' is still missing after installing: $*"
+    say "installing ${packages[*]}"
+    apt_install "${packages[@]}" || { apt-get -qq update >&2 && apt_install "${packages[@]}"; } ||
+        die "apt-get could not install: ${packages[*]}"
+    mapfile -t packages < <(missing_packages "$@")
+    [[ ${#packages[@]} -eq 0 ]] || die "installed, and still without their programs: ${packages[*]}"
+}
+
+# missing_packages PROGRAM:PACKAGE...: the PACKAGEs of which PROGRAM is not here, each on a line. Debian's `busybox` and
+# `busybox-static` have a program of one name: with the former it is here, but linked dynamically.
+missing_packages() {
+    local pair path
+    for pair in "$@"; do
+        path=$(command -v "${pair%%:*}" || true)
+        [[ -n $path || ! -e ${pair%%:*} ]] || path=${pair%%:*}
+        if [[ -z $path ]] || { [[ $pair == *-static ]] && ldd "$path" >/dev/null 2>&1; }; then
+            printf '%s\n' "${pair##*:}"
+        fi
+    done | sort -u
 }
 
 apt_install() {
@@ -36,8 +58,11 @@ apt_install() {
         apt-get -qq install -y --no-install-recommends "$@" >/dev/null
 }
 
-# seconds_left DEADLINE: whole seconds until DEADLINE, a value of $SECONDS.
-seconds_left() { echo $(($1 > SECONDS ? $1 - SECONDS : 0)); }
+# version_of QEMU: its version, as in 7.2.
+version_of() { "$1" -version 2>/dev/null | sed -n '1s/.* version \([0-9]*\.[0-9]*\).*/\1/p'; }
+
+# version_is_at_least WANTED VERSION
+version_is_at_least() { [[ -n $2 && $(printf '%s\n' "$1" "$2" | sort -V | head -n 1) == "$1" ]]; }
 
 # wait_until SECONDS CONDITION...: polls CONDITION; false when time is over.
 wait_until() {
@@ -63,21 +88,30 @@ private_dir() {
     chmod 700 "$temporary"
 }
 
-# background LOG COMMAND...: starts a child that does not outlive this script;
-# its process id is then in $!. The kernel sees to that (pdeathsig) when even
-# the exit trap cannot, because somebody used SIGKILL.
-background() {
-    local log=$1
-    shift
-    setpriv --pdeathsig TERM -- "$@" >"$log" 2>&1 &
+# child COMMAND...: starts a child that does not outlive this script; its process
+# id is then in $!. The kernel sees to that (pdeathsig) when even the exit trap
+# cannot, because somebody used SIGKILL. It has a session of its own: Ctrl-C
+# reaches this script alone, which then ends its children in order.
+child() {
+    setsid setpriv --pdeathsig TERM -- "$@" &
     children+=("$!")
 }
 
-# stop PID [SECONDS]: SIGTERM, then SIGKILL if that did not help in time.
-stop() {
-    kill "$1" 2>/dev/null || true
-    wait_until "${2:-3}" gone "$1" || kill -KILL "$1" 2>/dev/null || true
+# background LOG COMMAND...: a child that writes to LOG.
+background() {
+    local log=$1
+    shift
+    child "$@" >"$log" 2>&1
 }
+
+# stop PID [SECONDS]: SIGTERM to a child and its own children, then SIGKILL if
+# that did not help in time.
+stop() {
+    signal_all TERM "$1"
+    wait_until "${2:-3}" gone "$1" || signal_all KILL "$1"
+}
+# Just after its start a child may not lead its session yet.
+signal_all() { kill -"$1" -- "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null || true; }
 
 clean_up() {
     local status=$? child
@@ -93,5 +127,12 @@ clean_up() {
     exit "$status"
 }
 trap clean_up EXIT
-trap 'exit 130' INT
+# Scripts call each other, and Ctrl-C reaches all that run in the foreground: the outermost one says so.
+: "${POLLUX_OUTERMOST:=$$}"
+export POLLUX_OUTERMOST
+interrupted() {
+    [[ $POLLUX_OUTERMOST != "$$" ]] || say interrupted
+    exit 130
+}
+trap interrupted INT
 trap 'exit 143' TERM HUP

@@ -147,7 +147,7 @@ fn a_backend_that_dies_under_way_has_no_number() {
     let dir = tempfile::tempdir().unwrap();
     // Only the switch: the client has the same name.
     let script = format!(
-        "[ \"$1\" != run ] || exec timeout -s KILL 1.5 {BINARY} \"$@\"\nexec {BINARY} \"$@\""
+        "[ \"$1\" != run ] || exec timeout -s KILL 1.5 '{BINARY}' \"$@\"\nexec '{BINARY}' \"$@\""
     );
     let mortal = executable(dir.path(), "pollux", &script);
     let arguments = "--backends pollux --sizes 64 --rings split --mergeable off --rounds 1 --seconds 4 --mode tput";
@@ -273,8 +273,8 @@ fn long_passes_are_counted_beside_the_pauses_of_a_thread_that_only_looks_at_the_
     let answer = json!([{"pass_length": {"buckets": buckets}, "takeover_length": null}]);
     fs::write(dir.path().join("answer"), answer.to_string()).unwrap();
     let script = format!(
-        "[ \"$1 $2\" = 'poll list' ] || exec {BINARY} \"$@\"\n\
-         cd {}\necho >>asked\nsed \"s/777/$(wc -l <asked)/g\" answer",
+        "[ \"$1 $2\" = 'poll list' ] || exec '{BINARY}' \"$@\"\n\
+         cd '{}'\necho >>asked\nsed \"s/777/$(wc -l <asked)/g\" answer",
         dir.path().display()
     );
     let switch = executable(dir.path(), "pollux", &script);

@@ -1,3 +1,5 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034 # used by the starters
 # Shared by the backend starters in this directory; sourced, never run.
 #
 # Each starter runs one backend in the foreground:
@@ -11,8 +13,11 @@
 # Exit 1: it failed or died; the end of its log is on stderr.
 set -u
 export LC_ALL=C
+# Debian's path for ordinary users lacks the directories of some programs that they may run.
+PATH=$PATH:/usr/sbin:/sbin
 
-dir= ports=2 queues=1 cpu=0 helper_cpu= mode=server
+dir='' ports=2 queues=1 cpu=0 helper_cpu='' mode=server
+arguments=("$@")
 while [ $# -gt 0 ]; do
     case $1 in
         --dir) dir=$2 ;;

@@ -56,8 +56,8 @@ struct Args {
     /// Processor of the (first) thread, and of the second
     #[arg(long, global = true, value_delimiter = ',')]
     cpus: Vec<usize>,
-    /// What `cargo bench` passes
-    #[arg(long, hide = true)]
+    /// What `cargo bench` passes, behind all other arguments
+    #[arg(long, hide = true, global = true)]
     bench: bool,
 }
 

@@ -8,7 +8,8 @@
 //! Every run tries a cover of all pairs, and a refused cell for each reason, chosen by the seed in `POLLUX_MATRIX_SEED`
 //! (1 unless it is set); the ignored test tries all cells (`tests/run --matrix`) and writes `tests/MATRIX.md`, or with
 //! `POLLUX_MATRIX_PART=1/8` the first of eight parts of them, and writes nothing. An empty `POLLUX_MATRIX_GUESTS` leaves
-//! out the cells that need QEMU (`tests/run --quick`).
+//! out the cells that need QEMU (`tests/run --quick`), and `POLLUX_MATRIX_DRIVER=qemu` all others: `tests/run` tries those
+//! again with the QEMU that `QEMU` names.
 
 #![allow(
     clippy::unwrap_used,
@@ -119,17 +120,31 @@ fn part() -> Option<(usize, usize)> {
     Some((part.parse().unwrap(), parts.parse().unwrap()))
 }
 
+/// The drivers that are tried: all, or the one in `POLLUX_MATRIX_DRIVER`.
+fn drivers() -> Vec<Driver> {
+    let Ok(wanted) = std::env::var("POLLUX_MATRIX_DRIVER") else {
+        return Driver::ALL.to_vec();
+    };
+    let named = |driver: &Driver| format!("{driver:?}").eq_ignore_ascii_case(&wanted);
+    let found: Vec<Driver> = Driver::ALL.into_iter().filter(named).collect();
+    assert!(
+        !found.is_empty(),
+        "POLLUX_MATRIX_DRIVER={wanted}: no such driver"
+    );
+    found
+}
+
 #[test]
 fn a_cover_of_all_pairs_passes() {
     let seed = std::env::var("POLLUX_MATRIX_SEED").map_or(1, |seed| seed.parse().unwrap());
     println!("POLLUX_MATRIX_SEED={seed}");
     let begin = Instant::now();
-    let chosen = Driver::ALL.map(|driver| {
+    let chosen = drivers().into_iter().flat_map(|driver| {
         let cells = cells(driver);
         // What a peer refuses is no more than a claim until it is seen to refuse it.
         [cover(&cells, seed), refused(&cells, seed)].concat()
     });
-    run_all(&chosen.concat());
+    run_all(&chosen.collect::<Vec<_>>());
     let seconds = begin.elapsed().as_secs();
     println!("POLLUX_MATRIX_SEED={seed}: {seconds} s");
 }
@@ -137,8 +152,9 @@ fn a_cover_of_all_pairs_passes() {
 #[test]
 #[ignore = "half an hour: tests/run --matrix"]
 fn every_cell_passes() {
-    let mut all = Driver::ALL.map(cells).concat();
-    let mut whole = true;
+    let drivers = drivers();
+    let mut whole = drivers == Driver::ALL;
+    let mut all: Vec<Cell> = drivers.into_iter().flat_map(cells).collect();
     if let Some((part, parts)) = part() {
         whole = false;
         let mut at = 0..;
