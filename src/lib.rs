@@ -160,12 +160,12 @@
 //! | [`cli`] | arguments and client commands | `api`, `bench`, `config`, `wire` |
 //! | [`daemon`] | composition root: control, registry, sessions' glue, reaper | `api`, `bench`, `config`, `memory`, `observe`, `poll`, `port`, `stats`, `switch`, `sys`, `topology`, `vhost_user`, `wire` |
 //! | [`mod@bench`] | the load generator: guests that measure a switch | `config`, `memory`, `virtio` |
-//! | [`api`] | HTTP/JSON: types, server, client | `config`, `sys` |
+//! | [`api`] | HTTP/JSON: types, server, client | `config`, `sys`, `wire` |
 //! | [`vhost_user`] | the protocol with one frontend | `memory`, `port`, `sys`, `virtio` |
 //! | [`poll`] | poll thread: pass, delivery, idle policy | `config`, `frame`, `memory`, `observe`, `stats`, `switch`, `sys`, `topology`, `virtio`, `wire` |
 //! | [`topology`] | the snapshot | `memory`, `observe`, `port`, `switch`, `sys`, `virtio` |
 //! | [`port`] | a port's two halves | `config`, `memory`, `stats`, `switch`, `sys`, `virtio` |
-//! | [`observe`] | captures, traces, mirrors: buffers, filters, formats | `config`, `memory`, `stats`, `switch`, `sync` |
+//! | [`observe`] | captures, traces, mirrors: buffers, filters, formats | `config`, `memory`, `stats`, `switch`, `sync`, `wire` |
 //! | [`switch`] | decisions and FDB; no clock, thread or I/O | `stats`, `wire` |
 //! | [`frame`] | header snapshot, burst | `memory`, `stats`, `virtio`, `wire` |
 //! | [`virtio`] | rings, chains, claims; and the driver's side for `bench` and tests | `memory`, `sync` |

@@ -23,6 +23,7 @@ use model::{Model, Served, serve};
 use pollux::api::client::{Client, ClientError};
 use pollux::api::types::*;
 use pollux::api::{Server, ServerError};
+use pollux::wire::Mac;
 use serde_json::{Value, json};
 
 fn client(served: &Served) -> Client {
@@ -117,9 +118,9 @@ fn wrong_requests_are_refused_and_named() {
     for target in [
         "/v1/ports?may_exist=perhaps",
         "/v1/fdb?mac=52",
-        "/v1/fdb?vlan=1",
+        "/v1/fdb?mac=52:54:00:00:00:1",
         "/v1/fdb?mac=52:54:00:00:00:01&port=vm1",
-        "/v1/fdb?mac=52:54:00:00:00:01&vlan=4095",
+        "/v1/fdb?mac=52:54:00:00:00:01&vlan=5",
     ] {
         let result = if target.starts_with("/v1/ports") {
             client.post(target, &served.spec("vm1"))
@@ -128,13 +129,28 @@ fn wrong_requests_are_refused_and_named() {
         };
         assert_eq!(refusal(result).0, 400, "{target}");
     }
-    let group = json!({"mac": "01:00:5e:00:00:01", "port": "vm1"});
-    assert!(
-        refusal(client.post("/v1/fdb", &group))
-            .1
-            .message
-            .contains("group address")
-    );
+    for (body, part) in [
+        (
+            json!({"mac": "01:00:5e:00:00:01", "port": "vm1"}),
+            "group address",
+        ),
+        (
+            json!({"mac": "00:00:00:00:00:00", "port": "vm1"}),
+            "zero address",
+        ),
+        (
+            json!({"mac": "52:54:00:00:00:9", "port": "vm1"}),
+            "two hexadecimal digits",
+        ),
+        (
+            json!({"mac": "52:54:00:00:00:09", "port": "vm1", "vlan": 5}),
+            "unknown field `vlan`",
+        ),
+    ] {
+        let (status, error) = refusal(client.post("/v1/fdb", &body));
+        assert_eq!(status, 400, "{body}");
+        assert!(error.message.contains(part), "{body}: {}", error.message);
+    }
 }
 
 #[test]
@@ -155,12 +171,15 @@ fn the_forwarding_table_takes_static_entries() {
     let served = serve();
     let client = client(&served);
     client.post("/v1/ports", &served.spec("vm1")).unwrap();
-    let mac: MacAddr = "52:54:00:00:00:01".parse().unwrap();
-    let entry = FdbAdd {
+    let mac: Mac = "52:54:00:00:00:01".parse().unwrap();
+    let mut entry = FdbAdd {
         mac,
-        vlan: 0,
         port: "vm1".into(),
+        replace: false,
     };
+    client.post("/v1/fdb", &entry).unwrap();
+    assert_eq!(refusal(client.post("/v1/fdb", &entry)).0, 409);
+    entry.replace = true;
     client.post("/v1/fdb", &entry).unwrap();
     let list = client.get("/v1/fdb").unwrap().value().unwrap();
     assert_eq!(list[0]["static"], true);

@@ -120,6 +120,37 @@ fn a_frame_to_an_address_on_its_own_port_goes_nowhere() {
 }
 
 #[test]
+fn a_static_entry_stays_until_another_one_is_to_replace_it() {
+    let daemon = daemon(3);
+    let rams = rams::<3>(GuestOptions::default());
+    let mut guests = attach(&daemon, &rams);
+    // A learned one gives way without a word.
+    send(&mut guests[2], BROADCAST, mac(9), 1);
+    assert_eq!(next(&mut guests[0]), Some(1));
+    let address = name(mac(9));
+    let add = |port: &str, more: &[&str]| {
+        let args = ["fdb", "add", &address, "--port", port];
+        daemon.try_pollux(&[&args[..], more].concat())
+    };
+    assert_eq!(add("p0", &[]), (0, String::new()));
+    for port in ["p0", "p1"] {
+        let (code, said) = add(port, &[]);
+        assert_eq!(code, 5, "{said}");
+        let words = format!("{address} has a static entry already, on port \"p0\"; --replace");
+        assert!(said.contains(&words), "{said}");
+    }
+    assert_eq!(fdb(&daemon), [(address.clone(), "p0".to_string())]);
+    assert_eq!(add("p1", &["--replace"]), (0, String::new()));
+    assert_eq!(fdb(&daemon), [(address.clone(), "p1".to_string())]);
+    // There are no VLANs: neither as an option, nor as a column.
+    assert_eq!(add("p1", &["--replace", "--vlan", "5"]).0, 2);
+    let table = daemon.try_pollux(&["fdb", "list"]).1;
+    assert!(!table.contains("VLAN"), "{table}");
+    drop(guests);
+    daemon.stop();
+}
+
+#[test]
 fn group_addresses_are_never_learned_and_link_local_ones_not_forwarded() {
     let daemon = daemon(3);
     let rams = rams::<3>(GuestOptions::default());

@@ -171,7 +171,7 @@ fn lines_filters_and_limits() {
             "2",
             "--json",
             "--filter",
-            "less 80 and ether dst 52:54:0:0:1:2",
+            "less 80 and ether dst 52:54:00:00:01:02",
         ],
         2,
     );

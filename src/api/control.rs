@@ -9,11 +9,12 @@ use std::fmt;
 use crossbeam_channel::Receiver;
 
 use super::types::{
-    CaptureOrder, Event, FdbAdd, FdbEntry, FdbKey, MirrorAdd, Moved, ObserverView, PollAdd,
-    PollMove, PollSettings, PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView,
-    TraceOrder, VersionView,
+    CaptureOrder, Event, FdbAdd, FdbEntry, MirrorAdd, Moved, ObserverView, PollAdd, PollMove,
+    PollSettings, PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView, TraceOrder,
+    VersionView,
 };
 use crate::config::PortSpec;
+use crate::wire::Mac;
 
 /// What a request named.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,7 +22,7 @@ pub enum What {
     /// A port, by name.
     Port(String),
     /// An address in the FDB.
-    Address(FdbKey),
+    Address(Mac),
     /// A poll thread, by number.
     PollThread(u32),
     /// An observer, by name.
@@ -34,7 +35,7 @@ impl fmt::Display for What {
             What::Port(name) => write!(f, "port {name:?}"),
             What::Observer(name) => write!(f, "observer {name:?}"),
             What::PollThread(number) => write!(f, "poll thread {number}"),
-            What::Address(FdbKey { mac, vlan }) => write!(f, "address {mac} in VLAN {vlan}"),
+            What::Address(mac) => write!(f, "address {mac}"),
         }
     }
 }
@@ -108,7 +109,7 @@ pub trait Control: Send + Sync {
     /// Adds a static entry.
     fn fdb_add(&self, entry: FdbAdd) -> Result<FdbEntry, ControlError>;
     /// Removes one entry, static or learned.
-    fn fdb_remove(&self, key: FdbKey) -> Result<(), ControlError>;
+    fn fdb_remove(&self, mac: Mac) -> Result<(), ControlError>;
     /// Forgets the learned entries of one port, or of all; answers how many there were.
     fn fdb_flush(&self, port: Option<&str>) -> Result<u64, ControlError>;
     /// The poll threads.

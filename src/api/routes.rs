@@ -27,11 +27,11 @@ use utoipa::IntoParams;
 
 use super::failure::Failure;
 use super::types::{
-    ApiError, Event, FdbAdd, FdbEntry, FdbKey, Flushed, MAX_VLAN, MacAddr, PortPatch, PortView,
-    StatsView, VersionView,
+    ApiError, Event, FdbAdd, FdbEntry, Flushed, PortPatch, PortView, StatsView, VersionView,
 };
 use super::{Control, ControlError, openapi, stream};
 use crate::config::PortSpec;
+use crate::wire::Mac;
 
 /// Largest body of a request.
 const MAX_BODY: usize = 64 * 1024;
@@ -320,15 +320,6 @@ async fn fdb(State(api): State<Api>) -> Result<Json<Vec<FdbEntry>>, Failure> {
     Ok(Json(call(&api, |control| control.fdb()).await?))
 }
 
-fn check_vlan(vlan: u16) -> Result<(), Failure> {
-    if vlan > MAX_VLAN {
-        return Err(Failure::bad(format!(
-            "VLAN {vlan}: use 0 (none) to {MAX_VLAN}"
-        )));
-    }
-    Ok(())
-}
-
 /// Adds a static entry.
 #[utoipa::path(
     post,
@@ -338,17 +329,21 @@ fn check_vlan(vlan: u16) -> Result<(), Failure> {
         (status = 201, body = FdbEntry),
         (status = 400, body = ApiError),
         (status = 404, body = ApiError, description = "No such port"),
-        (status = 409, body = ApiError, description = "Static on another port, or table full")
+        (status = 409, body = ApiError, description = "A static entry of the address exists and replace is not set, or there is no room")
     )
 )]
 async fn fdb_add(
     State(api): State<Api>,
     Input(entry): Input<FdbAdd>,
 ) -> Result<(StatusCode, Json<FdbEntry>), Failure> {
-    check_vlan(entry.vlan)?;
-    if entry.mac.is_multicast() {
+    // Frames are never sent to the zero address, and those to groups go everywhere.
+    if entry.mac.is_multicast() || entry.mac.is_zero() {
+        let kind = match entry.mac.is_zero() {
+            true => "the zero address",
+            false => "a group address",
+        };
         return Err(Failure::bad(format!(
-            "{} is a group address; only a station's address can be on a port",
+            "{} is {kind}; only a station's address can be on a port",
             entry.mac
         )));
     }
@@ -362,9 +357,7 @@ async fn fdb_add(
 struct FdbSelection {
     /// Remove this one entry, static or learned.
     #[param(value_type = Option<String>)]
-    mac: Option<MacAddr>,
-    /// VLAN of that entry, 0 for none.
-    vlan: Option<u16>,
+    mac: Option<Mac>,
     /// Forget the learned entries of this port.
     port: Option<String>,
 }
@@ -380,11 +373,8 @@ async fn fdb_delete(
     State(api): State<Api>,
     query: Result<Query<FdbSelection>, QueryRejection>,
 ) -> Result<Json<Flushed>, Failure> {
-    let Query(FdbSelection { mac, vlan, port }) = query?;
+    let Query(FdbSelection { mac, port }) = query?;
     let Some(mac) = mac else {
-        if vlan.is_some() {
-            return Err(Failure::bad("vlan selects an entry only together with mac"));
-        }
         let removed = call(&api, move |control| control.fdb_flush(port.as_deref())).await?;
         return Ok(Json(Flushed { removed }));
     };
@@ -393,12 +383,7 @@ async fn fdb_delete(
             "mac names one entry, port all of a port: give one of them",
         ));
     }
-    let key = FdbKey {
-        mac,
-        vlan: vlan.unwrap_or(0),
-    };
-    check_vlan(key.vlan)?;
-    call(&api, move |control| control.fdb_remove(key)).await?;
+    call(&api, move |control| control.fdb_remove(mac)).await?;
     Ok(Json(Flushed { removed: 1 }))
 }
 

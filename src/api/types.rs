@@ -5,13 +5,12 @@
 //! *switch's* view: rx is a frame that enters the switch from the port's guest.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::config::SocketMode;
+use crate::wire::Mac;
 
 mod observe;
 mod poll;
@@ -24,69 +23,6 @@ pub use poll::{
     Latency, LatencyBucket, Moved, PollAdd, PollMove, PollSettings, PollSettingsPatch, PollState,
     PollThreadView, QueueRef,
 };
-
-/// Highest VLAN identifier (4095 is reserved by IEEE 802.1Q).
-pub const MAX_VLAN: u16 = 4094;
-
-/// An Ethernet address; in JSON a string such as `52:54:00:12:34:56`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
-pub struct MacAddr(pub [u8; 6]);
-
-/// A text that is no Ethernet address.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not an Ethernet address: use six hexadecimal bytes such as 52:54:00:12:34:56")]
-pub struct MacAddrError(String);
-
-impl MacAddr {
-    /// Group bit: a station never sends with such a source.
-    pub fn is_multicast(&self) -> bool {
-        self.0[0] & 1 == 1
-    }
-}
-
-impl fmt::Display for MacAddr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
-impl FromStr for MacAddr {
-    type Err = MacAddrError;
-
-    fn from_str(text: &str) -> Result<Self, MacAddrError> {
-        let bad = || MacAddrError(text.to_string());
-        let mut bytes = [0u8; 6];
-        let mut parts = text.split([':', '-']);
-        for byte in &mut bytes {
-            let part = parts.next().ok_or_else(bad)?;
-            // from_str_radix alone would take "+5".
-            if part.is_empty() || part.len() > 2 || !part.bytes().all(|b| b.is_ascii_hexdigit()) {
-                return Err(bad());
-            }
-            *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
-        }
-        match parts.next() {
-            None => Ok(MacAddr(bytes)),
-            Some(_) => Err(bad()),
-        }
-    }
-}
-
-impl From<MacAddr> for String {
-    fn from(mac: MacAddr) -> String {
-        mac.to_string()
-    }
-}
-
-impl TryFrom<String> for MacAddr {
-    type Error = MacAddrError;
-
-    fn try_from(text: String) -> Result<Self, MacAddrError> {
-        text.parse()
-    }
-}
 
 /// Where a port stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -274,11 +210,9 @@ pub struct PortPatch {
 /// An entry of the forwarding table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct FdbEntry {
-    /// VLAN, 0 for none.
-    pub vlan: u16,
     /// The station's address.
     #[schema(value_type = String, example = "52:54:00:12:34:56")]
-    pub mac: MacAddr,
+    pub mac: Mac,
     /// Where it is.
     pub port: String,
     /// Seconds since a frame from it was seen; 0 for static entries.
@@ -288,30 +222,18 @@ pub struct FdbEntry {
     pub is_static: bool,
 }
 
-/// What identifies an entry of the forwarding table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct FdbKey {
-    /// The station's address.
-    #[schema(value_type = String, example = "52:54:00:12:34:56")]
-    pub mac: MacAddr,
-    /// VLAN, 0 for none.
-    #[serde(default)]
-    pub vlan: u16,
-}
-
 /// A static entry to add.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FdbAdd {
     /// The station's address.
     #[schema(value_type = String, example = "52:54:00:12:34:56")]
-    pub mac: MacAddr,
-    /// VLAN, 0 for none.
-    #[serde(default)]
-    pub vlan: u16,
+    pub mac: Mac,
     /// The port it is on.
     pub port: String,
+    /// Take the place of a static entry that the address has already.
+    #[serde(default)]
+    pub replace: bool,
 }
 
 /// How many entries a flush removed.

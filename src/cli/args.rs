@@ -7,10 +7,11 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueHint};
 
-use crate::api::types::{MAX_VLAN, MacAddr, PortPatch};
+use crate::api::types::PortPatch;
 use crate::config::{
     CpuList, IdleList, IdlePolicy, MAX_QUEUE_PAIRS, PortSpec, QUEUE_PAIRS, Rebalance,
 };
+use crate::wire::Mac;
 
 mod observe;
 
@@ -223,21 +224,18 @@ pub enum FdbCommand {
     /// Add a static entry, which does not age and does not move
     Add {
         /// The station's address.
-        mac: MacAddr,
+        mac: Mac,
         /// The port it is on
         #[arg(long)]
         port: String,
-        /// Its VLAN, 0 for none
-        #[arg(long, value_name = "ID", default_value_t = 0, value_parser = vlan_parser())]
-        vlan: u16,
+        /// Take the place of a static entry that the address has already
+        #[arg(long)]
+        replace: bool,
     },
     /// Remove one entry, static or learned
     Remove {
         /// The station's address.
-        mac: MacAddr,
-        /// Its VLAN, 0 for none
-        #[arg(long, value_name = "ID", default_value_t = 0, value_parser = vlan_parser())]
-        vlan: u16,
+        mac: Mac,
         /// Do nothing if there is no such entry
         #[arg(long)]
         if_exists: bool,
@@ -395,10 +393,6 @@ fn parse_setting(text: &str) -> Result<Setting, SettingError> {
     }
 }
 
-fn vlan_parser() -> impl clap::builder::TypedValueParser<Value = u16> {
-    clap::value_parser!(u16).range(0..=i64::from(MAX_VLAN))
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -459,12 +453,16 @@ mod tests {
             ("pollux run --fdb-size 1", "64..=1048576"),
             ("pollux run --mac-ageing 0", "1..=1000000"),
             ("pollux stats --watch 0", "1..=86400"),
-            ("pollux fdb add 52:54:00:12:34 --port a", "six hexadecimal"),
-            ("pollux fdb add 52:54:00:12:34:56", "--port"),
+            ("pollux fdb add 52:54:00:12:34 --port a", "six bytes of two"),
             (
-                "pollux fdb remove 52:54:00:12:34:56 --vlan 4095",
-                "0..=4094",
+                "pollux fdb add 52:54:00:12:34:9 --port a",
+                "two hexadecimal",
             ),
+            (
+                "pollux fdb add 52:54:00:12:34:56 --port a --vlan 5",
+                "unexpected argument '--vlan'",
+            ),
+            ("pollux fdb add 52:54:00:12:34:56", "--port"),
             ("pollux port set vm1", "KEY=VALUE"),
             ("pollux port set vm1 colour=red", "known is queues=N"),
             ("pollux port set vm1 queues=0", "1 to 128"),

@@ -83,16 +83,12 @@ fn fdb(client: &Client, command: FdbCommand) -> Result<(), Failure> {
         FdbCommand::List(output) => show(client, "/v1/fdb", output, |entries: &Vec<FdbEntry>| {
             views::fdb(entries)
         }),
-        FdbCommand::Add { mac, port, vlan } => {
-            client.post("/v1/fdb", &FdbAdd { mac, vlan, port })?;
+        FdbCommand::Add { mac, port, replace } => {
+            client.post("/v1/fdb", &FdbAdd { mac, port, replace })?;
             Ok(())
         }
-        FdbCommand::Remove {
-            mac,
-            vlan,
-            if_exists,
-        } => {
-            let result = client.delete(&format!("/v1/fdb?mac={mac}&vlan={vlan}"));
+        FdbCommand::Remove { mac, if_exists } => {
+            let result = client.delete(&format!("/v1/fdb?mac={mac}"));
             absent_is_fine(result, if_exists)
         }
         FdbCommand::Flush { port } => {

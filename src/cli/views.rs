@@ -155,7 +155,7 @@ fn counters(statistics: &PortStatistics) -> String {
 
 /// `pollux fdb list`.
 pub(super) fn fdb(entries: &[FdbEntry]) -> String {
-    let mut table = Table::new(&["MAC", ">VLAN", "PORT", ">AGE", "TYPE"]);
+    let mut table = Table::new(&["MAC", "PORT", ">AGE", "TYPE"]);
     for entry in entries {
         let (age, kind) = if entry.is_static {
             ("-".to_string(), "static")
@@ -164,7 +164,6 @@ pub(super) fn fdb(entries: &[FdbEntry]) -> String {
         };
         table.row([
             entry.mac.to_string(),
-            entry.vlan.to_string(),
             entry.port.clone(),
             age,
             kind.to_string(),

@@ -8,13 +8,14 @@ use super::link::Link;
 use super::observers::{ObserverRecord, Prospect};
 use crate::api::ControlError;
 use crate::api::types::{
-    FdbAdd, FdbEntry, FdbKey, Moved, ObserverView, PollAdd, PollMove, PollSettings,
-    PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView,
+    FdbAdd, FdbEntry, Moved, ObserverView, PollAdd, PollMove, PollSettings, PollSettingsPatch,
+    PollThreadView, PortPatch, PortView, StatsView,
 };
 use crate::config::PortSpec;
 use crate::observe::Observer;
 use crate::sys::snapshot::Reader;
 use crate::topology::Topology;
+use crate::wire::Mac;
 
 /// Where an answer goes. A caller that is gone is no error.
 pub(super) type Reply<T> = Sender<Result<T, ControlError>>;
@@ -38,7 +39,7 @@ pub(super) enum Command {
     Port(String, Reply<PortView>),
     Fdb(Reply<Vec<FdbEntry>>),
     FdbAdd(FdbAdd, Reply<FdbEntry>),
-    FdbRemove(FdbKey, Reply<()>),
+    FdbRemove(Mac, Reply<()>),
     FdbFlush(Option<String>, Reply<u64>),
     PollThreads(Reply<Vec<PollThreadView>>),
     Stats(Reply<StatsView>),

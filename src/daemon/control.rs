@@ -292,8 +292,8 @@ impl Control {
             Command::FdbAdd(entry, reply) => {
                 let _ = reply.send(views::fdb_add(&mut self.registry, entry));
             }
-            Command::FdbRemove(key, reply) => {
-                let _ = reply.send(views::fdb_remove(&mut self.registry, key));
+            Command::FdbRemove(mac, reply) => {
+                let _ = reply.send(views::fdb_remove(&mut self.registry, mac));
             }
             Command::FdbFlush(port, reply) => {
                 let _ = reply.send(views::fdb_flush(&mut self.registry, port.as_deref()));

@@ -10,15 +10,16 @@ use super::observers::Names;
 use super::report::Report;
 use super::streams::{CaptureStream, TraceStream, add_mirror};
 use crate::api::types::{
-    CaptureOrder, Event, FdbAdd, FdbEntry, FdbKey, MirrorAdd, Moved, ObserverView, PollAdd,
-    PollMove, PollSettings, PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView,
-    TraceOrder, VersionView,
+    CaptureOrder, Event, FdbAdd, FdbEntry, MirrorAdd, Moved, ObserverView, PollAdd, PollMove,
+    PollSettings, PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView, TraceOrder,
+    VersionView,
 };
 use crate::api::{ByteStream, Control, ControlError};
 use crate::config::PortSpec;
 use crate::sys::snapshot::Acknowledgements;
 use crate::sys::wake::Wake;
 use crate::topology::Topology;
+use crate::wire::Mac;
 
 /// Control answers within a turn of its loop; more than this means that the machine stands still.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -82,8 +83,8 @@ impl Control for Handle {
         self.ask(|reply| Command::FdbAdd(entry, reply))
     }
 
-    fn fdb_remove(&self, key: FdbKey) -> Result<(), ControlError> {
-        self.ask(|reply| Command::FdbRemove(key, reply))
+    fn fdb_remove(&self, mac: Mac) -> Result<(), ControlError> {
+        self.ask(|reply| Command::FdbRemove(mac, reply))
     }
 
     fn fdb_flush(&self, port: Option<&str>) -> Result<u64, ControlError> {

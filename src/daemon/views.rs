@@ -12,13 +12,14 @@ use super::handover::Place;
 use super::port::{Door, PortRecord};
 use super::registry::Registry;
 use crate::api::types::{
-    CallMode, DirectionStatistics, FdbAdd, FdbEntry, FdbKey, FdbStatistics, Latency, LatencyBucket,
-    MacAddr, PollState, PollThreadView, PortCounters, PortState, PortStatistics, PortView,
-    QueueRef, RingDirection, RingKind, RingState, RingView, SessionView, StatsView,
+    CallMode, DirectionStatistics, FdbAdd, FdbEntry, FdbStatistics, Latency, LatencyBucket,
+    PollState, PollThreadView, PortCounters, PortState, PortStatistics, PortView, QueueRef,
+    RingDirection, RingKind, RingState, RingView, SessionView, StatsView,
 };
 use crate::api::{ControlError, What};
 use crate::port::PortShared;
 use crate::stats::{Direction, DropReason, Histogram};
+use crate::switch::forward::UNTAGGED;
 use crate::sys::call::Way;
 use crate::vhost_user::{RingStatus, StatusSnapshot};
 use crate::wire::Mac;
@@ -182,15 +183,7 @@ fn statistics(port: &PortShared) -> PortStatistics {
     }
 }
 
-fn mac_addr(mac: Mac) -> MacAddr {
-    MacAddr(mac.bytes())
-}
-
-fn mac(addr: MacAddr) -> Mac {
-    Mac::from_bytes(addr.0)
-}
-
-/// The forwarding table, by VLAN and address.
+/// The forwarding table, by address.
 pub(super) fn fdb(registry: &Registry) -> Vec<FdbEntry> {
     let mut entries: Vec<FdbEntry> = registry
         .fdb
@@ -203,15 +196,14 @@ pub(super) fn fdb(registry: &Registry) -> Vec<FdbEntry> {
                 .iter()
                 .find(|port| port.shared.reference == entry.port)?;
             Some(FdbEntry {
-                vlan: entry.vlan,
-                mac: mac_addr(entry.mac),
+                mac: entry.mac,
                 port: port.shared.spec.name.clone(),
                 age_seconds: f64::from(entry.age_s),
                 is_static: entry.is_static,
             })
         })
         .collect();
-    entries.sort_by_key(|entry| (entry.vlan, entry.mac));
+    entries.sort_by_key(|entry| entry.mac);
     entries
 }
 
@@ -221,14 +213,20 @@ pub(super) fn fdb_add(registry: &mut Registry, add: FdbAdd) -> Result<FdbEntry, 
         .find(&add.port)
         .ok_or_else(|| ControlError::no_port(&add.port))?;
     let port = record.shared.reference;
-    registry
-        .fdb
-        .insert_static(add.vlan, mac(add.mac), port)
-        .map_err(|error| ControlError::Conflict {
-            text: error.to_string(),
-        })?;
+    let conflict = |text| ControlError::Conflict { text };
+    if let Some(other) = registry.fdb.static_port(UNTAGGED, add.mac)
+        && !add.replace
+    {
+        let other = registry.names.of(other);
+        return Err(conflict(format!(
+            "{} has a static entry already, on port {other:?}; --replace (in the API \
+             \"replace\": true) puts another in its place",
+            add.mac
+        )));
+    }
+    let inserted = registry.fdb.insert_static(UNTAGGED, add.mac, port);
+    inserted.map_err(|error| conflict(error.to_string()))?;
     Ok(FdbEntry {
-        vlan: add.vlan,
         mac: add.mac,
         port: add.port,
         age_seconds: 0.0,
@@ -237,10 +235,10 @@ pub(super) fn fdb_add(registry: &mut Registry, add: FdbAdd) -> Result<FdbEntry, 
 }
 
 /// Removes one address.
-pub(super) fn fdb_remove(registry: &mut Registry, key: FdbKey) -> Result<(), ControlError> {
-    if !registry.fdb.remove(key.vlan, mac(key.mac)) {
+pub(super) fn fdb_remove(registry: &mut Registry, mac: Mac) -> Result<(), ControlError> {
+    if !registry.fdb.remove(UNTAGGED, mac) {
         return Err(ControlError::NotFound {
-            what: What::Address(key),
+            what: What::Address(mac),
         });
     }
     registry.touch();

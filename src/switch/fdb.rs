@@ -93,13 +93,8 @@ pub enum FdbError {
     #[error("no random numbers for the key of the FDB's hash")]
     Random(#[source] getrandom::Error),
     /// No cell left for a static entry.
-    #[error("no room in the FDB for {mac} in VLAN {vlan}")]
-    NoRoom {
-        /// The VLAN.
-        vlan: u16,
-        /// The address.
-        mac: Mac,
-    },
+    #[error("no room in the forwarding table for {0}")]
+    NoRoom(Mac),
 }
 
 /// What came of a frame's source address.

@@ -7,6 +7,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// Destination, source, EtherType.
 pub const HEADER_LEN: usize = 14;
 /// Length of one 802.1Q tag, between source address and inner EtherType.
@@ -33,7 +35,10 @@ const ADDRESS_BITS: u64 = 0xffff_ffff_ffff;
 const GROUP_BIT: u64 = 1 << 40;
 
 /// A MAC address as a number of 48 bits; the first byte on the wire is the most significant.
-#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+///
+/// In JSON, on the command line and in filters an address is the same text: see [`Mac::from_str`].
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct Mac(u64);
 
 impl Mac {
@@ -100,13 +105,28 @@ impl fmt::Debug for Mac {
 
 /// The text is not a MAC address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a MAC address: use six bytes in hexadecimal, 52:54:00:12:34:56")]
+#[error("not a MAC address: use six bytes of two hexadecimal digits, such as 52:54:00:12:34:56")]
 pub struct MacParseError;
+
+impl From<Mac> for String {
+    fn from(mac: Mac) -> String {
+        mac.to_string()
+    }
+}
+
+impl TryFrom<String> for Mac {
+    type Error = MacParseError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
 
 impl FromStr for Mac {
     type Err = MacParseError;
 
-    /// Six groups of exactly two hexadecimal digits, all separated by `:` or all by `-`.
+    /// Six groups of exactly two hexadecimal digits, all separated by `:` or all by `-`. One digit
+    /// is refused: it is more often a digit that was forgotten than a zero that was left out.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let separator = if text.contains('-') { '-' } else { ':' };
         let mut bits = 0;

@@ -9,6 +9,7 @@ use crossbeam_channel::Receiver;
 use pollux::api::types::*;
 use pollux::api::{ByteStream, Control, ControlError, EventHub, Server, What};
 use pollux::config::{IdlePolicy, PortSpec};
+use pollux::wire::Mac;
 
 #[derive(Default)]
 pub(crate) struct Model {
@@ -160,24 +161,28 @@ impl Control for Model {
 
     fn fdb_add(&self, entry: FdbAdd) -> Result<FdbEntry, ControlError> {
         self.port(&entry.port)?;
+        let mut fdb = self.fdb.lock().unwrap();
+        let exists = fdb.iter().any(|other| other.mac == entry.mac);
+        if exists && !entry.replace {
+            let text = format!("{} has a static entry already", entry.mac);
+            return Err(ControlError::Conflict { text });
+        }
+        fdb.retain(|other| other.mac != entry.mac);
         let entry = FdbEntry {
-            vlan: entry.vlan,
             mac: entry.mac,
             port: entry.port,
             age_seconds: 0.0,
             is_static: true,
         };
-        self.fdb.lock().unwrap().push(entry.clone());
+        fdb.push(entry.clone());
         Ok(entry)
     }
 
-    fn fdb_remove(&self, key: FdbKey) -> Result<(), ControlError> {
+    fn fdb_remove(&self, mac: Mac) -> Result<(), ControlError> {
         let mut fdb = self.fdb.lock().unwrap();
-        let at = fdb
-            .iter()
-            .position(|e| e.mac == key.mac && e.vlan == key.vlan);
+        let at = fdb.iter().position(|entry| entry.mac == mac);
         fdb.remove(at.ok_or(ControlError::NotFound {
-            what: What::Address(key),
+            what: What::Address(mac),
         })?);
         Ok(())
     }

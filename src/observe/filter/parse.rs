@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use super::{End, Net, Test};
 use crate::config::MAX_FILTER;
+use crate::wire::Mac;
 
 /// Deepest nesting of parentheses and `not`.
 const MAX_DEPTH: u32 = 64;
@@ -232,9 +233,9 @@ impl<'w> Parser<'w> {
             self.take(&["host"]);
         }
         const ADDRESS: &str = "an Ethernet address such as 52:54:00:12:34:56";
-        match mac(self.next(ADDRESS)?) {
-            Some(address) => Ok(Test::Ether(end, address)),
-            None => {
+        match self.next(ADDRESS)?.parse::<Mac>() {
+            Ok(address) => Ok(Test::Ether(end, address.bytes())),
+            Err(_) => {
                 self.at -= 1;
                 Err(self.unexpected(ADDRESS))
             }
@@ -317,16 +318,6 @@ fn both(first: Test, second: Test) -> Expression {
         Box::new(Expression::Test(first)),
         Box::new(Expression::Test(second)),
     )
-}
-
-fn mac(text: &str) -> Option<[u8; 6]> {
-    let mut address = [0; 6];
-    let mut parts = text.split([':', '-']);
-    for byte in &mut address {
-        let part = parts.next().filter(|part| matches!(part.len(), 1 | 2))?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    parts.next().is_none().then_some(address)
 }
 
 /// An address, or with `prefix` a network; its bits outside the mask must be zero, as in tcpdump.

@@ -66,7 +66,7 @@ fn expressions_mean_what_tcpdump_means_by_them() {
         ("ether proto 0x0806", false, false, true),
         ("ether host 02:00:00:00:00:02", true, false, false),
         ("ether src 02:00:00:00:00:01", true, true, true),
-        ("ether dst host 2-0-0-0-0-2", true, false, false),
+        ("ether dst host 02-00-00-00-00-02", true, false, false),
         ("broadcast", false, true, true),
         ("ether multicast", false, true, true),
         ("host 10.1.2.3", true, false, false),
@@ -113,6 +113,7 @@ fn what_is_no_expression_is_refused_in_words() {
         ("tcp udp", "\"udp\" stands where `and`, `or` or the end"),
         ("vlan 5000", "a VLAN from"),
         ("ether host 1:2", "an Ethernet address"),
+        ("ether host 2:0:0:0:0:2", "an Ethernet address"),
         ("frames", "a test (such as"),
     ] {
         let error = Filter::compile(expression).expect_err(expression);

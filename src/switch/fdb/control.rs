@@ -103,7 +103,14 @@ impl Fdb {
                 self.used.fetch_add(1, Ordering::Relaxed);
             }
         }
-        Err(FdbError::NoRoom { vlan, mac })
+        Err(FdbError::NoRoom(mac))
+    }
+
+    /// The port at which the operator has set `mac`, if it is set.
+    pub fn static_port(&self, vlan: u16, mac: Mac) -> Option<PortRef> {
+        let key = Key::new(vlan, mac);
+        let (_, value) = self.table.find(self.table.home(key), key)?;
+        value.is_static().then(|| value.port())
     }
 
     /// Gives the first cell of `key` this static value and removes all others. False if no cell has
