@@ -624,7 +624,7 @@ fn a_trace_tells_what_becomes_of_each_frame() {
     let expected = [
         "length 60 | learned: known | destination: p1 | unicast | p1:0 delivered",
         "length 61 | learned: known | destination: unknown | flood | p1:0 delivered, p2:0 delivered",
-        "length 62 | learned: known | destination: unknown | drop | p0:0 dropped (same_port)",
+        "length 62 | learned: known | destination: p0 (its own) | drop | p0:0 dropped (same_port)",
         "length 63 | learned: new | destination: p2 | unicast | p2:0 delivered",
         "length 64 | learned: moved | destination: p2 | unicast | p2:0 delivered",
         "length 13 | learned: nothing | destination: unknown | drop | p0:0 dropped (rx_short_frame)",

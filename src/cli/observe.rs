@@ -150,7 +150,11 @@ fn traced(frame: &TraceFrame) -> String {
         outcomes => outcomes,
     };
     let learned = frame.learned.as_deref().unwrap_or("nothing");
-    let lookup = frame.lookup.as_deref().unwrap_or("unknown");
+    let lookup = match frame.lookup.as_deref() {
+        None => "unknown".to_string(),
+        Some(port) if port == frame.port => format!("{port} (its own)"),
+        Some(port) => port.to_string(),
+    };
     let line = format!(
         "{} {} | {} | learned: {learned} | destination: {lookup} | {} | {outcomes}",
         timestamp(frame.time),

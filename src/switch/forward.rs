@@ -52,7 +52,7 @@ pub struct Decision {
     pub verdict: Verdict,
     /// What its source has taught; `None` where it could teach nothing.
     pub learned: Option<Learned>,
-    /// The port that its destination is behind, as far as that was looked up and found.
+    /// The port that its destination is behind, as far as that was asked and is known.
     pub known: Option<PortRef>,
 }
 
@@ -121,8 +121,12 @@ pub fn decide(
         return Decision::new(Verdict::Flood, learned);
     }
     // Not left to the look-up: where learning was refused, a frame to its own sender would flood.
+    // Where its sender is, that frame itself has shown.
     if view.dst == view.src {
-        return Decision::drop(DropReason::SamePort, learned);
+        return Decision {
+            known: Some(ingress),
+            ..Decision::drop(DropReason::SamePort, learned)
+        };
     }
     match found.lookup(fdb, view.dst) {
         Some(port) if ports(port.slot) == Some(port.generation) => Decision {
@@ -174,6 +178,10 @@ mod tests {
         }
 
         fn frame(&self, src: &str, dst: &str, ingress: PortRef) -> Verdict {
+            self.decide(src, dst, ingress).verdict
+        }
+
+        fn decide(&self, src: &str, dst: &str, ingress: PortRef) -> Decision {
             let head = FrameHead {
                 dst: mac(dst),
                 src: mac(src),
@@ -182,7 +190,7 @@ mod tests {
             let mut found = self.found.get();
             let decision = decide(&head, ingress, &self.fdb, &mut found, &topology, 1);
             self.found.set(found);
-            decision.verdict
+            decision
         }
 
         fn knows(&self, address: &str) -> Option<PortRef> {
@@ -255,10 +263,9 @@ mod tests {
     fn a_frame_to_its_own_sender_is_dropped_even_where_nothing_can_be_learned() {
         let bench = Bench::new();
         bench.fdb.port_removed(ALICE);
-        assert_eq!(
-            bench.frame(A, A, ALICE),
-            Verdict::Drop(DropReason::SamePort)
-        );
+        let decision = bench.decide(A, A, ALICE);
+        assert_eq!(decision.verdict, Verdict::Drop(DropReason::SamePort));
+        assert_eq!(decision.known, Some(ALICE));
         assert_eq!(bench.knows(A), None);
     }
 

@@ -148,7 +148,7 @@ pub struct TraceFrame {
     /// What its source address has taught: `new`, `known`, `moved`, or why nothing (`full`, `quota`…).
     #[serde(default)]
     pub learned: Option<String>,
-    /// The port that its destination address is behind; null if unknown or not looked up.
+    /// The port that its destination address is behind, which may be its own; null if that is unknown or nobody asks.
     #[serde(default)]
     pub lookup: Option<String>,
     /// `unicast`, `flood` or `drop`.
