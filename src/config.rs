@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 mod observe;
 mod poll;
 
-pub use observe::{MAX_FILTER, MAX_OBSERVERS, MAX_SNAPLEN, MAX_TRACE, ObserveDirection};
+pub use observe::{ALL_PORTS, MAX_FILTER, MAX_OBSERVERS, MAX_SNAPLEN, MAX_TRACE, ObserveDirection};
 pub use poll::{CpuList, IdleList, IdlePolicy, Rebalance};
 
 /// Longest port name, in bytes.

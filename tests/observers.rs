@@ -217,9 +217,34 @@ fn lines_filters_and_limits() {
         (vec!["trace", "p7"], 4, "no such port \"p7\""),
         (vec!["trace", "p0", "--count", "0"], 2, "1..=10000"),
         (
+            vec!["trace", "all"],
+            2,
+            "a trace follows the frames of one port",
+        ),
+        (
+            vec!["mirror", "add", "m", "--from", "all", "--to", "p0"],
+            2,
+            "a mirror names each of its ports; `all` is for captures",
+        ),
+        (
+            vec!["mirror", "add", "m", "--from", "p0", "--to", "all"],
+            2,
+            "a mirror names each of its ports",
+        ),
+        (
+            vec!["mirror", "add", "m", "--from", "p0,p0", "--to", "p1"],
+            2,
+            "port \"p0\" is named twice",
+        ),
+        (
+            vec!["capture", "p0", "-w", "-", "--rotate", "1M"],
+            2,
+            "--rotate needs a file",
+        ),
+        (
             vec!["mirror", "add", "m", "--from", "p0", "--to", "p0"],
             2,
-            "to another one",
+            "port \"p0\" cannot get copies of its own frames",
         ),
         (
             vec!["mirror", "add", "m", "--from", "p0", "--to", "p9"],
@@ -231,7 +256,7 @@ fn lines_filters_and_limits() {
             2,
             "mirror name",
         ),
-        (vec!["mirror", "remove", "m"], 4, "no such observer \"m\""),
+        (vec!["mirror", "remove", "m"], 4, "no such mirror \"m\""),
         (vec!["mirror", "remove", "m", "--if-exists"], 0, ""),
     ] {
         let (status, said) = daemon.try_pollux(&args);

@@ -27,6 +27,8 @@ pub enum What {
     PollThread(u32),
     /// An observer, by name.
     Observer(String),
+    /// A mirror, by name.
+    Mirror(String),
 }
 
 impl fmt::Display for What {
@@ -34,6 +36,7 @@ impl fmt::Display for What {
         match self {
             What::Port(name) => write!(f, "port {name:?}"),
             What::Observer(name) => write!(f, "observer {name:?}"),
+            What::Mirror(name) => write!(f, "mirror {name:?}"),
             What::PollThread(number) => write!(f, "poll thread {number}"),
             What::Address(mac) => write!(f, "address {mac}"),
         }

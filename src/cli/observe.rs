@@ -10,15 +10,19 @@ use super::text::{Table, escape, print, timestamp};
 use super::{EXIT_NO_DAEMON, EXIT_NOT_FOUND, Failure};
 use crate::api::client::Client;
 use crate::api::types::{MirrorAdd, ObserverView, PortView, TraceFrame, TraceLine};
-use crate::config::MAX_SNAPLEN;
-
-/// The word that stands for every port.
-const ALL: &str = "all";
+use crate::config::{ALL_PORTS, MAX_SNAPLEN};
 
 pub(super) fn capture(client: &Client, args: &CaptureArgs) -> Result<(), Failure> {
     let sink = match &args.write {
         None => Sink::Lines { json: args.json },
-        Some(path) if path == Path::new("-") => Sink::Stdout,
+        Some(path) if path == Path::new("-") => match args.rotate {
+            None => Sink::Stdout,
+            Some(_) => {
+                return Err(Failure::bad_arguments(
+                    "--rotate needs a file to begin with",
+                ));
+            }
+        },
         Some(path) => Sink::Files(Files::create(path, args.rotate, args.keep)?),
     };
     let (blocks, name) = receive(client, &args.port, &args.watch, sink, |name| {
@@ -59,7 +63,7 @@ fn receive(
         "/v1/capture?direction={}&drops={}&snaplen={}",
         watch.direction, watch.drops, watch.snaplen
     );
-    if port != ALL {
+    if port != ALL_PORTS {
         target.push_str(&format!("&port={}", encode(port)));
     }
     if let Some(filter) = &watch.filter {
@@ -228,7 +232,7 @@ fn mirror_table(mirrors: &[ObserverView]) -> String {
     table.render("")
 }
 
-/// Before the name of a port, or [`ALL`], in the names of Wireshark's interfaces.
+/// Before the name of a port, or [`ALL_PORTS`], in the names of Wireshark's interfaces.
 const PREFIX: &str = "pollux-";
 
 /// What Wireshark asks of a program in its extcap directory.
@@ -286,7 +290,7 @@ fn interfaces(client: &Client) -> String {
         ));
     };
     if !ports.is_empty() {
-        add(ALL, "Pollux: all ports");
+        add(ALL_PORTS, "Pollux: all ports");
     }
     for port in &ports {
         add(&port.name, &format!("Pollux: port {}", port.name));

@@ -16,6 +16,9 @@ pub const MAX_FILTER: usize = 1024;
 /// Most frames that one trace follows.
 pub const MAX_TRACE: u64 = 10_000;
 
+/// In place of a port's name: every port. No port can be named so.
+pub const ALL_PORTS: &str = "all";
+
 /// Which frames of a port, from the switch's view.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]

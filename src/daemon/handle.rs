@@ -6,9 +6,10 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::command::{Command, Reply};
+use super::mirrors::add_mirror;
 use super::observers::Names;
 use super::report::Report;
-use super::streams::{CaptureStream, TraceStream, add_mirror};
+use super::streams::{CaptureStream, TraceStream};
 use crate::api::types::{
     CaptureOrder, Event, FdbAdd, FdbEntry, MirrorAdd, Moved, ObserverView, PollAdd, PollMove,
     PollSettings, PollSettingsPatch, PollThreadView, PortPatch, PortView, StatsView, TraceOrder,

@@ -19,6 +19,7 @@ mod handle;
 mod handover;
 mod link;
 mod mailbox;
+mod mirrors;
 mod observers;
 mod operations;
 mod pace;

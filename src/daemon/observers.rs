@@ -240,8 +240,12 @@ impl Control {
         };
         let ended = self.registry.stop_observing(which, "stopped");
         let Some(record) = ended else {
+            let name = name.to_string();
             return Err(ControlError::NotFound {
-                what: What::Observer(name.to_string()),
+                what: match mirror {
+                    true => What::Mirror(name),
+                    false => What::Observer(name),
+                },
             });
         };
         self.report_end(&record, "stopped");

@@ -7,12 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::command::Command;
 use super::handle::Handle;
-use super::observers::{ObserverRecord, PORT_REMOVED, Prospect};
-use crate::api::types::{
-    CaptureOrder, MirrorAdd, ObserverView, TraceFrame, TraceLine, TraceOrder, TraceOutcome,
-};
-use crate::api::{ByteStream, Control, ControlError, What as Named};
-use crate::config::{MAX_FILTER, MAX_PORT_NAME, MAX_SNAPLEN, MAX_TRACE, ObserveDirection, is_name};
+use super::observers::{ObserverRecord, Prospect};
+use crate::api::types::{CaptureOrder, TraceFrame, TraceLine, TraceOrder, TraceOutcome};
+use crate::api::{ByteStream, ControlError};
+use crate::config::{ALL_PORTS, MAX_FILTER, MAX_SNAPLEN, MAX_TRACE, ObserveDirection};
 use crate::observe::pcapng::Section;
 use crate::observe::pen::take_to_the_end;
 use crate::observe::trace::{Journey, Tracer};
@@ -30,15 +28,18 @@ const CHUNK: usize = 256 * 1024;
 const SETTLED: Duration = Duration::from_secs(2);
 /// Bytes of a traced frame that its line is made from.
 const TRACED_BYTES: u32 = 128;
-/// Shortest copy of a mirror: an Ethernet header.
-const MIN_COPY: u32 = 14;
+/// What stands behind the refusal of [`ALL_PORTS`].
+pub(super) const ONLY_CAPTURES: &str = "`all` is for captures";
 
-fn bad<T>(text: String) -> Result<T, ControlError> {
+pub(super) fn bad<T>(text: String) -> Result<T, ControlError> {
     Err(ControlError::BadArgument(text))
 }
 
 /// Registers an observer; returns its name, and the generation of the first view with it.
-fn register(handle: &Handle, record: ObserverRecord) -> Result<(String, u64), ControlError> {
+pub(super) fn register(
+    handle: &Handle,
+    record: ObserverRecord,
+) -> Result<(String, u64), ControlError> {
     let observer = record.observer.clone();
     let answer = handle.ask(|reply| Command::Observe(record, reply));
     if answer.is_err() {
@@ -48,8 +49,17 @@ fn register(handle: &Handle, record: ObserverRecord) -> Result<(String, u64), Co
     answer
 }
 
+/// Resolves the ports that an observer is to look at.
+pub(super) fn prospect(
+    handle: &Handle,
+    ports: Option<Vec<String>>,
+    to: Option<String>,
+) -> Result<Prospect, ControlError> {
+    handle.ask(|reply| Command::Prospect(ports, to, reply))
+}
+
 /// Waits until every poll thread sees a view.
-fn wait_seen(handle: &Handle, generation: u64) {
+pub(super) fn wait_seen(handle: &Handle, generation: u64) {
     let deadline = Instant::now() + SETTLED;
     while !handle.acknowledgements.reached(generation) && Instant::now() < deadline {
         std::thread::sleep(Duration::from_micros(200));
@@ -65,15 +75,6 @@ struct Registered {
 }
 
 impl Registered {
-    /// Resolves the ports that an observer is to look at.
-    fn prospect(
-        handle: &Handle,
-        ports: Option<Vec<String>>,
-        to: Option<String>,
-    ) -> Result<Prospect, ControlError> {
-        handle.ask(|reply| Command::Prospect(ports, to, reply))
-    }
-
     /// Registers it, and waits until every poll thread sees it.
     fn new(handle: &Handle, record: ObserverRecord) -> Result<Registered, ControlError> {
         let observer = record.observer.clone();
@@ -143,8 +144,9 @@ impl CaptureStream {
         }
         let filter = Filter::compile(&order.filter)
             .map_err(|error| ControlError::BadArgument(error.to_string()))?;
-        let names: Option<Vec<String>> = order.port.clone().map(|port| vec![port]);
-        let prospect = Registered::prospect(handle, names.clone(), None)?;
+        let port = order.port.clone().filter(|port| port != ALL_PORTS);
+        let names: Option<Vec<String>> = port.map(|port| vec![port]);
+        let prospect = prospect(handle, names.clone(), None)?;
         let spec = ObserverSpec {
             kind: if order.drops {
                 Kind::Drops
@@ -284,8 +286,13 @@ impl TraceStream {
         if !(1..=MAX_TRACE).contains(&order.count) {
             return bad(format!("count {}: 1 to {MAX_TRACE} frames", order.count));
         }
+        if order.port == ALL_PORTS {
+            return bad(format!(
+                "a trace follows the frames of one port; {ONLY_CAPTURES}"
+            ));
+        }
         let names = vec![order.port.clone()];
-        let prospect = Registered::prospect(handle, Some(names.clone()), None)?;
+        let prospect = prospect(handle, Some(names.clone()), None)?;
         let spec = ObserverSpec {
             kind: Kind::Trace,
             ports: prospect.ports.map(Into::into),
@@ -421,60 +428,4 @@ fn learned_name(learned: Learned) -> &'static str {
         Learned::Gone => "gone",
         Learned::Contended => "contended",
     }
-}
-
-/// Adds a mirror; it works when this returns.
-pub(super) fn add_mirror(handle: &Handle, order: &MirrorAdd) -> Result<ObserverView, ControlError> {
-    if !is_name(&order.name) {
-        return bad(format!(
-            "mirror name {:?}: use 1 to {MAX_PORT_NAME} letters, digits, '-', '_' or '.'",
-            order.name
-        ));
-    }
-    if !(MIN_COPY..=MAX_SNAPLEN).contains(&order.snaplen) {
-        let text = format!(
-            "snaplen {}: {MIN_COPY} to {MAX_SNAPLEN} bytes",
-            order.snaplen
-        );
-        return bad(text);
-    }
-    if order.from.is_empty() || order.from.contains(&order.to) {
-        return bad("a mirror sends frames of some ports to another one".to_string());
-    }
-    let (from, to) = (order.from.clone(), order.to.clone());
-    let prospect = Registered::prospect(handle, Some(from.clone()), Some(to.clone()))?;
-    let (Some(ports), Some(destination)) = (prospect.ports, prospect.to) else {
-        return Err(ControlError::no_port(&order.to));
-    };
-    let spec = ObserverSpec {
-        kind: Kind::Mirror(destination),
-        ports: Some(ports.into()),
-        direction: order.direction,
-        snaplen: order.snaplen,
-        filter: Filter::default(),
-    };
-    let observer = Observer::mirror(spec, prospect.threads.iter().copied());
-    let record = ObserverRecord {
-        name: order.name.clone(),
-        observer: observer.clone(),
-        ports: from,
-        to: Some(to),
-    };
-    let (name, generation) = register(handle, record)?;
-    wait_seen(handle, generation);
-    let mut views = handle.observers()?.into_iter();
-    let view = views.find(|view| view.name == name);
-    // What has ended meanwhile is not there, and by now another one may have its name.
-    let view = view.filter(|_| !observer.has_ended());
-    view.ok_or_else(|| {
-        let to_is_gone = !handle.names.present().contains(&destination);
-        // Whether somebody still writes to it is of no interest here.
-        let what = match observer.settled_end(|_| true) {
-            Some(PORT_REMOVED) if to_is_gone => Named::Port(order.to.clone()),
-            // So are all that it was to copy from.
-            Some(PORT_REMOVED) => Named::Port(order.from[0].clone()),
-            _ => Named::Observer(name),
-        };
-        ControlError::Gone { what }
-    })
 }

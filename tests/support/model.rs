@@ -329,7 +329,7 @@ impl Control for Model {
         let mut mirrors = self.mirrors.lock().unwrap();
         let at = mirrors.iter().position(|mirror| mirror.name == name);
         mirrors.remove(at.ok_or_else(|| ControlError::NotFound {
-            what: What::Observer(name.into()),
+            what: What::Mirror(name.into()),
         })?);
         Ok(())
     }

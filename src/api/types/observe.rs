@@ -57,7 +57,7 @@ pub struct ObserverStatistics {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct CaptureOrder {
-    /// The port; all ports, if left out.
+    /// The port; all ports, if it is `all` or left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<String>,
     /// Which of its frames.

@@ -80,7 +80,7 @@ fn a_mirror_that_goes_with_a_port_while_it_is_added_names_that_port() {
 
 #[test]
 fn a_mirror_that_is_removed_while_it_is_added_is_no_ports_fault_and_no_other_ones_answer() {
-    let mirror = What::Observer("m".to_string());
+    let mirror = What::Mirror("m".to_string());
     let answer = added(|handle| {
         handle.remove_port("a").unwrap();
         handle.mirror_remove("m").unwrap();
