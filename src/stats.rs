@@ -85,8 +85,8 @@ drop_reasons! {
     /// Longer than the receiver's buffers or its ring can ever take.
     EgressTooLong = "egress_too_long", Tx;
     /// No receive queue of the port is started and enabled in the view of the switch in which the frame was decided: the
-    /// port is not ready yet, or was disabled, or its frontend has gone. A port that was removed has no counters any more:
-    /// its stations are unknown, and frames to them flooded.
+    /// port is not ready yet, or was disabled, or its frontend is just going. Once that has gone its stations are unknown,
+    /// and frames to them flooded; so it is with a port that was removed.
     EgressNotReady = "egress_not_ready", Tx;
     /// The receive queue's ring is impossible; nothing is delivered into it until its next start.
     EgressRingBroken = "egress_ring_broken", Tx;

@@ -202,6 +202,44 @@ fn an_address_that_moves_is_followed() {
     daemon.stop();
 }
 
+#[test]
+fn addresses_of_a_frontend_that_has_gone_are_forgotten() {
+    let daemon = daemon(3);
+    let rams = rams::<3>(GuestOptions::default());
+    let mut guests = attach(&daemon, &rams);
+    send(&mut guests[0], BROADCAST, mac(9), 1);
+    assert_eq!(next(&mut guests[1]), Some(1));
+    assert_eq!(next(&mut guests[2]), Some(1));
+    let set = name(mac(8));
+    assert_eq!(
+        daemon.try_pollux(&["fdb", "add", &set, "--port", "p0"]).0,
+        0
+    );
+    guests[0].detach();
+    wait_for("the frontend to be gone", || {
+        daemon.state("p0").0 == "waiting"
+    });
+    daemon.settle();
+    // It listens at p1 by now, and has not said a word there.
+    send(&mut guests[2], mac(9), mac(3), 2);
+    assert_eq!(next(&mut guests[1]), Some(2));
+    assert_eq!(daemon.dropped("p0", "tx", "egress_not_ready"), 0);
+    // What the operator has set stays, and so does what was learned elsewhere.
+    let (set, learned) = ((set, "p0".to_string()), (name(mac(3)), "p2".to_string()));
+    assert_eq!(fdb(&daemon), [learned, set]);
+    // It comes back after all, and is known with its first frame.
+    guests[0].attach(&daemon.sockets()[0]);
+    daemon.settle();
+    send(&mut guests[0], mac(3), mac(9), 3);
+    assert_eq!(next(&mut guests[2]), Some(3));
+    send(&mut guests[2], mac(9), mac(3), 4);
+    send(&mut guests[2], BROADCAST, mac(3), 5);
+    assert_eq!(next(&mut guests[0]), Some(4));
+    assert_eq!(next(&mut guests[1]), Some(5));
+    drop(guests);
+    daemon.stop();
+}
+
 /// Frames of several sizes in closed loops both ways, and counters that agree with them.
 fn sizes_pass(options: GuestOptions, sizes: &[usize]) {
     let daemon = daemon(2);

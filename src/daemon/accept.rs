@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::closer::Unclosed;
-use super::control::Control;
+use super::control::{Control, RECONNECT};
 use super::link::{Link, Sink};
 use super::port::{Door, PortRecord, SessionHandle};
 use super::socket::hung_up;
@@ -117,6 +117,36 @@ impl Control {
             }
         }
         next
+    }
+
+    /// A session's thread ends: its memory and rings are let go, the next frontend may come.
+    pub(super) fn session_ended(&mut self, link: &Arc<Link>, reason: String) {
+        let Some(record) = self.registry.find_registration(&link.port) else {
+            return;
+        };
+        if !record.is_session(link) {
+            return;
+        }
+        let cut_off = record.session.take().and_then(|session| session.cut_off);
+        let reason = cut_off.map_or(reason, str::to_string);
+        record.last_end = Some(reason.clone());
+        let reports = record.reports.clone();
+        if record.device.take().is_some() {
+            self.registry.touch();
+        }
+        self.registry.forget(link.port.reference);
+        self.report
+            .paced(&link.port, &reports, EventKind::SessionDisconnected, reason);
+        let Some(record) = self.registry.find_registration(&link.port) else {
+            return;
+        };
+        if let Door::Connecting(at) = &mut record.door {
+            *at = Instant::now() + RECONNECT;
+        }
+        if let Some(stream) = record.waiting.take() {
+            let port = record.shared.clone();
+            self.start_session(&port, stream);
+        }
     }
 
     /// Starts the thread that converses with a frontend.

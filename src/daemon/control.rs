@@ -27,7 +27,7 @@ use crate::sys::wake::Wake;
 use crate::vhost_user::{MEMORY_LOST, RingRecords};
 
 /// Time between two attempts to reach a frontend that listens.
-const RECONNECT: Duration = Duration::from_millis(100);
+pub(super) const RECONNECT: Duration = Duration::from_millis(100);
 /// Time between looks at acknowledgements while something is retired.
 const RETIRE: Duration = Duration::from_millis(1);
 /// Time after which a poll thread that has not acknowledged is reported. Nothing else happens then: it may still use
@@ -157,6 +157,7 @@ impl Control {
             self.accept_due(now),
             self.refuse_due(now),
             self.take_late(now),
+            self.registry.forget_due(now),
         ];
         for due in due.into_iter().flatten() {
             next = next.min(due);
@@ -256,7 +257,7 @@ impl Control {
     fn handle(&mut self, command: Command, ops: &mut EventOps) {
         match command {
             Command::Posted(link) => self.posted(link),
-            Command::SessionEnded { link, reason } => self.session_ended(&link, reason, ops),
+            Command::SessionEnded { link, reason } => self.session_ended(&link, reason),
             // A caller that no longer waits for its answer is no error.
             Command::AddPort(spec, may_exist, reply) => {
                 let began = Instant::now();
@@ -392,36 +393,6 @@ impl Control {
     pub(super) fn ring_records(&self, port: &str) -> Option<RingRecords> {
         let dir = self.ring_state.as_ref()?;
         Some(RingRecords::new(dir, port))
-    }
-
-    /// A session's thread ends: its memory and rings are let go, the next frontend may come.
-    fn session_ended(&mut self, link: &Arc<Link>, reason: String, ops: &mut EventOps) {
-        let _ = ops;
-        let Some(record) = self.registry.find_registration(&link.port) else {
-            return;
-        };
-        if !record.is_session(link) {
-            return;
-        }
-        let cut_off = record.session.take().and_then(|session| session.cut_off);
-        let reason = cut_off.map_or(reason, str::to_string);
-        record.last_end = Some(reason.clone());
-        let reports = record.reports.clone();
-        if record.device.take().is_some() {
-            self.registry.touch();
-        }
-        self.report
-            .paced(&link.port, &reports, EventKind::SessionDisconnected, reason);
-        let Some(record) = self.registry.find_registration(&link.port) else {
-            return;
-        };
-        if let Door::Connecting(at) = &mut record.door {
-            *at = Instant::now() + RECONNECT;
-        }
-        if let Some(stream) = record.waiting.take() {
-            let port = record.shared.clone();
-            self.start_session(&port, stream);
-        }
     }
 
     /// Ends everything, quickly: sockets, sessions, poll threads.

@@ -42,6 +42,10 @@ pub(super) struct Registry {
     reaper: Sender<Retired<Topology>>,
     /// FDB cells that may be used again once this generation is acknowledged.
     fdb_retired: Option<(RetireMark, u64)>,
+    /// Ports whose frontends have gone, and whose addresses are to be forgotten.
+    left: Vec<PortRef>,
+    /// When that may be done next.
+    forget_at: Instant,
     epoch: Instant,
     /// Queues and threads that change hands.
     pub(super) moves: Moves,
@@ -75,6 +79,8 @@ impl Registry {
             dirty: false,
             reaper,
             fdb_retired: None,
+            left: Vec::new(),
+            forget_at: epoch,
             epoch,
             moves: Moves::default(),
             loads: Loads::default(),
@@ -259,6 +265,34 @@ impl Registry {
         self.publisher.has_retained() || self.fdb_retired.is_some()
     }
 
+    /// The frontend of a port has gone, and with it what is behind the port: its learned addresses are forgotten, as
+    /// Linux' bridge does when a link goes down. Else frames to them would be lost here (`egress_not_ready`) until they
+    /// age, although the station may be behind another port by now, where it only listens. Flooded, they arrive. A
+    /// guest that comes back is known again with its first frame; until then frames to it are flooded, as after
+    /// a start of the switch, which begins with an empty table. Static entries stay: the operator has set them, and may
+    /// not want these frames to be seen anywhere else.
+    ///
+    /// Its session has waited until no poll thread takes frames from its rings any more, so none is learned again.
+    pub(super) fn forget(&mut self, port: PortRef) {
+        if self.fdb.learned(port) > 0 {
+            self.left.push(port);
+            self.forget_due(Instant::now());
+        }
+    }
+
+    /// Forgets what is due; returns when more will be. That takes a walk over the table. Frontends that come and go as
+    /// often as they may get a twentieth of this thread for it, however large the table is, and share the walks.
+    pub(super) fn forget_due(&mut self, now: Instant) -> Option<Instant> {
+        if !self.left.is_empty() && now >= self.forget_at {
+            let began = Instant::now();
+            self.fdb.forget(&std::mem::take(&mut self.left));
+            // The cells are usable again once a view of now is acknowledged.
+            self.dirty = true;
+            self.forget_at = now + began.elapsed() * FORGET_PAUSE;
+        }
+        (!self.left.is_empty()).then_some(self.forget_at)
+    }
+
     /// Once a second: addresses age. What they leave behind is usable after a view that all threads have taken over.
     pub(super) fn age(&mut self) {
         if self.fdb.age(self.now_s()) > 0 {
@@ -275,6 +309,9 @@ impl Registry {
         self.publisher.generation()
     }
 }
+
+/// How many times as long as a walk over the table the pause behind it is.
+const FORGET_PAUSE: u32 = 19;
 
 /// Readers made for a daemon; more poll threads than this are refused.
 pub(super) const MAX_THREADS: usize = MAX_POLL_THREADS;

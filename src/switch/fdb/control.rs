@@ -54,6 +54,16 @@ impl Fdb {
         })
     }
 
+    /// Removes the learned entries of these ports, in one walk. Returns how many.
+    pub fn forget(&self, ports: &[PortRef]) -> usize {
+        self.remove_where(|_, _, value| !value.is_static() && ports.contains(&value.port()))
+    }
+
+    /// Learned entries of a port.
+    pub fn learned(&self, port: PortRef) -> u32 {
+        self.limits.count(port)
+    }
+
     /// Forgets a port that is leaving its slot: its entries go, static ones too, and a poll thread
     /// that still sees the port is refused when it wants to learn for it. (One that was already
     /// past that check may leave an entry behind; its generation keeps it from being used.)

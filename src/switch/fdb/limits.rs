@@ -147,9 +147,9 @@ impl Limits {
     }
 
     /// Learned entries that are counted for `port`.
-    #[cfg(test)]
     pub(super) fn count(&self, port: PortRef) -> u32 {
-        let (generation, count) = unpack(self.ports[usize::from(port.slot)].entries.load(Relaxed));
+        let limits = self.ports.get(usize::from(port.slot));
+        let (generation, count) = unpack(limits.map_or(0, |limits| limits.entries.load(Relaxed)));
         if generation == port.generation {
             count
         } else {

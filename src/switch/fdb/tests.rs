@@ -58,6 +58,31 @@ fn an_address_is_found_where_it_was_learned() {
 }
 
 #[test]
+fn what_was_learned_at_ports_that_are_forgotten_goes_and_nothing_else() {
+    let fdb = small();
+    let c = PortRef {
+        slot: 3,
+        generation: 1,
+    };
+    for (n, port) in (1..).zip([A, A, B, c]) {
+        fdb.learn(0, mac(n), port, 0);
+    }
+    fdb.insert_static(0, mac(5), A).unwrap();
+    assert_eq!(fdb.static_port(0, mac(5)), Some(A));
+    assert_eq!(fdb.static_port(0, mac(1)), None);
+    assert_eq!((fdb.learned(A), fdb.learned(B)), (2, 1));
+    assert_eq!(fdb.forget(&[A, c]), 3);
+    let found = (1..=5).map(|n| fdb.lookup(0, mac(n)));
+    let left = [None, None, Some(B), None, Some(A)];
+    assert_eq!(found.collect::<Vec<_>>(), left);
+    assert_eq!(fdb.learned(A), 0);
+    assert_counts(&fdb);
+    // The ports are still there.
+    reclaim_all(&fdb);
+    assert_eq!(fdb.learn(0, mac(1), A, 1), Learned::New);
+}
+
+#[test]
 fn the_same_address_in_two_vlans_is_two_entries() {
     let fdb = small();
     fdb.learn(1, mac(1), A, 0);
