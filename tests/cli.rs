@@ -146,7 +146,13 @@ fn reads_are_tables_for_people_and_json_for_programs() {
         ("port list", vec!["NAME", "vm1", "negotiating"]),
         (
             "port show vm1",
-            vec!["driver not ready", "broken: avail.idx", "ring_full"],
+            vec![
+                "driver not ready",
+                "broken: avail.idx",
+                "ring_full",
+                "refused 37 times in 12",
+                "52:54:00:00:00:01 to and from vm2, 412 times",
+            ],
         ),
         ("fdb list", vec!["52:54:00:00:00:01", "static"]),
         (

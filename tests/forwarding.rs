@@ -10,6 +10,7 @@ mod common;
 use std::time::Duration;
 
 use common::daemon::{Daemon, DaemonOptions};
+use common::events::Events;
 use common::guest::{Guest, GuestOptions, Ram};
 use common::traffic::{BROADCAST, Exchange, Mac, frame, mac, read};
 use common::wait_for;
@@ -198,6 +199,49 @@ fn an_address_that_moves_is_followed() {
     send(&mut guests[2], BROADCAST, mac(3), 5);
     assert_eq!(next(&mut guests[0]), Some(5));
     assert!(fdb(&daemon).contains(&(name(mac(9)), "p1".to_string())));
+    drop(guests);
+    daemon.stop();
+}
+
+#[test]
+fn an_address_that_is_in_use_twice_is_told_of_but_not_without_end() {
+    let daemon = daemon(2);
+    let rams = rams::<2>(GuestOptions::default());
+    let mut guests = attach(&daemon, &rams);
+    let events = Events::of(&daemon);
+    let mut say = |guest: usize, address: Mac| {
+        send(&mut guests[guest], BROADCAST, address, 1);
+        assert_eq!(next(&mut guests[1 - guest]), Some(1));
+    };
+    // Each of these moves to p1, once.
+    for n in 20..40 {
+        say(0, mac(n));
+        say(1, mac(n));
+    }
+    let twice = mac(9);
+    for _ in 0..5 {
+        say(0, twice);
+        say(1, twice);
+    }
+    for (port, other) in [("p0", "p1"), ("p1", "p0")] {
+        wait_for("the moving address", || {
+            let moving = &daemon.port(port)["moving_address"];
+            moving["mac"] == name(twice).as_str() && moving["other_port"] == other
+        });
+        let (_, text) = daemon.try_pollux(&["port", "show", port]);
+        let line = format!("moving address    {} to and from {other}, ", name(twice));
+        assert!(text.contains(&line), "{text}");
+    }
+    let moved = |port: &str| daemon.port(port)["statistics"]["moved_addresses"].clone();
+    assert_eq!((moved("p0"), moved("p1")), (4.into(), 25.into()));
+    assert_eq!(daemon.stats()["fdb"]["counters"]["moved"], 29);
+    // Of twenty addresses five are told of now; the others are a number in the next minute.
+    let told = events.messages("p1", "mac_moved");
+    assert_eq!(told.len(), 5, "{told:?}");
+    assert!(
+        told.iter()
+            .all(|text| text.contains("has moved here from p0"))
+    );
     drop(guests);
     daemon.stop();
 }

@@ -280,12 +280,29 @@ fn a_second_live_frontend_is_refused_and_the_first_goes_on() {
     let mut exchange = Exchange::new(guests.collect(), 1, &[(0, 1), (1, 0)], 8, 100);
     exchange.meet();
     let mut second = Guest::new(&rams[2]);
-    let refused = second.try_attach(&daemon.sockets()[0]);
-    assert!(refused.is_err());
-    daemon.assert_logged("a second frontend was refused");
+    for _ in 0..4 {
+        let refused = second.try_attach(&daemon.sockets()[0]);
+        assert!(refused.is_err());
+    }
     exchange.exchange(1000);
     exchange.drain();
+    wait_for("the count", || {
+        daemon.port("p0")["second_frontend"]["refused"] == 4
+    });
+    let (_, text) = pollux(&daemon, &["port", "show", "p0"]);
+    assert!(
+        text.contains("second frontend   refused 4 times in "),
+        "{text}"
+    );
+    // Once, and then how many there were.
     drop((exchange, second));
+    daemon.assert_logged("a second frontend was refused 4 times in ");
+    let log = daemon.log();
+    let told = log
+        .matches("a second frontend was refused: one is connected")
+        .count();
+    assert_eq!(told, 1, "{log}");
+    assert!(daemon.port("p0")["second_frontend"].is_null());
     daemon.stop();
 }
 

@@ -73,11 +73,42 @@ pub struct PortView {
     pub reason: Option<String>,
     /// The connected frontend; null without one.
     pub session: Option<SessionView>,
+    /// Frontends that try to connect while another one is: null if none does.
+    #[serde(default)]
+    pub second_frontend: Option<SecondFrontend>,
+    /// An address that keeps moving between this port and another one: null if none does.
+    #[serde(default)]
+    pub moving_address: Option<MovingAddress>,
     /// Who signals its drivers.
     #[serde(default)]
     pub calls: CallMode,
     /// What went through.
     pub statistics: PortStatistics,
+}
+
+/// Frontends that were refused because another one is connected: most often a second VM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct SecondFrontend {
+    /// How often.
+    pub refused: u64,
+    /// Seconds since the first time.
+    pub since_seconds: f64,
+    /// Seconds since the last time; after a minute without any this is forgotten.
+    pub last_seconds: f64,
+}
+
+/// An address that keeps moving between two ports: most often two guests have it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct MovingAddress {
+    /// The address.
+    #[schema(value_type = String, example = "52:54:00:12:34:56")]
+    pub mac: Mac,
+    /// The other port.
+    pub other_port: String,
+    /// How often it has moved, one way or the other.
+    pub moves: u64,
+    /// Seconds since the last time, as control looks once a second; after a minute without any this is forgotten.
+    pub last_seconds: f64,
 }
 
 /// Who signals a port's drivers.
@@ -172,6 +203,9 @@ pub struct PortStatistics {
     /// Receive buffers of the guest that could hold no frame and went back unused.
     #[serde(default)]
     pub bad_buffers: u64,
+    /// Addresses that moved here from other ports.
+    #[serde(default)]
+    pub moved_addresses: u64,
     /// Slow calls (over 50 µs) that poll threads made; more than a few, and the session makes them.
     #[serde(default)]
     pub slow_calls: u64,
@@ -269,7 +303,7 @@ pub struct FdbStatistics {
     pub entries: u64,
     /// Most it takes.
     pub capacity: u64,
-    /// What happened to it, by name (learned, moved, refused…).
+    /// What happened to its entries: how many were `learned`, have `moved` from port to port, have `aged`.
     pub counters: BTreeMap<String, u64>,
 }
 
@@ -334,6 +368,8 @@ pub enum EventKind {
     PollThread,
     /// A transmit queue goes to another poll thread.
     QueueMoved,
+    /// An address that was behind another port is behind this one. Paced: five at once, then one a minute for each port.
+    MacMoved,
     /// An observer was added: a capture, a trace or a mirror.
     ObserverAdded,
     /// An observer has ended.

@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 
 use super::text::{Table, escape, seconds, short, timestamp};
 use crate::api::types::{
-    CallMode, DirectionStatistics, Event, FdbEntry, Latency, PollSettings, PollState,
-    PollThreadView, PortStatistics, PortView, RingDirection, RingKind, RingState, RingView,
-    SessionView, StatsView,
+    CallMode, DirectionStatistics, Event, FdbEntry, Latency, MovingAddress, PollSettings,
+    PollState, PollThreadView, PortStatistics, PortView, RingDirection, RingKind, RingState,
+    RingView, SecondFrontend, SessionView, StatsView,
 };
 
 /// `pollux port list`.
@@ -45,6 +45,12 @@ pub(super) fn port(port: &PortView) -> String {
         if port.ring_reset { "offered" } else { "off" },
     );
     line("calls", &calls(port));
+    if let Some(second) = &port.second_frontend {
+        line("second frontend", &second_frontend(second));
+    }
+    if let Some(moving) = &port.moving_address {
+        line("moving address", &moving_address(moving));
+    }
     if let Some(session) = &port.session {
         session_lines(session, &mut line);
     }
@@ -67,6 +73,22 @@ fn calls(port: &PortView) -> String {
             statistics.slow_calls, statistics.deferred_calls
         ),
     }
+}
+
+fn second_frontend(second: &SecondFrontend) -> String {
+    format!(
+        "refused {} times in {}, last {} ago: two VMs?",
+        second.refused,
+        seconds(second.since_seconds),
+        seconds(second.last_seconds)
+    )
+}
+
+fn moving_address(moving: &MovingAddress) -> String {
+    format!(
+        "{} to and from {}, {} times: in use twice?",
+        moving.mac, moving.other_port, moving.moves
+    )
 }
 
 fn session_lines(session: &SessionView, line: &mut impl FnMut(&str, &str)) {
@@ -297,12 +319,13 @@ pub(super) fn stats(stats: &StatsView) -> String {
             times.count
         ))
     };
+    let moved = stats.fdb.counters.get("moved").unwrap_or(&0);
     let operations = [
         longest("ports added", &stats.port_add),
         longest("removed", &stats.port_remove),
     ];
     format!(
-        "up {}, {}generation {}, {} of {} addresses known\n\n{}\n{}",
+        "up {}, {}generation {}, {} of {} addresses known, {moved} moves\n\n{}\n{}",
         seconds(stats.uptime_seconds),
         operations.into_iter().flatten().collect::<String>(),
         stats.generation,

@@ -10,8 +10,9 @@ use super::closer::Unclosed;
 use super::control::{Control, RECONNECT};
 use super::link::{Link, Sink};
 use super::port::{Door, PortRecord, SessionHandle};
+use super::report::Report;
 use super::socket::hung_up;
-use crate::api::types::EventKind;
+use crate::api::types::{self as api, EventKind};
 use crate::port::PortShared;
 use crate::vhost_user::{self, SessionOptions, SessionStatus, Stopper};
 
@@ -25,6 +26,62 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 const DOUBT: Duration = Duration::from_millis(100);
 /// Why one that waited is let go.
 const SECOND: &str = "a second frontend was refused: one is connected already";
+/// Without another attempt for so long, a second frontend has given up.
+const GIVEN_UP: Duration = Duration::from_secs(60);
+
+/// Frontends that were refused beside a connected one, as long as they go on trying.
+#[derive(Debug)]
+pub(super) struct SecondFrontend {
+    refused: u64,
+    since: Instant,
+    last: Instant,
+}
+
+impl SecondFrontend {
+    pub(super) fn view(&self, now: Instant) -> api::SecondFrontend {
+        let seconds = |since| now.saturating_duration_since(since).as_secs_f64();
+        api::SecondFrontend {
+            refused: self.refused,
+            since_seconds: seconds(self.since),
+            last_seconds: seconds(self.last),
+        }
+    }
+}
+
+impl PortRecord {
+    /// Counts a second frontend that is refused; the first of a row is told of, for a VMM tries ten times a second.
+    fn refuse_second(&mut self, report: &Report, now: Instant) {
+        if let Some(second) = &mut self.second {
+            second.refused += 1;
+            second.last = now;
+            return;
+        }
+        self.second = Some(SecondFrontend {
+            refused: 1,
+            since: now,
+            last: now,
+        });
+        report.paced(
+            &self.shared,
+            &self.reports,
+            EventKind::SessionRefused,
+            SECOND,
+        );
+    }
+
+    /// The row has ended; says how long it was.
+    fn end_second(&mut self, report: &Report) {
+        let Some(second) = self.second.take().filter(|second| second.refused > 1) else {
+            return;
+        };
+        let text = format!(
+            "a second frontend was refused {} times in {:.0} s",
+            second.refused,
+            (second.last - second.since).as_secs_f64()
+        );
+        report.paced(&self.shared, &self.reports, EventKind::SessionRefused, text);
+    }
+}
 
 impl Control {
     /// Accepts where it was put off; returns when the next one is due.
@@ -86,8 +143,7 @@ impl Control {
                     if let Some(crowded_out) = record.waiting.replace(stream) {
                         self.closer.close(crowded_out, &record.unclosed);
                         if !hung_up(&session.stream) {
-                            let (kind, reports) = (EventKind::SessionRefused, &record.reports);
-                            self.report.paced(&record.shared, reports, kind, SECOND);
+                            record.refuse_second(&self.report, now);
                         }
                     }
                 }
@@ -110,8 +166,7 @@ impl Control {
                 if let Some(stream) = record.waiting.take() {
                     self.closer.close(stream, &record.unclosed);
                 }
-                let (kind, reports) = (EventKind::SessionRefused, &record.reports);
-                self.report.paced(&record.shared, reports, kind, SECOND);
+                record.refuse_second(&self.report, now);
             } else {
                 next = Some(next.map_or(until, |next| next.min(until)));
             }
@@ -130,6 +185,7 @@ impl Control {
         let cut_off = record.session.take().and_then(|session| session.cut_off);
         let reason = cut_off.map_or(reason, str::to_string);
         record.last_end = Some(reason.clone());
+        record.end_second(&self.report);
         let reports = record.reports.clone();
         if record.device.take().is_some() {
             self.registry.touch();
@@ -146,6 +202,16 @@ impl Control {
         if let Some(stream) = record.waiting.take() {
             let port = record.shared.clone();
             self.start_session(&port, stream);
+        }
+    }
+
+    /// Once a second: second frontends that have not come again have given up.
+    pub(super) fn end_second_frontends(&mut self, now: Instant) {
+        for record in &mut self.registry.ports {
+            let over = |second: &SecondFrontend| now - second.last >= GIVEN_UP;
+            if record.second.as_ref().is_some_and(over) {
+                record.end_second(&self.report);
+            }
         }
     }
 

@@ -149,7 +149,7 @@ impl Control {
         let now = Instant::now();
         if now >= self.next_housekeeping {
             self.next_housekeeping = now + HOUSEKEEPING;
-            self.housekeeping();
+            self.housekeeping(now);
         }
         let mut next = self.next_housekeeping;
         let due = [
@@ -228,8 +228,10 @@ impl Control {
         next
     }
 
-    fn housekeeping(&mut self) {
+    fn housekeeping(&mut self, now: Instant) {
         self.registry.age();
+        self.look_at_moves(now);
+        self.end_second_frontends(now);
         self.rebalance();
         self.sessions.retain(|thread| !thread.is_finished());
         for record in &mut self.registry.ports {
@@ -281,10 +283,12 @@ impl Control {
                 let _ = reply.send(self.set_port(&name, &patch));
             }
             Command::Ports(reply) => {
-                let _ = reply.send(Ok(self.registry.ports.iter().map(views::port).collect()));
+                let _ = reply.send(Ok(views::ports(&self.registry)));
             }
             Command::Port(name, reply) => {
-                let view = self.registry.find(&name).map(|record| views::port(record));
+                let fdb = self.registry.fdb.clone();
+                let record = self.registry.find(&name);
+                let view = record.map(|record| views::port(record, &fdb));
                 let _ = reply.send(view.ok_or_else(|| ControlError::no_port(&name)));
             }
             Command::Fdb(reply) => {

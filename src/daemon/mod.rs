@@ -30,6 +30,7 @@ mod port;
 mod registry;
 mod report;
 mod socket;
+mod stations;
 mod streams;
 #[cfg(test)]
 mod tests;

@@ -15,6 +15,7 @@ use super::pace::Pace;
 use super::port::{Door, PortRecord};
 use super::report::reports;
 use super::socket::Listener;
+use super::stations::Stations;
 use super::views;
 use crate::api::types::{EventKind, PortPatch, PortView};
 use crate::api::{ControlError, What};
@@ -47,9 +48,10 @@ impl Control {
         ops: &mut EventOps,
     ) -> Result<PortView, ControlError> {
         spec.validate()?;
+        let fdb = self.registry.fdb.clone();
         if let Some(record) = self.registry.find(&spec.name) {
             if may_exist && record.shared.spec == spec {
-                return Ok(views::port(record));
+                return Ok(views::port(record, &fdb));
             }
             return Err(ControlError::Conflict {
                 text: format!("port {:?} exists already", spec.name),
@@ -133,10 +135,12 @@ impl Control {
             accept_at: None,
             accepts: Pace::new(ACCEPTS, ACCEPT_EVERY, now),
             posts: Pace::new(POSTS, POST_EVERY, now),
+            second: None,
+            stations: Stations::new(now),
             reports: reports(now),
             reported_state: None,
         };
-        let view = views::port(&record);
+        let view = views::port(&record, &self.registry.fdb);
         self.registry.register(record);
         self.look_at_descriptors();
         let text = format!(
@@ -218,7 +222,7 @@ impl Control {
         name: &str,
         patch: &PortPatch,
     ) -> Result<PortView, ControlError> {
-        let report = self.report.clone();
+        let (report, fdb) = (self.report.clone(), self.registry.fdb.clone());
         let pinned = match self.registry.find(name) {
             None => return Err(ControlError::no_port(name)),
             Some(record) => record.shared.spec.poll.clone(),
@@ -244,6 +248,6 @@ impl Control {
             let text = format!("{queues} queue pairs are offered from the next session on");
             report.port(&record.shared, EventKind::PortChanged, text);
         }
-        Ok(views::port(record))
+        Ok(views::port(record, &fdb))
     }
 }

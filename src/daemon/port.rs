@@ -5,12 +5,14 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::accept::SecondFrontend;
 use super::closer::Unclosed;
 use super::handover::Place;
 use super::link::Link;
 use super::pace::Pace;
 use super::report::Reports;
 use super::socket::Listener;
+use super::stations::Stations;
 use crate::port::{Device, PortShared, Transmit};
 use crate::topology::PortEntry;
 use crate::vhost_user::{SessionStatus, Stopper};
@@ -65,6 +67,10 @@ pub(super) struct PortRecord {
     pub(super) accepts: Pace,
     /// Devices of its sessions that are published at once.
     pub(super) posts: Pace,
+    /// Frontends that come while another one is connected.
+    pub(super) second: Option<SecondFrontend>,
+    /// Addresses that move to it and away.
+    pub(super) stations: Stations,
     /// Lines in the log, shared with its sessions.
     pub(super) reports: Reports,
     /// What was last reported as broken, so that it is reported once.

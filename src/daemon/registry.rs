@@ -128,6 +128,12 @@ impl Registry {
             .find(|record| Arc::ptr_eq(&record.shared, port))
     }
 
+    /// The same by what names a registration.
+    pub(super) fn find_reference(&mut self, port: PortRef) -> Option<&mut PortRecord> {
+        let mut ports = self.ports.iter_mut();
+        ports.find(|record| record.shared.reference == port)
+    }
+
     /// Registers a port that is wholly built.
     pub(super) fn register(&mut self, record: PortRecord) {
         let shared = &record.shared;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
@@ -19,19 +19,26 @@ use crate::api::types::{
 use crate::api::{ControlError, What};
 use crate::port::PortShared;
 use crate::stats::{Direction, DropReason, Histogram};
+use crate::switch::fdb::Fdb;
 use crate::switch::forward::UNTAGGED;
 use crate::sys::call::Way;
 use crate::vhost_user::{RingStatus, StatusSnapshot};
 use crate::wire::Mac;
 
+/// All ports.
+pub(super) fn ports(registry: &Registry) -> Vec<PortView> {
+    let ports = registry.ports.iter();
+    ports.map(|record| port(record, &registry.fdb)).collect()
+}
+
 /// A port in full.
-pub(super) fn port(record: &PortRecord) -> PortView {
+pub(super) fn port(record: &PortRecord, fdb: &Fdb) -> PortView {
     let status = record
         .session
         .as_ref()
         .map(|session| (session, session.status.snapshot()));
     let (state, reason) = state(record, status.as_ref().map(|(_, snapshot)| snapshot));
-    let spec = &record.shared.spec;
+    let (spec, now) = (&record.shared.spec, Instant::now());
     PortView {
         name: spec.name.clone(),
         socket: spec.socket.to_string_lossy().into_owned(),
@@ -42,11 +49,13 @@ pub(super) fn port(record: &PortRecord) -> PortView {
         reason,
         session: status
             .map(|(session, snapshot)| self::session(session.since.elapsed(), &snapshot)),
+        second_frontend: record.second.as_ref().map(|second| second.view(now)),
+        moving_address: record.stations.moving(now),
         calls: match record.shared.calls.way() {
             Way::Deferred => CallMode::Deferred,
             Way::Batch | Way::Alone => CallMode::Direct,
         },
-        statistics: statistics(&record.shared),
+        statistics: statistics(&record.shared, fdb),
     }
 }
 
@@ -154,7 +163,7 @@ fn ring(ring: &RingStatus) -> RingView {
     }
 }
 
-fn statistics(port: &PortShared) -> PortStatistics {
+fn statistics(port: &PortShared, fdb: &Fdb) -> PortStatistics {
     let totals = port.stats.sum();
     let drops = |direction: Direction| -> BTreeMap<String, u64> {
         let of = DropReason::ALL
@@ -178,6 +187,7 @@ fn statistics(port: &PortShared) -> PortStatistics {
             drops: drops(Direction::Tx),
         },
         bad_buffers: totals.bad_buffers,
+        moved_addresses: fdb.moves_to(port.reference),
         slow_calls: port.calls.slow(),
         deferred_calls: port.calls.deferred(),
     }
@@ -364,16 +374,17 @@ pub(super) fn stats(registry: &Registry, times: &OperationTimes, uptime: Duratio
         PortCounters {
             name: record.shared.spec.name.clone(),
             state: state(record, snapshot.as_ref()).0,
-            statistics: statistics(&record.shared),
+            statistics: statistics(&record.shared, &registry.fdb),
         }
     };
+    let happened = registry.fdb.happened();
     StatsView {
         uptime_seconds: uptime.as_secs_f64(),
         generation: registry.generation(),
         fdb: FdbStatistics {
             entries: registry.fdb.len() as u64,
             capacity: registry.fdb_capacity as u64,
-            counters: BTreeMap::new(),
+            counters: happened.map(|(name, n)| (name.to_string(), n)).into(),
         },
         ports: registry.ports.iter().map(counters).collect(),
         poll_threads: poll_threads(registry),

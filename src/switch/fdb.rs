@@ -24,13 +24,14 @@
 
 mod control;
 mod limits;
+mod moves;
 mod table;
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::{MAX_SLOTS, PortRef};
@@ -38,7 +39,9 @@ use crate::wire::Mac;
 pub use control::RetireMark;
 use control::Retired;
 use limits::{Admission, Limits, is_after};
-use table::{Key, Place, Table, Value};
+pub use moves::Move;
+use moves::Moves;
+use table::{BUCKET_CELLS, Key, Place, Table, Value};
 
 /// Smallest and largest capacity of an FDB.
 pub const CAPACITY_RANGE: std::ops::RangeInclusive<usize> = 64..=1 << 22;
@@ -141,6 +144,10 @@ pub struct FdbEntry {
 pub struct Fdb {
     table: Table,
     limits: Limits,
+    moves: Moves,
+    /// Entries that were ever learned, and that aged.
+    learned: AtomicU64,
+    aged: AtomicU64,
     /// Keys in the table, tombstones not counted.
     used: AtomicU32,
     capacity: u32,
@@ -163,6 +170,9 @@ impl Fdb {
         let fdb = Fdb {
             table: Table::new(config.capacity, hash_key),
             limits: Limits::new(MAX_SLOTS, per_port, config.moves_per_second),
+            moves: Moves::default(),
+            learned: AtomicU64::new(0),
+            aged: AtomicU64::new(0),
             used: AtomicU32::new(0),
             capacity: config.capacity as u32,
             ageing_s: AtomicU32::new(0),
@@ -190,7 +200,7 @@ impl Fdb {
             return self.insert(key, port, now_s);
         };
         if value != Value::learned(port) {
-            return self.relearn(cell, value, port, now_s);
+            return self.relearn((cell, key), value, port, now_s);
         }
         if self.refresh(cell, now_s) {
             Learned::Refreshed
@@ -242,6 +252,7 @@ impl Fdb {
                     .table
                     .swap_value(cell, Value::PENDING, Value::learned(port))
                 {
+                    self.learned.fetch_add(1, Ordering::Relaxed);
                     Learned::New
                 } else {
                     // Control removed the key, or made it static. The key's place in `used` is
@@ -283,7 +294,13 @@ impl Fdb {
 
     /// The entry says something else than `port`.
     #[cold]
-    fn relearn(&self, cell: usize, value: Value, port: PortRef, now_s: u32) -> Learned {
+    fn relearn(
+        &self,
+        (cell, key): (usize, Key),
+        value: Value,
+        port: PortRef,
+        now_s: u32,
+    ) -> Learned {
         if value.is_static() {
             return if value.port() == port {
                 Learned::Known
@@ -298,11 +315,14 @@ impl Fdb {
             Admission::Granted => {}
             refused => return refusal(refused),
         }
-        if !self.table.swap_value(cell, value, Value::learned(port)) {
+        let learned = Value::learned(port);
+        if !self.table.swap_value(cell, value, learned) {
             self.limits.release(port);
             return Learned::Contended;
         }
         self.limits.release(value.port());
+        self.limits.moved(port.slot);
+        self.moves.note(cell / BUCKET_CELLS, key, value, learned);
         self.refresh(cell, now_s);
         Learned::Moved
     }

@@ -46,6 +46,17 @@ fn view(spec: &PortSpec) -> PortView {
             }],
             ..SessionView::default()
         }),
+        second_frontend: Some(SecondFrontend {
+            refused: 37,
+            since_seconds: 12.0,
+            last_seconds: 0.1,
+        }),
+        moving_address: Some(MovingAddress {
+            mac: Mac::from_bits(0x5254_0000_0001),
+            other_port: "vm2".into(),
+            moves: 412,
+            last_seconds: 0.5,
+        }),
         calls: CallMode::Deferred,
         statistics: PortStatistics {
             rx: DirectionStatistics {
@@ -59,6 +70,7 @@ fn view(spec: &PortSpec) -> PortView {
                 drops,
             },
             bad_buffers: 0,
+            moved_addresses: 206,
             slow_calls: 3,
             deferred_calls: 40,
         },

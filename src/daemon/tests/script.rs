@@ -23,6 +23,7 @@ use crate::daemon::pollers::PollThreads;
 use crate::daemon::port::{Door, PortRecord, SessionHandle};
 use crate::daemon::registry::Registry;
 use crate::daemon::report::{Report, reports};
+use crate::daemon::stations::Stations;
 use crate::memory::{GuestMemory, RegionSpec, SharedMemory};
 use crate::port::{Device, PortShared, QueuePair, Receive, Transmit};
 use crate::random_tests::Random;
@@ -286,6 +287,8 @@ impl Script {
             accept_at: None,
             accepts: Pace::new(1, Duration::ZERO, now),
             posts: Pace::new(1, Duration::ZERO, now),
+            second: None,
+            stations: Stations::new(now),
             reports: reports(now),
             reported_state: None,
         }

@@ -12,7 +12,7 @@ use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::table::{Key, Place, TOMBSTONE, Value};
-use super::{Fdb, FdbEntry, FdbError, PortRef};
+use super::{Fdb, FdbEntry, FdbError, Move, PortRef};
 use crate::wire::Mac;
 
 /// Attempts to place a static entry against learning threads.
@@ -39,11 +39,13 @@ impl Fdb {
     /// one key. Returns how many.
     pub fn age(&self, now_s: u32) -> usize {
         let ageing_s = self.ageing_s.load(Ordering::Relaxed);
-        self.remove_where(|cell, key, value| {
+        let removed = self.remove_where(|cell, key, value| {
             let shadowed = self.is_shadowed(cell, key);
             let aged = ageing_s != 0 && self.age_of(cell, now_s) >= ageing_s;
             shadowed || (aged && !value.is_static())
-        })
+        });
+        self.aged.fetch_add(removed as u64, Ordering::Relaxed);
+        removed
     }
 
     /// Removes the entries of `only`, or of all ports, except static ones if `keep_static`.
@@ -140,6 +142,26 @@ impl Fdb {
             }
         }
         done
+    }
+
+    /// Addresses that have moved from port to port since this was last asked: the last move of each, and of very many
+    /// at once some.
+    pub fn take_moves(&self) -> Vec<Move> {
+        self.moves.take()
+    }
+
+    /// Addresses that moved to a port since it was registered.
+    pub fn moves_to(&self, port: PortRef) -> u64 {
+        self.limits.moved_to(port.slot)
+    }
+
+    /// What has happened to entries: how many were learned, have moved, have aged.
+    pub fn happened(&self) -> [(&'static str, u64); 3] {
+        [
+            ("learned", self.learned.load(Ordering::Relaxed)),
+            ("moved", self.moves.count()),
+            ("aged", self.aged.load(Ordering::Relaxed)),
+        ]
     }
 
     /// The mark of everything removed so far; `None` if nothing waits to be reclaimed.

@@ -1,7 +1,7 @@
 //! What one port may do to the FDB: how many addresses it holds, how many it takes from other ports
 //! in a second.
 //!
-//! Two words a slot, changed only when an entry appears, moves or goes; a refusal writes nothing,
+//! Three words a slot, changed only when an entry appears, moves or goes; a refusal writes nothing,
 //! so a flood of new addresses costs the other threads no cache line. Compare-and-swaps are tried a
 //! few times, never until they succeed: what is not learned now is learned from the next frame.
 
@@ -30,6 +30,8 @@ struct PortLimits {
     entries: AtomicU64,
     /// Second (upper half) and number of moves in it.
     moves: AtomicU64,
+    /// Addresses that the slot's tenant ever took from other ports.
+    moved: AtomicU64,
 }
 
 fn pack(upper: u32, lower: u32) -> u64 {
@@ -115,6 +117,21 @@ impl Limits {
             (!is_after(generation, port.generation))
                 .then(|| pack(port.generation.wrapping_add(1), 0))
         });
+        // A thread that was admitted just before may count a move of the last tenant's for the next one.
+        limits.moved.store(0, Relaxed);
+    }
+
+    /// Counts an address that moved to `slot`.
+    pub(super) fn moved(&self, slot: u16) {
+        if let Some(limits) = self.ports.get(usize::from(slot)) {
+            limits.moved.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Addresses that moved to `slot` since its tenant came.
+    pub(super) fn moved_to(&self, slot: u16) -> u64 {
+        let limits = self.ports.get(usize::from(slot));
+        limits.map_or(0, |limits| limits.moved.load(Relaxed))
     }
 
     /// Takes one of the moves that `slot` has in this second.

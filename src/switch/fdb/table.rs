@@ -66,6 +66,15 @@ impl Value {
     const LIVE: u64 = 1 << 63;
     const STATIC: u64 = 1 << 62;
 
+    /// What [`Value::word`] has made of a value.
+    pub(super) fn from_word(word: u64) -> Value {
+        Value(word)
+    }
+
+    pub(super) fn word(self) -> u64 {
+        self.0
+    }
+
     #[inline]
     pub(super) fn learned(port: PortRef) -> Value {
         Value(Self::LIVE | u64::from(port.generation) << 16 | u64::from(port.slot))

@@ -83,6 +83,35 @@ fn what_was_learned_at_ports_that_are_forgotten_goes_and_nothing_else() {
 }
 
 #[test]
+fn moves_are_counted_and_the_last_one_of_an_address_is_told_once() {
+    let fdb = small();
+    fdb.learn(0, mac(1), A, 0);
+    fdb.learn(0, mac(2), A, 0);
+    assert_eq!(fdb.take_moves(), []);
+    for port in [B, A, B] {
+        assert_eq!(fdb.learn(0, mac(1), port, 0), Learned::Moved);
+    }
+    let told = |times| Move {
+        mac: mac(1),
+        from: A,
+        to: B,
+        times,
+    };
+    assert_eq!(fdb.take_moves(), [told(3)]);
+    assert_eq!(fdb.take_moves(), []);
+    assert_eq!((fdb.moves_to(A), fdb.moves_to(B)), (1, 2));
+    assert_eq!(fdb.happened(), [("learned", 2), ("moved", 3), ("aged", 0)]);
+    // What stays where it is, and what may not move, moves nothing.
+    fdb.learn(0, mac(1), B, 0);
+    fdb.insert_static(0, mac(2), A).unwrap();
+    assert_eq!(fdb.learn(0, mac(2), B, 0), Learned::Static);
+    assert_eq!(fdb.take_moves(), []);
+    // The next tenant of the slot begins at zero.
+    fdb.port_removed(B);
+    assert_eq!(fdb.moves_to(B), 0);
+}
+
+#[test]
 fn the_same_address_in_two_vlans_is_two_entries() {
     let fdb = small();
     fdb.learn(1, mac(1), A, 0);
@@ -350,7 +379,7 @@ fn a_learner_that_matched_just_before_the_removal_changes_nothing() {
     let key = Key::new(0, mac(1));
     let (cell, value) = fdb.table.find(fdb.table.home(key), key).unwrap();
     fdb.remove(0, mac(1));
-    assert_eq!(fdb.relearn(cell, value, B, 0), Learned::Contended);
+    assert_eq!(fdb.relearn((cell, key), value, B, 0), Learned::Contended);
     fdb.refresh(cell, 100);
     assert_eq!(fdb.lookup(0, mac(1)), None);
     assert_eq!(fdb.limits.count(B), 0);
