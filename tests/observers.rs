@@ -160,6 +160,9 @@ fn lines_filters_and_limits() {
     let text = run(&["p1", "--count", "3", "--direction", "rx"], 3);
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines.len(), 3, "{text}");
+    // The client's number, not that of the frames in the buffers.
+    let ends = "ends: it has as many frames as asked for; 3 frames, ";
+    daemon.assert_logged(&format!("capture \"capture-1\" {ends}"));
     for line in lines {
         let words = "p1:0 rx 52:54:00:00:01:02 > 52:54:00:00:01:01, ethertype 0x88b5, length 90";
         assert!(line.ends_with(words), "{line}");
@@ -633,6 +636,9 @@ fn a_trace_tells_what_becomes_of_each_frame() {
     guests[1].send(&frame(mac(3), mac(2), 0, 60));
     guests[2].receive(SOON).unwrap();
     guests[0].send(&frame(mac(2), mac(1), 1, 60));
+    wait_for("one frame, of several steps", || {
+        observers(&daemon)[0]["statistics"]["captured"] == 1
+    });
     guests[0].send(&frame(BROADCAST, mac(1), 2, 61));
     guests[0].send(&frame(mac(1), mac(1), 3, 62));
     guests[0].send(&frame(mac(3), mac(77), 4, 63));
@@ -661,6 +667,22 @@ fn a_trace_tells_what_becomes_of_each_frame() {
             .any(|line| line.contains("p0:0 | ") && line.ends_with(part));
         assert!(found, "{part}\n{text}");
     }
+    let ends = "ends: it has as many frames as asked for;";
+    daemon.assert_logged(&format!("trace \"trace-1\" {ends} 6 frames, 0 missed"));
+    // More of them than were asked for are in its buffers.
+    let mut trace = Command::new(env!("CARGO_BIN_EXE_pollux"));
+    trace.args(["trace", "p0", "--count", "1", "--json", "--api-socket"]);
+    trace.arg(daemon.dir().join("api.sock"));
+    let mut trace = common::process::Process::spawn("trace", &mut trace);
+    wait_for("the trace", || observers(&daemon).len() == 1);
+    for n in 0..100 {
+        guests[0].send(&frame(mac(2), mac(1), n, 60));
+        guests[1].receive(SOON).unwrap();
+    }
+    assert_eq!(trace.wait(SOON).unwrap().code(), Some(0));
+    let last: Value = serde_json::from_str(trace.out.text().lines().last().unwrap()).unwrap();
+    assert_eq!((&last["kind"], &last["frames"]), (&"end".into(), &1.into()));
+    daemon.assert_logged(&format!("trace \"trace-2\" {ends} 1 frames, "));
     daemon.stop();
 }
 

@@ -1,6 +1,6 @@
 //! What the other threads ask of control.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use crossbeam_channel::Sender;
 
@@ -54,8 +54,10 @@ pub(super) enum Command {
     Observers(Reply<Vec<ObserverView>>),
     /// Ends an observer by name; only if it is a mirror, where so.
     EndObserver(String, bool, Reply<()>),
-    /// Whoever read from an observer has left, or has enough, and why.
+    /// Whoever reads from an observer has enough, and why.
     LeaveObserver(Arc<Observer>, &'static str),
+    /// Whoever read from an observer has all of it, or has left: the frames that it got, and what was missed.
+    ObserverRead(Weak<Observer>, u64, u64),
     /// A poll thread that was removed has ended; its reader is free.
     PollEnded(Reader<Topology>),
     /// End the daemon.

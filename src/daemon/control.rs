@@ -335,6 +335,9 @@ impl Control {
                 let _ = reply.send(self.end_observer(&name, mirror));
             }
             Command::LeaveObserver(observer, why) => self.leave_observer(&observer, why),
+            Command::ObserverRead(observer, frames, missed) => {
+                self.observer_read(&observer, frames, missed);
+            }
             Command::PollEnded(reader) => {
                 let text = format!("poll-{} has ended", reader.index());
                 self.registry.thread_ended(reader);

@@ -1,7 +1,7 @@
 //! Observers as control knows them: names, registration, and the end that comes with their ports.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::control::Control;
 use super::registry::Registry;
@@ -111,6 +111,15 @@ impl ObserverRecord {
         };
         ports.contains(&gone) && !ports.iter().any(|port| *port != gone && is_there(*port))
     }
+}
+
+/// An observer that was taken out: its end is told of with the frames that its reader got.
+#[derive(Debug)]
+pub(super) struct Unread {
+    observer: Weak<Observer>,
+    name: String,
+    kind: &'static str,
+    why: String,
 }
 
 /// What an observer needs to know before it is made.
@@ -252,7 +261,7 @@ impl Control {
         Ok(())
     }
 
-    /// Whoever read from an observer has left, or has enough.
+    /// Whoever reads from an observer has enough.
     pub(super) fn leave_observer(&mut self, observer: &Arc<Observer>, why: &str) {
         let which = |record: &ObserverRecord| Arc::ptr_eq(&record.observer, observer);
         if let Some(record) = self.registry.stop_observing(which, why) {
@@ -260,16 +269,37 @@ impl Control {
         }
     }
 
-    /// Says that observers have ended with their port.
-    pub(super) fn report_end(&self, record: &ObserverRecord, why: &str) {
-        let counts = record.observer.counts();
-        let text = format!(
-            "{} {:?} ends: {why}; {} frames, {} missed",
-            record.observer.spec.kind.name(),
-            record.name,
-            counts.captured,
-            counts.missed
-        );
+    /// An observer was taken out. What a mirror has copied is known; of what is read, the reader knows.
+    pub(super) fn report_end(&mut self, record: &ObserverRecord, why: &str) {
+        let ended = Unread {
+            observer: Arc::downgrade(&record.observer),
+            name: record.name.clone(),
+            kind: record.observer.spec.kind.name(),
+            why: why.to_string(),
+        };
+        if matches!(record.observer.spec.kind, Kind::Mirror(_)) {
+            let counts = record.observer.counts();
+            self.report_read(&ended, counts.captured, counts.missed);
+        } else {
+            self.registry.unread.push(ended);
+        }
+    }
+
+    /// Whoever read from an observer has all of it, or has left.
+    pub(super) fn observer_read(&mut self, observer: &Weak<Observer>, frames: u64, missed: u64) {
+        let mut unread = self.registry.unread.iter();
+        if let Some(at) = unread.position(|ended| ended.observer.ptr_eq(observer)) {
+            let ended = self.registry.unread.remove(at);
+            self.report_read(&ended, frames, missed);
+        }
+    }
+
+    /// The same numbers as the reader's own.
+    fn report_read(&self, ended: &Unread, frames: u64, missed: u64) {
+        let Unread {
+            name, kind, why, ..
+        } = ended;
+        let text = format!("{kind} {name:?} ends: {why}; {frames} frames, {missed} missed");
         self.report.daemon(EventKind::ObserverEnded, text);
     }
 

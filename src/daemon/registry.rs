@@ -12,7 +12,7 @@ use crossbeam_channel::Sender;
 
 use super::balance::Loads;
 use super::handover::Place;
-use super::observers::{Names, ObserverRecord, PORT_REMOVED};
+use super::observers::{Names, ObserverRecord, PORT_REMOVED, Unread};
 use super::placement::Moves;
 use super::pollers::PollThreads;
 use super::port::PortRecord;
@@ -52,6 +52,8 @@ pub(super) struct Registry {
     pub(super) loads: Loads,
     /// Captures, traces, mirrors.
     pub(super) observers: Vec<ObserverRecord>,
+    /// Those that were taken out and are still read.
+    pub(super) unread: Vec<Unread>,
     /// Those that there have ever been without a name of their own.
     pub(super) observed: u64,
     /// For whoever reads what they write.
@@ -85,6 +87,7 @@ impl Registry {
             moves: Moves::default(),
             loads: Loads::default(),
             observers: Vec::new(),
+            unread: Vec::new(),
             observed: 0,
             names,
         }

@@ -44,7 +44,9 @@ pub(super) fn register(
     let answer = handle.ask(|reply| Command::Observe(record, reply));
     if answer.is_err() {
         // An answer that came too late would leave it without anybody.
+        let read = Command::ObserverRead(Arc::downgrade(&observer), 0, 0);
         let _ = handle.tell(Command::LeaveObserver(observer, "nobody waits for it"));
+        let _ = handle.tell(read);
     }
     answer
 }
@@ -72,6 +74,8 @@ struct Registered {
     name: String,
     observer: Arc<Observer>,
     handle: Handle,
+    /// Frames that its reader has got.
+    frames: u64,
 }
 
 impl Registered {
@@ -83,6 +87,7 @@ impl Registered {
             name,
             observer,
             handle: handle.clone(),
+            frames: 0,
         };
         wait_seen(handle, generation);
         Ok(registered)
@@ -110,6 +115,10 @@ impl Registered {
 impl Drop for Registered {
     fn drop(&mut self) {
         self.leave("its reader has left");
+        let missed = self.observer.counts().missed;
+        let read = Command::ObserverRead(Arc::downgrade(&self.observer), self.frames, missed);
+        // A daemon that has stopped tells of nothing any more.
+        let _ = self.handle.tell(read);
     }
 }
 
@@ -218,6 +227,7 @@ impl CaptureStream {
         let written = self.section.frame(interface, time, record, bytes);
         if written.is_ok() {
             self.written[interface as usize] += 1;
+            self.registered.frames += 1;
         }
         self.left = self.left.map(|left| left - 1);
     }
@@ -276,7 +286,6 @@ pub(super) struct TraceStream {
     tracer: Tracer,
     clock: WallClock,
     left: u64,
-    frames: u64,
     ending: Option<Instant>,
     bytes: Vec<u8>,
 }
@@ -313,7 +322,6 @@ impl TraceStream {
             tracer: Tracer::default(),
             clock: WallClock::default(),
             left: order.count,
-            frames: 0,
             ending: None,
             bytes: Vec::new(),
         })
@@ -397,7 +405,7 @@ impl ByteStream for TraceStream {
         {
             Self::line(out, &TraceLine::Frame(self.frame(&journey)));
             self.left -= 1;
-            self.frames += 1;
+            self.registered.frames += 1;
         }
         if self.left == 0 {
             self.registered.leave("it has as many frames as asked for");
@@ -407,7 +415,7 @@ impl ByteStream for TraceStream {
         };
         let end = TraceLine::End {
             reason,
-            frames: self.frames,
+            frames: self.registered.frames,
             missed: self.registered.observer.counts().missed,
         };
         Self::line(out, &end);

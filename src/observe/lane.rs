@@ -89,6 +89,8 @@ impl Add for Counts {
 /// One poll thread's part of an observer.
 pub struct Lane {
     pen: Place<Pen>,
+    /// Several records tell of one frame: only those count that begin one.
+    follows: bool,
     /// Frames kept; of a mirror, delivered.
     pub captured: Counter,
     /// Frames refused by the filter.
@@ -130,6 +132,7 @@ impl Lane {
         };
         Lane {
             pen: Place::new(pen),
+            follows: spec.kind == Kind::Trace,
             captured: Counter::default(),
             filtered: Counter::default(),
             missed: (0..slots).map(|_| Counter::default()).collect(),
@@ -174,7 +177,8 @@ impl Lane {
             }
         };
         if kept {
-            self.captured.add(1);
+            self.captured
+                .add(u64::from(!self.follows || record.begins()));
         } else {
             self.miss(record.port.slot);
         }

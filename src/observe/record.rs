@@ -39,6 +39,17 @@ pub struct Record {
     pub frame: (u16, u32),
 }
 
+impl Record {
+    /// Whether a trace learns of the frame with this record: it was decided upon, or dropped unread before that.
+    pub(super) fn begins(&self) -> bool {
+        match self.what {
+            What::Decided => true,
+            What::Dropped(_) => self.captured == 0,
+            What::Received | What::Delivered => false,
+        }
+    }
+}
+
 const NO_QUEUE: u16 = u16::MAX;
 const RECEIVED: u8 = 0;
 const DELIVERED: u8 = 1;

@@ -156,7 +156,7 @@ impl Tracer {
         match open.find(same) {
             Some((_, journey, _)) => journey.outcomes.push(record),
             // Dropped before anything was decided. What else has no beginning began before the trace.
-            None if record.what != What::Delivered && bytes.is_empty() && has_room => {
+            None if record.begins() && has_room => {
                 let journey = Journey {
                     entered: record,
                     decided: None,

@@ -44,9 +44,9 @@ pub struct ObserverView {
 /// Counters of an observer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ObserverStatistics {
-    /// Frames kept; of a mirror, copies delivered.
+    /// Frames kept; of a trace, frames that have entered; of a mirror, copies delivered.
     pub captured: u64,
-    /// Frames that it had no room for; of a mirror, also copies that its destination had no room for.
+    /// Frames that it had no room for; of a trace, steps of frames; of a mirror, also copies that its destination had no room for.
     pub missed: u64,
     /// Frames that its filter refused.
     pub filtered: u64,
