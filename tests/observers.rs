@@ -687,6 +687,36 @@ fn a_trace_tells_what_becomes_of_each_frame() {
 }
 
 #[test]
+fn a_mirror_copies_a_frame_once_however_many_of_its_ports_see_it() {
+    let daemon = daemon(4);
+    let rams = rams(4);
+    let mut guests = guests(&daemon, &rams);
+    let add = ["mirror", "add", "ids", "--from", "p0,p1", "--to", "p2"];
+    do_it(&daemon, &add);
+    for n in 0..50 {
+        for (from, to) in [(0, 1), (1, 0)] {
+            let bytes = frame(mac(to as u8 + 1), mac(from as u8 + 1), n, 200);
+            guests[from].send(&bytes);
+            assert_eq!(guests[to].receive(SOON).as_ref(), Some(&bytes));
+            assert_eq!(guests[2].receive(SOON).as_ref(), Some(&bytes));
+        }
+    }
+    // Flooded to both, and to p2 itself.
+    let flood = frame(BROADCAST, mac(4), 50, 200);
+    guests[3].send(&flood);
+    for guest in [0, 1, 2, 2] {
+        assert_eq!(guests[guest].receive(SOON).as_ref(), Some(&flood));
+    }
+    assert_eq!(guests[2].receive(A_WHILE), None);
+    let statistics = &observers(&daemon)[0]["statistics"];
+    assert_eq!(
+        (&statistics["captured"], &statistics["missed"]),
+        (&101.into(), &0.into())
+    );
+    daemon.stop();
+}
+
+#[test]
 fn a_capture_goes_on_in_the_next_file() {
     let daemon = daemon(2);
     let rams = rams(2);

@@ -8,6 +8,10 @@ use crate::switch::PortRef;
 const COPY_BYTES: usize = 256 * 1024;
 /// Copies of one pass.
 const MOST_COPIES: usize = 4096;
+/// Frames of one pass that are told apart; those beyond may be copied twice. Twice as many places, so that looking for one
+/// is short.
+const MOST_FRAMES: usize = 2 * MOST_COPIES;
+const PLACES: usize = 2 * MOST_FRAMES;
 
 /// A copy, by its place.
 #[derive(Clone, Copy, Debug)]
@@ -17,12 +21,61 @@ struct Copy {
     port: PortRef,
 }
 
+/// The frames that were met in one pass, by their names in records.
+#[derive(Debug)]
+struct Met {
+    /// Numbers in `frames`, from 1 on; 0: none.
+    places: Box<[u16]>,
+    /// Each with its place.
+    frames: Vec<((u16, u32), u16)>,
+}
+
+impl Met {
+    fn new() -> Met {
+        Met {
+            places: vec![0; PLACES].into(),
+            frames: Vec::with_capacity(MOST_FRAMES),
+        }
+    }
+
+    /// Notes a frame; false if it was met already.
+    fn note(&mut self, frame: (u16, u32)) -> bool {
+        if self.frames.len() == MOST_FRAMES {
+            return true;
+        }
+        // The upper bits of a product with an odd number near 2^64 divided by the golden ratio: neighbours lie far
+        // apart.
+        let name = u64::from(frame.0) << 32 | u64::from(frame.1);
+        let hash = name.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut place = (hash >> (u64::BITS - PLACES.ilog2())) as usize;
+        while let Some(number) = usize::from(self.places[place]).checked_sub(1) {
+            if self.frames[number].0 == frame {
+                return false;
+            }
+            place = (place + 1) % PLACES;
+        }
+        self.frames.push((frame, place as u16));
+        self.places[place] = self.frames.len() as u16;
+        true
+    }
+
+    fn clear(&mut self) {
+        for (_, place) in self.frames.drain(..) {
+            self.places[usize::from(place)] = 0;
+        }
+    }
+}
+
 /// Copies that wait for the next pass.
+///
+/// A frame is copied once for each mirror, where it is first seen in the pass: one that enters through a port and leaves
+/// through another, or is flooded to several, of a mirror's ports is one frame to whoever looks at the copies.
 #[derive(Debug)]
 pub struct Copies {
     bytes: Box<[u8]>,
     used: usize,
     copies: Vec<Copy>,
+    met: Met,
 }
 
 impl Copies {
@@ -36,11 +89,15 @@ impl Copies {
             bytes: bytes.into(),
             used: 0,
             copies: Vec::with_capacity(MOST_COPIES),
+            met: Met::new(),
         }
     }
 
-    /// Copies what the record says of a frame; `false` if there is no room.
+    /// Copies what the record says of a frame, unless it was met already; `false` if there is no room.
     pub(super) fn push(&mut self, record: &Record, content: &Content<'_, '_>) -> bool {
+        if !self.met.note(record.frame) {
+            return true;
+        }
         let len = record.captured as usize;
         if self.copies.len() == MOST_COPIES || self.bytes.len() - self.used < len {
             return false;
@@ -88,6 +145,38 @@ impl Copies {
     /// Forgets them.
     pub fn clear(&mut self) {
         self.copies.clear();
+        self.met.clear();
         self.used = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frame_is_met_once_a_pass_however_many_there_are() {
+        let mut met = Met::new();
+        let frames = |queue: u16| (0..MOST_FRAMES as u32 / 2).map(move |at| (queue, at * 256));
+        for _ in 0..3 {
+            for frame in frames(0).chain(frames(300)) {
+                assert!(met.note(frame), "{frame:?}");
+            }
+            // Room for one, or nothing would be looked for.
+            let (_, place) = met.frames.pop().unwrap();
+            met.places[usize::from(place)] = 0;
+            for frame in frames(0) {
+                assert!(!met.note(frame), "{frame:?}");
+            }
+            met.clear();
+            assert!(met.places.iter().all(|place| *place == 0));
+        }
+    }
+
+    #[test]
+    fn what_is_too_much_to_be_told_apart_is_copied() {
+        let mut met = Met::new();
+        assert!((0..MOST_FRAMES as u32).all(|at| met.note((0, at))));
+        assert!(met.note((0, 0)));
     }
 }
