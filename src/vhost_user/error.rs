@@ -130,6 +130,9 @@ pub enum SessionError {
     /// File descriptors in the middle of a header.
     #[error("a message header is split by file descriptors")]
     SplitHeader,
+    /// File descriptors behind the header.
+    #[error("{0}: file descriptors come with the body, not with the header")]
+    FilesInBody(Request),
     /// More file descriptors than any message has.
     #[error("more than {max} file descriptors with one message")]
     TooManyFiles {

@@ -184,13 +184,20 @@ impl<'s> Session<'s> {
             return Ok(());
         };
         let failure = device.take_failure();
-        // The crate acknowledges what the handler refused, but not what it refused itself, except here.
-        let acknowledged = failure.is_some() || code == FrontendReq::SET_MEM_TABLE;
+        // The crate acknowledges what the handler refused, but not what it refused itself, except a table that it
+        // has read and found wrong.
+        let wrong_table = code == FrontendReq::SET_MEM_TABLE
+            && matches!(source, CrateError::InvalidMessage);
+        let acknowledged = failure.is_some() || wrong_table;
         let memory = matches!(code, FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG);
         let error = match (failure, source) {
             (Some(failure), _) => failure,
             (None, CrateError::Disconnected | CrateError::SocketBroken(_)) => {
                 return Err(SessionError::Disconnected);
+            }
+            // All of the message has arrived: what it had no room for are descriptors in the body.
+            (None, CrateError::SocketRetry(_)) => {
+                return Err(SessionError::FilesInBody(arrived.request));
             }
             (None, _) if memory && !arrived.has_files => SessionError::PrivateMemory,
             (None, source) => SessionError::Malformed {

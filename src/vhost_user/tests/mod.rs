@@ -1,5 +1,6 @@
 //! A scripted frontend on one end of a socket pair, a session with a test double behind it on the other.
 
+mod answers;
 mod descriptors;
 mod hostile;
 mod life;
