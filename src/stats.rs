@@ -68,6 +68,8 @@ drop_reasons! {
     RxTooLong = "rx_too_long", Rx;
     /// The sender's memory could not be read: its file was truncated, or its file system is full.
     RxMemoryFault = "rx_memory_fault", Rx;
+    /// The sender's buffer is in guest memory that the switch cannot map.
+    RxMemoryUnusable = "rx_memory_unusable", Rx;
     /// Multicast, broadcast or zero source address.
     RxBadSource = "rx_bad_source", Rx;
     /// The destination is behind the port that the frame came from.
@@ -107,6 +109,8 @@ pub struct PortCounters {
     pub tx_bytes: Counter,
     /// Receive buffers returned unused: a malformed chain, or one too small for any frame.
     pub bad_buffers: Counter,
+    /// Those of them that are in guest memory which the switch cannot map.
+    pub unusable_buffers: Counter,
     drops: [Counter; DropReason::ALL.len()],
 }
 
@@ -165,6 +169,7 @@ impl PortStats {
             totals.tx_frames += block.tx_frames.get();
             totals.tx_bytes += block.tx_bytes.get();
             totals.bad_buffers += block.bad_buffers.get();
+            totals.unusable_buffers += block.unusable_buffers.get();
         }
         for reason in DropReason::ALL {
             let n = self.threads.iter().map(|block| block.drops(reason)).sum();
@@ -191,6 +196,8 @@ pub struct PortTotals {
     pub tx_bytes: u64,
     /// Receive buffers returned unused.
     pub bad_buffers: u64,
+    /// Those of them that are in guest memory which the switch cannot map.
+    pub unusable_buffers: u64,
     /// Drops counted on entry, all reasons.
     pub rx_dropped: u64,
     /// Drops counted on the way out, all reasons.

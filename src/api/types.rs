@@ -12,9 +12,11 @@ use utoipa::ToSchema;
 use crate::config::SocketMode;
 use crate::wire::Mac;
 
+mod memory;
 mod observe;
 mod poll;
 
+pub use memory::UnusableMemory;
 pub use observe::{
     CaptureOrder, MirrorAdd, ObserverKind, ObserverStatistics, ObserverView, TraceFrame, TraceLine,
     TraceOrder, TraceOutcome,
@@ -69,7 +71,7 @@ pub struct PortView {
     pub ring_reset: bool,
     /// Where it stands.
     pub state: PortState,
-    /// In words, why it does not work (yet); null while it does.
+    /// In words, why it does not work (yet), or what of its memory cannot be used; null otherwise.
     pub reason: Option<String>,
     /// The connected frontend; null without one.
     pub session: Option<SessionView>,
@@ -133,6 +135,9 @@ pub struct SessionView {
     pub memory_regions: u32,
     /// Bytes of guest memory shared.
     pub memory_bytes: u64,
+    /// Regions of guest memory that the switch cannot use: frames with buffers there are dropped.
+    #[serde(default)]
+    pub memory_unusable: Vec<UnusableMemory>,
     /// Its vrings.
     pub rings: Vec<RingView>,
     /// Seconds since the frontend connected.
@@ -188,6 +193,12 @@ pub struct RingView {
     pub broken_reason: Option<String>,
     /// Enabled by the frontend.
     pub enabled: bool,
+    /// Enabled, but its driver has never put a buffer into it, as into others: no flow goes there.
+    #[serde(default)]
+    pub unserved: bool,
+    /// Why a restart of the switch would lose its position; null where it would not.
+    #[serde(default)]
+    pub no_record: Option<String>,
     /// The switch's position in it, as the answer to GET_VRING_BASE: of a split ring the index of what it gave back, 16
     /// bits; of a packed ring a slot with the wrap counter in bit 15, in both halves of 32 bits.
     pub position: u64,
@@ -203,6 +214,9 @@ pub struct PortStatistics {
     /// Receive buffers of the guest that could hold no frame and went back unused.
     #[serde(default)]
     pub bad_buffers: u64,
+    /// Those of them that are in guest memory which the switch cannot use.
+    #[serde(default)]
+    pub unusable_buffers: u64,
     /// Addresses that moved here from other ports.
     #[serde(default)]
     pub moved_addresses: u64,

@@ -9,6 +9,9 @@ use crate::api::types::{
     RingView, SecondFrontend, SessionView, StatsView,
 };
 
+/// Regions that cannot be used and are named; all of them are in the JSON.
+const UNUSABLE_SHOWN: usize = 4;
+
 /// `pollux port list`.
 pub(super) fn ports(ports: &[PortView]) -> String {
     if ports.is_empty() {
@@ -97,14 +100,35 @@ fn session_lines(session: &SessionView, line: &mut impl FnMut(&str, &str)) {
         names => names.join(" "),
     };
     line("session age", &seconds(session.age_seconds));
+    let regions = session.memory_regions;
     let memory = format!(
-        "{}B in {} regions",
-        short(session.memory_bytes as f64),
-        session.memory_regions
+        "{} in {regions} {}",
+        memory_size(session.memory_bytes),
+        if regions == 1 { "region" } else { "regions" }
     );
     line("shared memory", &memory);
+    for region in session.memory_unusable.iter().take(UNUSABLE_SHOWN) {
+        let size = memory_size(region.bytes);
+        let (at, cause) = (region.guest_address, &region.cause);
+        line("unusable memory", &format!("{size} at {at:#x}: {cause}"));
+    }
+    if let Some(more) = session
+        .memory_unusable
+        .len()
+        .checked_sub(UNUSABLE_SHOWN + 1)
+    {
+        line("unusable memory", &format!("{} more regions", more + 1));
+    }
     line("features", &list(&session.features));
     line("protocol features", &list(&session.protocol_features));
+}
+
+/// Guest memory is made in binary units, and so is what is said of it.
+fn memory_size(bytes: u64) -> String {
+    match bytes >> 20 {
+        0 => format!("{} KiB", bytes >> 10),
+        size => format!("{size} MiB"),
+    }
 }
 
 fn rings(rings: &[RingView]) -> String {
@@ -117,7 +141,7 @@ fn rings(rings: &[RingView]) -> String {
         "ENABLED",
         ">POSITION",
     ]);
-    let mut broken = String::new();
+    let mut amiss = String::new();
     for ring in rings {
         let direction = direction(ring.direction);
         table.row([
@@ -138,10 +162,25 @@ fn rings(rings: &[RingView]) -> String {
         ]);
         if let Some(reason) = &ring.broken_reason {
             let reason = escape(reason);
-            let _ = writeln!(broken, "ring {direction} {} broken: {reason}", ring.queue);
+            let _ = writeln!(amiss, "ring {direction} {} broken: {reason}", ring.queue);
+        }
+        if let Some(reason) = &ring.no_record {
+            let reason = escape(reason);
+            let _ = writeln!(
+                amiss,
+                "ring {direction} {} will not survive a restart of the switch: {reason}",
+                ring.queue
+            );
+        }
+        if ring.unserved {
+            let _ = writeln!(
+                amiss,
+                "ring {direction} {} is enabled, but never had a buffer: no flow goes there",
+                ring.queue
+            );
         }
     }
-    table.render("") + &broken
+    table.render("") + &amiss
 }
 
 fn direction(direction: RingDirection) -> &'static str {
@@ -171,6 +210,13 @@ fn counters(statistics: &PortStatistics) -> String {
     if any {
         text.push('\n');
         text.push_str(&reasons.render(""));
+    }
+    let (bad, unusable) = (statistics.bad_buffers, statistics.unusable_buffers);
+    if bad > 0 {
+        let _ = writeln!(
+            text,
+            "\n{bad} receive buffers went back unused, {unusable} of them in unusable memory"
+        );
     }
     text
 }

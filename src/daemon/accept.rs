@@ -14,7 +14,7 @@ use super::report::Report;
 use super::socket::hung_up;
 use crate::api::types::{self as api, EventKind};
 use crate::port::PortShared;
-use crate::vhost_user::{self, SessionOptions, SessionStatus, Stopper};
+use crate::vhost_user::{self, SessionEnd, SessionOptions, SessionStatus, Stopper};
 
 /// Frontends accepted on one port in one turn: a storm of connections delays nobody else's commands for long.
 const ACCEPTS: u32 = 8;
@@ -283,7 +283,14 @@ fn spawn(
             let sink = Arc::new(Sink(link.clone()));
             // However the thread ends: a port whose session is forgotten would take no other frontend.
             let mut end = Farewell(link, "the session failed; this is a bug".to_string());
-            end.1 = vhost_user::serve(stream, options, sink, status).to_string();
+            let ended = vhost_user::serve(stream, options, sink, status);
+            end.1 = match ended {
+                SessionEnd::AskedForQueues { .. } => {
+                    let name = end.0.port.name();
+                    format!("{ended}; if it needs more: pollux port set {name} queues=N")
+                }
+                _ => ended.to_string(),
+            };
         })
 }
 

@@ -22,6 +22,11 @@ pub(super) fn reports(now: Instant) -> Reports {
     Arc::new(Mutex::new(Pace::new(LINES, LINE_EVERY, now)))
 }
 
+/// Whether everything of this kind is a warning.
+fn warns(kind: EventKind) -> bool {
+    matches!(kind, EventKind::RingBroken | EventKind::SessionRefused)
+}
+
 /// Where events go.
 #[derive(Debug, Default)]
 pub(super) struct Report {
@@ -31,12 +36,15 @@ pub(super) struct Report {
 impl Report {
     /// Something that happened to a port.
     pub(super) fn port(&self, port: &PortShared, kind: EventKind, message: impl Into<String>) {
-        let message = message.into();
-        match kind {
-            EventKind::RingBroken | EventKind::SessionRefused => {
-                tracing::warn!(port = port.name(), "{message}");
-            }
-            _ => tracing::info!(port = port.name(), "{message}"),
+        self.port_as(port, (kind, warns(kind)), message.into());
+    }
+
+    /// The same; whether it is a warning.
+    fn port_as(&self, port: &PortShared, (kind, warns): (EventKind, bool), message: String) {
+        if warns {
+            tracing::warn!(port = port.name(), "{message}");
+        } else {
+            tracing::info!(port = port.name(), "{message}");
         }
         let event = Event::new(SystemTime::now(), kind, message).of_port(port.name());
         self.hub.publish(&event);
@@ -50,6 +58,16 @@ impl Report {
         kind: EventKind,
         message: impl Into<String>,
     ) {
+        self.paced_as(port, reports, (kind, warns(kind)), message.into());
+    }
+
+    fn paced_as(
+        &self,
+        port: &PortShared,
+        reports: &Reports,
+        (kind, warns): (EventKind, bool),
+        message: String,
+    ) {
         // Plain values, whole at every moment.
         let mut pace = reports.lock().unwrap_or_else(PoisonError::into_inner);
         if !pace.admits(Instant::now()) {
@@ -61,7 +79,7 @@ impl Report {
             let text = format!("{missing} more events not shown");
             self.port(port, EventKind::PortChanged, text);
         }
-        self.port(port, kind, message);
+        self.port_as(port, (kind, warns), message);
     }
 
     /// Something that happened to the daemon.
@@ -105,9 +123,11 @@ impl Report {
             SessionEvent::RingStarted { .. } => EventKind::RingStarted,
             SessionEvent::RingStopped { .. } => EventKind::RingStopped,
             SessionEvent::RingBroken { .. } => EventKind::RingBroken,
-            SessionEvent::Memory { .. } | SessionEvent::MemoryLost => EventKind::MemoryChanged,
+            SessionEvent::Memory { .. }
+            | SessionEvent::MemoryUnusable(_)
+            | SessionEvent::MemoryLost => EventKind::MemoryChanged,
             _ => EventKind::PortChanged,
         };
-        self.paced(port, reports, kind, event.to_string());
+        self.paced_as(port, reports, (kind, event.is_warning()), event.to_string());
     }
 }

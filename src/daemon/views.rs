@@ -14,15 +14,16 @@ use super::registry::Registry;
 use crate::api::types::{
     CallMode, DirectionStatistics, FdbAdd, FdbEntry, FdbStatistics, Latency, LatencyBucket,
     PollState, PollThreadView, PortCounters, PortState, PortStatistics, PortView, QueueRef,
-    RingDirection, RingKind, RingState, RingView, SessionView, StatsView,
+    RingDirection, RingKind, RingState, RingView, SessionView, StatsView, UnusableMemory,
 };
 use crate::api::{ControlError, What};
+use crate::memory::Unusable;
 use crate::port::PortShared;
 use crate::stats::{Direction, DropReason, Histogram};
 use crate::switch::fdb::Fdb;
 use crate::switch::forward::UNTAGGED;
 use crate::sys::call::Way;
-use crate::vhost_user::{RingStatus, StatusSnapshot};
+use crate::vhost_user::{ASKED_FOR_QUEUES, RingStatus, StatusSnapshot};
 use crate::wire::Mac;
 
 /// All ports.
@@ -84,9 +85,19 @@ fn state(record: &PortRecord, snapshot: Option<&StatusSnapshot>) -> (PortState, 
         return (PortState::Broken, Some(snapshot.state.clone()));
     }
     if snapshot.working {
-        return (PortState::Running, None);
+        let unusable = snapshot.memory_unusable.first();
+        let unusable = unusable.map(ToString::to_string);
+        let reason = unusable.or_else(|| snapshot.memory_refused.clone());
+        return (PortState::Running, reason);
     }
-    (PortState::Negotiating, Some(snapshot.state.clone()))
+    // A frontend that needs more queue pairs comes and goes many times a second, and has no other reason.
+    let last = record
+        .last_end
+        .as_ref()
+        .filter(|_| snapshot.features.is_none());
+    let reason = last.filter(|end| end.starts_with(ASKED_FOR_QUEUES));
+    let reason = reason.unwrap_or(&snapshot.state);
+    (PortState::Negotiating, Some(reason.clone()))
 }
 
 fn session(age: Duration, snapshot: &StatusSnapshot) -> SessionView {
@@ -99,8 +110,17 @@ fn session(age: Duration, snapshot: &StatusSnapshot) -> SessionView {
             .collect(),
         memory_regions: u32::try_from(snapshot.memory_regions).unwrap_or(u32::MAX),
         memory_bytes: snapshot.memory_bytes,
+        memory_unusable: snapshot.memory_unusable.iter().map(unusable).collect(),
         rings: snapshot.rings.iter().filter(is_used).map(ring).collect(),
         age_seconds: age.as_secs_f64(),
+    }
+}
+
+fn unusable(region: &Unusable) -> UnusableMemory {
+    UnusableMemory {
+        guest_address: region.guest_addr,
+        bytes: region.size,
+        cause: region.cause.to_string(),
     }
 }
 
@@ -159,6 +179,8 @@ fn ring(ring: &RingStatus) -> RingView {
         },
         broken_reason: ring.broken.map(|broken| broken.to_string()),
         enabled: ring.enabled,
+        unserved: ring.left_out,
+        no_record: ring.no_record.as_ref().map(ToString::to_string),
         position: ring.position.map_or(0, u64::from),
     }
 }
@@ -187,6 +209,7 @@ fn statistics(port: &PortShared, fdb: &Fdb) -> PortStatistics {
             drops: drops(Direction::Tx),
         },
         bad_buffers: totals.bad_buffers,
+        unusable_buffers: totals.unusable_buffers,
         moved_addresses: fdb.moves_to(port.reference),
         slow_calls: port.calls.slow(),
         deferred_calls: port.calls.deferred(),

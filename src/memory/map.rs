@@ -1,22 +1,24 @@
 //! The map of one guest's memory: immutable, looked up by poll threads, replaced by sessions.
 //!
+//! A region whose file cannot be used is in the map, too, without a place: frontends stop at the first region that is
+//! refused, and a guest would have nothing for the sake of one file (`MemoryError::leaves_out`).
+//!
 //! A change makes a new map that shares the regions which did not change. Look-ups need no shared
 //! mutable state (a "last hit" would bounce between poll threads): the four largest regions, which
 //! take nearly all traffic of nearly all guests, are compared one after the other, and a binary
 //! search follows for guests with more.
 
-use std::fs::File;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::fence::FaultMark;
 use super::region::{Examined, PinnedWindow, Region, RegionSpec};
-use super::{MAX_GUEST_BYTES, MAX_REGIONS, MemoryError, RangeKind, Window};
+use super::{MAX_GUEST_BYTES, MAX_REGIONS, MemoryError, RangeKind, Unusable, Window};
 
 /// Regions that are compared before the binary search.
 const NEAR: usize = 4;
 
-/// Where a range of guest addresses is mapped. The region of the same index keeps it so.
+/// Where a range of guest addresses is mapped. A slot of the same map keeps it so.
 #[derive(Clone, Copy)]
 struct Span {
     start: u64,
@@ -52,28 +54,31 @@ impl Span {
     }
 }
 
-/// One entry of the map: a mapping, and where guest and frontend see it.
+/// One entry of the map: a mapping or why there is none, and where guest and frontend see it.
 #[derive(Clone, Debug)]
 struct Slot {
     guest_addr: u64,
     user_addr: u64,
-    region: Arc<Region>,
+    size: u64,
+    region: Result<Arc<Region>, Arc<str>>,
     /// How often it was added (ADD_MEM_REG).
     added: u32,
 }
 
 impl Slot {
-    fn size(&self) -> u64 {
-        self.region.len() as u64
+    fn is_mapped(&self) -> bool {
+        self.region.is_ok()
     }
 }
 
 /// An immutable map of a guest's memory.
 pub struct GuestMemory {
     near: [Span; NEAR],
-    // All of them, by guest address.
+    // All that are mapped, by guest address.
     spans: Box<[Span]>,
     slots: Box<[Slot]>,
+    // Start and length of those that are not.
+    left_out: Box<[(u64, u64)]>,
     mark: Arc<FaultMark>,
 }
 
@@ -102,14 +107,17 @@ impl GuestMemory {
 
     fn of(mut slots: Vec<Slot>, mark: Arc<FaultMark>) -> Self {
         slots.sort_by_key(|slot| slot.guest_addr);
-        let spans: Box<[Span]> = slots
-            .iter()
-            .map(|slot| Span {
+        let mapped = |slot: &Slot| {
+            let region = slot.region.as_ref().ok()?;
+            Some(Span {
                 start: slot.guest_addr,
-                len: slot.size(),
-                host: slot.region.host(),
+                len: slot.size,
+                host: region.host(),
             })
-            .collect();
+        };
+        let spans: Box<[Span]> = slots.iter().filter_map(mapped).collect();
+        let left_out = slots.iter().filter(|slot| !slot.is_mapped());
+        let left_out = left_out.map(|slot| (slot.guest_addr, slot.size)).collect();
         let mut by_size = spans.to_vec();
         by_size.sort_by_key(|span| std::cmp::Reverse(span.len));
         let mut near = [Span::NONE; NEAR];
@@ -119,6 +127,7 @@ impl GuestMemory {
         GuestMemory {
             near,
             spans,
+            left_out,
             slots: slots.into_boxed_slice(),
             mark,
         }
@@ -132,10 +141,10 @@ impl GuestMemory {
         }
         let placed = specs.iter().map(Placed::from).collect();
         check_places(placed)?;
-        let slots = specs
-            .into_iter()
-            .map(|spec| self.slot(spec))
-            .collect::<Result<Vec<_>, _>>()?;
+        let mut slots = Vec::with_capacity(specs.len());
+        for spec in specs {
+            slots.push(self.slot(spec, &slots)?);
+        }
         Ok(GuestMemory::of(slots, Arc::clone(&self.mark)))
     }
 
@@ -151,7 +160,7 @@ impl GuestMemory {
         placed.push(Placed::from(&spec));
         check_places(placed)?;
         let mut slots = self.slots.to_vec();
-        slots.push(self.slot(spec)?);
+        slots.push(self.slot(spec, &slots)?);
         Ok(GuestMemory::of(slots, Arc::clone(&self.mark)))
     }
 
@@ -163,7 +172,7 @@ impl GuestMemory {
         size: u64,
     ) -> Result<GuestMemory, MemoryError> {
         let is_it = |slot: &Slot| {
-            slot.guest_addr == guest_addr && slot.user_addr == user_addr && slot.size() == size
+            slot.guest_addr == guest_addr && slot.user_addr == user_addr && slot.size == size
         };
         let mut slots = self.slots.to_vec();
         let Some(at) = slots.iter().position(is_it) else {
@@ -186,13 +195,15 @@ impl GuestMemory {
         let is_it = |slot: &Slot| {
             slot.guest_addr == spec.guest_addr
                 && slot.user_addr == spec.user_addr
-                && slot.size() == spec.size
+                && slot.size == spec.size
         };
         let Some(at) = self.slots.iter().position(is_it) else {
             return Ok(None);
         };
-        let region = self.region(&spec.file, spec)?;
-        if !Arc::ptr_eq(&region, &self.slots[at].region) {
+        // One that is left out stays so whatever file comes with it.
+        if let Ok(known) = &self.slots[at].region
+            && !Arc::ptr_eq(&self.region(spec)?, known)
+        {
             return Ok(None);
         }
         let mut slots = self.slots.to_vec();
@@ -200,11 +211,23 @@ impl GuestMemory {
         Ok(Some(GuestMemory::of(slots, Arc::clone(&self.mark))))
     }
 
-    fn slot(&self, spec: RegionSpec) -> Result<Slot, MemoryError> {
-        let region = self.region(&spec.file, &spec)?;
+    /// The slot of a region that goes with those `before` it.
+    fn slot(&self, spec: RegionSpec, before: &[Slot]) -> Result<Slot, MemoryError> {
+        let mapped = before.iter().filter(|slot| slot.is_mapped());
+        let total = mapped.fold(spec.size, |sum, slot| sum.saturating_add(slot.size));
+        let region = if total > MAX_GUEST_BYTES {
+            Err(MemoryError::TooLarge { total })
+        } else {
+            self.region(&spec)
+        };
+        let region = match region {
+            Err(error) if !error.leaves_out() => return Err(error),
+            region => region.map_err(|error| error.to_string().into()),
+        };
         Ok(Slot {
             guest_addr: spec.guest_addr,
             user_addr: spec.user_addr,
+            size: spec.size,
             region,
             added: 1,
         })
@@ -212,16 +235,18 @@ impl GuestMemory {
 
     /// The mapping that is there already, or a new one. The file is examined either way: it may have
     /// shrunk since, and where it did under our hands the old mapping has holes.
-    fn region(&self, file: &File, spec: &RegionSpec) -> Result<Arc<Region>, MemoryError> {
-        let examined = Examined::new(file, spec.offset, spec.size)?;
-        let known = self.slots.iter().find(|slot| {
-            slot.guest_addr == spec.guest_addr
-                && slot.region.identity() == examined.identity()
-                && !slot.region.faulted()
+    fn region(&self, spec: &RegionSpec) -> Result<Arc<Region>, MemoryError> {
+        let examined = Examined::new(&spec.file, spec.offset, spec.size)?;
+        let same =
+            |region: &&Arc<Region>| region.identity() == examined.identity() && !region.faulted();
+        let mut known = self.slots.iter();
+        let known = known.find_map(|slot| {
+            let here = slot.guest_addr == spec.guest_addr;
+            slot.region.as_ref().ok().filter(|_| here).filter(same)
         });
         match known {
-            Some(slot) => Ok(Arc::clone(&slot.region)),
-            None => Ok(Arc::new(Region::map(file, &examined, &self.mark)?)),
+            Some(region) => Ok(Arc::clone(region)),
+            None => Ok(Arc::new(Region::map(&spec.file, &examined, &self.mark)?)),
         }
     }
 
@@ -300,8 +325,8 @@ impl GuestMemory {
     fn pin(&self, addr: u64, len: u64, start: impl Fn(&Slot) -> u64) -> Option<PinnedWindow> {
         self.slots.iter().find_map(|slot| {
             let offset = addr.checked_sub(start(slot))?;
-            (offset < slot.size()).then_some(())?;
-            PinnedWindow::new(&slot.region, offset, len)
+            (offset < slot.size).then_some(())?;
+            PinnedWindow::new(slot.region.as_ref().ok()?, offset, len)
         })
     }
 
@@ -309,7 +334,7 @@ impl GuestMemory {
     pub fn guest_address(&self, user_addr: u64) -> Option<u64> {
         self.slots.iter().find_map(|slot| {
             let offset = user_addr.checked_sub(slot.user_addr)?;
-            (offset < slot.size()).then(|| slot.guest_addr + offset)
+            (offset < slot.size).then(|| slot.guest_addr + offset)
         })
     }
 
@@ -324,15 +349,50 @@ impl GuestMemory {
         &self.mark
     }
 
-    /// Guest address and length of every region, by address.
-    pub fn regions(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        self.slots.iter().map(|slot| (slot.guest_addr, slot.size()))
+    /// Whether the guest address lies in a region that is left out.
+    pub fn is_unusable(&self, guest_addr: u64) -> bool {
+        let behind = self
+            .left_out
+            .partition_point(|(start, _)| *start <= guest_addr);
+        let below = behind.checked_sub(1).and_then(|at| self.left_out.get(at));
+        below.is_some_and(|(start, len)| guest_addr - start < *len)
     }
 
-    /// Size of all regions together.
-    pub fn len_bytes(&self) -> u64 {
-        self.slots.iter().map(Slot::size).sum()
+    /// The region that is left out in which the frontend's address lies.
+    pub fn unusable_at(&self, user_addr: u64) -> Option<Unusable> {
+        let mut slots = self.slots.iter();
+        let is_it = |slot: &&Slot| user_addr.wrapping_sub(slot.user_addr) < slot.size;
+        slots.find(is_it).and_then(unusable)
     }
+
+    /// The regions that are left out, by address.
+    pub fn unusable(&self) -> impl Iterator<Item = Unusable> + '_ {
+        self.slots.iter().filter_map(unusable)
+    }
+
+    /// Whether the guest has no memory at all, of either kind.
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// Guest address and length of every region that is mapped, by address.
+    pub fn regions(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.spans.iter().map(|span| (span.start, span.len))
+    }
+
+    /// Size of all of them together.
+    pub fn len_bytes(&self) -> u64 {
+        self.spans.iter().map(|span| span.len).sum()
+    }
+}
+
+fn unusable(slot: &Slot) -> Option<Unusable> {
+    let cause = slot.region.as_ref().err()?;
+    Some(Unusable {
+        guest_addr: slot.guest_addr,
+        size: slot.size,
+        cause: Arc::clone(cause),
+    })
 }
 
 /// The addresses of a region, mapped or not.
@@ -358,13 +418,14 @@ impl From<&Slot> for Placed {
         Placed {
             guest_addr: slot.guest_addr,
             user_addr: slot.user_addr,
-            size: slot.size(),
+            size: slot.size,
         }
     }
 }
 
 /// Whether these regions can be one guest's memory; nothing is mapped before this says so.
 fn check_places(placed: Vec<Placed>) -> Result<(), MemoryError> {
+    // Refused, not left out: a frontend is told the number (GET_MAX_MEM_SLOTS), and the list must have an end.
     if placed.len() > MAX_REGIONS {
         return Err(MemoryError::TooManyRegions {
             count: placed.len(),
@@ -374,12 +435,6 @@ fn check_places(placed: Vec<Placed>) -> Result<(), MemoryError> {
         return Err(MemoryError::EmptyRegion {
             guest_addr: empty.guest_addr,
         });
-    }
-    let total = placed
-        .iter()
-        .fold(0u64, |sum, p| sum.saturating_add(p.size));
-    if total > MAX_GUEST_BYTES {
-        return Err(MemoryError::TooLarge { total });
     }
     let guest = placed.iter().map(|p| (p.guest_addr, p.size)).collect();
     check_ranges(RangeKind::GuestAddress, guest)?;

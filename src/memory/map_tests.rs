@@ -1,3 +1,4 @@
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 
@@ -286,15 +287,6 @@ fn impossible_places_are_refused() {
         refused(vec![spec(0, 0, 0)]),
         E::EmptyRegion { .. }
     ));
-    for size in [MAX_GUEST_BYTES + 1, 1 << 47, u64::MAX] {
-        assert!(matches!(
-            refused(vec![spec(0, 0, size)]),
-            E::TooLarge { .. }
-        ));
-    }
-    let half = MAX_GUEST_BYTES / 2 + PAGE;
-    let both = vec![spec(0, 0, half), spec(1 << 60, 1 << 60, half)];
-    assert!(matches!(refused(both), E::TooLarge { .. }));
     let wraps = |guest, user, offset| {
         let specs = vec![RegionSpec {
             offset,
@@ -381,38 +373,91 @@ fn files_that_do_not_fit_are_refused() {
     ));
 }
 
-#[test]
-fn what_is_no_memory_file_is_refused_with_advice() {
-    let with = |file: OwnedFd| RegionSpec {
-        file: file.into(),
-        ..spec(0, 0, PAGE)
-    };
+/// A region like this one behind another file.
+fn behind(file: impl Into<OwnedFd>, guest_addr: u64, user_addr: u64) -> RegionSpec {
+    RegionSpec {
+        file: file.into().into(),
+        ..spec(guest_addr, user_addr, PAGE)
+    }
+}
+
+/// Files that cannot be used, and a word of the reason.
+fn unusable_files() -> Vec<(OwnedFd, &'static str)> {
     let (reader, _writer) = std::io::pipe().unwrap();
-    let zero = File::open("/dev/zero").unwrap();
-    let proc = File::open("/proc/self/maps").unwrap();
-    for fd in [OwnedFd::from(reader), zero.into(), proc.into()] {
-        let text = table(vec![with(fd)]).unwrap_err().to_string();
-        assert!(text.contains("memory-backend-memfd,share=on"), "{text}");
-        assert!(text.contains("shared=on"), "{text}");
+    let file = memfd::create("pollux-test", PAGE).unwrap();
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    let sealed = memfd::create("pollux-test", PAGE).unwrap();
+    rustix::fs::fcntl_add_seals(&sealed, rustix::fs::SealFlags::WRITE).unwrap();
+    let open = |path: &str| OwnedFd::from(File::open(path).unwrap());
+    let advice = "memory-backend-memfd,share=on";
+    vec![
+        (reader.into(), advice),
+        // As device DAX is: a character device.
+        (open("/dev/zero"), advice),
+        (open("/proc/self/maps"), advice),
+        (open(&path), "cannot be mapped"),
+        (sealed.into(), "cannot be mapped"),
+    ]
+}
+
+#[test]
+fn what_cannot_be_mapped_is_left_out_with_its_reason_and_the_rest_is_used() {
+    for (file, why) in unusable_files() {
+        let again = file.try_clone().unwrap();
+        let specs = vec![
+            spec(0, 0x1000_0000, PAGE),
+            behind(file, PAGE, 0x2000_0000),
+            spec(2 * PAGE, 0x3000_0000, PAGE),
+        ];
+        let memory = table(specs).unwrap();
+        let left_out: Vec<Unusable> = memory.unusable().collect();
+        assert_eq!((left_out[0].guest_addr, left_out[0].size), (PAGE, PAGE));
+        let text = left_out[0].to_string();
+        assert!(text.contains("4 KiB at 0x1000 cannot be used"), "{text}");
+        assert!(text.contains(why), "{text}");
+        assert_eq!((left_out.len(), memory.len_bytes()), (1, 2 * PAGE));
+        let inside = |addr| memory.window(addr, 1).is_some();
+        assert_eq!([0, PAGE, 2 * PAGE].map(inside), [true, false, true]);
+        let ends = [PAGE - 1, PAGE, 2 * PAGE - 1, 2 * PAGE];
+        let unusable = ends.map(|addr| memory.is_unusable(addr));
+        assert_eq!(unusable, [false, true, true, false]);
+        assert!(memory.pinned(0x2000_0000, 8).is_none());
+        let ends = [0x1000_0000, 0x2000_0000, 0x2000_0fff, 0x2000_1000];
+        let unusable = ends.map(|addr| memory.unusable_at(addr).is_some());
+        assert_eq!(unusable, [false, true, true, false]);
+        // It overlaps like any other, comes twice and goes.
+        assert!(memory.with_region(spec(PAGE, 0, PAGE)).is_err());
+        let twice = memory
+            .with_region(behind(again, PAGE, 0x2000_0000))
+            .unwrap();
+        let once = twice.without_region(PAGE, 0x2000_0000, PAGE).unwrap();
+        assert_eq!(once.unusable().count(), 1);
+        let gone = once.without_region(PAGE, 0x2000_0000, PAGE).unwrap();
+        assert_eq!(gone.unusable().count(), 0);
+        let back = gone.with_region(spec(PAGE, 0x2000_0000, PAGE)).unwrap();
+        assert_eq!(
+            (host(&back, 0), back.len_bytes()),
+            (host(&memory, 0), 3 * PAGE)
+        );
     }
 }
 
 #[test]
-fn read_only_and_sealed_files_are_refused() {
-    let file = memfd::create("pollux-test", PAGE).unwrap();
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
-    let read_only = RegionSpec {
-        file: File::open(path).unwrap(),
-        ..spec(0, 0, PAGE)
-    };
-    let refused = |spec| matches!(table(vec![spec]), Err(MemoryError::Map { .. }));
-    assert!(refused(read_only));
-    rustix::fs::fcntl_add_seals(&file, rustix::fs::SealFlags::WRITE).unwrap();
-    let sealed = RegionSpec {
-        file,
-        ..spec(0, 0, PAGE)
-    };
-    assert!(refused(sealed));
+fn what_is_beyond_the_limit_is_left_out_and_later_regions_are_used() {
+    for size in [MAX_GUEST_BYTES, MAX_GUEST_BYTES + 1, 1 << 60] {
+        let specs = vec![
+            spec(0, 0, PAGE),
+            spec(PAGE, PAGE, size),
+            spec(1 << 61, 1 << 61, PAGE),
+        ];
+        let memory = table(specs).unwrap();
+        assert_eq!(memory.len_bytes(), 2 * PAGE);
+        assert!(memory.window(1 << 61, PAGE as u32).is_some());
+        let left_out: Vec<Unusable> = memory.unusable().collect();
+        assert!(left_out[0].cause.contains("are possible"), "{left_out:?}");
+        let added = memory.with_region(spec(1 << 62, 1 << 62, PAGE)).unwrap();
+        assert_eq!((added.len_bytes(), added.unusable().count()), (3 * PAGE, 1));
+    }
 }
 
 #[test]

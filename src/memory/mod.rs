@@ -10,7 +10,8 @@
 //! * A window cannot outlive its mapping: it borrows from the map, or from a [`PinnedWindow`], and
 //!   both hold the [`Region`].
 //! * Only memory files are mapped (memfd, tmpfs, hugetlbfs): a page fault on FUSE or NFS could
-//!   block a poll thread for ever.
+//!   block a poll thread for ever, and on a disk for as long as it takes to read the page. A region in
+//!   any other file is left out of the map, and the guest goes on with the rest.
 //! * Every mapping is known to the SIGBUS [`fence`] from before its first use until just before
 //!   its munmap, because a frontend can truncate the file at any time.
 //!
@@ -23,6 +24,7 @@ mod map;
 pub(crate) mod probe;
 mod region;
 mod shared;
+mod unusable;
 mod window;
 mod words;
 
@@ -33,6 +35,7 @@ pub use fence::{FaultMark, Faults};
 pub use map::GuestMemory;
 pub use region::{PinnedWindow, Region, RegionSpec};
 pub use shared::SharedMemory;
+pub use unusable::Unusable;
 pub use window::{Pieces, Window};
 pub use words::Words;
 
@@ -91,8 +94,8 @@ pub enum MemoryError {
     },
     /// Not a regular file at all (a device, a pipe, a socket).
     #[error(
-        "the region's descriptor is no file (mode {mode:#o}): guest memory must be a shared memory \
-         file, as made by memory-backend-memfd,share=on (QEMU) or shared=on (cloud-hypervisor)"
+        "the region's descriptor is no file but a device or the like (mode {mode:#o}): guest memory must be a shared \
+         memory file, as made by memory-backend-memfd,share=on (QEMU) or shared=on (cloud-hypervisor)"
     )]
     NotAFile {
         /// `st_mode` of the descriptor.
@@ -100,7 +103,7 @@ pub enum MemoryError {
     },
     /// A file, but on a file system whose page faults may block.
     #[error(
-        "the region's file is on a file system of type {magic:#x}: guest memory must be a shared \
+        "the region's file is on a file system of type {magic:#x}, which is no memory: guest memory must be a shared \
          memory file, as made by memory-backend-memfd,share=on (QEMU) or shared=on (cloud-hypervisor)"
     )]
     WrongFilesystem {
@@ -155,6 +158,33 @@ pub enum MemoryError {
         /// Size in the request.
         size: u64,
     },
+}
+
+impl MemoryError {
+    /// Whether it is the region's file that cannot be used, or the switch that has no room for it. Such a region is
+    /// accepted and left out; what contradicts itself (addresses, sizes) is refused.
+    ///
+    /// Frontends cannot go on without a region that is refused: QEMU gives the card up, or adds none behind it. An
+    /// NVDIMM in an ordinary file holds no buffers of most guests.
+    pub(crate) fn leaves_out(&self) -> bool {
+        match self {
+            MemoryError::NotAFile { .. }
+            | MemoryError::WrongFilesystem { .. }
+            | MemoryError::TooLarge { .. }
+            | MemoryError::FenceFull => true,
+            // No address space left: that passes, and the memory that the guest had before stays in use.
+            MemoryError::Map { source, .. } => *source != Errno::NOMEM,
+            MemoryError::NoRegions
+            | MemoryError::TooManyRegions { .. }
+            | MemoryError::EmptyRegion { .. }
+            | MemoryError::Wraps { .. }
+            | MemoryError::Overlap { .. }
+            | MemoryError::UnalignedOffset { .. }
+            | MemoryError::BeyondFile { .. }
+            | MemoryError::Examine(_)
+            | MemoryError::NoSuchRegion { .. } => false,
+        }
+    }
 }
 
 /// The three ranges that describe a region.

@@ -160,6 +160,8 @@ impl<'t> Target<'_, 't> {
             used += claim.span();
             if claim.bad_buffers() > 0 {
                 counters.bad_buffers.add(u64::from(claim.bad_buffers()));
+                let unusable = u64::from(claim.unusable_buffers());
+                counters.unusable_buffers.add(unusable);
             }
             if queue.published() < claim.end() {
                 for number in numbers(mask & done) {

@@ -99,6 +99,8 @@ impl<'t> Delivery<'t, '_> {
             }
             if claim.bad_buffers() > 0 {
                 counters.bad_buffers.add(u64::from(claim.bad_buffers()));
+                let unusable = u64::from(claim.unusable_buffers());
+                counters.unusable_buffers.add(unusable);
             }
             self.touched.note(queue, ring.commit(claim));
             if !filled {

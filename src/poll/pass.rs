@@ -10,6 +10,7 @@ use crate::stats::DropReason;
 use crate::switch::forward::{Found, FrameHead, Verdict, decide};
 use crate::topology::{Ingress, Topology};
 use crate::virtio::Taken;
+use crate::virtio::chain::ChainError;
 use crate::wire::EthernetFrame;
 
 use super::context::Context;
@@ -168,6 +169,7 @@ impl<'t, 'p> Pass<'t, 'p> {
         let mark = self.burst.mark();
         let (reason, len) = match ingress.queue.take(end, self.burst.windows_mut()) {
             Taken::Nothing => return false,
+            Taken::Malformed(ChainError::Unusable(_)) => (DropReason::RxMemoryUnusable, 0),
             Taken::Malformed(_) => (DropReason::RxMalformedChain, 0),
             Taken::Chain { len } => match self.burst.note_chain(mark, len, from) {
                 Ok(()) => return !self.context().faulted(ingress),

@@ -49,19 +49,40 @@ pub(super) fn eventfd(file: File) -> Result<OwnedFd, NotEventFd> {
 
 /// The eventfd by which the driver kicks the device.
 #[derive(Debug)]
-pub struct KickFd(OwnedFd);
+pub struct KickFd {
+    fd: OwnedFd,
+    /// What was in it when it came: QEMU's begin with 1.
+    first: Option<u64>,
+}
 
 impl KickFd {
     /// Takes the descriptor if it is an eventfd, closes it if not.
     pub fn new(file: File) -> Result<Self, NotEventFd> {
-        eventfd(file).map(KickFd)
+        let fd = eventfd(file)?;
+        let first = count(&fd);
+        Ok(KickFd { fd, first })
+    }
+
+    /// Whether the driver is known to have kicked since the descriptor came. Nobody takes kicks out, so they add up.
+    pub fn was_kicked(&self) -> bool {
+        self.first
+            .is_some_and(|first| count(&self.fd).is_some_and(|count| count > first))
     }
 }
 
 impl AsFd for KickFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
+}
+
+/// What is in an eventfd, if /proc says so: to read it could block, and would take it out.
+fn count(fd: &OwnedFd) -> Option<u64> {
+    let info = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
+    let info = std::fs::read_to_string(info).ok()?;
+    let mut lines = info.lines();
+    let count = lines.find_map(|line| line.strip_prefix("eventfd-count:"))?;
+    u64::from_str_radix(count.trim(), 16).ok()
 }
 
 /// Makes descriptor `to` a copy of `from`, whatever it was: a test's way to pass off one kind for another.
@@ -86,6 +107,17 @@ mod tests {
         let kick = KickFd::new(inherited.into()).unwrap();
         let flags = rustix::io::fcntl_getfd(&kick).unwrap();
         assert_eq!(flags, rustix::io::FdFlags::CLOEXEC);
+    }
+
+    #[test]
+    fn kicks_are_seen_and_what_was_there_before_is_none() {
+        for first in [0, 1, 300] {
+            let event = make(first, EventfdFlags::CLOEXEC).unwrap();
+            let kick = KickFd::new(event.try_clone().unwrap().into()).unwrap();
+            assert!(!kick.was_kicked(), "{first}");
+            rustix::io::write(&event, &1_u64.to_ne_bytes()).unwrap();
+            assert!(kick.was_kicked() && kick.was_kicked(), "{first}");
+        }
     }
 
     #[test]

@@ -8,17 +8,21 @@
 mod report;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::error::SessionError;
 use super::event::{Reporter, RingName, SessionEvent};
+use super::look::Silence;
 use super::options::{PROTOCOL, SessionOptions, has_enable, ring_features};
-use super::ring::{Addresses, Running, Vring, size_possible};
+use super::ring::{Addresses, Refusal, Running, Vring, size_possible};
 use super::status::SessionStatus;
 use super::{DeviceSink, Gone};
 use crate::memory::{FaultMark, GuestMemory};
 use crate::port::{Device, QueuePair};
 use crate::sys::call::CallFd;
+
+/// A frontend that stays longer has something else to go for.
+const GAVE_UP_WITHIN: Duration = Duration::from_secs(1);
 
 /// The state of one conversation.
 pub(super) struct DeviceState {
@@ -31,7 +35,12 @@ pub(super) struct DeviceState {
     features: Option<u64>,
     protocol: u64,
     memory: Arc<GuestMemory>,
-    rings: Vec<Vring>,
+    pub(super) rings: Vec<Vring>,
+    /// Nothing was put into any ring that runs.
+    pub(super) silence: Option<Silence>,
+    /// GET_QUEUE_NUM was answered.
+    pub(super) queues_asked: bool,
+    begun: Instant,
     /// Rings whose position the answer to the message at hand tells, or that it resets: their records are forgotten when
     /// it is on its way.
     handed_over: Vec<RingName>,
@@ -60,6 +69,9 @@ impl DeviceState {
             sink,
             status,
             features_read: false,
+            silence: None,
+            queues_asked: false,
+            begun: now,
             handed_over: Vec::new(),
             features: None,
             protocol: 0,
@@ -109,7 +121,7 @@ impl DeviceState {
             .ok_or(SessionError::RingIndex { index, rings })
     }
 
-    fn enabled(&self, ring: &Vring) -> bool {
+    pub(super) fn enabled(&self, ring: &Vring) -> bool {
         ring.enable == Some(true) || !self.features.is_some_and(has_enable)
     }
 
@@ -218,6 +230,7 @@ impl DeviceState {
             });
         }
         if let Some(reason) = no_record {
+            self.rings[at].no_record = Some(Arc::clone(&reason));
             self.event(SessionEvent::NoRecord { ring: name, reason });
         }
         true
@@ -241,7 +254,7 @@ impl DeviceState {
             for ring in rings {
                 let enabled = self.enabled(ring);
                 if ring.name.is_receiveq() {
-                    pair.receive = ring.receive(enabled);
+                    pair.receive = ring.receive(enabled && !ring.left_out);
                 } else if enabled || ring.enable.is_some() {
                     // Frames on a disabled ring are discarded (vhost-user, "Ring states"). But frontends start rings
                     // before they enable them for the first time, and what a guest had in its ring when its last
@@ -338,9 +351,10 @@ impl DeviceState {
     pub(super) fn set_memory(&mut self, memory: GuestMemory) -> Result<(), SessionError> {
         self.stop(|_| true)?;
         let (regions, bytes) = (memory.regions().count(), memory.len_bytes());
-        self.memory = Arc::new(memory);
+        let before = std::mem::replace(&mut self.memory, Arc::new(memory));
         self.status.lock().memory_error = None;
         self.event(SessionEvent::Memory { regions, bytes });
+        self.report_unusable(&before);
         self.start(false);
         Ok(())
     }
@@ -378,9 +392,10 @@ impl DeviceState {
         let name = ring.name;
         // Where everything is known already, a wrong address is an error; else it is found when the ring starts.
         if let (Some(size), Some(features), true) = (ring.size, features, memory.len_bytes() > 0) {
-            addresses
-                .places(&memory, size, ring_features(features))
-                .ok_or(SessionError::RingAddress { ring: name })?;
+            let places = addresses.places(&memory, size, ring_features(features));
+            if places.is_none() && addresses.refusal(&memory) == Refusal::NotMapped {
+                return Err(SessionError::RingAddress { ring: name });
+            }
         }
         self.stop(|ring| ring.name == name)?;
         self.ring(index)?.addresses = Some(addresses);
@@ -449,6 +464,13 @@ impl DeviceState {
         self.features = None;
         self.start(false);
         Ok(())
+    }
+
+    /// How a frontend left that never set features: QEMU, where it is to have more queue pairs than are offered, asks for their
+    /// number and gives up, and tries again at once.
+    pub(super) fn gave_up(&self, now: Instant) -> bool {
+        let short = now.saturating_duration_since(self.begun) < GAVE_UP_WITHIN;
+        self.queues_asked && self.features.is_none() && short
     }
 
     // ---- end --------------------------------------------------------------------------------------

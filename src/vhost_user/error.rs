@@ -180,11 +180,20 @@ impl SessionError {
     }
 }
 
+/// How the end of a frontend begins that wants more queue pairs.
+pub const ASKED_FOR_QUEUES: &str =
+    "the frontend disconnected after asking for the number of queue pairs";
+
 /// How a session ended. Its rings and its memory are let go by then.
 #[derive(Debug)]
 pub enum SessionEnd {
     /// The frontend hung up, or the session was stopped from outside.
     Disconnected,
+    /// The frontend hung up after it had asked for the number of queue pairs: it needs more of them.
+    AskedForQueues {
+        /// How many are offered.
+        pairs: u16,
+    },
     /// The frontend did something that cannot be answered.
     Protocol(SessionError),
     /// The port was removed.
@@ -205,6 +214,9 @@ impl std::fmt::Display for SessionEnd {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             SessionEnd::Disconnected => f.write_str("the frontend disconnected"),
+            SessionEnd::AskedForQueues { pairs } => {
+                write!(f, "{ASKED_FOR_QUEUES} ({pairs} offered)")
+            }
             SessionEnd::Protocol(error) => write!(f, "session ended: {error}"),
             SessionEnd::PortGone => Gone.fmt(f),
         }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::DeviceSink;
+use super::look::Silence;
 use super::ring::Refusal;
+use crate::memory::Unusable;
 use crate::virtio::Broken;
 
 /// Why a port does not work whose guest's memory went away under us.
@@ -56,6 +58,10 @@ pub enum SessionEvent {
         /// Their size.
         bytes: u64,
     },
+    /// A region of the guest's memory is not mapped.
+    MemoryUnusable(Unusable),
+    /// Nothing was ever written to the rings that run, although the driver kicks.
+    NeverChanges,
     /// The guest's memory went away under us; it is served no further.
     MemoryLost,
     /// A ring started.
@@ -130,6 +136,20 @@ pub enum SessionEvent {
     },
 }
 
+impl SessionEvent {
+    /// Whether somebody should do something about it.
+    pub fn is_warning(&self) -> bool {
+        matches!(
+            self,
+            SessionEvent::MemoryUnusable(_)
+                | SessionEvent::NeverChanges
+                | SessionEvent::MemoryLost
+                | SessionEvent::NoRecord { .. }
+                | SessionEvent::RingBroken { .. }
+        )
+    }
+}
+
 impl fmt::Display for SessionEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -139,10 +159,13 @@ impl fmt::Display for SessionEvent {
             SessionEvent::Memory { regions, bytes } => {
                 write!(
                     f,
-                    "guest memory of {} MiB in {regions} regions",
-                    bytes >> 20
+                    "guest memory of {} MiB in {regions} {}",
+                    bytes >> 20,
+                    if *regions == 1 { "region" } else { "regions" }
                 )
             }
+            SessionEvent::MemoryUnusable(region) => region.fmt(f),
+            SessionEvent::NeverChanges => f.write_str(Silence::Kicks.words()),
             SessionEvent::MemoryLost => f.write_str(MEMORY_LOST),
             SessionEvent::RingStarted {
                 ring,

@@ -183,6 +183,7 @@ impl VhostUserBackendReqHandlerMut for DeviceState {
     }
 
     fn get_queue_num(&mut self) -> CrateResult<u64> {
+        self.queues_asked = true;
         Ok(self.options.queue_num().into())
     }
 

@@ -25,6 +25,7 @@ mod device;
 mod error;
 mod event;
 mod handler;
+mod look;
 mod message;
 mod options;
 mod records;
@@ -34,7 +35,7 @@ mod status;
 
 use std::sync::Arc;
 
-pub use error::{SessionEnd, SessionError};
+pub use error::{ASKED_FOR_QUEUES, SessionEnd, SessionError};
 pub use event::{MEMORY_LOST, RingName, SessionEvent};
 pub use options::{OFFERED_FEATURES, RING_RESET, SUPPORTED_FEATURES, SessionOptions};
 pub use records::{RecordError, RingRecords};

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::Ticket;
 use super::event::RingName;
+use super::look::Usage;
 use super::options::{has_ring_reset, ring_features};
 use crate::memory::{GuestMemory, PinnedWindow};
 use crate::port::{Receive, Transmit};
@@ -48,6 +49,9 @@ pub enum Refusal {
     /// Some part of the ring is outside of guest memory.
     #[error("it lies outside of guest memory")]
     NotMapped,
+    /// Some part of the ring is in a region that is not mapped.
+    #[error("it lies in guest memory that cannot be used")]
+    Unusable,
     /// A ring of a queue pair that is not offered.
     #[error("more queue pairs are used than the {pairs} offered")]
     NotOffered {
@@ -105,6 +109,18 @@ impl Addresses {
     }
 }
 
+impl Addresses {
+    /// Why a ring has no [places](Addresses::places).
+    pub(super) fn refusal(&self, memory: &GuestMemory) -> Refusal {
+        let areas = [self.descriptors, self.available, self.used];
+        if areas.iter().any(|at| memory.unusable_at(*at).is_some()) {
+            Refusal::Unusable
+        } else {
+            Refusal::NotMapped
+        }
+    }
+}
+
 /// A started queue of either direction.
 #[derive(Clone, Debug)]
 pub(super) enum Running {
@@ -126,6 +142,22 @@ impl Running {
         match self {
             Running::Receive(queue) => queue.base(),
             Running::Transmit(queue) => queue.base(),
+        }
+    }
+
+    /// Whether something is available in it that the switch has not taken yet.
+    pub(super) fn has_available(&self) -> bool {
+        match self {
+            Running::Receive(queue) => queue.has_available(),
+            Running::Transmit(queue) => queue.has_available(),
+        }
+    }
+
+    /// Whether nobody has ever written to its part of the driver, as far as that is looked at.
+    pub(super) fn is_blank(&self) -> bool {
+        match self {
+            Running::Receive(queue) => queue.is_blank(),
+            Running::Transmit(queue) => queue.is_blank(),
         }
     }
 
@@ -161,6 +193,12 @@ pub(super) struct Vring {
     pub(super) broken_reported: bool,
     /// A receiveq whose first buffers were touched since it started.
     touched: bool,
+    /// What its driver has made of it since it started.
+    pub(super) usage: Usage,
+    /// A receiveq that is enabled and out of use, see `look`.
+    pub(super) left_out: bool,
+    /// Why it has no record that would outlive the switch.
+    pub(super) no_record: Option<Arc<str>>,
     /// NUMA node of the ring where it last started, if the kernel tells.
     node: Option<usize>,
 }
@@ -182,6 +220,9 @@ impl Vring {
             refusal: Some(Refusal::NoFeatures),
             broken_reported: false,
             touched: false,
+            usage: Usage::default(),
+            left_out: false,
+            no_record: None,
             node: None,
         }
     }
@@ -227,7 +268,7 @@ impl Vring {
             return Err(Refusal::NotOffered { pairs });
         }
         let features = ring_features(features.ok_or(Refusal::NoFeatures)?);
-        if memory.len_bytes() == 0 {
+        if memory.is_empty() {
             return Err(Refusal::NoMemory);
         }
         let size = self.size.ok_or(Refusal::NoSize)?;
@@ -237,7 +278,7 @@ impl Vring {
         }
         let (descriptors, available, used) = addresses
             .places(memory, size, features)
-            .ok_or(Refusal::NotMapped)?;
+            .ok_or_else(|| addresses.refusal(memory))?;
         let base = self.base.unwrap_or(first_base(features.packed));
         let memory = Arc::clone(memory);
         Ok(RingSetup {
@@ -260,6 +301,9 @@ impl Vring {
         self.broken_reported = false;
         self.touched = false;
         let base = running.base();
+        self.usage = Usage::begin(base);
+        self.left_out = false;
+        self.no_record = None;
         self.running = Some(running);
         Ok(base)
     }

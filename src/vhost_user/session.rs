@@ -23,8 +23,6 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const LOOK_SOON: Duration = Duration::from_millis(1);
 /// How often it tries to make calls that the kernel had no means for.
 const TRY_AGAIN: Duration = Duration::from_millis(50);
-/// How often a silent session looks whether one of its rings broke.
-const LOOK: Duration = Duration::from_secs(2);
 
 /// Ends a session from outside.
 #[derive(Debug)]
@@ -88,7 +86,11 @@ fn finish(device: &Mutex<DeviceState>, end: SessionEnd) -> SessionEnd {
     if let SessionEnd::Protocol(error) = &end {
         device.record(error);
     }
+    let gave_up = matches!(end, SessionEnd::Disconnected) && device.gave_up(Instant::now());
     match device.release() {
+        Ok(()) if gave_up => SessionEnd::AskedForQueues {
+            pairs: device.options.pairs(),
+        },
         Ok(()) => end,
         Err(Gone) => SessionEnd::PortGone,
     }
@@ -162,7 +164,7 @@ impl<'s> Session<'s> {
             (Duration::ZERO, false)
         };
         device.touch();
-        let running = device.is_running();
+        let look = device.next_look();
         drop(device);
         if !pause.is_zero() {
             std::thread::sleep(pause);
@@ -170,7 +172,7 @@ impl<'s> Session<'s> {
         match (later, owed) {
             (true, _) => Some(LOOK_SOON),
             (_, true) => Some(TRY_AGAIN),
-            _ => running.then_some(LOOK),
+            _ => look,
         }
     }
 
@@ -186,8 +188,8 @@ impl<'s> Session<'s> {
         let failure = device.take_failure();
         // The crate acknowledges what the handler refused, but not what it refused itself, except a table that it
         // has read and found wrong.
-        let wrong_table = code == FrontendReq::SET_MEM_TABLE
-            && matches!(source, CrateError::InvalidMessage);
+        let wrong_table =
+            code == FrontendReq::SET_MEM_TABLE && matches!(source, CrateError::InvalidMessage);
         let acknowledged = failure.is_some() || wrong_table;
         let memory = matches!(code, FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG);
         let error = match (failure, source) {

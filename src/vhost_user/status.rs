@@ -6,12 +6,13 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::event::{MEMORY_LOST, RingName};
+use super::look::Silence;
 use super::ring::{Refusal, Running};
-use crate::memory::FaultMark;
+use crate::memory::{FaultMark, Unusable};
 use crate::virtio::Broken;
 
 /// One ring at the moment of asking.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RingStatus {
     /// Which.
     pub ring: RingName,
@@ -29,6 +30,10 @@ pub struct RingStatus {
     pub refusal: Option<Refusal>,
     /// What the driver did that is impossible.
     pub broken: Option<Broken>,
+    /// A receiveq that is enabled, never had a buffer, and is not delivered into while others have some.
+    pub left_out: bool,
+    /// Why a restart of the switch would lose its position.
+    pub no_record: Option<Arc<str>>,
 }
 
 /// A session at the moment of asking.
@@ -46,6 +51,10 @@ pub struct StatusSnapshot {
     pub memory_regions: usize,
     /// Their size.
     pub memory_bytes: u64,
+    /// Regions that are not mapped.
+    pub memory_unusable: Vec<Unusable>,
+    /// Why memory was refused that the guest has all the same.
+    pub memory_refused: Option<String>,
     /// The rings that the frontend said anything of.
     pub rings: Vec<RingStatus>,
     /// The last message that was refused, or what ended the session.
@@ -60,6 +69,10 @@ pub(super) struct RingEntry {
     pub(super) enabled: bool,
     pub(super) running: Option<Running>,
     pub(super) refusal: Option<Refusal>,
+    /// Where it started.
+    pub(super) base: u32,
+    pub(super) left_out: bool,
+    pub(super) no_record: Option<Arc<str>>,
 }
 
 #[derive(Debug, Default)]
@@ -69,6 +82,8 @@ pub(super) struct Inner {
     pub(super) packed: bool,
     pub(super) regions: usize,
     pub(super) bytes: u64,
+    pub(super) unusable: Vec<Unusable>,
+    pub(super) silence: Option<Silence>,
     pub(super) fault: Option<Arc<FaultMark>>,
     pub(super) rings: Vec<RingEntry>,
     /// The last refusal that concerns memory; forgotten when memory comes.
@@ -100,7 +115,8 @@ impl SessionStatus {
         let working = rings.iter().any(|ring| {
             let other = RingName(ring.ring.0 ^ 1);
             ring.works() && rings.iter().any(|r| r.ring == other && r.works())
-        }) && !inner.faulted();
+        }) && !inner.faulted()
+            && inner.silence().is_none();
         StatusSnapshot {
             state: inner.words(&rings, working),
             working,
@@ -108,6 +124,8 @@ impl SessionStatus {
             protocol_features: inner.protocol,
             memory_regions: inner.regions,
             memory_bytes: inner.bytes,
+            memory_unusable: inner.unusable.clone(),
+            memory_refused: inner.memory_error.clone(),
             rings,
             last_error: inner.last_error.clone(),
         }
@@ -146,6 +164,8 @@ impl RingEntry {
             position: self.running.as_ref().map(Running::base),
             refusal: self.refusal,
             broken: self.running.as_ref().and_then(Running::broken),
+            left_out: self.left_out,
+            no_record: self.no_record.clone(),
         }
     }
 }
@@ -153,6 +173,15 @@ impl RingEntry {
 impl Inner {
     fn faulted(&self) -> bool {
         self.fault.as_ref().is_some_and(|mark| mark.is_set())
+    }
+
+    /// Not any more as soon as one of the rings has moved, which the session sees a little later.
+    fn silence(&self) -> Option<Silence> {
+        let moved = |ring: &RingEntry| {
+            let base = ring.running.as_ref().map(Running::base);
+            base.is_some_and(|base| base != ring.base)
+        };
+        self.silence.filter(|_| !self.rings.iter().any(moved))
     }
 
     fn words(&self, rings: &[RingStatus], working: bool) -> String {
@@ -166,11 +195,16 @@ impl Inner {
         if self.faulted() {
             return format!("{MEMORY_LOST}; not served until it reconnects");
         }
-        if let (0, Some(error)) = (self.bytes, &self.memory_error) {
+        if let (false, Some(error)) = (working, &self.memory_error) {
             return error.clone();
         }
         if self.features.is_none() {
             return "driver not ready: features not negotiated".into();
+        }
+        if self.bytes == 0
+            && let Some(region) = self.unusable.first()
+        {
+            return region.to_string();
         }
         if self.bytes == 0 {
             return "driver not ready: no guest memory yet; if this stays so, the guest's memory is not shared: use \
@@ -185,10 +219,17 @@ impl Inner {
         let refused = rings
             .iter()
             .find(|r| r.refusal.is_some_and(|reason| !reason.is_waiting()));
-        match broken.or(refused).or(first).and_then(RingStatus::problem) {
-            Some(problem) => problem,
+        let problem = broken.or(refused).or(first);
+        let there = problem.and_then(|ring| ring.refusal) == Some(Refusal::Unusable);
+        let region = self.unusable.first().filter(|_| there);
+        let region = region.map_or_else(String::new, |region| format!(": {region}"));
+        match problem.and_then(RingStatus::problem) {
+            Some(problem) => problem + &region,
             None if working => "running".into(),
-            None => "driver not ready: no ring started".into(),
+            None => match self.silence() {
+                Some(silence) => silence.words().into(),
+                None => "driver not ready: no ring started".into(),
+            },
         }
     }
 }

@@ -61,6 +61,9 @@ pub enum ChainError {
     /// A buffer is not in guest memory.
     #[error("a buffer at {0:#x} is not in guest memory")]
     Unmapped(u64),
+    /// A buffer is in a region of guest memory that the switch cannot map.
+    #[error("a buffer at {0:#x} is in guest memory that cannot be used")]
+    Unusable(u64),
     /// A device-writable buffer in a transmitq or a device-readable one in a receiveq.
     #[error("a buffer has the wrong direction")]
     Direction,
@@ -215,14 +218,16 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
     /// A buffer that is not inside one region may lie across two that touch.
     #[cold]
     fn add_crossing(&mut self, addr: u64, len: u32) -> Result<(), ChainError> {
-        let mut overflow = false;
+        let (mut overflow, mut end) = (false, addr);
         let memory = self.memory;
         let mapped = memory.windows(addr, len, |window| {
             overflow = self.push(window).is_err();
+            end = end.wrapping_add(window.len() as u64);
             !overflow
         });
         match (overflow, mapped) {
             (true, _) => Err(ChainError::TooManyBuffers),
+            (false, false) if memory.is_unusable(end) => Err(ChainError::Unusable(end)),
             (false, false) => Err(ChainError::Unmapped(addr)),
             (false, true) => Ok(()),
         }
@@ -241,11 +246,11 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
         if !whole || entries == 0 || entries > MAX_HOPS || flags & F_NEXT != 0 {
             return Err(ChainError::Indirect);
         }
-        let table = self
-            .memory
-            .window(addr, len)
-            .ok_or(ChainError::Unmapped(addr))?;
-        Ok((table, entries))
+        match self.memory.window(addr, len) {
+            Some(table) => Ok((table, entries)),
+            None if self.memory.is_unusable(addr) => Err(ChainError::Unusable(addr)),
+            None => Err(ChainError::Unmapped(addr)),
+        }
     }
 }
 

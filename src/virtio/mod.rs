@@ -204,6 +204,9 @@ pub struct Chain {
     pub len: Result<u32, ChainError>,
 }
 
+/// Descriptors that are looked at to see whether a driver has ever written any.
+const BLANK_DESCRIPTORS: usize = 256;
+
 /// A started ring of either kind.
 #[derive(Debug)]
 pub enum Ring {
@@ -279,6 +282,14 @@ impl Ring {
         match self {
             Ring::Split(ring) => ring.available_to(position).map(|end| end != position),
             Ring::Packed(ring) => Ok(ring.is_available(position)),
+        }
+    }
+
+    /// Whether nothing was ever written to the driver's part of the ring: its first descriptors, and its index or event.
+    pub fn is_blank(&self) -> bool {
+        match self {
+            Ring::Split(ring) => ring.is_blank(),
+            Ring::Packed(ring) => ring.is_blank(),
         }
     }
 

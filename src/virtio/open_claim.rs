@@ -40,6 +40,8 @@ pub struct Claim<'m> {
     pub(super) windows: Windows<'m, CLAIM_WINDOWS>,
     /// Heads that go back unused.
     pub(super) bad: u16,
+    /// Those of them that are in guest memory which cannot be used.
+    pub(super) unusable: u16,
     /// Heads of each frame, in order: first and number.
     pub(super) frames: ArrayVec<(u16, u16), CLAIM_FRAMES>,
 }
@@ -53,6 +55,7 @@ impl<'m> Claim<'m> {
             header: NET_HDR_SIZE,
             mergeable: false,
             bad: 0,
+            unusable: 0,
             heads: ArrayVec::new(),
             windows: ArrayVec::new(),
             frames: ArrayVec::new(),
@@ -62,6 +65,7 @@ impl<'m> Claim<'m> {
     pub(super) fn clear(&mut self) {
         self.span = 0;
         self.bad = 0;
+        self.unusable = 0;
         self.heads.clear();
         self.windows.clear();
         self.frames.clear();
@@ -77,6 +81,12 @@ impl<'m> Claim<'m> {
     #[inline(always)]
     pub fn bad_buffers(&self) -> u16 {
         self.bad
+    }
+
+    /// Number of those among them that are in guest memory which cannot be used.
+    #[inline(always)]
+    pub fn unusable_buffers(&self) -> u16 {
+        self.unusable
     }
 
     /// Number of positions claimed.

@@ -14,7 +14,7 @@ use super::chain::{
 };
 use super::claim::Publish;
 use super::redo::Redo;
-use super::{Broken, Chain, Head, RingSetup, SetupError};
+use super::{BLANK_DESCRIPTORS, Broken, Chain, Head, RingSetup, SetupError};
 use crate::memory::{GuestMemory, PinnedArray, PinnedWindow, Window};
 
 /// Descriptor flag: made available in a lap whose wrap counter equals the bit (§2.8.1).
@@ -203,6 +203,14 @@ impl PackedRing {
         let (slot, lap) = self.place(position);
         let rest = self.descriptors.load(2 * slot + 1, Ordering::Acquire);
         is_available((rest >> FLAGS_SHIFT) as u16, lap)
+    }
+
+    /// Whether the driver has written nothing: neither to the first descriptors nor to its event.
+    pub fn is_blank(&self) -> bool {
+        let words = 2 * usize::from(self.size).min(BLANK_DESCRIPTORS);
+        let word = |at: usize| self.descriptors.load(at, Ordering::Relaxed);
+        let event = self.driver_event.window().load_u32(0, Ordering::Relaxed);
+        event == 0 && (0..words).all(|at| word(at) == 0)
     }
 
     /// Asks for the line of the descriptor at `position`.

@@ -4,7 +4,7 @@
 //! burst got which buffers. Its buffers were read before the swap that won the positions (once, into private
 //! copies; a lost swap discards them).
 
-use super::chain::{Direction, MAX_CHAIN_WINDOWS, Windows};
+use super::chain::{ChainError, Direction, MAX_CHAIN_WINDOWS, Windows};
 use super::claim::{Claims, Published};
 use super::open_claim::{Claim, ClaimedHead};
 use super::share::Shares;
@@ -318,6 +318,10 @@ impl ReceiveQueue {
                 return Ok(Added::TooSmall);
             }
             Ok(len) if len >= least => len.min(left),
+            Err(ChainError::Unusable(_)) => {
+                claim.unusable += 1;
+                0
+            }
             _ => 0,
         };
         let more = claim.windows.len().saturating_sub(first + 1);
@@ -402,6 +406,16 @@ impl ReceiveQueue {
     #[inline(always)]
     pub fn take_call_wanted(&self) -> bool {
         self.claims.take_call_wanted()
+    }
+
+    /// Whether a buffer is available. A ring that is impossible counts as used.
+    pub fn has_available(&self) -> bool {
+        self.ring.has_available(self.claims.next()).unwrap_or(true)
+    }
+
+    /// See [`Ring::is_blank`].
+    pub fn is_blank(&self) -> bool {
+        self.ring.is_blank()
     }
 
     /// Why the ring is broken, if it is.

@@ -8,7 +8,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use super::chain::{Collector, Descriptor, Direction, Windows, walk_split};
 use super::claim::Publish;
-use super::{Broken, Chain, Head, RingSetup, SetupError};
+use super::{BLANK_DESCRIPTORS, Broken, Chain, Head, RingSetup, SetupError};
 use crate::memory::{GuestMemory, PinnedArray, Window};
 use std::sync::Arc;
 
@@ -105,6 +105,13 @@ impl SplitRing {
             });
         }
         Ok(position + u64::from(ahead))
+    }
+
+    /// Whether the driver has written nothing: neither to the first descriptors nor to the available index.
+    pub fn is_blank(&self) -> bool {
+        let words = 2 * usize::from(self.size).min(BLANK_DESCRIPTORS);
+        let word = |at: usize| self.descriptors.load(at, Ordering::Relaxed);
+        self.available.load(IDX, Ordering::Relaxed) == 0 && (0..words).all(|at| word(at) == 0)
     }
 
     /// Asks for the line of the available index.

@@ -231,6 +231,16 @@ impl TransmitQueue {
         self.ring.want_kicks(false, self.position());
     }
 
+    /// Whether a chain is available that was not taken yet. A ring that is impossible counts as used.
+    pub fn has_available(&self) -> bool {
+        self.ring.has_available(self.position()).unwrap_or(true)
+    }
+
+    /// See [`Ring::is_blank`].
+    pub fn is_blank(&self) -> bool {
+        self.ring.is_blank()
+    }
+
     /// Why the ring is broken, if it is.
     pub fn broken(&self) -> Option<Broken> {
         self.broken.get()

@@ -75,6 +75,16 @@ pub(crate) fn name(mac: [u8; 6]) -> String {
 impl Linux {
     /// Starts one, with `dir` to talk to it through; it is not ready yet.
     pub(crate) fn start(dir: &Path, socket: &Path, options: &LinuxOptions) -> Linux {
+        Linux::start_with(dir, socket, options, &[])
+    }
+
+    /// The same with further arguments of QEMU.
+    pub(crate) fn start_with(
+        dir: &Path,
+        socket: &Path,
+        options: &LinuxOptions,
+        more: &[&str],
+    ) -> Linux {
         let mut command = Command::new(script("guest"));
         command.arg("--dir").arg(dir);
         command.arg("--socket").arg(socket);
@@ -97,6 +107,7 @@ impl Linux {
             command.args(["-global", "virtio-net-pci.disable-modern=on"]);
             command.args(["-global", "virtio-net-pci.disable-legacy=off"]);
         }
+        command.args(more);
         Linux {
             process: Process::spawn("qemu/guest", &mut command),
             dir: dir.to_path_buf(),

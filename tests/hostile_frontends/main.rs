@@ -30,7 +30,7 @@ use common::holdings::Holdings;
 use common::scene::{Scene, VICTIM};
 use common::traffic::{frame, mac};
 use common::wait_for;
-use pollux::bench::frontend::{Frontend, Order, Region};
+use pollux::bench::frontend::{AttachError, Frontend, Order, Region};
 use pollux::memory::SharedMemory;
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;

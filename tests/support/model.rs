@@ -34,6 +34,11 @@ fn view(spec: &PortSpec) -> PortView {
             features: vec!["VERSION_1".into()],
             memory_regions: 2,
             memory_bytes: 512 << 20,
+            memory_unusable: vec![UnusableMemory {
+                guest_address: 1 << 32,
+                bytes: 64 << 20,
+                cause: "its file is \x1b[31mon a disk".into(),
+            }],
             rings: vec![RingView {
                 queue: 0,
                 direction: RingDirection::Tx,
@@ -42,6 +47,8 @@ fn view(spec: &PortSpec) -> PortView {
                 state: RingState::Broken,
                 broken_reason: Some("avail.idx 300 ahead".into()),
                 enabled: true,
+                unserved: true,
+                no_record: Some("no \x1b[31mroom".into()),
                 position: 12,
             }],
             ..SessionView::default()
@@ -69,7 +76,8 @@ fn view(spec: &PortSpec) -> PortView {
                 bytes: 448,
                 drops,
             },
-            bad_buffers: 0,
+            bad_buffers: 5,
+            unusable_buffers: 4,
             moved_addresses: 206,
             slow_calls: 3,
             deferred_calls: 40,

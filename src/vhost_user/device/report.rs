@@ -1,8 +1,10 @@
 //! What a session tells of its device: its status, errors, what a driver broke.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::DeviceState;
+use crate::memory::{GuestMemory, Unusable};
 use crate::vhost_user::error::SessionError;
 use crate::vhost_user::event::{RingName, SessionEvent};
 use crate::vhost_user::options::ring_features;
@@ -28,11 +30,21 @@ impl DeviceState {
             .report(SessionEvent::MessageRefused { reason }, now);
     }
 
+    /// Reports regions that cannot be used and were not there before.
+    pub(super) fn report_unusable(&mut self, before: &GuestMemory) {
+        let known: Vec<Unusable> = before.unusable().collect();
+        let memory = Arc::clone(&self.memory);
+        for region in memory.unusable().filter(|region| !known.contains(region)) {
+            self.event(SessionEvent::MemoryUnusable(region));
+        }
+    }
+
     /// Reports what a driver broke since the last look.
     pub(in crate::vhost_user) fn look(&mut self, now: Instant) {
         if self.memory.faulted() && !std::mem::replace(&mut self.loss_reported, true) {
             self.reporter.report(SessionEvent::MemoryLost, now);
         }
+        self.look_at_rings(now);
         for ring in &mut self.rings {
             let broken = ring.running.as_ref().and_then(Running::broken);
             if let Some(reason) = broken.filter(|_| !ring.broken_reported) {
@@ -45,7 +57,7 @@ impl DeviceState {
     }
 
     /// Brings the status up to date.
-    pub(super) fn refresh(&self) {
+    pub(in crate::vhost_user) fn refresh(&self) {
         let told = |ring: &&Vring| {
             ring.name.pair() < self.options.pairs() || ring.kicked || ring.size.is_some()
         };
@@ -57,6 +69,8 @@ impl DeviceState {
             .is_some_and(|features| ring_features(features).packed);
         status.regions = self.memory.regions().count();
         status.bytes = self.memory.len_bytes();
+        status.unusable = self.memory.unusable().collect();
+        status.silence = self.silence;
         status.rings = self
             .rings
             .iter()
@@ -72,6 +86,9 @@ impl DeviceState {
             enabled: self.enabled(ring),
             running: ring.running.clone(),
             refusal: ring.refusal,
+            base: ring.usage.base(),
+            left_out: ring.left_out,
+            no_record: ring.no_record.clone(),
         }
     }
 }

@@ -52,10 +52,17 @@ fn check(request: u32, size: usize, files: Files, flags: u32, file: RawFd) {
     peer.stream.set_read_timeout(limit).unwrap();
     let features = peer.negotiate();
     peer.frontend.set_features(features).unwrap();
-    let header = [request, 1 | flags, size as u32].map(u32::to_ne_bytes).concat();
+    let header = [request, 1 | flags, size as u32]
+        .map(u32::to_ne_bytes)
+        .concat();
     let mut body = vec![0; size];
     if size == 40 {
         body = [1, 0, 4096, USER, 0].map(u64::to_ne_bytes).concat();
+    }
+    if request == FrontendReq::SET_PROTOCOL_FEATURES as u32 && size == 8 {
+        // Or nothing would be answered from here on.
+        let kept = Protocol::REPLY_ACK | Protocol::MQ;
+        body = kept.bits().to_ne_bytes().to_vec();
     }
     let send = |bytes: &[u8], count: usize| {
         let files = vec![file; count];

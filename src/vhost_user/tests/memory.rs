@@ -30,12 +30,7 @@ fn private_memory_is_named() {
 fn memory_that_is_no_memory() {
     let mut peer = Peer::new();
     peer.negotiate();
-    let pipe = std::io::pipe().unwrap().0;
     for region in [
-        VhostUserMemoryRegionInfo {
-            mmap_handle: pipe.as_raw_fd(),
-            ..peer.region(0, 0, SIZE)
-        },
         VhostUserMemoryRegionInfo {
             userspace_addr: u64::MAX - 4096,
             ..peer.region(0, 0, SIZE)
@@ -70,6 +65,110 @@ fn memory_that_is_no_memory() {
         ..same
     };
     assert!(peer.frontend.add_mem_region(&overlapping).is_err());
+    peer.leave();
+}
+
+/// A region of a page that cannot be used, behind the others.
+fn on_a_disk(peer: &Peer, file: &File) -> VhostUserMemoryRegionInfo {
+    VhostUserMemoryRegionInfo {
+        mmap_handle: file.as_raw_fd(),
+        ..peer.region(4 * SIZE, 0, PAGE)
+    }
+}
+
+#[test]
+fn a_region_that_cannot_be_used_is_acknowledged_and_the_rest_goes_on() {
+    let file = File::open("/proc/self/maps").unwrap();
+    for packed in [false, true] {
+        let mut peer = Peer::up(packed);
+        let (main, region) = (peer.region(0, 0, SIZE), on_a_disk(&peer, &file));
+        peer.frontend.set_mem_table(&[region, main]).unwrap();
+        let snapshot = peer.status.snapshot();
+        assert!(snapshot.working && peer.started(0) && peer.started(1));
+        let unusable = &snapshot.memory_unusable;
+        assert_eq!((unusable.len(), unusable[0].size), (1, PAGE));
+        assert!(unusable[0].cause.contains("is on a file system of type"));
+        let said = "guest memory of 4 KiB at 0x400000 cannot be used: the region's file is on a";
+        assert!(peer.said(said), "{:?}", peer.sink.events);
+        // Later regions arrive, and what cannot be used comes and goes.
+        let later = peer.region(8 * SIZE, SIZE, SIZE);
+        peer.frontend.add_mem_region(&later).unwrap();
+        assert_eq!(peer.device().unwrap().memory.len_bytes(), 2 * SIZE);
+        peer.frontend.remove_mem_region(&region).unwrap();
+        assert!(peer.status.snapshot().memory_unusable.is_empty());
+        peer.frontend.add_mem_region(&region).unwrap();
+        assert_eq!(peer.status.snapshot().memory_unusable.len(), 1);
+        assert!(
+            peer.frontend
+                .remove_mem_region(&on_a_disk(&peer, &file))
+                .is_ok()
+        );
+        peer.share_memory();
+        assert!(peer.started(0) && peer.started(1));
+        peer.leave();
+    }
+}
+
+#[test]
+fn a_ring_in_memory_that_cannot_be_used_says_so() {
+    let file = File::open("/proc/self/maps").unwrap();
+    for packed in [false, true] {
+        let peer = Peer::up(packed);
+        let mut rings = peer.region(0, 0, SIZE);
+        rings.mmap_handle = file.as_raw_fd();
+        let other = peer.region(4 * SIZE, SIZE, SIZE);
+        // All of it, or that of the rings.
+        for (table, state) in [
+            (
+                vec![rings, other],
+                "receiveq 0 not started: it lies in guest memory that cannot be",
+            ),
+            (
+                vec![rings],
+                "guest memory of 1 MiB at 0x0 cannot be used: the region's file is on",
+            ),
+        ] {
+            peer.frontend.set_mem_table(&table).unwrap();
+            let snapshot = peer.status.snapshot();
+            assert!(!snapshot.working && !peer.started(0));
+            assert!(snapshot.state.contains(state), "{}", snapshot.state);
+            assert!(snapshot.state.contains("of type"), "{}", snapshot.state);
+            // What is set there is no error of the frontend's.
+            let mut places = Peer::addresses(0);
+            places.desc_table_addr += 2 * RING;
+            peer.frontend.set_vring_addr(0, &places).unwrap();
+            peer.frontend
+                .set_vring_addr(0, &Peer::addresses(0))
+                .unwrap();
+            places.desc_table_addr = USER + 6 * SIZE;
+            let outside = peer.frontend.set_vring_addr(0, &places);
+            assert_eq!(outside.is_err(), table.len() == 2);
+            peer.frontend
+                .set_vring_addr(0, &Peer::addresses(0))
+                .unwrap();
+            peer.share_memory();
+            assert_eq!(peer.status.snapshot().state, "running");
+        }
+        peer.leave();
+    }
+}
+
+#[test]
+fn a_refused_region_stays_the_reason_beside_other_memory() {
+    let mut peer = Peer::with_memory(SessionOptions::new(1), false);
+    let beyond = peer.region(4 * SIZE, SIZE, 2 * SIZE);
+    assert!(peer.frontend.add_mem_region(&beyond).is_err());
+    let state = peer.status.snapshot().state;
+    assert!(state.starts_with("guest memory not usable"), "{state}");
+    peer.leave();
+    // Also while the port runs.
+    let mut peer = Peer::up(false);
+    assert!(peer.frontend.add_mem_region(&beyond).is_err());
+    let snapshot = peer.status.snapshot();
+    let refused = snapshot.memory_refused.as_ref();
+    assert!(snapshot.working && refused.is_some_and(|why| why.contains("beyond the file")));
+    peer.share_memory();
+    assert_eq!(peer.status.snapshot().memory_refused, None);
     peer.leave();
 }
 

@@ -7,6 +7,7 @@ mod life;
 mod memory;
 mod records;
 mod setup;
+mod silence;
 
 use std::fs::File;
 use std::io::{Read, Write};
