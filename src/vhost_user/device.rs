@@ -22,7 +22,7 @@ use crate::port::{Device, QueuePair};
 use crate::sys::call::CallFd;
 
 /// A frontend that stays longer has something else to go for.
-const GAVE_UP_WITHIN: Duration = Duration::from_secs(1);
+const GAVE_UP_WITHIN: Duration = Duration::from_secs(5);
 
 /// The state of one conversation.
 pub(super) struct DeviceState {
