@@ -141,6 +141,8 @@ fn a_ring_in_memory_that_cannot_be_used_says_so() {
                 .set_vring_addr(0, &Peer::addresses(0))
                 .unwrap();
             places.desc_table_addr = USER + 6 * SIZE;
+            places.avail_ring_addr = USER + 7 * SIZE;
+            places.used_ring_addr = USER + 8 * SIZE;
             let outside = peer.frontend.set_vring_addr(0, &places);
             assert_eq!(outside.is_err(), table.len() == 2);
             peer.frontend
@@ -163,6 +165,7 @@ fn a_refused_region_stays_the_reason_beside_other_memory() {
     peer.leave();
     // Also while the port runs.
     let mut peer = Peer::up(false);
+    let beyond = peer.region(4 * SIZE, SIZE, 2 * SIZE);
     assert!(peer.frontend.add_mem_region(&beyond).is_err());
     let snapshot = peer.status.snapshot();
     let refused = snapshot.memory_refused.as_ref();
