@@ -288,3 +288,27 @@ fn queues_that_were_never_configured_get_nothing_however_enabled() {
     bystanders.finish();
     daemon.stop();
 }
+
+/// As QEMU does that is to have more queue pairs than are offered: it asks, gives up, and tries again at once.
+#[test]
+fn a_frontend_that_wants_more_pairs_is_the_reason_as_long_as_it_tries() {
+    let daemon = daemon(1, 1);
+    let socket = &daemon.sockets()[0];
+    let ram = Ram::new(GuestOptions::default());
+    let mut guest = Guest::new(&ram);
+    let said = "number of queue pairs (1 offered); if it needs more: pollux port set p0 queues=N";
+    for _ in 0..5 {
+        let frontend = guest.negotiate(socket).unwrap();
+        drop(frontend);
+        wait_for("the reason", || daemon.state("p0").1.contains(said));
+        let again = guest.negotiate(socket).unwrap();
+        assert_eq!(daemon.state("p0").0, "negotiating");
+        assert!(daemon.state("p0").1.contains(said));
+        drop(again);
+    }
+    daemon.assert_logged(said);
+    guest.attach(socket);
+    wait_until_running(&daemon, &["p0"]);
+    assert_eq!(daemon.state("p0").1, "");
+    daemon.stop();
+}
