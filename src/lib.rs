@@ -134,7 +134,7 @@
 //!
 //! # Guest memory
 //!
-//! [`memory`] maps memory files only (memfd, tmpfs, hugetlbfs). A new memory table shares the mappings of
+//! [`memory`] maps memory files only (memfd, tmpfs, hugetlbfs), and leaves out a region in any other. A new memory table shares the mappings of
 //! regions that did not change. Guest memory is never a Rust reference: a [`memory::Window`] is place and
 //! length in one, with checked copies and atomics. A frontend can truncate its file at any time: a SIGBUS
 //! handler puts fresh pages over the hole and marks the guest, whose session is then cut off.
