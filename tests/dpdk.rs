@@ -25,6 +25,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use common::backend::Backend;
+use common::daemon::{Daemon, DaemonOptions};
 use common::journey::Journey;
 use common::testpmd::{Counters, Testpmd, TestpmdOptions, VirtioUser, counter, mac};
 use common::{long, short_tempdir, wait_for};
@@ -227,6 +228,61 @@ fn a_closed_loop_loses_nothing_where_the_frontend_listens() {
     backend.assert_no_drops();
     testpmd.quit();
     backend.stop();
+}
+
+/// DPDK's virtio-user as server: the port that comes second after a kill keeps what waited in its ring. What the first one
+/// sends while the other is not there has no destination.
+#[test]
+fn frames_of_virtio_user_as_server_survive_a_kill_of_the_switch() {
+    let _guard = exclusive();
+    let mut dir = short_tempdir();
+    let port = VirtioUser {
+        server: true,
+        ..VirtioUser::default()
+    };
+    let sockets = [0, 1].map(|n| common::socket_path(dir.path(), n));
+    let second = format!("p1,socket={},mode=client,queues=1", sockets[1].display());
+    let mut testpmd = Testpmd::spawn(&loop_options(&port, &sockets));
+    for round in 0..4 {
+        let mut daemon = Daemon::start_in(
+            dir,
+            &DaemonOptions {
+                ports: 1,
+                client: true,
+                ..DaemonOptions::default()
+            },
+        );
+        if round > 0 {
+            // It has sent what waited in its ring, to nobody.
+            wait_for("the first port", || daemon.state("p0").0 == "running");
+        }
+        assert_eq!(daemon.try_pollux(&["port", "add", &second]).0, 0);
+        if round == 0 {
+            testpmd.wait_ready();
+            testpmd.command("start");
+        }
+        for name in ["p0", "p1"] {
+            wait_for(name, || daemon.state(name).0 == "running");
+        }
+        if round > 0 {
+            let frames = || daemon.port("p1")["statistics"]["rx"]["frames"].as_u64();
+            wait_for("what waited at the second port", || frames() > Some(0));
+            assert_eq!(daemon.dropped("p1", "rx", "rx_disabled_queue"), 0);
+            assert_eq!(daemon.dropped("p0", "rx", "rx_disabled_queue"), 0);
+        }
+        // A loop of its own for every round: the first port's part of the last one is lost.
+        testpmd.command("stop");
+        testpmd.command("start tx_first 8");
+        let before = daemon.port("p1")["statistics"]["rx"]["frames"]
+            .as_u64()
+            .unwrap();
+        wait_for("the loop", || {
+            daemon.port("p1")["statistics"]["rx"]["frames"].as_u64() > Some(before + 10_000)
+        });
+        daemon.assert_alive();
+        dir = daemon.kill();
+    }
+    testpmd.kill();
 }
 
 /// Processes that follow each other at the same ports.

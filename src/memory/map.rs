@@ -190,6 +190,22 @@ impl GuestMemory {
         Ok(GuestMemory::of(slots, Arc::clone(&self.mark)))
     }
 
+    /// Whether everything lies at the same addresses here and there, in the same mappings.
+    pub fn is_laid_out_like(&self, other: &GuestMemory) -> bool {
+        let same = |(one, other): (&Slot, &Slot)| {
+            let same_size = one.size == other.size;
+            one.guest_addr == other.guest_addr
+                && one.user_addr == other.user_addr
+                && match (&one.region, &other.region) {
+                    (Ok(one), Ok(other)) => Arc::ptr_eq(one, other),
+                    // Left out, for one cause.
+                    (Err(one), Err(other)) => one == other && same_size,
+                    _ => false,
+                }
+        };
+        self.slots.len() == other.slots.len() && self.slots.iter().zip(&other.slots).all(same)
+    }
+
     /// The map with one more claim to a region that it has: same addresses, same place in the same file.
     fn added_again(&self, spec: &RegionSpec) -> Result<Option<GuestMemory>, MemoryError> {
         let is_it = |slot: &Slot| {

@@ -255,7 +255,7 @@ impl DeviceState {
                 let enabled = self.enabled(ring);
                 if ring.name.is_receiveq() {
                     pair.receive = ring.receive(enabled && !ring.left_out);
-                } else if enabled || ring.enable.is_some() {
+                } else if enabled || ring.enable == Some(false) {
                     // Frames on a disabled ring are discarded (vhost-user, "Ring states"). But frontends start rings
                     // before they enable them for the first time, and what a guest had in its ring when its last
                     // backend died must not get lost in between: until then the ring waits.
@@ -347,8 +347,13 @@ impl DeviceState {
     }
 
     /// A new map: all rings stop, move over to it, and go on where they stood. One that is not in it any more
-    /// stays stopped.
+    /// stays stopped. The same map again stops none: frames that come meanwhile would be lost for nothing.
     pub(super) fn set_memory(&mut self, memory: GuestMemory) -> Result<(), SessionError> {
+        if memory.is_laid_out_like(&self.memory) {
+            self.memory = Arc::new(memory);
+            self.status.lock().memory_error = None;
+            return Ok(());
+        }
         self.stop(|_| true)?;
         let (regions, bytes) = (memory.regions().count(), memory.len_bytes());
         let before = std::mem::replace(&mut self.memory, Arc::new(memory));
@@ -437,9 +442,12 @@ impl DeviceState {
             other => return Err(SessionError::EnableValue(other)),
         };
         let ring = self.ring(index)?;
-        let before = ring.enable.replace(enable);
         let running = ring.running.is_some();
-        if before == Some(enable) {
+        // A ring that does not run is disabled as it is. DPDK's virtio-user in server mode says so first of all on every
+        // new connection, and means to enable the ring once it has started.
+        let told = (enable || running).then_some(enable);
+        let before = std::mem::replace(&mut ring.enable, told);
+        if before == told {
             return Ok(());
         }
         if !running {

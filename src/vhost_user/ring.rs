@@ -184,7 +184,7 @@ pub(super) struct Vring {
     pub(super) call: Option<Arc<CallFd>>,
     /// The post with which the call descriptor replaced another one that poll threads may have used until then.
     pub(super) spare_after: Option<Ticket>,
-    /// SET_VRING_ENABLE, once it has come.
+    /// SET_VRING_ENABLE, once it has come; that the ring is disabled counts while it runs, and until it is stopped.
     pub(super) enable: Option<bool>,
     pub(super) running: Option<Running>,
     /// Why it does not run, found at the last try.
@@ -245,6 +245,8 @@ impl Vring {
     pub(super) fn halt(&mut self, features: Option<u64>) -> u32 {
         self.kicked = false;
         self.kick = None;
+        // What a driver sends before the next start is for whom the ring is enabled then.
+        self.enable = self.enable.filter(|enabled| *enabled);
         // A frontend that passes the reset of one ring on starts it again without another call descriptor.
         if !features.is_some_and(has_ring_reset) {
             self.call = None;

@@ -276,16 +276,24 @@ pub(crate) fn attach<'m>(
     rams: impl IntoIterator<Item = &'m Ram>,
     first: usize,
 ) -> Vec<Guest<'m>> {
-    let attached = rams.into_iter().zip(&daemon.sockets()[first..]);
-    let guests = attached
+    let guests = attach_to(&daemon.sockets()[first..], rams);
+    daemon.settle();
+    guests
+}
+
+/// A guest on each of these sockets.
+pub(crate) fn attach_to<'m>(
+    sockets: &[PathBuf],
+    rams: impl IntoIterator<Item = &'m Ram>,
+) -> Vec<Guest<'m>> {
+    let attached = rams.into_iter().zip(sockets);
+    attached
         .map(|(ram, socket)| {
             let mut guest = Guest::new(ram);
             guest.attach(socket);
             guest
         })
-        .collect();
-    daemon.settle();
-    guests
+        .collect()
 }
 
 /// Bystanders on the first two ports, and on the next two guests in these memories that know each other: `mac(3)` and

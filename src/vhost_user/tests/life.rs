@@ -389,6 +389,43 @@ fn a_transmitq_waits_for_its_first_enable_and_is_discarded_from_only_when_disabl
     peer.leave();
 }
 
+/// DPDK's virtio-user in server mode: ENABLE 0 and GET_VRING_BASE of each ring first, ENABLE 1 last.
+#[test]
+fn a_transmitq_that_was_disabled_while_it_did_not_run_waits_all_the_same() {
+    let mut peer = Peer::new();
+    let features = peer.negotiate();
+    let transmit = |peer: &Peer| {
+        let device = peer.device().unwrap();
+        device.pairs[0].transmit.as_ref().map(|queue| queue.enabled)
+    };
+    for ring in 0..2 {
+        // Before the features are set, which the crate's frontend does not do.
+        peer.send_ring(FrontendReq::SET_VRING_ENABLE, NEED_REPLY, ring, 0);
+        assert_eq!(peer.reply(), Some(0));
+        peer.frontend.get_vring_base(ring as usize).unwrap();
+    }
+    peer.frontend.set_features(features).unwrap();
+    peer.share_memory();
+    for turn in 0..3 {
+        for ring in 0..2 {
+            peer.start_ring(ring, 0);
+        }
+        assert_eq!(transmit(&peer), None, "turn {turn}: it waits");
+        peer.frontend.set_vring_enable(1, true).unwrap();
+        assert_eq!(transmit(&peer), Some(true));
+        // Disabled while it runs, or once it has been stopped.
+        if turn == 0 {
+            peer.frontend.set_vring_enable(1, false).unwrap();
+            assert_eq!(transmit(&peer), Some(false));
+        }
+        for ring in 0..2 {
+            peer.frontend.get_vring_base(ring).unwrap();
+            peer.frontend.set_vring_enable(ring, false).unwrap();
+        }
+    }
+    peer.leave();
+}
+
 /// virtio 1.2 §2.8.1, vhost-user "GET_VRING_BASE": slot and wrap counter of what is available, then of what is used.
 #[test]
 fn both_halves_of_a_packed_base() {
