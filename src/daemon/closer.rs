@@ -12,6 +12,8 @@ use std::sync::Arc;
 use crossbeam_channel::{Sender, unbounded};
 use rustix::net::{Shutdown, shutdown};
 
+use crate::sys::thread;
+
 /// Sockets of one port that may wait to be closed before its frontends wait that would be refused: each holds a
 /// descriptor, as a ring's kick and call do.
 const MOST: usize = 16;
@@ -45,9 +47,7 @@ impl Closer {
     /// Starts the thread. Nobody joins it: it may be stuck.
     pub(super) fn start() -> io::Result<Self> {
         let (sender, sockets) = unbounded::<Counted>();
-        std::thread::Builder::new()
-            .name("closer".to_string())
-            .spawn(move || sockets.iter().for_each(drop))?;
+        thread::spawn("closer", move || sockets.iter().for_each(drop))?;
         Ok(Closer(sender))
     }
 

@@ -22,6 +22,8 @@ use std::sync::{Mutex, OnceLock};
 
 use rustix::io::Errno;
 
+use super::refused::{Wanted, refused};
+
 /// Calls per system call; more are sent in several.
 pub const BATCH: usize = 128;
 
@@ -143,10 +145,11 @@ impl Caller {
     /// Makes a context of the kernel. Fails where AIO is switched off (seccomp, CONFIG_AIO) or
     /// `/proc/sys/fs/aio-max-nr` is used up.
     pub fn for_batches(batch: usize) -> io::Result<Caller> {
-        let null = null()?;
+        let null = null().map_err(|error| refused(Wanted::Descriptor, error))?;
         let mut context: libc::c_ulong = 0;
         // SAFETY: `context` is valid for writing and zero, as io_setup demands.
-        check(unsafe { libc::syscall(libc::SYS_io_setup, batch as libc::c_ulong, &mut context) })?;
+        check(unsafe { libc::syscall(libc::SYS_io_setup, batch as libc::c_ulong, &mut context) })
+            .map_err(|error| refused(Wanted::AsyncIo, error))?;
         let iocb = Iocb {
             opcode: IOCB_CMD_PWRITE,
             fd: null.as_raw_fd().unsigned_abs(),

@@ -15,6 +15,7 @@ use std::time::Duration;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 
+use super::refused::{Wanted, refused};
 use super::wake::Wake;
 
 /// Stands for the thread's own bell; no kick may use it.
@@ -42,7 +43,8 @@ pub struct Sleeper {
 impl Sleeper {
     /// A sleeper that only its own bell wakes.
     pub fn new() -> io::Result<Self> {
-        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        let epoll = epoll::create(CreateFlags::CLOEXEC)
+            .map_err(|errno| refused(Wanted::Descriptor, errno.into()))?;
         let bell = Wake::new()?;
         epoll::add(&epoll, &bell, EventData::new_u64(BELL), EventFlags::IN)?;
         Ok(Sleeper { epoll, bell })

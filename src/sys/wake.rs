@@ -7,6 +7,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::refused::{Wanted, refused};
+
 /// A bell: rung by any thread, heard by the one that watches it.
 #[derive(Debug)]
 pub struct Wake(EventFd);
@@ -14,7 +16,10 @@ pub struct Wake(EventFd);
 impl Wake {
     /// A bell that nobody rang yet.
     pub fn new() -> io::Result<Self> {
-        EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Wake)
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        event
+            .map(Wake)
+            .map_err(|error| refused(Wanted::Descriptor, error))
     }
 
     /// Makes the descriptor readable. Ringing again before anybody heard changes nothing.
