@@ -14,6 +14,7 @@ use super::report::Report;
 use super::socket::hung_up;
 use crate::api::types::{self as api, EventKind};
 use crate::port::PortShared;
+use crate::sys::thread;
 use crate::vhost_user::{self, SessionEnd, SessionOptions, SessionStatus, Stopper};
 
 /// Frontends accepted on one port in one turn: a storm of connections delays nobody else's commands for long.
@@ -235,6 +236,7 @@ impl Control {
             self.wake.clone(),
             acknowledgements,
             (self.report.clone(), reports.clone()),
+            record.messages.clone(),
         );
         let status = SessionStatus::new();
         let mut options = SessionOptions::new(record.queues);
@@ -263,7 +265,7 @@ impl Control {
                 // The last descriptor of the socket.
                 drop(stopper);
                 self.closer.close(probe, &record.unclosed);
-                let text = format!("no thread for a session: {error}");
+                let text = format!("a session cannot have {error}");
                 self.report.paced(port, &reports, refused, text);
             }
         }
@@ -277,21 +279,19 @@ fn spawn(
     link: Arc<Link>,
     status: Arc<SessionStatus>,
 ) -> io::Result<JoinHandle<()>> {
-    std::thread::Builder::new()
-        .name(format!("session-{}", link.port.name()))
-        .spawn(move || {
-            let sink = Arc::new(Sink(link.clone()));
-            // However the thread ends: a port whose session is forgotten would take no other frontend.
-            let mut end = Farewell(link, "the session failed; this is a bug".to_string());
-            let ended = vhost_user::serve(stream, options, sink, status);
-            end.1 = match ended {
-                SessionEnd::AskedForQueues { .. } => {
-                    let name = end.0.port.name();
-                    format!("{ended}; if it needs more: pollux port set {name} queues=N")
-                }
-                _ => ended.to_string(),
-            };
-        })
+    thread::spawn(format!("session-{}", link.port.name()), move || {
+        let sink = Arc::new(Sink(link.clone()));
+        // However the thread ends: a port whose session is forgotten would take no other frontend.
+        let mut end = Farewell(link, "the session failed; this is a bug".to_string());
+        let ended = vhost_user::serve(stream, options, sink, status);
+        end.1 = match ended {
+            SessionEnd::AskedForQueues { .. } => {
+                let name = end.0.port.name();
+                format!("{ended}; if it needs more: pollux port set {name} queues=N")
+            }
+            _ => ended.to_string(),
+        };
+    })
 }
 
 /// Tells control why a session ended, when its thread does.

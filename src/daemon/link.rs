@@ -3,13 +3,15 @@
 //! A session posts its newest device and goes on; control takes whatever is newest once per turn of its loop. So ten
 //! thousand SET_VRING_ENABLE of one frontend are one publication a turn, and delay nobody.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
 use super::command::Command;
 use super::mailbox::Mailbox;
+use super::pace::Messages;
 use super::report::{Report, Reports};
 use crate::port::{Device, PortShared};
 use crate::sys::call::CallGuard;
@@ -35,6 +37,7 @@ pub(super) struct Link {
     acknowledgements: Acknowledgements<Topology>,
     report: Arc<Report>,
     reports: Reports,
+    messages: Messages,
 }
 
 impl Link {
@@ -44,6 +47,7 @@ impl Link {
         wake: Arc<Wake>,
         acknowledgements: Acknowledgements<Topology>,
         (report, reports): (Arc<Report>, Reports),
+        messages: Messages,
     ) -> Arc<Self> {
         Arc::new(Link {
             port,
@@ -54,6 +58,7 @@ impl Link {
             acknowledgements,
             report,
             reports,
+            messages,
         })
     }
 
@@ -147,6 +152,17 @@ impl DeviceSink for Sink {
 
     fn calls(&self) -> Arc<CallGuard> {
         self.0.port.calls.clone()
+    }
+
+    fn pace(&self) -> Duration {
+        // Plain values, whole at every moment.
+        let messages = self.0.messages.lock();
+        let mut messages = messages.unwrap_or_else(PoisonError::into_inner);
+        let wait = messages.wait(Instant::now());
+        if !wait.is_zero() {
+            self.0.port.paced_messages.fetch_add(1, Ordering::Relaxed);
+        }
+        wait
     }
 
     fn event(&self, event: SessionEvent) {

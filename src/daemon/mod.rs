@@ -7,13 +7,16 @@
 //! | control (the caller of [`run`]) | sockets, timers, signals, commands; the only publisher | briefly |
 //! | `reaper` | drops retired views: munmap, close | yes |
 //! | `closer` | closes sockets that nobody has read to their end | yes |
-//! | `api` | HTTP on a unix socket | yes |
+//! | `api`, `api-call`, `api-stream` | HTTP on a unix socket; one call each; one endless answer each | yes |
+//! | `start` | adds the ports of the command line, and ends | yes |
+//! | `log` (of the command) | writes the log to standard error | yes |
 
 mod accept;
 mod balance;
 mod closer;
 mod command;
 mod control;
+mod elsewhere;
 pub mod embedded;
 mod handle;
 mod handover;
@@ -52,11 +55,13 @@ use crate::sys::affinity::PinError;
 use crate::sys::aio::with_spare;
 use crate::sys::signal::Signals;
 use crate::sys::snapshot::{Retired, snapshots};
+use crate::sys::thread;
 use crate::sys::wake::Wake;
 use crate::topology::Topology;
 use closer::Closer;
 use command::Command;
 use control::Control;
+use elsewhere::Elsewhere;
 pub use handle::Handle;
 use observers::Names;
 use pollers::PollThreads;
@@ -135,9 +140,7 @@ pub fn run(config: DaemonConfig) -> Result<(), DaemonError> {
     // Control answers only once its loop runs, so the ports of the command line come from a thread of their own.
     let (outcome, first_error) = crossbeam_channel::bounded(1);
     let ports = config.ports.clone();
-    let adder = std::thread::Builder::new()
-        .name("start".to_string())
-        .spawn(move || add_first_ports(&handle, ports, &outcome))
+    let adder = thread::spawn("start", move || add_first_ports(&handle, ports, &outcome))
         .map_err(DaemonError::System)?;
     let ended = control.run();
     let _ = adder.join();
@@ -179,14 +182,12 @@ impl Daemon {
     /// Starts the switch. The process has called [`prepare_process`] or [`fence::install`] before.
     pub fn start(config: &DaemonConfig) -> Result<Self, DaemonError> {
         let (control, handle, reaper) = assemble(config, None)?;
-        let thread = std::thread::Builder::new()
-            .name("control".to_string())
-            .spawn(move || {
-                if let Err(error) = control.run() {
-                    tracing::error!("{error}");
-                }
-            })
-            .map_err(DaemonError::System)?;
+        let thread = thread::spawn("control", move || {
+            if let Err(error) = control.run() {
+                tracing::error!("{error}");
+            }
+        })
+        .map_err(DaemonError::System)?;
         let daemon = Daemon {
             handle,
             threads: vec![thread, reaper],
@@ -248,13 +249,14 @@ fn assemble(
     }
     let (reap, retired) = unbounded::<Retired<Topology>>();
     // Ends when control, the only sender, is gone.
-    let reaper = std::thread::Builder::new()
-        .name("reaper".to_string())
-        .spawn(move || retired.iter().for_each(drop))
+    let reaper = thread::spawn("reaper", move || retired.iter().for_each(drop))
         .map_err(DaemonError::System)?;
     let closer = Closer::start().map_err(DaemonError::System)?;
     // What sessions need for calls is had now, or missed now.
     with_spare(|_| ()).map_err(DaemonError::System)?;
+    if signals.is_some() {
+        polls.own_process(Elsewhere::new().map_err(DaemonError::System)?);
+    }
     let names = Arc::new(Names::default());
     let acknowledgements = publisher.acknowledgements();
     let fdb = (fdb, config.fdb_size);

@@ -11,7 +11,7 @@ use rustix::process::{Resource, getrlimit};
 use super::closer::{Leftover, Unclosed};
 use super::control::{Control, LISTENER};
 use super::observers::PORT_REMOVED;
-use super::pace::Pace;
+use super::pace::{Pace, messages};
 use super::port::{Door, PortRecord};
 use super::report::reports;
 use super::socket::Listener;
@@ -138,6 +138,7 @@ impl Control {
             second: None,
             stations: Stations::new(now),
             reports: reports(now),
+            messages: messages(now),
             reported_state: None,
         };
         let view = views::port(&record, &self.registry.fdb);

@@ -1,6 +1,20 @@
-//! How often a port may make control do something: a burst at once, then one after the other.
+//! How often a port may make control, or its session, do something: a burst at once, then one after the other.
 
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+/// Messages of a port's frontends that are taken at once, and how often then. A start of 128 queue pairs and 509 regions is
+/// 3000 messages; QEMU before 8.0, which adds its memory once for each pair, comes to more with dozens of regions.
+pub(super) const MESSAGES: u32 = 16_384;
+pub(super) const MESSAGE_EVERY: Duration = Duration::from_micros(500);
+
+/// Shared by the sessions of a port, one after the other: whoever hangs up and comes back has not earned another burst.
+pub(super) type Messages = Arc<Mutex<Pace>>;
+
+/// For a new port.
+pub(super) fn messages(now: Instant) -> Messages {
+    Arc::new(Mutex::new(Pace::new(MESSAGES, MESSAGE_EVERY, now)))
+}
 
 /// A bucket of tokens, full at the beginning.
 #[derive(Clone, Debug)]
@@ -43,6 +57,17 @@ impl Pace {
         true
     }
 
+    /// Takes the next token; returns how long it is until that one comes.
+    pub(super) fn wait(&mut self, now: Instant) -> Duration {
+        if self.admits(now) {
+            return Duration::ZERO;
+        }
+        // Of the one token that comes next, nobody else has any: it is taken before it is there.
+        let wait = self.next().saturating_duration_since(now);
+        self.refilled += self.refill;
+        wait
+    }
+
     /// When there is a token again, after [`Pace::admits`] said no.
     pub(super) fn next(&self) -> Instant {
         self.refilled + self.refill
@@ -57,6 +82,7 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::MAX_QUEUE_PAIRS;
 
     #[test]
     fn a_burst_and_then_one_at_a_time() {
@@ -77,5 +103,30 @@ mod tests {
         assert_eq!(pace.next(), begun + Duration::from_millis(5010));
         assert_eq!(pace.take_refused(), 5);
         assert_eq!(pace.take_refused(), 0);
+    }
+
+    #[test]
+    fn whoever_waits_for_each_token_gets_them_at_the_pace() {
+        const EACH: Duration = Duration::from_millis(10);
+        let begun = Instant::now();
+        let mut pace = Pace::new(3, EACH, begun);
+        let mut now = begun;
+        for _ in 0..103 {
+            now += pace.wait(now);
+        }
+        assert_eq!(now - begun, 100 * EACH);
+        // Idle for a while: what has come meanwhile is there at once.
+        now += 2 * EACH;
+        let waits = [(); 3].map(|()| pace.wait(now));
+        assert_eq!(waits, [Duration::ZERO, Duration::ZERO, EACH]);
+    }
+
+    #[test]
+    fn a_start_with_all_queues_and_regions_is_not_slowed() {
+        // SET_MEM_TABLE or ADD_MEM_REG, then everything about each ring, twice what the longest-winded frontend says.
+        let start = u32::from(MAX_QUEUE_PAIRS) * 2 * 16 + 509 + 50;
+        let mut pace = Pace::new(MESSAGES, MESSAGE_EVERY, Instant::now());
+        let now = Instant::now();
+        assert!((0..start).all(|_| pace.wait(now).is_zero()));
     }
 }

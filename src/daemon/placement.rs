@@ -245,6 +245,7 @@ impl Registry {
                 },
                 error => ControlError::Internal(error.to_string()),
             })?;
+        self.polls.keep_others_off();
         Ok(views::poll_thread(self, number))
     }
 
@@ -387,6 +388,7 @@ impl Registry {
     ) {
         let number = reader.index();
         self.polls.ended(reader);
+        self.polls.keep_others_off();
         let leaving = std::mem::take(&mut self.moves.leaving);
         for (thread, told, reply) in leaving {
             if thread != number {

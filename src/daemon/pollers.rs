@@ -10,12 +10,15 @@ use crossbeam_channel::Sender;
 
 use super::DaemonError;
 use super::command::Command;
+use super::elsewhere::Elsewhere;
 use crate::config::IdlePolicy;
 use crate::poll::{PollShared, Poller};
 use crate::sys::affinity;
+use crate::sys::aio::Caller;
 use crate::sys::eventfd::KickFd;
 use crate::sys::sched;
 use crate::sys::snapshot::Reader;
+use crate::sys::thread;
 use crate::sys::wake::Wake;
 use crate::topology::{Plan, Topology};
 
@@ -50,6 +53,8 @@ pub(super) struct PollThreads {
     spare: Vec<Reader<Topology>>,
     /// What threads do without work where nobody has said otherwise.
     pub(super) idle: IdlePolicy,
+    /// Keeps other threads off their CPUs, in a process that is nothing but the switch.
+    elsewhere: Option<Elsewhere>,
     epoch: Instant,
     /// Where a thread that ended hands its reader back.
     commands: Sender<Command>,
@@ -69,10 +74,30 @@ impl PollThreads {
             threads: BTreeMap::new(),
             spare: readers,
             idle,
+            elsewhere: None,
             epoch,
             commands,
             wake,
         }
+    }
+
+    /// From now on other threads of the process keep off the CPUs of poll threads.
+    pub(super) fn own_process(&mut self, elsewhere: Elsewhere) {
+        self.elsewhere = Some(elsewhere);
+        self.keep_others_off();
+    }
+
+    /// The CPUs with poll threads are others than before.
+    pub(super) fn keep_others_off(&self) {
+        let Some(elsewhere) = &self.elsewhere else {
+            return;
+        };
+        let pinned = self.threads.values().filter_map(|thread| {
+            let id = thread.tid.load(Ordering::Relaxed);
+            thread.cpu.map(|cpu| (cpu, id))
+        });
+        let (taken, pinned) = pinned.unzip();
+        elsewhere.keep_off(&taken, &pinned);
     }
 
     /// Starts a thread, pinned to `cpu` if there is one, with a policy of its own or that of all; returns the lowest
@@ -275,14 +300,15 @@ impl PollThreads {
         cpu: Option<usize>,
         idle: IdlePolicy,
     ) -> Result<PollThread, (DaemonError, Option<Reader<Topology>>)> {
-        let system = |error| DaemonError::System(error);
         let index = reader.index();
-        let shared = match PollShared::new(idle) {
-            Ok(shared) => Arc::new(shared),
-            Err(error) => return Err((system(error), Some(reader))),
+        // All that may not be had comes first: a thread that cannot start must leave its reader for another one.
+        let needs = PollShared::new(idle).and_then(|shared| Ok((Arc::new(shared), Caller::new()?)));
+        let (shared, caller) = match needs {
+            Ok(needs) => needs,
+            Err(error) => return Err((DaemonError::System(error), Some(reader))),
         };
-        let poller = Poller::new(shared.clone(), reader, self.epoch)
-            .map_err(|error| (system(error), None))?;
+        let poller = Poller::with(caller, shared.clone(), reader, self.epoch);
+        let (give, given) = crossbeam_channel::bounded::<Poller>(1);
         let (tid, removed) = (
             Arc::new(AtomicU32::new(0)),
             Arc::new(AtomicBool::new(false)),
@@ -290,28 +316,37 @@ impl PollThreads {
         let (started, answer) = crossbeam_channel::bounded(1);
         let (own_tid, own_removed) = (tid.clone(), removed.clone());
         let (commands, wake) = (self.commands.clone(), self.wake.clone());
-        let handle = std::thread::Builder::new()
-            .name(format!("poll-{index}"))
-            .spawn(move || {
-                own_tid.store(sched::thread_id(), Ordering::Relaxed);
-                // The starter waits for this answer.
-                if let Err(error) = cpu.map_or(Ok(()), affinity::pin) {
-                    let _ = started.send(Err((error, poller.into_reader())));
-                    return;
-                }
-                let _ = started.send(Ok(()));
-                let reader = poller.run();
-                // At the end of the switch readers end with their threads, before the publisher does.
-                if own_removed.load(Ordering::Relaxed) {
-                    let _ = commands.send(Command::PollEnded(reader));
-                    wake.wake();
-                }
-            })
-            .map_err(|error| (system(error), None))?;
+        let spawned = thread::spawn(format!("poll-{index}"), move || {
+            let Ok(poller) = given.recv() else {
+                return;
+            };
+            own_tid.store(sched::thread_id(), Ordering::Relaxed);
+            // The starter waits for this answer.
+            if let Err(error) = cpu.map_or(Ok(()), affinity::pin) {
+                let _ = started.send(Err((error, poller.into_reader())));
+                return;
+            }
+            let _ = started.send(Ok(()));
+            let reader = poller.run();
+            // At the end of the switch readers end with their threads, before the publisher does.
+            if own_removed.load(Ordering::Relaxed) {
+                let _ = commands.send(Command::PollEnded(reader));
+                wake.wake();
+            }
+        });
+        let handle = match spawned {
+            Ok(handle) => handle,
+            Err(error) => return Err((DaemonError::System(error), Some(poller.into_reader()))),
+        };
+        // The thread waits for this, and so does this one for its answer.
+        let _ = give.send(poller);
         match answer.recv() {
             Ok(Ok(())) => {}
             Ok(Err((error, reader))) => return Err((DaemonError::Pin(error), Some(reader))),
-            Err(_) => return Err((system(std::io::ErrorKind::Other.into()), None)),
+            Err(_) => {
+                let error = std::io::ErrorKind::Other.into();
+                return Err((DaemonError::System(error), None));
+            }
         }
         let told = (tid, removed);
         Ok(PollThread::new(shared, cpu, told, Some(handle)))

@@ -9,7 +9,7 @@ use super::accept::SecondFrontend;
 use super::closer::Unclosed;
 use super::handover::Place;
 use super::link::Link;
-use super::pace::Pace;
+use super::pace::{Messages, Pace};
 use super::report::Reports;
 use super::socket::Listener;
 use super::stations::Stations;
@@ -73,6 +73,8 @@ pub(super) struct PortRecord {
     pub(super) stations: Stations,
     /// Lines in the log, shared with its sessions.
     pub(super) reports: Reports,
+    /// Messages of its frontends, shared with its sessions.
+    pub(super) messages: Messages,
     /// What was last reported as broken, so that it is reported once.
     pub(super) reported_state: Option<String>,
 }

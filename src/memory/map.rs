@@ -193,13 +193,12 @@ impl GuestMemory {
     /// Whether everything lies at the same addresses here and there, in the same mappings.
     pub fn is_laid_out_like(&self, other: &GuestMemory) -> bool {
         let same = |(one, other): (&Slot, &Slot)| {
-            let same_size = one.size == other.size;
             one.guest_addr == other.guest_addr
-                && one.user_addr == other.user_addr
+                && (one.user_addr, one.size) == (other.user_addr, other.size)
                 && match (&one.region, &other.region) {
                     (Ok(one), Ok(other)) => Arc::ptr_eq(one, other),
                     // Left out, for one cause.
-                    (Err(one), Err(other)) => one == other && same_size,
+                    (Err(one), Err(other)) => one == other,
                     _ => false,
                 }
         };

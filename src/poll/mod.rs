@@ -210,15 +210,25 @@ impl Poller {
         reader: Reader<Topology>,
         epoch: Instant,
     ) -> std::io::Result<Self> {
+        Ok(Poller::with(Caller::new()?, shared, reader, epoch))
+    }
+
+    /// The same with its means to call drivers, which is all that may not be had.
+    pub fn with(
+        caller: Caller,
+        shared: Arc<PollShared>,
+        reader: Reader<Topology>,
+        epoch: Instant,
+    ) -> Self {
         let clock = quanta::Clock::new();
-        Ok(Poller {
+        Poller {
             shared,
             reader,
-            caller: Caller::new()?,
+            caller,
             start: clock.raw(),
             start_s: u32::try_from(epoch.elapsed().as_secs()).unwrap_or(u32::MAX),
             clock,
-        })
+        }
     }
 
     /// Its reader, if it is not to run after all.

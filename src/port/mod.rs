@@ -8,6 +8,7 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use crate::config::PortSpec;
 use crate::memory::GuestMemory;
@@ -28,6 +29,8 @@ pub struct PortShared {
     pub stats: PortStats,
     /// Who makes its calls.
     pub calls: Arc<CallGuard>,
+    /// Messages of its frontends that had to wait, because there were too many.
+    pub paced_messages: AtomicU64,
 }
 
 impl PortShared {
@@ -38,6 +41,7 @@ impl PortShared {
             reference,
             stats: PortStats::new(),
             calls: CallGuard::new()?,
+            paced_messages: AtomicU64::new(0),
         }))
     }
 

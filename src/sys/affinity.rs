@@ -76,15 +76,40 @@ fn list_contains(list: &str, number: usize) -> bool {
 
 /// The CPUs that the calling thread may run on, in order.
 pub fn allowed_cpus() -> io::Result<Vec<usize>> {
+    allowed_cpus_of(0)
+}
+
+/// The same of any thread, by its id; 0 is the calling one.
+pub fn allowed_cpus_of(thread: u32) -> io::Result<Vec<usize>> {
+    let thread = libc::pid_t::try_from(thread).unwrap_or(libc::pid_t::MAX);
     let mut mask = [0u64; WORDS];
-    // SAFETY: `mask` is valid for writing its own size; 0 means the calling thread.
+    // SAFETY: `mask` is valid for writing its own size.
     let result =
-        unsafe { libc::sched_getaffinity(0, size_of_val(&mask), mask.as_mut_ptr().cast()) };
+        unsafe { libc::sched_getaffinity(thread, size_of_val(&mask), mask.as_mut_ptr().cast()) };
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
     let is_set = |cpu: &usize| mask[cpu / 64] >> (cpu % 64) & 1 == 1;
     Ok((0..MAX_CPUS).filter(is_set).collect())
+}
+
+/// Lets a thread, by its id, run on these CPUs only.
+pub fn restrict(thread: u32, cpus: &[usize]) -> io::Result<()> {
+    let thread = libc::pid_t::try_from(thread).unwrap_or(libc::pid_t::MAX);
+    let mut mask = [0u64; WORDS];
+    for cpu in cpus {
+        if let Some(word) = mask.get_mut(cpu / 64) {
+            *word |= 1 << (cpu % 64);
+        }
+    }
+    // SAFETY: `mask` is valid for reading its own size.
+    let result =
+        unsafe { libc::sched_setaffinity(thread, size_of_val(&mask), mask.as_ptr().cast()) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// The NUMA node of a CPU; `None` on machines without nodes and for CPUs that do not exist.
@@ -115,6 +140,25 @@ mod tests {
             }
         });
         pinned.join().unwrap();
+    }
+
+    #[test]
+    fn a_thread_is_restricted_from_outside() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            tell.send(crate::sys::sched::thread_id()).unwrap();
+            let _ = ended.recv();
+        });
+        let id = told.recv().unwrap();
+        let all = allowed_cpus_of(id).unwrap();
+        for cpus in [&all[..1], &all[all.len() - 1..], &all] {
+            restrict(id, cpus).unwrap();
+            assert_eq!(allowed_cpus_of(id).unwrap(), cpus);
+        }
+        assert!(restrict(id, &[]).is_err());
+        drop(end);
+        thread.join().unwrap();
     }
 
     #[test]

@@ -34,6 +34,7 @@ mod session;
 mod status;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use error::{ASKED_FOR_QUEUES, SessionEnd, SessionError};
 pub use event::{MEMORY_LOST, RingName, SessionEvent};
@@ -69,6 +70,9 @@ pub trait DeviceSink: Send + Sync {
 
     /// Who makes the port's calls.
     fn calls(&self) -> Arc<CallGuard>;
+
+    /// How long the session leaves the message that has just come alone: none of an honest frontend waits.
+    fn pace(&self) -> Duration;
 
     /// Something worth a line in the log.
     fn event(&self, event: SessionEvent);

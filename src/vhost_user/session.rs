@@ -145,6 +145,10 @@ impl<'s> Session<'s> {
             // The next turn begins with calls.
             Waited::Bell => return Ok(()),
         };
+        let pause = lock(&self.device).sink.pace();
+        if !pause.is_zero() {
+            std::thread::sleep(pause);
+        }
         wait_writable(self.stream, self.deadline)?;
         match arrived.request.code() {
             // The crate refuses it before SET_FEATURES, which is when QEMU sends it first.

@@ -18,7 +18,7 @@ use crate::daemon::closer::Unclosed;
 use crate::daemon::command::Command;
 use crate::daemon::link::{Link, Sink};
 use crate::daemon::observers::Names;
-use crate::daemon::pace::Pace;
+use crate::daemon::pace::{Pace, messages};
 use crate::daemon::pollers::PollThreads;
 use crate::daemon::port::{Door, PortRecord, SessionHandle};
 use crate::daemon::registry::Registry;
@@ -290,6 +290,7 @@ impl Script {
             second: None,
             stations: Stations::new(now),
             reports: reports(now),
+            messages: messages(now),
             reported_state: None,
         }
     }
@@ -340,6 +341,7 @@ impl Script {
             self.wake.clone(),
             self.registry.acknowledgements.clone(),
             (Arc::new(Report::default()), reports(Instant::now())),
+            messages(Instant::now()),
         );
         let (stream, _) = UnixStream::pair().unwrap();
         self.registry.find(&name).unwrap().session = Some(SessionHandle {

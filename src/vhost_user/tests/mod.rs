@@ -83,6 +83,10 @@ impl DeviceSink for Double {
         Arc::clone(guard)
     }
 
+    fn pace(&self) -> Duration {
+        Duration::ZERO
+    }
+
     fn event(&self, event: SessionEvent) {
         self.events.lock().unwrap().push(event.to_string());
     }
