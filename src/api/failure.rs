@@ -39,6 +39,13 @@ impl Failure {
     }
 }
 
+/// The system has no thread for what the client wants: its loss alone, and none for long.
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        Failure::busy(format!("the system refuses {error}"))
+    }
+}
+
 impl From<ControlError> for Failure {
     fn from(error: ControlError) -> Self {
         let (status, code) = match &error {

@@ -21,7 +21,7 @@ use http_body_util::BodyExt;
 use hyper::body::{Body as _, Bytes};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::timeout;
 use utoipa::IntoParams;
 
@@ -31,6 +31,7 @@ use super::types::{
 };
 use super::{Control, ControlError, openapi, stream};
 use crate::config::PortSpec;
+use crate::sys::thread;
 use crate::wire::Mac;
 
 /// Largest body of a request.
@@ -118,12 +119,15 @@ where
         return Err(Failure::busy("other requests keep the daemon busy"));
     };
     let control = api.control.clone();
-    let running = tokio::task::spawn_blocking(move || {
+    let (answer, answered) = oneshot::channel();
+    // A thread of its own: tokio's pool panics where none is to be had, and keeps what it was given.
+    thread::spawn("api-call", move || {
         // Held by the call, not by the request: a call goes on when its client leaves.
         let _permit = permit;
-        f(&*control)
-    });
-    match timeout(CALL_LIMIT, running).await {
+        // Whoever asked may have gone.
+        let _ = answer.send(f(&*control));
+    })?;
+    match timeout(CALL_LIMIT, answered).await {
         Ok(Ok(result)) => Ok(result?),
         Ok(Err(_)) => Err(ControlError::Internal("the request failed in the daemon".into()).into()),
         Err(_) => Err(Failure::new(
@@ -399,7 +403,7 @@ async fn stats(State(api): State<Api>) -> Result<Json<StatsView>, Failure> {
     path = "/v1/events",
     responses(
         (status = 200, body = Event, content_type = "application/jsonl"),
-        (status = 503, body = ApiError, description = "Too many streams are open")
+        (status = 503, body = ApiError, description = "Too many streams are open, or no thread for one")
     )
 )]
 async fn events(State(api): State<Api>) -> Result<Response, Failure> {
@@ -408,7 +412,8 @@ async fn events(State(api): State<Api>) -> Result<Response, Failure> {
         return Err(Failure::busy(message));
     };
     let receiver = call(&api, |control| Ok(control.subscribe())).await?;
-    let body = Body::new(stream::start(receiver, permit, api.stopped.clone()));
+    let lines = stream::start(receiver, permit, api.stopped.clone())?;
+    let body = Body::new(lines);
     Ok(([(header::CONTENT_TYPE, "application/jsonl")], body).into_response())
 }
 

@@ -1,7 +1,7 @@
 //! HTTP on a unix socket, on a thread of its own.
 //!
-//! One thread runs all connections; calls into [`Control`] and event streams run on a bounded set of
-//! helper threads, because they block. Who may use it is decided twice: by the socket file's mode
+//! One thread runs all connections. Each call into [`Control`] and each endless answer has a thread of its own, because
+//! they block; there is a bounded number of them. Where the system has no thread for one, it is answered with 503. Who may use it is decided twice: by the socket file's mode
 //! and group, and by the peer's credentials when it connects. Every connection carries one request
 //! and has limits: on the size and time of its head and body, on unread answers, and on how many
 //! there are. So the worst a client can do is to use up the API, never the switch.
@@ -26,11 +26,12 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::conn::{Patience, WriteDeadline};
-use super::routes::{self, MAX_CALLS, MAX_CAPTURES, MAX_STREAMS};
+use super::routes;
 use super::socket::ApiSocket;
 use super::{Control, types::ApiError};
 use crate::config::MAX_SOCKET_PATH;
 use crate::sys::peer;
+use crate::sys::thread::spawn;
 
 /// Connections served at once; one more is answered with 503.
 pub const MAX_CONNECTIONS: usize = 64;
@@ -44,8 +45,6 @@ const HEAD_LIMIT: Duration = Duration::from_secs(5);
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
 /// How long requests may go on after a stop.
 const STOP_LIMIT: Duration = Duration::from_secs(1);
-/// A helper thread ends after so long without a request.
-const HELPER_IDLE: Duration = Duration::from_secs(2);
 /// Connections being told that they are refused.
 const MAX_REFUSALS: usize = 16;
 /// How long a refused client may take to read why.
@@ -120,9 +119,6 @@ impl Server {
         let (socket, listener) = ApiSocket::bind(path, group)?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            .max_blocking_threads(MAX_CALLS + MAX_STREAMS + MAX_CAPTURES)
-            .thread_name("api-call")
-            .thread_keep_alive(HELPER_IDLE)
             .build()
             .map_err(ServerError::Thread)?;
         let (stop, stopped) = watch::channel(false);
@@ -131,10 +127,10 @@ impl Server {
             group,
         };
         let router = routes::router(control, stopped.clone());
-        let thread = std::thread::Builder::new()
-            .name("api".into())
-            .spawn(move || run(runtime, listener, router, admission, stopped))
-            .map_err(ServerError::Thread)?;
+        let thread = spawn("api", move || {
+            run(runtime, listener, router, admission, stopped);
+        })
+        .map_err(ServerError::Thread)?;
         Ok(Server {
             stop,
             thread: Some(thread),
@@ -206,14 +202,13 @@ fn run(
     admission: Admission,
     stopped: watch::Receiver<bool>,
 ) {
+    // A call that hangs in control does not hang the stop: nobody waits for its thread.
     runtime.block_on(async move {
         match UnixListener::from_std(listener) {
             Ok(listener) => serve(listener, router, admission, stopped).await,
             Err(error) => tracing::error!(%error, "the API socket cannot be polled"),
         }
     });
-    // A call that hangs in control must not hang the stop.
-    runtime.shutdown_timeout(STOP_LIMIT);
 }
 
 async fn serve(

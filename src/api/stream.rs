@@ -7,6 +7,7 @@
 //! its reader was too slow.
 
 use std::convert::Infallible;
+use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
 use super::control::ByteStream;
 use super::types::Event;
+use crate::sys::thread;
 
 /// Lines between the helper thread and the connection.
 const LINES: usize = 16;
@@ -36,13 +38,13 @@ pub(super) fn start(
     events: Receiver<Event>,
     permit: OwnedSemaphorePermit,
     stopped: watch::Receiver<bool>,
-) -> Lines {
+) -> io::Result<Lines> {
     let (sender, receiver) = mpsc::channel(LINES);
-    tokio::task::spawn_blocking(move || {
+    thread::spawn("api-stream", move || {
         let _permit = permit;
         forward(&events, &sender, &stopped);
-    });
-    Lines(receiver)
+    })?;
+    Ok(Lines(receiver))
 }
 
 fn forward(events: &Receiver<Event>, lines: &mpsc::Sender<Bytes>, stopped: &watch::Receiver<bool>) {
@@ -69,13 +71,13 @@ pub(super) fn start_bytes(
     stream: Box<dyn ByteStream>,
     permit: OwnedSemaphorePermit,
     stopped: watch::Receiver<bool>,
-) -> Lines {
+) -> io::Result<Lines> {
     let (sender, receiver) = mpsc::channel(CHUNKS);
-    tokio::task::spawn_blocking(move || {
+    thread::spawn("api-stream", move || {
         let _permit = permit;
         forward_bytes(stream, &sender, &stopped);
-    });
-    Lines(receiver)
+    })?;
+    Ok(Lines(receiver))
 }
 
 fn forward_bytes(

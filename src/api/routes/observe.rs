@@ -97,7 +97,7 @@ pub(super) async fn mirror_remove(
         (status = 404, body = ApiError, description = "No such port"),
         (status = 409, body = ApiError, description = "Too many observers"),
         (status = 410, body = ApiError, description = "The port was removed meanwhile"),
-        (status = 503, body = ApiError, description = "Too many streams are open")
+        (status = 503, body = ApiError, description = "Too many streams are open, or no thread for one")
     )
 )]
 pub(super) async fn capture(
@@ -126,7 +126,7 @@ pub(super) async fn capture(
         (status = 404, body = ApiError, description = "No such port"),
         (status = 409, body = ApiError, description = "Too many observers"),
         (status = 410, body = ApiError, description = "The port was removed meanwhile"),
-        (status = 503, body = ApiError, description = "Too many streams are open")
+        (status = 503, body = ApiError, description = "Too many streams are open, or no thread for one")
     )
 )]
 pub(super) async fn trace(
@@ -159,7 +159,8 @@ where
     if let Some(Extension(patience)) = patience {
         patience.is_endless();
     }
-    let body = Body::new(stream::start_bytes(stream, permit, api.stopped.clone()));
+    let chunks = stream::start_bytes(stream, permit, api.stopped.clone())?;
+    let body = Body::new(chunks);
     let headers = [(header::CONTENT_TYPE, HeaderValue::from_static(content))];
     Ok((headers, [(OBSERVER, name)], body).into_response())
 }
