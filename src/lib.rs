@@ -26,7 +26,8 @@
 //! | control | 1, an event loop | sockets, reconnection, signals, commands; owns the registry; the only publisher | briefly |
 //! | `reaper` | 1 | drops retired views: munmap in steps of 2 MiB, close | yes |
 //! | `closer` | 1 | closes sockets that nobody has read to their end, and what their senders put into them | yes |
-//! | `api` | 1, and a bounded set of helpers | HTTP on a unix socket | yes |
+//! | `api` | 1, and a bounded set of helpers (`api-call`, `api-stream`) | HTTP on a unix socket | yes |
+//! | `log` | 1 | writes the log to standard error; all others put their lines into a bounded buffer, and lose those that do not fit | yes |
 //!
 //! ```text
 //!  frontend ──unix socket── session ──newest device──▶ control ──publish──▶ Topology (immutable)
@@ -157,8 +158,8 @@
 //! | module | role | may use |
 //! |---|---|---|
 //! | `main` | parse, run, exit code | `cli`, `bench`, `config`, `daemon` |
-//! | [`cli`] | arguments and client commands | `api`, `bench`, `config`, `wire` |
-//! | [`daemon`] | composition root: control, registry, sessions' glue, reaper | `api`, `bench`, `config`, `memory`, `observe`, `poll`, `port`, `stats`, `switch`, `sys`, `topology`, `vhost_user`, `wire` |
+//! | [`cli`] | arguments and client commands | `api`, `bench`, `config`, `log`, `wire` |
+//! | [`daemon`] | composition root: control, registry, sessions' glue, reaper | `api`, `bench`, `config`, `log`, `memory`, `observe`, `poll`, `port`, `stats`, `switch`, `sys`, `topology`, `vhost_user`, `wire` |
 //! | [`mod@bench`] | the load generator: guests that measure a switch | `config`, `memory`, `virtio` |
 //! | [`api`] | HTTP/JSON: types, server, client | `config`, `sys`, `wire` |
 //! | [`vhost_user`] | the protocol with one frontend | `memory`, `port`, `sys`, `virtio` |
@@ -170,6 +171,7 @@
 //! | [`frame`] | header snapshot, burst | `memory`, `stats`, `virtio`, `wire` |
 //! | [`virtio`] | rings, chains, claims; and the driver's side for `bench` and tests | `memory`, `sync` |
 //! | [`memory`] | regions, windows, SIGBUS fence | `sys` |
+//! | [`log`] | the log, which nobody waits for | `sys` |
 //! | [`sys`] | thin wrappers over Linux; snapshots | `sync` |
 //! | [`stats`] | counters, drop reasons | `sync` |
 //! | [`config`] | plain values, parsed and checked | – |
@@ -250,6 +252,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod frame;
+pub mod log;
 #[allow(unsafe_code)]
 pub mod memory;
 pub mod observe;

@@ -226,6 +226,9 @@ pub struct PortStatistics {
     /// Calls that the port's sessions made in place of poll threads.
     #[serde(default)]
     pub deferred_calls: u64,
+    /// Messages of the port's frontends that had to wait: more than a start-up needs came at once.
+    #[serde(default)]
+    pub paced_messages: u64,
 }
 
 /// Counters of one direction.
@@ -308,6 +311,9 @@ pub struct StatsView {
     pub port_add: Option<Latency>,
     /// The same of the removal of a port.
     pub port_remove: Option<Latency>,
+    /// Lines of the daemon's log that were lost: standard error could not be written, or was not read in time.
+    #[serde(default)]
+    pub log_lines_lost: u64,
 }
 
 /// Fill of the forwarding table.

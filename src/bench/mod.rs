@@ -246,7 +246,9 @@ pub fn run<T>(args: &Args, start: Option<StartSwitch<T>>) -> u8 {
     match bench(args, start) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("pollux bench: {}", chain(&error));
+            let text = format!("pollux bench: {}\n", chain(&error));
+            // Nobody is left to tell if this fails.
+            let _ = io::stderr().write_all(text.as_bytes());
             error.exit_code()
         }
     }

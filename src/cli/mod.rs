@@ -18,7 +18,7 @@ mod views;
 use std::error::Error;
 use std::ffi::OsStr;
 use std::fmt;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -30,6 +30,7 @@ use crate::api::client::ClientError;
 use crate::api::{ControlError, ServerError};
 use crate::bench;
 use crate::config::{ConfigError, DaemonConfig, MAX_PORTS};
+use crate::log;
 
 pub use args::{Cli, Command, RunArgs};
 
@@ -107,8 +108,10 @@ impl Failure {
         if let Some(hint) = &self.hint {
             message.push_str(&format!("  {}\n", text::escape(hint)));
         }
-        // Nobody is left to tell if this fails.
-        let _ = io::stderr().write_all(message.as_bytes());
+        // A daemon's last words wait for nobody, either.
+        if !log::say(&message) {
+            text::note(&message);
+        }
     }
 }
 
@@ -204,13 +207,15 @@ pub fn main(run: Runner, bench: Bencher) -> ExitCode {
         // Exits with 2 and the usage by itself.
         dispatch(Cli::parse(), run, bench)
     };
-    match result {
-        Ok(()) => ExitCode::from(EXIT_OK),
+    let code = match result {
+        Ok(()) => EXIT_OK,
         Err(failure) => {
             failure.report();
-            ExitCode::from(failure.code)
+            failure.code
         }
-    }
+    };
+    log::flush();
+    ExitCode::from(code)
 }
 
 fn dispatch(cli: Cli, run: Runner, bench: Bencher) -> Result<(), Failure> {
@@ -257,9 +262,14 @@ fn run_daemon(args: RunArgs, api_socket: PathBuf, run: Runner) -> Result<(), Fai
         ))
     })?;
     check_ports(&args)?;
+    let log = log::Log::start().map_err(|error| {
+        Failure::internal(format!("the system refuses what the log needs: {error}"))
+    })?;
     tracing_subscriber::fmt()
         .compact()
-        .with_writer(io::stderr)
+        .with_writer(log)
+        // It would print to standard error by itself.
+        .log_internal_errors(false)
         .with_ansi(io::stderr().is_terminal())
         .with_target(false)
         .with_env_filter(filter)

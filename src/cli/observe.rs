@@ -6,7 +6,7 @@ use std::path::Path;
 use super::args::{CaptureArgs, ExtcapArgs, MirrorCommand, Output, WatchArgs};
 use super::blocks::{Blocks, Files, Sink};
 use super::commands::{absent_is_fine, encode, show};
-use super::text::{Table, escape, print, timestamp};
+use super::text::{Table, escape, note, print, timestamp};
 use super::{EXIT_NO_DAEMON, EXIT_NOT_FOUND, Failure};
 use crate::api::client::Client;
 use crate::api::types::{MirrorAdd, ObserverView, PortView, TraceFrame, TraceLine};
@@ -26,7 +26,7 @@ pub(super) fn capture(client: &Client, args: &CaptureArgs) -> Result<(), Failure
         Some(path) => Sink::Files(Files::create(path, args.rotate, args.keep)?),
     };
     let (blocks, name) = receive(client, &args.port, &args.watch, sink, |name| {
-        eprintln!("pollux: {name} has begun; Ctrl-C ends it");
+        note(&format!("pollux: {name} has begun; Ctrl-C ends it\n"));
     })?;
     let text = format!(
         "{} frames captured, {} missed",
@@ -45,7 +45,7 @@ pub(super) fn capture(client: &Client, args: &CaptureArgs) -> Result<(), Failure
             Err(Failure::new(EXIT_NO_DAEMON, text))
         }
         Some(why) => {
-            eprintln!("pollux: {name} has ended ({why}): {text}");
+            note(&format!("pollux: {name} has ended ({why}): {text}\n"));
             Ok(())
         }
     }
@@ -124,7 +124,9 @@ pub(super) fn trace(
             return ControlFlow::Continue(());
         };
         if missed > 0 {
-            eprintln!("pollux: {missed} steps were not seen; lines may be incomplete");
+            note(&format!(
+                "pollux: {missed} steps were not seen; lines may be incomplete\n"
+            ));
         }
         outcome = match reason.as_str() {
             "port removed" => Err(Failure::new(EXIT_NOT_FOUND, format!("{reason}: {port}"))),

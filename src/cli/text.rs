@@ -18,6 +18,11 @@ pub(super) fn print(text: &str) -> Result<(), Failure> {
         })
 }
 
+/// Writes to standard error; if that fails nobody is left to tell.
+pub(super) fn note(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
 /// Control characters, and those that reorder or hide text, as escapes: names, paths and messages
 /// may come from a frontend, and must not drive the operator's terminal.
 pub(super) fn escape(text: &str) -> Cow<'_, str> {

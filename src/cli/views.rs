@@ -370,8 +370,12 @@ pub(super) fn stats(stats: &StatsView) -> String {
         longest("ports added", &stats.port_add),
         longest("removed", &stats.port_remove),
     ];
+    let lost = match stats.log_lines_lost {
+        0 => String::new(),
+        lines => format!("{lines} lines of the log were lost\n"),
+    };
     format!(
-        "up {}, {}generation {}, {} of {} addresses known, {moved} moves\n\n{}\n{}",
+        "up {}, {}generation {}, {} of {} addresses known, {moved} moves\n{lost}\n{}\n{}",
         seconds(stats.uptime_seconds),
         operations.into_iter().flatten().collect::<String>(),
         stats.generation,

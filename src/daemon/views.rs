@@ -17,6 +17,7 @@ use crate::api::types::{
     RingDirection, RingKind, RingState, RingView, SessionView, StatsView, UnusableMemory,
 };
 use crate::api::{ControlError, What};
+use crate::log;
 use crate::memory::Unusable;
 use crate::port::PortShared;
 use crate::stats::{Direction, DropReason, Histogram};
@@ -213,6 +214,7 @@ fn statistics(port: &PortShared, fdb: &Fdb) -> PortStatistics {
         moved_addresses: fdb.moves_to(port.reference),
         slow_calls: port.calls.slow(),
         deferred_calls: port.calls.deferred(),
+        paced_messages: port.paced_messages.load(Ordering::Relaxed),
     }
 }
 
@@ -413,5 +415,6 @@ pub(super) fn stats(registry: &Registry, times: &OperationTimes, uptime: Duratio
         poll_threads: poll_threads(registry),
         port_add: latency(&times.port_add),
         port_remove: latency(&times.port_remove),
+        log_lines_lost: log::lost_lines(),
     }
 }

@@ -15,6 +15,27 @@ pub enum Signal {
     Interrupt,
 }
 
+/// Makes both signals wait, for the calling thread and all that it starts from now on, until [`Signals::block`] has a place
+/// to read them from: for threads that are there before that.
+pub fn hold() -> io::Result<()> {
+    block().map(drop)
+}
+
+fn block() -> io::Result<libc::sigset_t> {
+    // SAFETY: all zeroes is a valid, empty set.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        // SAFETY: `set` is valid, and these are signal numbers.
+        check(unsafe { libc::sigaddset(&mut set, signal) })?;
+    }
+    // SAFETY: `set` is valid for reading; the old mask is not asked for.
+    let code = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
+    if code != 0 {
+        return Err(io::Error::from_raw_os_error(code));
+    }
+    Ok(set)
+}
+
 /// The blocked signals, readable.
 #[derive(Debug)]
 pub struct Signals(OwnedFd);
@@ -24,17 +45,7 @@ impl Signals {
     /// SIGPIPE. Called from `main` before any thread.
     pub fn block() -> io::Result<Signals> {
         ignore_sigpipe()?;
-        // SAFETY: all zeroes is a valid, empty set.
-        let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-        for signal in [libc::SIGTERM, libc::SIGINT] {
-            // SAFETY: `set` is valid, and these are signal numbers.
-            check(unsafe { libc::sigaddset(&mut set, signal) })?;
-        }
-        // SAFETY: `set` is valid for reading; the old mask is not asked for.
-        let code = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
-        if code != 0 {
-            return Err(io::Error::from_raw_os_error(code));
-        }
+        let set = block()?;
         let flags = libc::SFD_NONBLOCK | libc::SFD_CLOEXEC;
         // SAFETY: `set` is valid for reading; -1 asks for a new descriptor.
         let fd = unsafe { libc::signalfd(-1, &set, flags) };

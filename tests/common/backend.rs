@@ -151,9 +151,9 @@ impl Backend {
         let options = DaemonOptions {
             ports,
             queues,
-            ring_reset: false,
             client,
             args: vec!["--poll-cpus".to_string(), cpus().0.to_string()],
+            ..DaemonOptions::default()
         };
         Backend::Pollux(Daemon::start_in(dir, &options))
     }

@@ -1,5 +1,6 @@
 //! The `pollux` binary under test, with its ports in a directory of its own.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -23,6 +24,8 @@ pub(crate) struct DaemonOptions {
     pub(crate) ring_reset: bool,
     /// Pollux connects, the frontends listen.
     pub(crate) client: bool,
+    /// Whose process it is, if not the test's.
+    pub(crate) user: Option<u32>,
     /// Further arguments of `pollux run`.
     pub(crate) args: Vec<String>,
 }
@@ -46,7 +49,10 @@ impl Daemon {
     /// The same in a directory that a frontend may already listen in.
     pub(crate) fn start_in(dir: tempfile::TempDir, options: &DaemonOptions) -> Daemon {
         let records = memory_tempdir();
-        let mut command = Command::new(BINARY);
+        let mut command = match options.user {
+            None => Command::new(BINARY),
+            Some(user) => as_user(user, [dir.path(), records.path()]),
+        };
         command.arg("run").arg("--api-socket");
         command.arg(dir.path().join("api.sock"));
         if !options.args.iter().any(|arg| arg == "--ring-state") {
@@ -291,6 +297,20 @@ impl Daemon {
         let log = self.log();
         assert!(!log.contains("will not survive"), "{log}");
     }
+}
+
+/// The program as another user, whose these directories are from now on; in the first is a copy of it that this user can
+/// reach. (`cp` makes it: a file that one of our own threads writes may be open in a child of another one.)
+fn as_user(user: u32, [dir, records]: [&Path; 2]) -> Command {
+    let program = dir.join("pollux");
+    let copied = Command::new("cp").arg(BINARY).arg(&program).status();
+    assert!(copied.is_ok_and(|status| status.success()), "no copy");
+    for place in [dir, records] {
+        std::os::unix::fs::chown(place, Some(user), Some(user)).expect("root may");
+    }
+    let mut command = Command::new(program);
+    command.uid(user).gid(user);
+    command
 }
 
 /// Every number at or below a key that speaks of drops.

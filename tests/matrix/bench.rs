@@ -15,9 +15,9 @@ pub(crate) fn run(cell: &Cell) {
     let daemon = Daemon::start(&DaemonOptions {
         ports: 2,
         queues: cell.queues,
-        ring_reset: false,
         client: cell.client,
         args: vec!["--poll-cpus".to_string(), cpus().0.to_string()],
+        ..DaemonOptions::default()
     });
     for size in cell.sizes() {
         exchange(cell, &daemon, *size);

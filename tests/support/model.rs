@@ -81,6 +81,7 @@ fn view(spec: &PortSpec) -> PortView {
             moved_addresses: 206,
             slow_calls: 3,
             deferred_calls: 40,
+            ..PortStatistics::default()
         },
     }
 }
