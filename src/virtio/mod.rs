@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`claim`] | claim, fill, commit, publish: private atomics only |
 //! | [`chain`] | descriptors, chains, indirect tables |
+//! | [`features`] | which feature bits need others |
 //! | [`split`], [`packed`] | one ring in guest memory each; [`Ring`] is the enum of the two |
 //! | `share` | who may have the last buffers of a ring that is short of them |
 //! | [`redo`] | what outlives the process, for packed rings |
@@ -34,6 +35,7 @@ pub mod chain;
 pub mod claim;
 #[cfg(test)]
 mod claim_tests;
+pub mod features;
 #[cfg(test)]
 mod mutants;
 mod open_claim;
