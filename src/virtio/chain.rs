@@ -44,6 +44,8 @@ pub enum Direction {
     Read,
     /// receiveq: device-writable.
     Write,
+    /// controlq: what is commanded, then room for the answer.
+    Command,
 }
 
 /// Why a chain cannot be used. It is returned to the driver with length 0 and counted.
@@ -64,7 +66,7 @@ pub enum ChainError {
     /// A buffer is in a region of guest memory that the switch cannot map.
     #[error("a buffer at {0:#x} is in guest memory that cannot be used")]
     Unusable(u64),
-    /// A device-writable buffer in a transmitq or a device-readable one in a receiveq.
+    /// A device-writable buffer in a transmitq, a device-readable one in a receiveq or behind a writable one.
     #[error("a buffer has the wrong direction")]
     Direction,
     /// Indirect descriptors were not negotiated, are nested, combined with NEXT, or the table's length is wrong.
@@ -107,7 +109,7 @@ impl Descriptor {
         memory: &'m GuestMemory,
     ) -> Option<Window<'m>> {
         let right = match direction {
-            Direction::Read => 0,
+            Direction::Read | Direction::Command => 0,
             Direction::Write => F_WRITE,
         };
         if flags & (F_NEXT | F_WRITE | F_INDIRECT) != right || self.len == 0 {
@@ -146,6 +148,8 @@ pub struct Collector<'c, 'm, const N: usize> {
     wanted: u32,
     total: u64,
     first: usize,
+    /// Of a command: where in `windows` the room for its answer begins.
+    answer: Option<usize>,
     windows: &'c mut Windows<'m, N>,
 }
 
@@ -165,6 +169,7 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
             wanted,
             total: 0,
             first,
+            answer: None,
             windows,
         }
     }
@@ -192,7 +197,7 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
     pub fn add(&mut self, addr: u64, len: u32, flags: u16) -> Result<(), ChainError> {
         let writable = flags & F_WRITE != 0;
         if writable != (self.direction == Direction::Write) {
-            return Err(ChainError::Direction);
+            return self.turn(addr, len, flags);
         }
         if len == 0 {
             // Legal enough, and its address means nothing (a bad one crashed others).
@@ -203,6 +208,22 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
             Some(window) => self.push(window),
             None => self.add_crossing(addr, len),
         }
+    }
+
+    /// A buffer of the other direction is the first room for the answer of a command, or wrong.
+    #[cold]
+    fn turn(&mut self, addr: u64, len: u32, flags: u16) -> Result<(), ChainError> {
+        if self.direction != Direction::Command {
+            return Err(ChainError::Direction);
+        }
+        self.direction = Direction::Write;
+        self.answer = Some(self.windows.len());
+        self.add(addr, len, flags)
+    }
+
+    /// Of a command that was walked: where in its windows the room for the answer begins, if there is any.
+    pub fn answer(&self) -> Option<usize> {
+        self.answer
     }
 
     #[inline(always)]

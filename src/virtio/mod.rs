@@ -8,6 +8,7 @@
 //! | [`split`], [`packed`] | one ring in guest memory each; [`Ring`] is the enum of the two |
 //! | `share` | who may have the last buffers of a ring that is short of them |
 //! | [`redo`] | what outlives the process, for packed rings |
+//! | [`ControlQueue`] | takes commands and returns them answered, one owner at all |
 //! | [`TransmitQueue`] | takes chains and completes them, one owner at a time |
 //! | [`ReceiveQueue`] | delivers, any thread at any time |
 //! | [`Claim`] | what one thread has claimed of it, until it commits |
@@ -35,6 +36,7 @@ pub mod chain;
 pub mod claim;
 #[cfg(test)]
 mod claim_tests;
+mod controlq;
 pub mod features;
 #[cfg(test)]
 mod mutants;
@@ -55,10 +57,11 @@ pub mod driver;
 use std::sync::Arc;
 use std::sync::OnceLock;
 
-use chain::{ChainError, Direction, Windows};
+use chain::{ChainError, Collector, Direction, Windows};
 use claim::Publish;
 use redo::Redo;
 
+pub use controlq::{Command, ControlQueue};
 pub use open_claim::{CLAIM_FRAMES, Claim};
 pub use receiveq::{CLAIM_BYTES, NoClaim, ReceiveQueue};
 pub use transmitq::{FullBarrier, Taken, TransmitQueue};
@@ -329,6 +332,26 @@ impl Ring {
                 .map(Some),
             Ring::Packed(ring) => ring.read_chain(position, direction, wanted, windows),
         }
+    }
+
+    /// Reads the command at a position before [`Ring::available_to`], and where in `windows` the room for its answer
+    /// begins; `None` if it is not available.
+    fn read_command<'m, const N: usize>(
+        &'m self,
+        position: u64,
+        windows: &mut Windows<'m, N>,
+    ) -> Result<Option<(Chain, Option<usize>)>, Broken> {
+        let memory = match self {
+            Ring::Split(ring) => ring.memory(),
+            Ring::Packed(ring) => ring.memory(),
+        };
+        let mut collector = Collector::new(memory, Direction::Command, u32::MAX, windows);
+        let chain = match self {
+            Ring::Split(ring) => Some(ring.walk(position, &mut collector)?),
+            Ring::Packed(ring) => ring.walk(position, &mut collector)?,
+        };
+        let answer = collector.answer();
+        Ok(chain.map(|chain| (chain, answer)))
     }
 
     #[inline(always)]

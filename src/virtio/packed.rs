@@ -257,11 +257,21 @@ impl PackedRing {
         wanted: u32,
         windows: &mut Windows<'m, N>,
     ) -> Result<Option<Chain>, Broken> {
+        let mut collector = Collector::new(&self.memory, direction, wanted, windows);
+        self.walk(position, &mut collector)
+    }
+
+    /// The same, into a collector.
+    #[inline(always)]
+    pub fn walk<'m, const N: usize>(
+        &'m self,
+        position: u64,
+        collector: &mut Collector<'_, 'm, N>,
+    ) -> Result<Option<Chain>, Broken> {
         if !self.is_available(position) {
             return Ok(None);
         }
         let (mut slot, _) = self.place(position);
-        let mut collector = Collector::new(&self.memory, direction, wanted, windows);
         let mut failed = None;
         let mut span = 0_u16;
         loop {
@@ -269,7 +279,7 @@ impl PackedRing {
             span += 1;
             // After an error the chain is only counted: it is returned whole.
             if failed.is_none() && !collector.satisfied() {
-                failed = self.add(descriptor, span, &mut collector).err();
+                failed = self.add(descriptor, span, collector).err();
             }
             if descriptor.fourth & F_NEXT == 0 {
                 // §2.8.6: the id that counts is the last descriptor's.
@@ -294,6 +304,11 @@ impl PackedRing {
                 slot = 0;
             }
         }
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
     }
 
     #[inline(always)]

@@ -176,6 +176,17 @@ impl SplitRing {
         wanted: u32,
         windows: &mut Windows<'m, N>,
     ) -> Result<Chain, Broken> {
+        let mut collector = Collector::new(&self.memory, direction, wanted, windows);
+        self.walk(position, &mut collector)
+    }
+
+    /// The same, into a collector.
+    #[inline(always)]
+    pub fn walk<'m, const N: usize>(
+        &'m self,
+        position: u64,
+        collector: &mut Collector<'_, 'm, N>,
+    ) -> Result<Chain, Broken> {
         let head = self.head(self.slot(position));
         if head >= self.size {
             // Cannot be returned: there is no such buffer.
@@ -184,19 +195,17 @@ impl SplitRing {
                 size: self.size,
             });
         }
-        let mut collector = Collector::new(&self.memory, direction, wanted, windows);
         let table = self.descriptors.window();
-        let len = walk_split(
-            table,
-            u32::from(self.size),
-            head,
-            self.indirect,
-            &mut collector,
-        );
+        let len = walk_split(table, u32::from(self.size), head, self.indirect, collector);
         Ok(Chain {
             head: Head { id: head, span: 1 },
             len,
         })
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
     }
 
     /// Writes the used elements of `position` and behind; the driver sees them after the next publish.
