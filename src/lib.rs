@@ -22,7 +22,7 @@
 //! | thread | count | does | may block? |
 //! |---|---|---|---|
 //! | `poll-N` | n, pinned by `--poll-cpus` | passes over the transmit queues it owns; delivers into any port | never: no lock, allocation, channel, log; no system call but one batch of calls a pass, the idle sleep, and a look at its own CPU time once a second and where a pass is long anyway |
-//! | `session-NAME` | one per connected frontend | the blocking vhost-user conversation | yes, only its own VM waits |
+//! | `session-NAME` | one per connected frontend | the blocking vhost-user conversation, and the commands of its guest's driver | yes, only its own VM waits |
 //! | control | 1, an event loop | sockets, reconnection, signals, commands; owns the registry; the only publisher | briefly |
 //! | `reaper` | 1 | drops retired views: munmap in steps of 2 MiB, close | yes |
 //! | `closer` | 1 | closes sockets that nobody has read to their end, and what their senders put into them | yes |
@@ -183,7 +183,7 @@
 //! *frontend*: the VMM's side of vhost-user; *backend*: us, seen by the protocol. *driver*: code in the guest;
 //! *device*: us, seen by the driver. *session*: one conversation with one frontend. *transmitq*, *receiveq*: the
 //! virtio names, from the **guest's** view. *rx*, *tx*: always from the **switch's** view; a frame received
-//! (rx) comes out of a transmitq. *ingress*, *egress*: the ports of one frame. *descriptor, chain, head*: as in
+//! (rx) comes out of a transmitq. *controlq*: the ring by which a driver commands. *ingress*, *egress*: the ports of one frame. *descriptor, chain, head*: as in
 //! virtio. *kick*: driver to device; *call*: device to driver. *claim, fill, commit, publish*: above; to publish
 //! is to make visible, to the driver or to poll threads. *window*: a checked place in guest memory. *port*: what the
 //! operator made; *uplink*: a port that is no guest (none yet). *observer*: a capture, trace or mirror.

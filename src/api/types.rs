@@ -152,6 +152,8 @@ pub enum RingDirection {
     Rx,
     /// receiveq of the guest: frames leave the switch.
     Tx,
+    /// controlq of the guest: no frames, but what its driver commands.
+    Control,
 }
 
 /// Layout of a ring.

@@ -22,6 +22,7 @@ pub use error::AttachError;
 pub use wire::WireError;
 
 use crate::memory::SharedMemory;
+use crate::virtio::features::unmet;
 
 /// VIRTIO_NET_F_MRG_RXBUF.
 pub const MRG_RXBUF: u64 = 1 << 15;
@@ -365,7 +366,7 @@ impl Frontend {
         self.tell(FrontendReq::SET_VRING_ENABLE, &body, &[])
     }
 
-    /// Everything up to the features, which are all of `required` and what the backend has of `optional`;
+    /// Everything up to the features, of which none that is offered may lack what it needs: all of `required` and what the backend has of `optional`;
     /// returns what was acknowledged. SET_FEATURES itself belongs to [`Frontend::start`].
     pub fn negotiate(
         &mut self,
@@ -378,6 +379,11 @@ impl Frontend {
             self.set_owner()?;
         }
         let offered = self.get_features()?;
+        // As a guest's driver would, whom the VMM shows what is offered here.
+        if let Some(unmet) = unmet(offered) {
+            let path = self.path.clone();
+            return Err(AttachError::ImpossibleOffer { path, unmet });
+        }
         if let Some((_, name)) = FEATURE_NAMES
             .iter()
             .find(|(bit, _)| required & !offered & bit != 0)

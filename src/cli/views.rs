@@ -187,6 +187,7 @@ fn direction(direction: RingDirection) -> &'static str {
     match direction {
         RingDirection::Rx => "rx",
         RingDirection::Tx => "tx",
+        RingDirection::Control => "ctrl",
     }
 }
 

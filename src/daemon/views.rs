@@ -131,11 +131,16 @@ fn feature_names(features: u64) -> Vec<String> {
         Some(match bit {
             0 => "csum",
             1 => "guest_csum",
+            3 => "mtu",
+            5 => "mac",
             15 => "mrg_rxbuf",
             16 => "status",
             17 => "ctrl_vq",
+            18 => "ctrl_rx",
+            19 => "ctrl_vlan",
             21 => "guest_announce",
             22 => "mq",
+            23 => "ctrl_mac_addr",
             24 => "notify_on_empty",
             26 => "vhost_log_all",
             27 => "any_layout",
@@ -146,6 +151,8 @@ fn feature_names(features: u64) -> Vec<String> {
             34 => "ring_packed",
             35 => "in_order",
             40 => "ring_reset",
+            62 => "standby",
+            63 => "speed_duplex",
             _ => return None,
         })
     };
@@ -162,7 +169,9 @@ fn is_used(ring: &&RingStatus) -> bool {
 fn ring(ring: &RingStatus) -> RingView {
     RingView {
         queue: ring.ring.pair(),
-        direction: if ring.ring.is_receiveq() {
+        direction: if ring.ring.is_controlq {
+            RingDirection::Control
+        } else if ring.ring.is_receiveq() {
             RingDirection::Tx
         } else {
             RingDirection::Rx

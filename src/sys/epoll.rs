@@ -9,7 +9,7 @@
 //! closing alone would leave it registered.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::Timespec;
@@ -98,6 +98,13 @@ impl Sleeper {
             }
         }
         woken
+    }
+}
+
+/// Readable while a sleep would end at once: to watch it beside other things.
+impl AsFd for Sleeper {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
     }
 }
 

@@ -5,6 +5,8 @@
 //! the device without them is posted and settled, and only then do they hand over their position and disappear.
 //! Rings that a change does not concern stay the same queue objects in the next device.
 
+mod controlq;
+mod features;
 mod report;
 
 use std::sync::Arc;
@@ -13,7 +15,7 @@ use std::time::{Duration, Instant};
 use super::error::SessionError;
 use super::event::{Reporter, RingName, SessionEvent};
 use super::look::Silence;
-use super::options::{PROTOCOL, SessionOptions, has_enable, ring_features};
+use super::options::{SessionOptions, has_enable, ring_features};
 use super::ring::{Addresses, Refusal, Running, Vring, size_possible};
 use super::status::SessionStatus;
 use super::{DeviceSink, Gone};
@@ -30,7 +32,7 @@ pub(super) struct DeviceState {
     pub(super) sink: Arc<dyn DeviceSink>,
     status: Arc<SessionStatus>,
     reporter: Reporter,
-    /// GET_FEATURES was answered: from then on the crate acknowledges what asks for it.
+    /// GET_FEATURES was answered: from then on the crate may acknowledge what asks for it.
     pub(super) features_read: bool,
     features: Option<u64>,
     protocol: u64,
@@ -44,6 +46,12 @@ pub(super) struct DeviceState {
     /// Rings whose position the answer to the message at hand tells, or that it resets: their records are forgotten when
     /// it is on its way.
     handed_over: Vec<RingName>,
+    /// Index of the controlq, where one may be in use.
+    controlq: Option<usize>,
+    /// Something was said since commands were last looked for.
+    controlq_changed: bool,
+    /// Queue pairs that the driver has commanded, as far as that is known.
+    pairs_in_use: Option<u16>,
     /// The last post was a device.
     posted: bool,
     /// The truncation of guest memory was reported.
@@ -75,6 +83,9 @@ impl DeviceState {
             handed_over: Vec::new(),
             features: None,
             protocol: 0,
+            controlq: None,
+            controlq_changed: false,
+            pairs_in_use: None,
             posted: false,
             loss_reported: false,
             failure: None,
@@ -91,12 +102,6 @@ impl DeviceState {
 
     pub(super) fn take_failure(&mut self) -> Option<SessionError> {
         self.failure.take()
-    }
-
-    /// Whether messages that ask for an acknowledgement get one; the crate's rule.
-    pub(super) fn acknowledges(&self) -> bool {
-        use vhost::vhost_user::message::VhostUserProtocolFeatures as Features;
-        self.features_read && self.protocol & Features::REPLY_ACK.bits() != 0
     }
 
     pub(super) fn is_running(&self) -> bool {
@@ -122,7 +127,8 @@ impl DeviceState {
     }
 
     pub(super) fn enabled(&self, ring: &Vring) -> bool {
-        ring.enable == Some(true) || !self.features.is_some_and(has_enable)
+        let enabled = ring.enable == Some(true) || !self.features.is_some_and(has_enable);
+        enabled && self.is_in_use(ring.name)
     }
 
     // ---- what poll threads see -------------------------------------------------------------------
@@ -177,6 +183,7 @@ impl DeviceState {
     /// Tries to start every ring that does not run; true if one did.
     fn start_rings(&mut self) -> bool {
         let mut any = false;
+        self.find_controlq();
         for at in 0..self.rings.len() {
             any |= self.start_ring(at);
         }
@@ -185,7 +192,8 @@ impl DeviceState {
 
     fn start_ring(&mut self, at: usize) -> bool {
         let ring = &mut self.rings[at];
-        if ring.running.is_some() {
+        // A controlq starts with its first command.
+        if ring.running.is_some() || ring.name.is_controlq {
             return false;
         }
         let (name, asked) = (ring.name, ring.base);
@@ -205,9 +213,7 @@ impl DeviceState {
         let (size, packed, base) = match started {
             Ok(started) => started,
             Err(reason) => {
-                if ring.refusal.replace(reason) != Some(reason) && !reason.is_waiting() {
-                    self.event(SessionEvent::RingRefused { ring: name, reason });
-                }
+                self.refuse(at, reason);
                 return false;
             }
         };
@@ -234,6 +240,15 @@ impl DeviceState {
             self.event(SessionEvent::NoRecord { ring: name, reason });
         }
         true
+    }
+
+    /// Keeps why a ring does not run, and tells it once.
+    fn refuse(&mut self, at: usize, reason: Refusal) {
+        let ring = &mut self.rings[at];
+        let name = ring.name;
+        if ring.refusal.replace(reason) != Some(reason) && !reason.is_waiting() {
+            self.event(SessionEvent::RingRefused { ring: name, reason });
+        }
     }
 
     /// The answer to the last message is on its way: the frontend knows where its rings stand, or does not want to know.
@@ -318,34 +333,6 @@ impl DeviceState {
 
     // ---- messages --------------------------------------------------------------------------------
 
-    /// SET_FEATURES. While rings run, only bits that do not concern rings may change; the new set is posted.
-    pub(super) fn set_features(&mut self, features: u64) -> Result<(), SessionError> {
-        let offered = self.options.offered();
-        if features & !offered != 0 {
-            return Err(SessionError::NotOffered { features, offered });
-        }
-        let changed = |old| ring_features(old) != ring_features(features);
-        if self.is_running() && self.features.is_some_and(changed) {
-            return Err(SessionError::FeaturesWhileRunning { features });
-        }
-        if self.features.replace(features) != Some(features) {
-            let protocol = self.protocol;
-            self.event(SessionEvent::Features { features, protocol });
-            self.update();
-        }
-        Ok(())
-    }
-
-    pub(super) fn set_protocol(&mut self, features: u64) -> Result<(), SessionError> {
-        let offered = PROTOCOL.bits();
-        if features & !offered != 0 {
-            return Err(SessionError::NotOffered { features, offered });
-        }
-        self.protocol = features;
-        self.refresh();
-        Ok(())
-    }
-
     /// A new map: all rings stop, move over to it, and go on where they stood. One that is not in it any more
     /// stays stopped. The same map again stops none: frames that come meanwhile would be lost for nothing.
     pub(super) fn set_memory(&mut self, memory: GuestMemory) -> Result<(), SessionError> {
@@ -371,13 +358,10 @@ impl DeviceState {
         let name = ring.name;
         let size =
             size_possible(size, packed).ok_or(SessionError::RingSize { ring: name, size })?;
-        if ring.running.is_some() && ring.size != Some(size) {
-            return Err(SessionError::RingRunning {
-                request: "SET_VRING_NUM",
-                ring: name,
-            });
+        if ring.size != Some(size) {
+            self.give_up_idle(index, "SET_VRING_NUM")?;
         }
-        ring.size = Some(size);
+        self.ring(index)?.size = Some(size);
         self.start(false);
         Ok(())
     }
@@ -409,13 +393,8 @@ impl DeviceState {
     }
 
     pub(super) fn set_base(&mut self, index: u32, base: u32) -> Result<(), SessionError> {
+        self.give_up_idle(index, "SET_VRING_BASE")?;
         let ring = self.ring(index)?;
-        if ring.running.is_some() {
-            return Err(SessionError::RingRunning {
-                request: "SET_VRING_BASE",
-                ring: ring.name,
-            });
-        }
         ring.base = Some(base);
         ring.asked = base;
         // Its last base may have been what kept it from starting.
@@ -489,6 +468,7 @@ impl DeviceState {
         // A stop that failed has taken the rings out all the same, and the port is gone with its topology.
         self.memory = Arc::new(GuestMemory::new(Arc::clone(self.memory.fault_mark())));
         self.rings.clear();
+        self.controlq = None;
         self.refresh();
         stopped
     }

@@ -14,24 +14,48 @@ use crate::virtio::Broken;
 pub const MEMORY_LOST: &str =
     "guest memory is lost: its file was truncated, or its file system is full";
 
-/// A ring by its vring index: receiveq `2n`, transmitq `2n + 1` (virtio 1.2 §5.1.2).
+/// A ring by its vring index: receiveq `2n`, transmitq `2n + 1`, and one for commands (virtio 1.2 §5.1.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RingName(pub u16);
+pub struct RingName {
+    /// The index.
+    pub index: u16,
+    /// The driver's commands come by it.
+    pub is_controlq: bool,
+}
 
 impl RingName {
+    /// The receiveq or transmitq of this index.
+    pub fn new(index: u16) -> Self {
+        RingName {
+            index,
+            is_controlq: false,
+        }
+    }
+
+    /// The controlq, where it has this index.
+    pub(super) fn controlq(index: u16) -> Self {
+        RingName {
+            index,
+            is_controlq: true,
+        }
+    }
+
     /// Whether the switch delivers into it.
     pub fn is_receiveq(self) -> bool {
-        self.0.is_multiple_of(2)
+        !self.is_controlq && self.index.is_multiple_of(2)
     }
 
     /// Number of its queue pair.
     pub fn pair(self) -> u16 {
-        self.0 / 2
+        self.index / 2
     }
 }
 
 impl fmt::Display for RingName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_controlq {
+            return f.write_str("controlq");
+        }
         let kind = if self.is_receiveq() {
             "receiveq"
         } else {

@@ -8,6 +8,7 @@
 use std::io::{ErrorKind, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -78,18 +79,22 @@ pub(super) enum Waited {
     Idle,
     /// The bell was rung.
     Bell,
+    /// The driver may have commanded something.
+    Kick,
 }
 
-/// Waits for the next message or for the bell. With `idle`, returns after that time without either.
+/// Waits for the next message, for the bell or for a kick. With `idle`, returns after that time without any.
 pub(super) fn wait(
     stream: &UnixStream,
     bell: &Wake,
+    kick: Option<BorrowedFd<'_>>,
     idle: Option<Duration>,
     deadline: Duration,
 ) -> Result<Waited, SessionError> {
-    match first_ready(stream, bell, idle)? {
+    match first_ready(stream, bell, kick, idle)? {
         None => return Ok(Waited::Idle),
         Some(Ready::Bell) => return Ok(Waited::Bell),
+        Some(Ready::Kick) => return Ok(Waited::Kick),
         Some(Ready::Stream) => {}
     }
     let begun = Instant::now();
@@ -167,25 +172,31 @@ pub(super) fn acknowledge(
     Ok(stream.write_all(&bytes)?)
 }
 
-/// What there is to do first. The bell goes before messages, or a chatty frontend would have no calls.
+/// What there is to do first. The bell goes before messages, or a chatty frontend would have no calls; a kick goes behind
+/// them, for a driver must not keep its frontend waiting.
 enum Ready {
     Bell,
+    Kick,
     Stream,
 }
 
 fn first_ready(
     stream: &UnixStream,
     bell: &Wake,
+    kick: Option<BorrowedFd<'_>>,
     timeout: Option<Duration>,
 ) -> Result<Option<Ready>, SessionError> {
     let mut fds = [
         PollFd::new(bell, PollFlags::IN),
         PollFd::new(stream, PollFlags::IN),
+        // Without a kick to wait for, the stream stands here for it.
+        PollFd::from_borrowed_fd(kick.unwrap_or(stream.as_fd()), PollFlags::IN),
     ];
     let count = poll_for(&mut fds, timeout)?;
     Ok(match count {
         0 => None,
         _ if bell.drain() => Some(Ready::Bell),
+        _ if fds[1].revents().is_empty() && kick.is_some() => Some(Ready::Kick),
         _ => Some(Ready::Stream),
     })
 }
@@ -302,7 +313,8 @@ mod tests {
     }
 
     fn next(stream: &UnixStream) -> Arrived {
-        match wait(stream, &Wake::new().unwrap(), None, Duration::from_secs(1)).unwrap() {
+        let bell = Wake::new().unwrap();
+        match wait(stream, &bell, None, None, Duration::from_secs(1)).unwrap() {
             Waited::Message(arrived) => arrived,
             _ => panic!("no message"),
         }

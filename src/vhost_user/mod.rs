@@ -20,6 +20,8 @@
 //!
 //! Left out: dirty logging, in-flight descriptors, vIOMMU, postcopy, device configuration space. None is offered.
 
+mod command;
+mod control;
 mod deferred;
 mod device;
 mod error;

@@ -5,11 +5,16 @@ use virtio_bindings::virtio_config::{
     VIRTIO_F_ANY_LAYOUT, VIRTIO_F_IN_ORDER, VIRTIO_F_NOTIFY_ON_EMPTY, VIRTIO_F_RING_PACKED,
     VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1,
 };
-use virtio_bindings::virtio_net::{VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_SPEED_DUPLEX, VIRTIO_NET_F_STANDBY, VIRTIO_NET_F_STATUS,
+};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::records::RingRecords;
 use crate::virtio::RingFeatures;
+use crate::virtio::features::without_unmet;
 
 const fn bit(number: u32) -> u64 {
     1 << number
@@ -17,6 +22,7 @@ const fn bit(number: u32) -> u64 {
 
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 const MQ: u64 = bit(VIRTIO_NET_F_MQ);
+const CTRL_VQ: u64 = bit(VIRTIO_NET_F_CTRL_VQ);
 
 /// What is offered unless the operator asks for something else.
 pub const OFFERED_FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
@@ -28,7 +34,23 @@ pub const OFFERED_FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
     // For legacy drivers. Their headers may share a buffer with the frame anyway.
     | bit(VIRTIO_F_ANY_LAYOUT)
     | bit(VIRTIO_F_NOTIFY_ON_EMPTY)
+    // Cloud-hypervisor shows its guest what it and the backend have in common, and MQ needs CTRL_VQ. Receive modes,
+    // VLANs and the address are best effort in virtio (§5.1.6.5): a port that passes more than was asked for obeys.
+    | CTRL_VQ
+    | bit(VIRTIO_NET_F_CTRL_RX)
+    | bit(VIRTIO_NET_F_CTRL_VLAN)
+    | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
     | PROTOCOL_FEATURES;
+
+/// Bits that a frontend may acknowledge although they are not offered. Each speaks of the device's configuration, which
+/// is the frontend's own: what it tells its guest there asks nothing of a backend and changes no byte of a ring.
+/// Dragonball acknowledges MTU and MAC, and DPDK's backend takes the first. Every other bit could change what
+/// the guest writes or reads, and ends the session.
+const CONFIGURATION: u64 = bit(VIRTIO_NET_F_MTU)
+    | bit(VIRTIO_NET_F_MAC)
+    | bit(VIRTIO_NET_F_STATUS)
+    | bit(VIRTIO_NET_F_STANDBY)
+    | bit(VIRTIO_NET_F_SPEED_DUPLEX);
 
 /// What is offered to frontends that pass a reset of one ring on, which QEMU 7.2 does not: it tells the driver yes, and
 /// the backend nothing, which then serves a ring that is no more.
@@ -73,23 +95,29 @@ impl SessionOptions {
         self.queue_pairs.clamp(1, MAX_PAIRS)
     }
 
-    /// Virtio features as GET_FEATURES answers them. A driver that sees MQ may configure a control queue
-    /// for it, so it is offered only where there is more than one pair.
+    /// Virtio features as GET_FEATURES answers them: MQ where there is more than one pair, and no feature without
+    /// those that it needs, whatever was asked for.
     pub(super) fn offered(&self) -> u64 {
         let several = if self.pairs() > 1 { MQ } else { 0 };
-        (self.features & SUPPORTED_FEATURES & !MQ) | several | PROTOCOL_FEATURES
+        without_unmet((self.features & SUPPORTED_FEATURES & !MQ) | several | PROTOCOL_FEATURES)
+    }
+
+    /// What a frontend may acknowledge.
+    pub(super) fn acceptable(&self) -> u64 {
+        self.offered() | CONFIGURATION
     }
 
     /// The answer to GET_QUEUE_NUM. QEMU compares it with its queue pairs and cloud-hypervisor with its
-    /// rings, so a single pair must be announced as 2.
+    /// rings; crosvm and libkrun make as many rings, of which a driver needs the third for its commands.
     pub(super) fn queue_num(&self) -> u16 {
-        self.pairs().max(2)
+        let controlled = self.offered() & CTRL_VQ != 0;
+        self.pairs().max(if controlled { 3 } else { 2 })
     }
 
-    /// Rings that can be configured: pairs of whatever GET_QUEUE_NUM answered. Those of pairs that are not
-    /// offered are remembered and never started.
+    /// Rings that can be configured: pairs of whatever GET_QUEUE_NUM answered, and one for commands behind them. Those of
+    /// pairs that are not offered are remembered and never started.
     pub(super) fn rings(&self) -> u16 {
-        2 * self.queue_num()
+        (2 * self.queue_num() + 1).min(MAX_RINGS)
     }
 }
 
@@ -112,7 +140,68 @@ pub(super) fn has_ring_reset(features: u64) -> bool {
     features & RING_RESET != 0
 }
 
+/// Whether commands may come, and by which ring: the third, or the last that there is.
+pub(super) fn controlq(features: u64) -> Option<Controlq> {
+    match (features & CTRL_VQ != 0, features & MQ != 0) {
+        (false, _) => None,
+        (true, false) => Some(Controlq::Third),
+        (true, true) => Some(Controlq::Last),
+    }
+}
+
+/// Which ring is the controlq (virtio 1.2 §5.1.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Controlq {
+    /// Without MQ.
+    Third,
+    /// With MQ it has number 2 × max_virtqueue_pairs, which is the frontend's to say to its guest.
+    Last,
+}
+
 /// Without the protocol feature bit there is no SET_VRING_ENABLE, and every ring is enabled.
 pub(super) fn has_enable(features: u64) -> bool {
     features & PROTOCOL_FEATURES != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::features::unmet;
+
+    /// Every set of features that options can ask for, with every kind of number of pairs.
+    #[test]
+    fn every_offer_has_what_its_features_need() {
+        let bits: Vec<u64> = (0..u64::BITS)
+            .map(bit)
+            .filter(|bit| SUPPORTED_FEATURES & bit != 0)
+            .collect();
+        let usual = [0, RING_RESET].map(|more| OFFERED_FEATURES | more);
+        let subsets = (0..1_u64 << bits.len()).map(|set| {
+            let of_set = bits.iter().enumerate().filter(|(at, _)| set >> at & 1 == 1);
+            of_set.fold(0, |features, (_, bit)| features | bit)
+        });
+        for features in subsets.chain(usual).chain([u64::MAX]) {
+            for queue_pairs in [0, 1, 2, 3, 8, 128, u16::MAX] {
+                let options = SessionOptions {
+                    features,
+                    ..SessionOptions::new(queue_pairs)
+                };
+                let offered = options.offered();
+                assert_eq!(unmet(offered), None, "{features:#x}, {queue_pairs} pairs");
+                assert_eq!(offered & !SUPPORTED_FEATURES, 0);
+                assert!(queue_pairs < 2 || offered & CTRL_VQ == 0 || offered & MQ != 0);
+                assert!(options.queue_num() >= options.pairs().max(2));
+            }
+        }
+    }
+
+    #[test]
+    fn there_are_rings_for_pairs_and_commands() {
+        let counts = |pairs| {
+            let options = SessionOptions::new(pairs);
+            (options.queue_num(), options.rings())
+        };
+        assert_eq!((counts(1), counts(2)), ((3, 7), (3, 7)));
+        assert_eq!((counts(8), counts(128)), ((8, 17), (128, 256)));
+    }
 }

@@ -67,7 +67,7 @@ impl RingRecords {
     }
 
     fn path(&self, ring: RingName) -> PathBuf {
-        self.dir.join(format!("{}.{}", self.port, ring.0))
+        self.dir.join(format!("{}.{}", self.port, ring.index))
     }
 
     /// The record of a packed ring that is about to start: the one that is there, if it is this ring's, or a new one.
@@ -121,7 +121,7 @@ impl RingRecords {
 
     /// Where a record is made.
     fn unfinished(&self, ring: RingName) -> PathBuf {
-        self.dir.join(format!("{}.{}.new", self.port, ring.0))
+        self.dir.join(format!("{}.{}.new", self.port, ring.index))
     }
 
     /// The ring's position is no longer the switch's to know.
@@ -134,7 +134,7 @@ impl RingRecords {
 
     /// The port is gone.
     pub fn forget_all(&self) {
-        (0..MAX_RINGS).for_each(|ring| self.forget(RingName(ring)));
+        (0..MAX_RINGS).for_each(|ring| self.forget(RingName::new(ring)));
     }
 }
 

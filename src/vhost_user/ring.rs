@@ -16,15 +16,15 @@ use crate::sys::call::CallFd;
 use crate::sys::eventfd::KickFd;
 use crate::sys::numa::node_of;
 use crate::virtio::{
-    Broken, FullBarrier, MAX_RING_SIZE, ReceiveQueue, RingFeatures, RingSetup, SetupError,
-    TransmitQueue, packed, split,
+    Broken, ControlQueue, FullBarrier, MAX_RING_SIZE, ReceiveQueue, RingFeatures, RingSetup,
+    SetupError, TransmitQueue, packed, split,
 };
 
 /// Base of a packed ring that was never told one: slot 0, both wrap counters 1 (virtio 1.2 §2.8.1).
 const PACKED_START: u32 = 0x8000_8000;
 
 /// Where a ring stands that was never told a base.
-fn first_base(packed: bool) -> u32 {
+pub(super) fn first_base(packed: bool) -> u32 {
     if packed { PACKED_START } else { 0 }
 }
 
@@ -46,6 +46,9 @@ pub enum Refusal {
     /// SET_VRING_KICK has not come since the ring stopped.
     #[error("the driver has not started it")]
     NotStarted,
+    /// A controlq by which nothing came yet.
+    #[error("its driver has commanded nothing yet")]
+    NoCommand,
     /// Some part of the ring is outside of guest memory.
     #[error("it lies outside of guest memory")]
     NotMapped,
@@ -73,6 +76,7 @@ impl Refusal {
                 | Refusal::NoSize
                 | Refusal::NoAddresses
                 | Refusal::NotStarted
+                | Refusal::NoCommand
         )
     }
 }
@@ -126,11 +130,14 @@ impl Addresses {
 pub(super) enum Running {
     Receive(Arc<ReceiveQueue>),
     Transmit(Arc<TransmitQueue>),
+    Control(Arc<ControlQueue>),
 }
 
 impl Running {
     fn start(ring: RingName, setup: &RingSetup) -> Result<Self, SetupError> {
-        Ok(if ring.is_receiveq() {
+        Ok(if ring.is_controlq {
+            Running::Control(Arc::new(ControlQueue::start(setup)?))
+        } else if ring.is_receiveq() {
             Running::Receive(Arc::new(ReceiveQueue::start(setup)?))
         } else {
             Running::Transmit(Arc::new(TransmitQueue::start(setup)?))
@@ -142,6 +149,7 @@ impl Running {
         match self {
             Running::Receive(queue) => queue.base(),
             Running::Transmit(queue) => queue.base(),
+            Running::Control(queue) => queue.base(),
         }
     }
 
@@ -150,6 +158,7 @@ impl Running {
         match self {
             Running::Receive(queue) => queue.has_available(),
             Running::Transmit(queue) => queue.has_available(),
+            Running::Control(queue) => queue.has_available(),
         }
     }
 
@@ -158,6 +167,7 @@ impl Running {
         match self {
             Running::Receive(queue) => queue.is_blank(),
             Running::Transmit(queue) => queue.is_blank(),
+            Running::Control(queue) => queue.is_blank(),
         }
     }
 
@@ -165,6 +175,7 @@ impl Running {
         match self {
             Running::Receive(queue) => queue.broken(),
             Running::Transmit(queue) => queue.broken(),
+            Running::Control(queue) => queue.broken(),
         }
     }
 }
@@ -206,7 +217,7 @@ pub(super) struct Vring {
 impl Vring {
     pub(super) fn new(index: u16) -> Self {
         Vring {
-            name: RingName(index),
+            name: RingName::new(index),
             size: None,
             addresses: None,
             base: None,
@@ -237,8 +248,18 @@ impl Vring {
         let call = self.call.take();
         *self = Vring {
             call,
-            ..Vring::new(self.name.0)
+            ..Vring::new(self.name.index)
         };
+    }
+
+    /// The frontend has said what only a ring has that its driver uses.
+    pub(super) fn is_told(&self) -> bool {
+        self.size.is_some() || self.addresses.is_some() || self.kicked
+    }
+
+    /// It does not run, or its frontend has disabled it.
+    pub(super) fn is_idle(&self) -> bool {
+        self.running.is_none() || self.enable == Some(false)
     }
 
     /// It stays stopped until the next kick descriptor comes. Returns where it stands.
@@ -266,7 +287,7 @@ impl Vring {
         pairs: u16,
     ) -> Result<RingSetup, Refusal> {
         // First, so that a driver that needs more queues than there are is told so.
-        if self.kicked && self.name.pair() >= pairs {
+        if self.kicked && !self.name.is_controlq && self.name.pair() >= pairs {
             return Err(Refusal::NotOffered { pairs });
         }
         let features = ring_features(features.ok_or(Refusal::NoFeatures)?);
@@ -319,7 +340,8 @@ impl Vring {
         let wanted = match &self.running {
             Some(Running::Receive(queue)) => queue.take_call_wanted(),
             Some(Running::Transmit(queue)) => queue.take_call_wanted(&FullBarrier::new()),
-            None => false,
+            // A driver waits for what it has commanded, and that is returned from here on.
+            Some(Running::Control(_)) | None => false,
         };
         if wanted {
             call.owe();

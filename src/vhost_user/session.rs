@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error as CrateError};
 
+use super::control::Control;
 use super::deferred::Deferred;
 use super::device::DeviceState;
 use super::error::{SessionEnd, SessionError};
@@ -102,6 +103,7 @@ struct Session<'s> {
     handler: BackendReqHandler<Mutex<DeviceState>>,
     deadline: Duration,
     deferred: Deferred,
+    control: Control,
 }
 
 impl<'s> Session<'s> {
@@ -120,6 +122,7 @@ impl<'s> Session<'s> {
             handler,
             deadline,
             deferred,
+            control: Control::new(Instant::now()),
         })
     }
 
@@ -132,12 +135,23 @@ impl<'s> Session<'s> {
     }
 
     fn turn(&mut self) -> Result<(), SessionError> {
+        let more = {
+            let mut device = lock(&self.device);
+            self.control.serve(&mut device, Instant::now())?
+        };
+        // What commands have made due comes with the rest.
         let idle = self.call();
+        let idle = more.map_or(idle, |more| Some(idle.map_or(more, |idle| idle.min(more))));
         let bell = self.deferred.bell();
-        let arrived = match wait(self.stream, bell, idle, self.deadline)? {
+        let arrived = match wait(self.stream, bell, self.control.bell(), idle, self.deadline)? {
             Waited::Message(arrived) => arrived,
+            Waited::Kick => {
+                self.control.kicked();
+                return Ok(());
+            }
             Waited::Idle => {
                 let mut device = lock(&self.device);
+                self.control.idle(&device);
                 device.look(Instant::now());
                 self.deferred.look(&mut device);
                 return Ok(());
@@ -185,9 +199,13 @@ impl<'s> Session<'s> {
         lock(&self.device).take_failure();
         let result = self.handler.handle_request();
         let mut device = lock(&self.device);
+        let own = arrived.needs_reply() && device.acknowledges_alone();
         let Err(source) = result else {
             device.answered();
-            return Ok(());
+            return match own && !answers_value(code) {
+                true => acknowledge(self.stream, arrived, 0),
+                false => Ok(()),
+            };
         };
         let failure = device.take_failure();
         // The crate acknowledges what the handler refused, but not what it refused itself, except a table that it
@@ -214,7 +232,10 @@ impl<'s> Session<'s> {
         let fatal = matches!(error, SessionError::Gone(_)) || ends_session(code);
         if acknowledged && !fatal && arrived.needs_reply() && device.acknowledges() {
             device.refused(&error, Instant::now());
-            return Ok(());
+            return match own {
+                true => acknowledge(self.stream, arrived, 1),
+                false => Ok(()),
+            };
         }
         Err(error)
     }
@@ -290,7 +311,19 @@ fn unknown_to_crate(code: FrontendReq) -> bool {
     )
 }
 
-/// Those of them that are answered with a value.
+/// Messages of what is offered that are answered with a value, not acknowledged.
+fn answers_value(code: FrontendReq) -> bool {
+    matches!(
+        code,
+        FrontendReq::GET_FEATURES
+            | FrontendReq::GET_PROTOCOL_FEATURES
+            | FrontendReq::GET_QUEUE_NUM
+            | FrontendReq::GET_VRING_BASE
+            | FrontendReq::GET_MAX_MEM_SLOTS
+    )
+}
+
+/// Messages that the crate does not know and that are answered with a value.
 fn wants_value(code: FrontendReq) -> bool {
     matches!(
         code,

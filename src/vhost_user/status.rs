@@ -113,7 +113,7 @@ impl SessionStatus {
         let inner = self.lock();
         let rings: Vec<RingStatus> = inner.rings.iter().map(|entry| entry.read(&inner)).collect();
         let working = rings.iter().any(|ring| {
-            let other = RingName(ring.ring.0 ^ 1);
+            let other = RingName::new(ring.ring.index ^ 1);
             ring.works() && rings.iter().any(|r| r.ring == other && r.works())
         }) && !inner.faulted()
             && inner.silence().is_none();

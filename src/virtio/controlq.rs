@@ -93,7 +93,17 @@ impl ControlQueue {
         let next = self.next();
         self.ring.want_kicks(true, next);
         // What is wrong with the ring is found by the next take.
-        !self.ring.has_available(next).unwrap_or(true)
+        !self.has_available()
+    }
+
+    /// Whether a command is available. A ring that is impossible counts as used.
+    pub fn has_available(&self) -> bool {
+        self.ring.has_available(self.next()).unwrap_or(true)
+    }
+
+    /// See [`Ring::is_blank`].
+    pub fn is_blank(&self) -> bool {
+        self.ring.is_blank()
     }
 
     /// Why the ring is broken, if it is.

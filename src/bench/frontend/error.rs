@@ -5,6 +5,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use super::WireError;
+use crate::virtio::features::Unmet;
 
 /// Why a frontend could not attach.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +50,14 @@ pub enum AttachError {
         path: PathBuf,
         /// The feature, and the option that avoids it.
         name: &'static str,
+    },
+    /// The backend offers what it must not.
+    #[error("{path}: the backend offers {unmet}; a guest's driver refuses such a card")]
+    ImpossibleOffer {
+        /// The socket.
+        path: PathBuf,
+        /// The feature, and what is missing.
+        unmet: Unmet,
     },
     /// The backend has fewer queue pairs.
     #[error("{path}: the backend has {offered} queue pairs, {wanted} are wanted (--queues)")]

@@ -43,7 +43,7 @@ fn descriptors_of_rings_that_are_none_are_refused() {
     for request in [FrontendReq::SET_VRING_KICK, FrontendReq::SET_VRING_CALL] {
         let mut peer = Peer::new();
         peer.negotiate();
-        for index in [4_u64, 5, 0xff] {
+        for index in [7_u64, 8, 0xff] {
             // Bit 8: there is no descriptor.
             peer.send(request as u32, NEED_REPLY, &(index | 1 << 8).to_ne_bytes());
             assert_eq!(peer.reply(), Some(1), "{request:?} {index}");
@@ -208,7 +208,7 @@ fn descriptors_of_features_that_are_not_offered_are_closed() {
     let request = FrontendReq::SET_DEVICE_STATE_FD;
     peer.send_with(request, 0, &[0; 8], &[file.as_raw_fd()]);
     assert_ne!(peer.reply().unwrap() & 0xff, 0);
-    assert_eq!(peer.queue_num(), Some(2));
+    assert_eq!(peer.queue_num(), Some(3));
     assert_eq!(descriptors("vu-not-offered"), 1);
     peer.leave();
 }

@@ -2,7 +2,7 @@
 
 use super::*;
 
-const BAD_INDEXES: [u32; 5] = [4, 5, 0x1_0000, 0x1_0001, u32::MAX];
+const BAD_INDEXES: [u32; 5] = [7, 8, 0x1_0000, 0x1_0001, u32::MAX];
 
 #[test]
 fn ring_indexes_are_compared_at_full_width() {
@@ -29,19 +29,19 @@ fn ring_indexes_are_compared_at_full_width() {
         peer.send_ring(request, 0, 0x1_0000, 1);
         assert!(
             peer.refused()
-                .contains("ring 65536 was named, but there are 4")
+                .contains("ring 65536 was named, but there are 7")
         );
     }
     for index in BAD_INDEXES {
         let mut peer = Peer::new();
         peer.negotiate();
         peer.send_ring(FrontendReq::GET_VRING_BASE, NEED_REPLY, index, 0);
-        assert!(peer.refused().contains("was named, but there are 4"));
+        assert!(peer.refused().contains("was named, but there are 7"));
         let peer = Peer::new();
         let mut body = [0; 40];
         body[..4].copy_from_slice(&index.to_ne_bytes());
         peer.send(FrontendReq::SET_VRING_ADDR as u32, 0, &body);
-        assert!(peer.refused().contains("was named, but there are 4"));
+        assert!(peer.refused().contains("was named, but there are 7"));
     }
 }
 
@@ -121,6 +121,20 @@ fn features_that_were_not_offered() {
     );
     assert_eq!(peer.reply(), Some(1));
     assert!(peer.refused().contains("only 0x"));
+    // Bits that speak of what a frontend tells its guest, and each other one.
+    let configuration = [3, 5, 16, 62, 63];
+    for bit in (0..u64::BITS).filter(|bit| OFFERED_FEATURES >> bit & 1 == 0) {
+        let mut peer = Peer::new();
+        let features = peer.negotiate() | 1 << bit;
+        let taken = configuration.contains(&bit);
+        let body = features.to_ne_bytes();
+        peer.send(FrontendReq::SET_FEATURES as u32, NEED_REPLY, &body);
+        assert_eq!(peer.reply(), Some(u64::from(!taken)), "bit {bit}");
+        if taken {
+            assert_eq!(peer.status.snapshot().features, Some(features));
+            peer.leave();
+        }
+    }
     let peer = Peer::new();
     peer.send(
         FrontendReq::SET_PROTOCOL_FEATURES as u32,

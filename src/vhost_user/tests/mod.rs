@@ -1,7 +1,9 @@
 //! A scripted frontend on one end of a socket pair, a session with a test double behind it on the other.
 
 mod answers;
+mod control;
 mod descriptors;
+mod habits;
 mod hostile;
 mod life;
 mod memory;
@@ -31,6 +33,7 @@ use super::session::serve_with;
 use super::*;
 use crate::port::QueuePair;
 use crate::sys::memfd;
+use crate::virtio::features::unmet;
 
 /// Where the frontend claims to have its memory mapped.
 const USER: u64 = 0x7f00_0000_0000;
@@ -130,6 +133,7 @@ impl Peer {
     /// Returns what a driver with split rings takes of the features.
     fn negotiate(&mut self) -> u64 {
         let features = self.frontend.get_features().unwrap();
+        assert_eq!(unmet(features), None, "a driver would refuse the card");
         let protocol = self.frontend.get_protocol_features().unwrap();
         self.frontend.set_protocol_features(protocol).unwrap();
         self.frontend.set_owner().unwrap();

@@ -337,7 +337,7 @@ fn protocol_features_may_be_set_again_and_shrink() {
     // Without acknowledgements from here on: a refusal ends the session.
     peer.frontend.set_protocol_features(Protocol::MQ).unwrap();
     peer.frontend.set_hdr_flags(VhostUserHeaderFlag::empty());
-    assert_eq!(peer.queue_num(), Some(2));
+    assert_eq!(peer.queue_num(), Some(3));
     assert!(peer.started(0));
     peer.send_ring(FrontendReq::SET_VRING_NUM, NEED_REPLY, 0, 7);
     assert!(peer.refused().contains("cannot have 7 entries"));
