@@ -68,7 +68,7 @@ fn a_receive_queue_that_never_had_a_buffer_is_left_out_until_it_has_one() {
         let left_out = || {
             let rings = peer.status.snapshot().rings;
             let out = rings.iter().filter(|ring| ring.left_out);
-            out.map(|ring| ring.ring.0).collect::<Vec<_>>()
+            out.map(|ring| ring.ring.index).collect::<Vec<_>>()
         };
         assert!(taken(0) && taken(1));
         // Not while there is none that is served.
