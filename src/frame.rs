@@ -11,7 +11,7 @@ use arrayvec::ArrayVec;
 use crate::memory::{Pieces, Window};
 use crate::stats::DropReason;
 use crate::virtio::NET_HDR_SIZE;
-use crate::virtio::chain::MAX_CHAIN_WINDOWS;
+use crate::virtio::chain::{MAX_CHAIN, Windows};
 use crate::wire::HEADER_LEN;
 
 /// Bytes of a frame that are copied at take and decided upon.
@@ -22,8 +22,15 @@ pub const BURST_FRAMES: usize = 64;
 pub const BURST_BYTES: u32 = 256 * 1024;
 /// Longest frame taken from a guest, in bytes without the virtio-net header.
 pub const MAX_FRAME: u32 = 65_535 + HEADER_LEN as u32;
-/// Pieces of memory of one burst.
-const BURST_WINDOWS: usize = 768;
+/// A burst is closed once so many descriptors were read for its chains of several, 37 of the longest that Linux
+/// sends. Mostly these are pieces of frames. A driver that posts loops of empty ones, or chains that cannot be used,
+/// gets no more for it: its turn is over after some microseconds, and the next queue's comes.
+const BURST_PIECES: usize = 704;
+/// Pieces of memory of one burst: as many, and the longest chain.
+const BURST_WINDOWS: usize = BURST_PIECES + MAX_CHAIN;
+/// Pieces of a frame whose first lines are asked for when it is noted. Longer chains are not worth their lines: they
+/// would push each other out.
+const ASKED_PIECES: usize = 16;
 
 /// Where `num_buffers` stands in the virtio-net header (virtio 1.2 §5.1.6).
 const NUM_BUFFERS: usize = 10;
@@ -130,7 +137,7 @@ pub struct Burst<'t> {
     frames: ArrayVec<Frame<'t>, BURST_FRAMES>,
     count: usize,
     /// Buffers of chains of several.
-    windows: ArrayVec<Window<'t>, BURST_WINDOWS>,
+    windows: Windows<'t, BURST_WINDOWS>,
     bytes: u32,
 }
 
@@ -146,7 +153,7 @@ impl<'t> Burst<'t> {
         Burst {
             frames: ArrayVec::new(),
             count: 0,
-            windows: ArrayVec::new(),
+            windows: Windows::new(),
             bytes: 0,
         }
     }
@@ -162,7 +169,7 @@ impl<'t> Burst<'t> {
     #[inline(always)]
     pub fn has_room(&self) -> bool {
         self.count < BURST_FRAMES
-            && self.windows.remaining_capacity() >= MAX_CHAIN_WINDOWS
+            && self.windows.read() as usize <= BURST_PIECES
             && self.bytes < BURST_BYTES
     }
 
@@ -180,7 +187,7 @@ impl<'t> Burst<'t> {
 
     /// The arena that a take appends its windows to.
     #[inline(always)]
-    pub fn windows_mut(&mut self) -> &mut ArrayVec<Window<'t>, BURST_WINDOWS> {
+    pub fn windows_mut(&mut self) -> &mut Windows<'t, BURST_WINDOWS> {
         &mut self.windows
     }
 
@@ -241,9 +248,8 @@ impl<'t> Burst<'t> {
             });
         }
         // The sender's core has just written these lines: each would cost about 100 ns when needed, and a few
-        // nanoseconds while others are on their way too.
-        first.prefetch(0);
-        first.prefetch(NET_HDR_SIZE + 63);
+        // nanoseconds while others are on their way too. Its header's is left alone, for nobody reads it.
+        ask(&first, usize::from(from.header));
         let frame = match self.frames.get_mut(self.count) {
             Some(place) => place,
             None => make_place(&mut self.frames),
@@ -252,10 +258,7 @@ impl<'t> Burst<'t> {
         frame.header = from.header;
         (frame.first, frame.more) = (first, more);
         if more.1 != 0 {
-            for window in &self.windows[frame.more()] {
-                window.prefetch(0);
-                window.prefetch(NET_HDR_SIZE + 63);
-            }
+            ask_more(frame, &self.windows[frame.more()]);
         }
         frame.ingress = from.ingress;
         frame.position = from.position;
@@ -311,8 +314,8 @@ impl<'t> Burst<'t> {
 
     /// Copies a frame of another burst into this one; `false` if it does not fit.
     pub fn adopt(&mut self, from: &Burst<'t>, frame: &Frame<'t>) -> bool {
-        let more = &from.windows[frame.more()];
-        if self.count == BURST_FRAMES || self.windows.remaining_capacity() < more.len() {
+        let start = self.windows.len();
+        if self.count == BURST_FRAMES || !self.windows.extend(&from.windows[frame.more()]) {
             return false;
         }
         let place = match self.frames.get_mut(self.count) {
@@ -320,10 +323,29 @@ impl<'t> Burst<'t> {
             None => make_place(&mut self.frames),
         };
         *place = *frame;
-        place.more.0 = self.windows.len() as u16;
+        place.more.0 = start as u16;
         self.count += 1;
-        self.windows.extend(more.iter().copied());
         true
+    }
+}
+
+/// Asks for the first lines of a frame's bytes in `window`, which begin behind `skip` others.
+#[inline(always)]
+fn ask(window: &Window<'_>, skip: usize) {
+    if window.len() > skip {
+        window.prefetch(skip);
+        window.prefetch_up_to(skip + 63);
+    }
+}
+
+/// The same for the buffers behind the first one.
+#[inline(never)]
+fn ask_more(frame: &Frame<'_>, more: &[Window<'_>]) {
+    // A header in a buffer of its own, or in several.
+    let mut skip = usize::from(frame.header).saturating_sub(frame.first.len());
+    for window in more.iter().take(ASKED_PIECES) {
+        ask(window, skip);
+        skip = skip.saturating_sub(window.len());
     }
 }
 

@@ -60,7 +60,7 @@ macro_rules! drop_reasons {
 // One row a reason, so that name, direction and `ALL` cannot fall out of step.
 drop_reasons! {
     /// The descriptor chain breaks a rule of the ring: index or range out of bounds, a loop, wrong
-    /// direction, too short for the virtio-net header.
+    /// direction, too short for the virtio-net header. Or it has more than 1024 buffers.
     RxMalformedChain = "rx_malformed_chain", Rx;
     /// Shorter than an Ethernet header (14 bytes).
     RxShortFrame = "rx_short_frame", Rx;

@@ -285,6 +285,47 @@ fn frames_of_virtio_user_as_server_survive_a_kill_of_the_switch() {
     testpmd.kill();
 }
 
+/// The driver posts a chain of a descriptor for each segment, and one for the header: more than 64, and fewer than its ring
+/// has entries.
+#[test]
+fn frames_of_120_segments_arrive() {
+    const LEN: u64 = 64 + 119 * 10;
+    let _guard = exclusive();
+    for packed in [false, true] {
+        let port = VirtioUser {
+            mergeable: true,
+            packed,
+            ..VirtioUser::default()
+        };
+        let backend = Backend::listening(2);
+        let mut options = loop_options(&port, backend.sockets());
+        options.forward_mode = "rxonly";
+        // Frames of several segments must be asked for.
+        options.args.push("--tx-offloads=0x8000".to_string());
+        options
+            .args
+            .push(format!("--txpkts=64{}", ",10".repeat(119)));
+        let mut testpmd = Testpmd::start(&options);
+        for _ in 0..3 {
+            testpmd.command("clear port stats all");
+            testpmd.command("start tx_first 1");
+            sleep(Duration::from_millis(300));
+            testpmd.stop_forwarding();
+            let ports = testpmd.stats();
+            for n in 0..2 {
+                let came = counter(&ports[n], "RX-packets");
+                assert_eq!(came, counter(&ports[1 - n], "TX-packets"), "port {n}");
+                // A ring has room for eight of these chains.
+                assert!((8..=BURST).contains(&came), "port {n}: {came}");
+                assert_eq!(counter(&ports[n], "RX-bytes"), came * LEN, "port {n}");
+            }
+        }
+        backend.assert_no_drops();
+        testpmd.quit();
+        backend.stop();
+    }
+}
+
 /// Processes that follow each other at the same ports.
 fn come_back(port: &VirtioUser) {
     let backend = Backend::listening(2);

@@ -122,6 +122,35 @@ fn a_header_may_be_in_any_pieces() {
 }
 
 #[test]
+fn a_frame_may_be_in_as_many_pieces_as_its_ring_has_entries() {
+    let daemon = daemon(2);
+    for options in [split(), packed()] {
+        let options = GuestOptions {
+            entries: 1024,
+            receive_len: 2048,
+            ..options
+        };
+        let rams = [options, split()].map(Ram::new);
+        let mut guests = attach(&daemon, &rams, 0);
+        for (sequence, count) in (1..).zip([63, 64, 65, 66, 256, 257, 1023, 1024]) {
+            // The header, then single bytes, then the rest.
+            let cuts: Vec<usize> = (0..count - 1).map(|n| options.header() + n).collect();
+            let sent = frame(mac(2), mac(1), sequence, 1400);
+            assert!(guests[0].try_send_cut(&sent, &cuts));
+            let came = guests[1].receive(LIMIT);
+            assert_eq!(came, Some(sent), "{count} pieces, {options:?}");
+            wait_for("the chain to come back", || guests[0].in_flight() == 0);
+        }
+        drop(guests);
+        wait_for("the ports", || {
+            daemon.ports().iter().all(|port| port["state"] == "waiting")
+        });
+    }
+    assert_eq!(dropped(&daemon, "p0", ""), 0);
+    daemon.stop();
+}
+
+#[test]
 fn chains_that_end_within_the_header_are_returned_and_counted() {
     let daemon = daemon(2);
     for (options, shortest) in [(legacy(), 10), (legacy_mergeable(), 12), (packed(), 12)] {

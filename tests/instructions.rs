@@ -53,6 +53,8 @@ struct Scenario {
     /// Bytes of a frame and of a receive buffer with its header.
     frame: u32,
     buffer: u32,
+    /// Buffers that a frame is sent from, the first one with nothing but the header.
+    pieces: u32,
     ports: u16,
     /// The first port alone sends, to everybody.
     flood: bool,
@@ -72,6 +74,7 @@ const USUAL: Scenario = Scenario {
     in_order: false,
     frame: 64,
     buffer: 2048,
+    pieces: 1,
     ports: 2,
     flood: false,
     gather: false,
@@ -82,7 +85,7 @@ const USUAL: Scenario = Scenario {
 /// These two must cost the same instructions: nothing of a frame depends on how many threads there are.
 const ALIKE: [&str; 2] = [", four ports", ", four ports on two threads"];
 
-const SCENARIOS: [Scenario; 11] = [
+const SCENARIOS: [Scenario; 12] = [
     USUAL,
     Scenario {
         name: ", mergeable",
@@ -109,6 +112,12 @@ const SCENARIOS: [Scenario; 11] = [
         mergeable: true,
         frame: 1500,
         buffer: 1024,
+        ..USUAL
+    },
+    Scenario {
+        name: ", 1500 bytes sent in three pieces",
+        frame: 1500,
+        pieces: 3,
         ..USUAL
     },
     Scenario {
@@ -334,8 +343,20 @@ fn run(scenario: &Scenario, rounds: u32) -> u64 {
             let frames = frames(scenario);
             for number in sent..sent + frames {
                 let at = Guest::buffer_at(TRANSMIT, number);
+                let whole = [Buffer::readable(at, HEADER + scenario.frame)];
+                let (head, rest) = (HEADER + 60, scenario.frame - 60);
+                let pieces = [
+                    Buffer::readable(at, HEADER),
+                    Buffer::readable(at + u64::from(HEADER), 60),
+                    Buffer::readable(at + u64::from(head), rest),
+                ];
+                let chain = if scenario.pieces == 1 {
+                    &whole[..]
+                } else {
+                    &pieces
+                };
                 assert!(
-                    transmit.post_one(Buffer::readable(at, HEADER + scenario.frame), number),
+                    transmit.post(chain, number),
                     "the switch returned too little"
                 );
             }
@@ -380,7 +401,7 @@ fn frames(scenario: &Scenario) -> u32 {
         return 1;
     }
     let buffers = (HEADER + scenario.frame).div_ceil(scenario.buffer);
-    BATCH / buffers
+    BATCH / buffers.max(scenario.pieces)
 }
 
 /// What valgrind runs.

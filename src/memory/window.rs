@@ -275,6 +275,12 @@ impl<'m> Window<'m> {
         }
     }
 
+    /// The same at `offset`, or at the last byte if that comes before. The window must not be empty.
+    #[inline(always)]
+    pub fn prefetch_up_to(&self, offset: usize) {
+        self.prefetch(offset.min(self.len.wrapping_sub(1)));
+    }
+
     /// The same for writing: no other core keeps the line.
     #[inline(always)]
     pub fn prefetch_write(&self, offset: usize) {

@@ -222,6 +222,8 @@ impl<'t, 'p> Pass<'t, 'p> {
     #[inline(always)]
     fn forward(&mut self, now_s: u32) {
         if self.burst.frames().is_empty() {
+            // What was read for chains that became no frame is paid for.
+            self.burst.clear();
             return;
         }
         self.burst.load_heads();

@@ -4,6 +4,7 @@
 //! address is checked against the memory map with its length; every loop is bounded by the table's size.
 //! A walk that fails is an error value, never a shorter chain and never "nothing there".
 
+use std::ops::Deref;
 use std::sync::atomic::Ordering;
 
 use arrayvec::ArrayVec;
@@ -18,11 +19,12 @@ pub const F_WRITE: u16 = 2;
 pub const F_INDIRECT: u16 = 4;
 /// Bytes of one descriptor, split and packed.
 pub const DESCRIPTOR_SIZE: usize = 16;
-/// Most pieces of memory of one chain. Linux uses at most 19 descriptors for a 64 KiB frame.
-pub const MAX_CHAIN_WINDOWS: usize = 64;
-/// Most descriptors of one chain, and entries of one indirect table, whatever the ring's size. Empty ones give no buffer,
-/// so without this bound a ring full of loops of them would keep every sender busy for milliseconds.
-const MAX_HOPS: u32 = 256;
+/// Most descriptors of one chain, most pieces of memory, and most entries of one indirect table.
+///
+/// A chain may be as long as its ring (virtio 1.2 §2.7.5.3.1). Rings of virtual machines have up to 1024
+/// entries, as many as QEMU takes in a chain. Linux sends at most 19 pieces, Windows' driver 256, DPDK's
+/// applications 256. Without a bound a ring of 32768 would be a chain that every sender waits for.
+pub const MAX_CHAIN: usize = 1024;
 
 /// One descriptor, copied out of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,9 +59,12 @@ pub enum ChainError {
     /// More hops than the table has entries.
     #[error("the chain loops")]
     Loop,
-    /// More than [`MAX_CHAIN_WINDOWS`] pieces.
-    #[error("the chain has more than {MAX_CHAIN_WINDOWS} buffers")]
+    /// More than [`MAX_CHAIN`] descriptors or pieces.
+    #[error("the chain has more than {MAX_CHAIN} buffers")]
     TooManyBuffers,
+    /// The chain is good, and has more pieces than there is room for beside others.
+    #[error("there is no room for the chain's buffers")]
+    NoRoom,
     /// A buffer is not in guest memory.
     #[error("a buffer at {0:#x} is not in guest memory")]
     Unmapped(u64),
@@ -77,8 +82,71 @@ pub enum ChainError {
     TooLong,
 }
 
-/// The pieces of memory of one or several chains.
-pub type Windows<'m, const N: usize> = ArrayVec<Window<'m>, N>;
+/// The pieces of memory of one or several chains, and what reading these has cost.
+#[derive(Debug)]
+pub struct Windows<'m, const N: usize> {
+    pieces: ArrayVec<Window<'m>, N>,
+    read: u32,
+}
+
+impl<'m, const N: usize> Windows<'m, N> {
+    /// None.
+    #[inline(always)]
+    pub const fn new() -> Self {
+        Windows {
+            pieces: ArrayVec::new_const(),
+            read: 0,
+        }
+    }
+
+    /// Descriptors read since all was last forgotten, those included that gave no piece: empty ones, and those of
+    /// chains that cannot be used. Never fewer than there are pieces.
+    #[inline(always)]
+    pub fn read(&self) -> u32 {
+        self.read
+    }
+
+    /// Forgets all.
+    #[inline(always)]
+    pub fn clear(&mut self) {
+        self.pieces.clear();
+        self.read = 0;
+    }
+
+    /// Forgets the pieces from number `len` on; what reading them has cost stays.
+    #[inline(always)]
+    pub fn truncate(&mut self, len: usize) {
+        self.pieces.truncate(len);
+    }
+
+    /// Adds a chain of one piece; `false` where there is no room.
+    #[inline(always)]
+    pub fn push(&mut self, piece: Window<'m>) -> bool {
+        self.extend(&[piece])
+    }
+
+    /// Adds the pieces of a chain; `false` and none of them where there is no room.
+    #[inline(always)]
+    pub fn extend(&mut self, pieces: &[Window<'m>]) -> bool {
+        self.read += pieces.len() as u32;
+        self.pieces.try_extend_from_slice(pieces).is_ok()
+    }
+}
+
+impl<const N: usize> Default for Windows<'_, N> {
+    fn default() -> Self {
+        Windows::new()
+    }
+}
+
+impl<'m, const N: usize> Deref for Windows<'m, N> {
+    type Target = [Window<'m>];
+
+    #[inline(always)]
+    fn deref(&self) -> &Self::Target {
+        &self.pieces
+    }
+}
 
 impl Descriptor {
     /// Descriptor `index` of a ring's table, read once.
@@ -192,9 +260,16 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
         self.windows.truncate(self.first);
     }
 
+    /// Counts a descriptor that is read and not looked at.
+    #[inline(always)]
+    pub fn skip(&mut self) {
+        self.windows.read += 1;
+    }
+
     /// Adds one buffer descriptor.
     #[inline(always)]
     pub fn add(&mut self, addr: u64, len: u32, flags: u16) -> Result<(), ChainError> {
+        self.windows.read += 1;
         let writable = flags & F_WRITE != 0;
         if writable != (self.direction == Direction::Write) {
             return self.turn(addr, len, flags);
@@ -228,29 +303,29 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
 
     #[inline(always)]
     fn push(&mut self, window: Window<'m>) -> Result<(), ChainError> {
-        if self.windows.len() - self.first >= MAX_CHAIN_WINDOWS {
+        if self.windows.len() - self.first >= MAX_CHAIN {
             return Err(ChainError::TooManyBuffers);
         }
-        self.windows
-            .try_push(window)
-            .map_err(|_| ChainError::TooManyBuffers)
+        let pieces = &mut self.windows.pieces;
+        pieces.try_push(window).map_err(|_| ChainError::NoRoom)
     }
 
     /// A buffer that is not inside one region may lie across two that touch.
     #[cold]
     fn add_crossing(&mut self, addr: u64, len: u32) -> Result<(), ChainError> {
-        let (mut overflow, mut end) = (false, addr);
+        let (mut pushed, mut end) = (Ok(()), addr);
         let memory = self.memory;
         let mapped = memory.windows(addr, len, |window| {
-            overflow = self.push(window).is_err();
+            self.skip();
+            pushed = self.push(window);
             end = end.wrapping_add(window.len() as u64);
-            !overflow
+            pushed.is_ok()
         });
-        match (overflow, mapped) {
-            (true, _) => Err(ChainError::TooManyBuffers),
-            (false, false) if memory.is_unusable(end) => Err(ChainError::Unusable(end)),
-            (false, false) => Err(ChainError::Unmapped(addr)),
-            (false, true) => Ok(()),
+        pushed?;
+        match mapped {
+            true => Ok(()),
+            false if memory.is_unusable(end) => Err(ChainError::Unusable(end)),
+            false => Err(ChainError::Unmapped(addr)),
         }
     }
 
@@ -264,7 +339,7 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
         let entries = len / DESCRIPTOR_SIZE as u32;
         let whole = len.is_multiple_of(DESCRIPTOR_SIZE as u32);
         // §2.7.5.3.1: not both INDIRECT and NEXT; §2.7.5.3.2: the device ignores WRITE here.
-        if !whole || entries == 0 || entries > MAX_HOPS || flags & F_NEXT != 0 {
+        if !whole || entries == 0 || entries > MAX_CHAIN as u32 || flags & F_NEXT != 0 {
             return Err(ChainError::Indirect);
         }
         match self.memory.window(addr, len) {
@@ -320,8 +395,12 @@ fn follow_split<'m, const N: usize>(
             return collector.total();
         }
         hops += 1;
-        if hops >= entries.min(MAX_HOPS) {
-            return Err(ChainError::Loop);
+        if hops >= entries.min(MAX_CHAIN as u32) {
+            return Err(if hops == entries {
+                ChainError::Loop
+            } else {
+                ChainError::TooManyBuffers
+            });
         }
         if u32::from(next) >= entries {
             return Err(ChainError::NextOutside(next));

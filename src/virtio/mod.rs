@@ -162,10 +162,10 @@ pub enum Broken {
         /// Entries.
         size: u16,
     },
-    /// A chain in a packed ring has no end.
-    #[error("a chain has no end in a ring of {size}")]
+    /// A chain in a packed ring has no end, or none where one is looked for.
+    #[error("a chain has no end within {size} descriptors")]
     EndlessChain {
-        /// Entries.
+        /// Entries of the ring, or as many of them as are read in search of the end.
         size: u16,
     },
 }

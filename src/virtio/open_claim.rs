@@ -2,7 +2,7 @@
 
 use arrayvec::ArrayVec;
 
-use super::chain::Windows;
+use super::chain::{MAX_CHAIN, Windows};
 use super::receiveq::MIN_FRAME;
 use super::{Head, NET_HDR_SIZE};
 use crate::memory::Window;
@@ -11,8 +11,10 @@ use crate::memory::Window;
 pub const CLAIM_FRAMES: usize = 32;
 /// Most buffers of one claim; a frame that needs more is too long for this queue.
 const CLAIM_HEADS: usize = 128;
-/// Most pieces of memory of one claim.
-const CLAIM_WINDOWS: usize = 192;
+/// Descriptors read after which a claim is closed, unless its first frame alone needs more.
+pub(super) const CLAIM_PIECES: usize = 128;
+/// Most pieces of memory of one claim: as many, and the longest chain.
+const CLAIM_WINDOWS: usize = CLAIM_PIECES + MAX_CHAIN;
 
 /// A buffer of an open claim.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +59,7 @@ impl<'m> Claim<'m> {
             bad: 0,
             unusable: 0,
             heads: ArrayVec::new(),
-            windows: ArrayVec::new(),
+            windows: Windows::new(),
             frames: ArrayVec::new(),
         }
     }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::chain::{
     ChainError, Collector, DESCRIPTOR_SIZE, Descriptor, Direction, F_INDIRECT, F_NEXT, F_WRITE,
-    Windows, walk_packed_table,
+    MAX_CHAIN, Windows, walk_packed_table,
 };
 use super::claim::Publish;
 use super::redo::Redo;
@@ -37,6 +37,10 @@ const EVENT_DISABLE: u16 = 1;
 const EVENT_DESCRIPTOR: u16 = 2;
 /// Bytes of an event suppression structure.
 const EVENT_SIZE: u64 = 4;
+
+/// Most descriptors of a chain that are read in search of its end, where the id stands that it is returned by:
+/// 64 KiB of them, some 10 µs. A longer one, of a ring that is longer still, breaks it.
+const LONGEST_WALK: u16 = 4 * MAX_CHAIN as u16;
 
 /// Sizes in bytes of descriptor ring, driver area and device area of a packed virtqueue (§2.8).
 pub fn layout(size: u16) -> (u64, u64, u64) {
@@ -280,6 +284,8 @@ impl PackedRing {
             // After an error the chain is only counted: it is returned whole.
             if failed.is_none() && !collector.satisfied() {
                 failed = self.add(descriptor, span, collector).err();
+            } else {
+                collector.skip();
             }
             if descriptor.fourth & F_NEXT == 0 {
                 // §2.8.6: the id that counts is the last descriptor's.
@@ -296,8 +302,9 @@ impl PackedRing {
                 };
                 return Ok(Some(Chain { head, len }));
             }
-            if span >= self.size {
-                return Err(Broken::EndlessChain { size: self.size });
+            let size = self.size.min(LONGEST_WALK);
+            if span >= size {
+                return Err(Broken::EndlessChain { size });
             }
             slot += 1;
             if slot == usize::from(self.size) {
@@ -319,6 +326,10 @@ impl PackedRing {
         collector: &mut Collector<'_, '_, N>,
     ) -> Result<(), ChainError> {
         let flags = descriptor.fourth;
+        if usize::from(span) > MAX_CHAIN {
+            collector.skip();
+            return Err(ChainError::TooManyBuffers);
+        }
         if flags & F_INDIRECT == 0 {
             return collector.add(descriptor.addr, descriptor.len, flags);
         }

@@ -4,9 +4,9 @@
 //! burst got which buffers. Its buffers were read before the swap that won the positions (once, into private
 //! copies; a lost swap discards them).
 
-use super::chain::{ChainError, Direction, MAX_CHAIN_WINDOWS, Windows};
+use super::chain::{ChainError, Direction, MAX_CHAIN, Windows};
 use super::claim::{Claims, Published};
-use super::open_claim::{Claim, ClaimedHead};
+use super::open_claim::{CLAIM_PIECES, Claim, ClaimedHead};
 use super::share::Shares;
 use super::{Broken, BrokenMark, NET_HDR_SIZE, Ring, RingSetup, SetupError};
 use crate::memory::Window;
@@ -223,14 +223,13 @@ impl ReceiveQueue {
         let mut left = len;
         while left > 0 {
             let position = claim.position + u64::from(claim.span);
-            let full = claim.windows.remaining_capacity() < MAX_CHAIN_WINDOWS;
-            let reason = if full || claim.heads.is_full() {
-                // Too long only if this frame alone fills a claim.
-                if first == 0 {
-                    NoClaim::TooLong
-                } else {
-                    NoClaim::Full
-                }
+            // Too long only if this frame alone fills a claim, which has room for the longest chain then.
+            let (enough, full) = match first {
+                0 => (CLAIM_PIECES + MAX_CHAIN, NoClaim::TooLong),
+                _ => (CLAIM_PIECES, NoClaim::Full),
+            };
+            let reason = if claim.windows.read() as usize > enough || claim.heads.is_full() {
+                full
             } else if position >= end {
                 // All the ring has, and still too little: no driver can ever provide more.
                 let whole_ring = u32::from(claim.span - span) >= u32::from(self.size);
@@ -254,6 +253,7 @@ impl ReceiveQueue {
                         return self.restart_frame(len, end, claim);
                     }
                     Added::TooSmall => NoClaim::TooLong,
+                    Added::NoRoom => full,
                     Added::Nothing => NoClaim::Full,
                 }
             };
@@ -312,6 +312,7 @@ impl ReceiveQueue {
             return Ok(Added::Nothing);
         }
         let bytes = match chain.len {
+            Err(ChainError::NoRoom) => return Ok(Added::NoRoom),
             // Without mergeable buffers a frame is in one buffer or nowhere (virtio 1.2 §5.1.6.4).
             Ok(len) if len < left && !self.mergeable && len >= least => {
                 claim.windows.truncate(first);
@@ -350,7 +351,7 @@ impl ReceiveQueue {
     pub fn touch_buffers(&self) -> bool {
         let position = self.claims.next();
         let (mut at, end) = (position, self.end_of_free());
-        let mut windows: Windows<'_, MAX_CHAIN_WINDOWS> = Windows::new();
+        let mut windows: Windows<'_, MAX_CHAIN> = Windows::new();
         let mut pages = 0;
         while at < end && pages < TOUCHED_PAGES {
             windows.clear();
@@ -364,7 +365,7 @@ impl ReceiveQueue {
             // A chain of nothing but empty descriptors counts, too.
             pages += 1;
             let mut left = LONGEST as usize;
-            for window in &windows {
+            for window in windows.iter() {
                 let len = window.len().min(left);
                 left -= len;
                 pages += window.sub(0, len).map_or(0, |part| part.touch());
@@ -454,6 +455,8 @@ enum Added {
     Returned,
     /// Shorter than the frame, without mergeable buffers; it stays where it is.
     TooSmall,
+    /// Of more pieces than the claim has room for; it stays where it is.
+    NoRoom,
     /// Not available after all.
     Nothing,
 }

@@ -137,7 +137,7 @@ impl TransmitQueue {
     }
 
     /// Takes the next chain before `end`, whatever it is, appending its buffers. `windows` should have room for
-    /// [`MAX_CHAIN_WINDOWS`](super::chain::MAX_CHAIN_WINDOWS), or a chain may be malformed for want of it.
+    /// [`MAX_CHAIN`](super::chain::MAX_CHAIN), or a chain may be malformed for want of it.
     pub fn take<'m, const N: usize>(&'m self, end: u64, windows: &mut Windows<'m, N>) -> Taken {
         let position = self.position();
         if position >= end {

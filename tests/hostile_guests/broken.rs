@@ -64,7 +64,7 @@ impl Impossible {
         match self {
             Impossible::IndexAhead | Impossible::IndexBack => "available index is",
             Impossible::Head => "available entry names descriptor 256 in a ring of 256",
-            Impossible::Endless => "a chain has no end in a ring of 256",
+            Impossible::Endless => "a chain has no end within 256 descriptors",
         }
     }
 }

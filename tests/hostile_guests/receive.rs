@@ -62,7 +62,7 @@ fn a_bad_receive_buffer_comes_back_unused_and_the_frame_takes_the_next_one() {
             ("a table without an entry", 0),
             ("a part of an entry", 15),
             ("an entry and a byte", 17),
-            ("257 entries", 16 * 257),
+            ("1025 entries", 16 * 1025),
             ("a table of 4 GiB", 0xffff_fff0),
         ] {
             bad_receive_buffer(&scene, &mut sink, options, what, |_, ring| {

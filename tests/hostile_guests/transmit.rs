@@ -73,11 +73,6 @@ fn bad_buffers(guest: &Guest<'_>) -> Vec<Misdeed> {
             MALFORMED,
             vec![readable(at, 100), readable(guest.hole(), 100)],
         ),
-        misdeed(
-            "more buffers than any frame has",
-            MALFORMED,
-            vec![readable(at, 8); 65],
-        ),
         misdeed("no byte at all", MALFORMED, vec![readable(at, 0); 3]),
         misdeed(
             "an empty buffer in a hole",

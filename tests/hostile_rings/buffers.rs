@@ -4,14 +4,20 @@ use super::*;
 
 #[test]
 fn a_chain_of_more_pieces_than_are_kept_is_returned() {
-    let pieces = MAX_CHAIN_WINDOWS + 1;
+    let pieces = MAX_CHAIN + 1;
     for packed in KINDS {
         for write in [false, true] {
-            let guest = Guest::new(128, features(packed));
+            let guest = Guest::new(2048, features(packed));
             let make = if write { writable } else { readable };
-            let chain: Vec<Piece> = (0..pieces).map(|_| make(GOOD, 8)).collect();
+            let chain: Vec<Piece> = (0..pieces).map(|_| make(GOOD, 1)).collect();
             if write {
-                check_receive_of(&guest, &chain, 600);
+                // Reading it was enough for a claim.
+                let queue = start_receive(&guest);
+                let mut driver = guest.driver();
+                let ids = [&chain[..], &[writable(GOOD, ROOM)]].map(|chain| driver.post(chain));
+                assert_eq!(deliver(&queue, &[frame(7, 1500)]), (1, None));
+                assert_eq!(driver.reap_all(), [(ids[0], 0), (ids[1], 1512)]);
+                receive_lives(&guest, &queue, &mut driver);
             } else {
                 check_transmit(&guest, Taken::Malformed(ChainError::TooManyBuffers), &chain);
             }
@@ -22,9 +28,161 @@ fn a_chain_of_more_pieces_than_are_kept_is_returned() {
 #[test]
 fn a_chain_of_as_many_pieces_as_are_kept_passes() {
     for packed in KINDS {
-        let guest = Guest::new(128, features(packed));
-        let pieces = [readable(GOOD, 2); MAX_CHAIN_WINDOWS];
-        check_transmit(&guest, chain(2 * MAX_CHAIN_WINDOWS as u32), &pieces);
+        let guest = Guest::new(1024, features(packed));
+        let pieces = [readable(GOOD, 2); MAX_CHAIN];
+        let queue = start_transmit(&guest);
+        let mut driver = guest.driver();
+        let id = driver.post(&pieces);
+        assert_eq!(take_burst(&queue), [chain(2 * MAX_CHAIN as u32)]);
+        queue.complete(queue.position());
+        assert_eq!(driver.reap_all(), [(id, 0)]);
+        transmit_lives(&guest, &queue, &mut driver);
+    }
+}
+
+#[test]
+fn a_buffer_across_two_regions_counts_as_two_pieces() {
+    for packed in KINDS {
+        let guest = Guest::new(2048, features(packed));
+        let mut pieces = [readable(GOOD, 2); MAX_CHAIN];
+        pieces[MAX_CHAIN / 2] = readable(SEAM - 1, 2);
+        check_transmit(
+            &guest,
+            Taken::Malformed(ChainError::TooManyBuffers),
+            &pieces,
+        );
+    }
+}
+
+/// Numbers of pieces that drivers and other backends stop at, and the most that are kept.
+const COUNTS: [usize; 13] = [
+    2, 19, 63, 64, 65, 66, 100, 128, 200, 255, 256, 1023, MAX_CHAIN,
+];
+
+/// Where `count` pieces of one chain lie and how long they are: the header is the first one, or cut at `cut`; no two touch.
+fn places(count: usize, cut: usize) -> Vec<(u64, u32)> {
+    let rest = (FRAME + HEADER - cut) / (count - 1);
+    let len = |n| match n {
+        0 => cut,
+        n if n + 1 == count => FRAME + HEADER - cut - rest * (count - 2),
+        _ => rest,
+    };
+    let at = |n: usize| DATA + 0x10_0000 + 300 * n as u64;
+    let long = DATA + 0x10_0000 - 0x1000;
+    (0..count)
+        .map(|n| (if len(n) > 300 { long } else { at(n) }, len(n) as u32))
+        .collect()
+}
+
+/// Bytes of a frame in them.
+const FRAME: usize = 1400;
+
+/// A chain of these, as it is or in a table.
+fn chain_of(guest: &Guest, pieces: Vec<Piece>, table: bool) -> Vec<Piece> {
+    if table {
+        vec![guest.table(DATA, &pieces)]
+    } else {
+        pieces
+    }
+}
+
+/// Kinds of ring, whether the chain is in a table, number of its pieces, bytes of the first one.
+fn forms() -> impl Iterator<Item = (bool, bool, usize, usize)> {
+    let kinds = KINDS
+        .into_iter()
+        .flat_map(|packed| [(packed, false), (packed, true)]);
+    kinds.flat_map(|(packed, table)| {
+        let counts = COUNTS
+            .into_iter()
+            .flat_map(|count| [(count, 1), (count, 11), (count, 12), (count, 70)]);
+        counts.map(move |(count, cut)| (packed, table, count, cut))
+    })
+}
+
+#[test]
+fn a_frame_sent_from_any_number_of_pieces_is_read_whole() {
+    for (packed, table, count, cut) in forms() {
+        let guest = Guest::new(1024, features(packed));
+        let bytes = frame(count as u8, FRAME + HEADER);
+        let places = places(count, cut);
+        let mut at = 0;
+        for (addr, len) in &places {
+            guest.write(*addr, &bytes[at..at + *len as usize]);
+            at += *len as usize;
+        }
+        let pieces = places.iter().map(|(addr, len)| readable(*addr, *len));
+        let chain = chain_of(&guest, pieces.collect(), table);
+        let queue = start_transmit(&guest);
+        let mut driver = guest.driver();
+        let id = driver.post(&chain);
+        assert_eq!(take_bytes(&queue), bytes, "{packed} {table} {count} {cut}");
+        queue.complete(queue.position());
+        assert_eq!(driver.reap_all(), [(id, 0)]);
+    }
+}
+
+#[test]
+fn a_receive_buffer_of_any_number_of_pieces_is_filled_whole() {
+    for (packed, table, count, cut) in forms() {
+        let guest = Guest::new(1024, features(packed));
+        let places = places(count, cut);
+        let pieces = places.iter().map(|(addr, len)| writable(*addr, *len));
+        let chain = chain_of(&guest, pieces.collect(), table);
+        let queue = start_receive(&guest);
+        let mut driver = guest.driver();
+        let id = driver.post(&chain);
+        let sent = frame(count as u8, FRAME);
+        assert_eq!(deliver(&queue, std::slice::from_ref(&sent)), (1, None));
+        assert_eq!(driver.reap_all(), [(id, (FRAME + HEADER) as u32)]);
+        let found = places
+            .iter()
+            .flat_map(|(addr, len)| guest.read(*addr, *len));
+        let found: Vec<u8> = found.skip(HEADER).collect();
+        assert!(found == sent, "{packed} {table} {count} {cut}");
+    }
+}
+
+#[test]
+fn a_frame_over_buffers_of_many_pieces_gets_as_many_as_a_claim_has_room_for() {
+    // 64 pieces of 16 bytes are a buffer of 1 KiB.
+    for packed in KINDS {
+        for (buffers, fits) in [(8, true), (17, true), (19, false)] {
+            let guest = Guest::new(2048, features(packed));
+            let queue = start_receive(&guest);
+            let mut driver = guest.driver();
+            for buffer in 0..24 {
+                let at = |n: u64| DATA + 0x10_0000 + 0x1000 * buffer + 32 * n;
+                let pieces: Vec<Piece> = (0..64).map(|n| writable(at(n), 16)).collect();
+                driver.post(&pieces);
+            }
+            let sent = frame(3, 1024 * buffers - HEADER);
+            let expected = if fits {
+                (1, None)
+            } else {
+                (0, Some(NoClaim::TooLong))
+            };
+            assert_eq!(deliver(&queue, std::slice::from_ref(&sent)), expected);
+            assert_eq!(driver.reap_all().len(), if fits { buffers } else { 0 });
+        }
+    }
+}
+
+#[test]
+fn frames_for_buffers_of_many_pieces_are_claimed_for_one_after_the_other() {
+    for packed in KINDS {
+        let guest = Guest::new(2048, features(packed));
+        let queue = start_receive(&guest);
+        let mut driver = guest.driver();
+        for n in 0..3 {
+            let at = |piece: u64| DATA + 0x10_0000 * n + 4 * piece;
+            let pieces: Vec<Piece> = (0..600).map(|piece| writable(at(piece), 3)).collect();
+            driver.post(&pieces);
+        }
+        let frames = [1, 2, 3].map(|tag| frame(tag, 1700));
+        assert_eq!(deliver(&queue, &frames), (3, None));
+        let lens: Vec<u32> = driver.reap_all().iter().map(|(_, len)| *len).collect();
+        assert_eq!(lens, [1712; 3]);
+        assert_eq!(queue.broken(), None);
     }
 }
 

@@ -64,6 +64,47 @@ fn a_chain_that_goes_on_behind_its_last_legal_hop_is_returned() {
 }
 
 #[test]
+fn a_loop_of_empty_buffers_in_the_largest_ring_is_followed_no_further_than_the_longest_chain() {
+    let guest = Guest::new(32768, features(false));
+    let mut driver = guest.driver();
+    let empty = vec![readable(DATA, 0); 32768];
+    let split = driver.split();
+    let head = split.prepare(&empty, NEXT, 0);
+    split.offer_raw(head);
+    let queue = start_transmit(&guest);
+    let mut windows = Pieces::new();
+    let taken = queue.take(queue.available_to(), &mut windows);
+    assert_eq!(taken, Taken::Malformed(ChainError::TooManyBuffers));
+    assert_eq!(windows.read(), MAX_CHAIN as u32);
+    queue.complete(queue.position());
+    assert_eq!(driver.reap_all(), [(head, 0)]);
+    assert_eq!(queue.broken(), None);
+}
+
+#[test]
+fn a_packed_chain_is_returned_whole_where_its_end_is_near_and_breaks_the_ring_where_it_is_far() {
+    for (count, broken) in [
+        (MAX_CHAIN + 1, None),
+        (4 * MAX_CHAIN, None),
+        (4 * MAX_CHAIN + 1, Some(Broken::EndlessChain { size: 4096 })),
+    ] {
+        let guest = Guest::new(32768, features(true));
+        let queue = start_transmit(&guest);
+        let mut driver = guest.driver();
+        let id = driver.post(&vec![readable(GOOD, 1); count]);
+        let mut windows = Pieces::new();
+        let taken = queue.take(queue.available_to(), &mut windows);
+        assert_eq!(queue.broken(), broken);
+        if broken.is_none() {
+            assert_eq!(taken, Taken::Malformed(ChainError::TooManyBuffers));
+            assert_eq!((windows.len(), windows.read()), (0, count as u32));
+            queue.complete(queue.position());
+            assert_eq!(driver.reap_all(), [(id, 0)]);
+        }
+    }
+}
+
+#[test]
 fn a_packed_chain_without_an_end_breaks_the_ring() {
     for write in [0, WRITE] {
         let guest = Guest::new(SIZE, features(true));

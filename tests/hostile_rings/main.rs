@@ -22,7 +22,7 @@ use std::sync::atomic::Ordering;
 
 use guest::*;
 use packed_reference::{AVAIL, Desc, EVENT_DESC, INDIRECT, NEXT, USED, WRITE};
-use pollux::virtio::chain::{ChainError, MAX_CHAIN_WINDOWS, Windows};
+use pollux::virtio::chain::{ChainError, MAX_CHAIN, Windows};
 use pollux::virtio::{
     Broken, Claim, FullBarrier, NoClaim, ReceiveQueue, RingFeatures, SetupError, Taken,
     TransmitQueue,
@@ -36,7 +36,7 @@ const GOOD_LEN: u32 = 100;
 /// A buffer long enough for any frame here.
 const ROOM: u32 = 2048;
 
-type Pieces<'m> = Windows<'m, 256>;
+type Pieces<'m> = Windows<'m, MAX_CHAIN>;
 
 /// Takes what is available, one burst; what was found, in order.
 fn take_burst(queue: &TransmitQueue) -> Vec<Taken> {
@@ -65,7 +65,7 @@ fn take_bytes(queue: &TransmitQueue) -> Vec<u8> {
     let mut windows = Pieces::new();
     let taken = take(queue, queue.available_to(), &mut windows);
     let mut bytes = Vec::new();
-    for window in &windows {
+    for window in windows.iter() {
         let mut piece = vec![0; window.len()];
         window.read_bytes(0, &mut piece);
         bytes.extend(piece);
@@ -122,10 +122,7 @@ fn transmit_refuses(features: RingFeatures, error: ChainError, pieces: &[Piece])
 /// Posts a chain that no frame may use, then a good buffer: a frame goes into the second, the first comes back with
 /// length 0 in its turn.
 fn check_receive(guest: &Guest, pieces: &[Piece]) {
-    check_receive_of(guest, pieces, 300);
-}
-
-fn check_receive_of(guest: &Guest, pieces: &[Piece], len: u32) {
+    let len = 300;
     let queue = start_receive(guest);
     let mut driver = guest.driver();
     let odd = driver.post(pieces);

@@ -259,7 +259,7 @@ impl Race {
             _ => assert_eq!(sum, 0, "{self:?}: {taken:?}"),
         }
         let mut first = [0; 16];
-        for window in &windows {
+        for window in windows.iter() {
             // Any of it may be read.
             window.read_bytes(0, &mut first[..window.len().min(16)]);
             window.read_bytes(window.len() - 1, &mut first[..1]);

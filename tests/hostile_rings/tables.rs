@@ -143,8 +143,8 @@ fn next_flags_and_ids_in_a_packed_table_mean_nothing() {
 fn a_table_longer_than_the_ring_passes_up_to_the_limit() {
     for packed in KINDS {
         let guest = Guest::new(SIZE, features(packed));
-        let mut pieces = [readable(HOLE, 0); 256];
-        pieces[255] = readable(GOOD, 70);
+        let mut pieces = [readable(HOLE, 0); MAX_CHAIN];
+        pieces[MAX_CHAIN - 1] = readable(GOOD, 70);
         let table = guest.table(DATA, &pieces);
         check_transmit(&guest, chain(70), &[table]);
     }

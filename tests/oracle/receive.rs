@@ -66,6 +66,8 @@ impl<'g> ReceiveModel<'g> {
         let (len, most) = match random.below(12) {
             0 => (random.between(1, 71), 1),
             1..=4 => (random.between(72, 300), 1),
+            // Of many: two of them hold any frame.
+            5 => (2048, 500),
             _ => (random.between(300, 2048), 4),
         };
         let tabled = random.chance(3);
@@ -76,7 +78,7 @@ impl<'g> ReceiveModel<'g> {
             pieces[0].addr = HOLE;
         }
         self.guest.write(place, &vec![UNTOUCHED; len as usize]);
-        let table = place + 0xf00;
+        let table = DATA + 0x10_0000 + 2 * (place - DATA);
         let chain = if tabled {
             self.theirs.table(table, &pieces);
             vec![self.guest.table(table, &pieces)]
@@ -194,8 +196,8 @@ impl<'g> ReceiveModel<'g> {
 fn split_up(place: u64, len: u64, count: u64, random: &mut Random) -> Vec<Piece> {
     let mut pieces = Vec::new();
     let mut at = 0;
-    for _ in 1..count {
-        let piece = random.between(1, (len - at) / 2);
+    for left in (1..count).rev() {
+        let piece = random.between(1, ((len - at) / (left + 1)).max(1));
         pieces.push(writable(place + at, piece as u32));
         at += piece;
     }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
-use pollux::virtio::chain::{ChainError, Windows};
+use pollux::virtio::chain::{ChainError, MAX_CHAIN, Windows};
 use pollux::virtio::{FullBarrier, RingFeatures, Taken, TransmitQueue};
 
 use crate::guest::*;
@@ -18,6 +18,11 @@ enum Expected {
     /// We refuse it; the reference silently yields this many buffers of it.
     Bad(ChainError, usize),
 }
+
+/// Most descriptors of a chain: some of them are of two pieces, and a chain has no more than 1024.
+const LONG_CHAIN: u64 = 700;
+/// Places for tables of so many.
+const LONG_TABLES: u64 = 32;
 
 /// Our queue and the reference, each on a memory of its own.
 struct Twins<'g> {
@@ -72,8 +77,13 @@ impl<'g> Twins<'g> {
 
     /// Writes a table into both memories.
     fn table(&mut self, pieces: &[Piece]) -> Piece {
-        // More places than chains in flight at once.
-        let at = DATA + 0x12_0000 + (self.tables % 1024) * 0x100;
+        // More places than chains in flight at once: of long ones, than are not taken yet.
+        let at = if pieces.len() > 16 {
+            assert!(self.expected.len() < LONG_TABLES as usize);
+            DATA + 0x16_0000 + (self.tables % LONG_TABLES) * 0x4000
+        } else {
+            DATA + 0x12_0000 + (self.tables % 1024) * 0x100
+        };
         self.tables += 1;
         self.ours.table(at, pieces);
         self.theirs.table(at, pieces)
@@ -84,15 +94,17 @@ impl<'g> Twins<'g> {
         if free == 0 {
             return;
         }
+        let long = random.chance(20) && self.expected.len() < LONG_TABLES as usize;
+        let most = if long { LONG_CHAIN } else { 8 };
         let pieces = if random.chance(3) && self.ours.size() <= 1024 {
-            let mut buffers = self.pieces(random, 8);
+            let mut buffers = self.pieces(random, most);
             if self.ours.features.packed && random.chance(3) {
                 // DPDK's driver does, and nobody writes there.
                 buffers[0].flags |= WRITE;
             }
             vec![self.table(&buffers)]
         } else {
-            self.pieces(random, free.min(6))
+            self.pieces(random, free.min(most))
         };
         post_both(&mut self.drivers, &pieces, random);
         self.expected.push_back(Expected::Good);
@@ -123,7 +135,7 @@ impl<'g> Twins<'g> {
             3 => {
                 pieces = vec![self.table(&[good; 2])];
                 let (len, entries) =
-                    [(0, 0), (31, 1), (33, 2), (16 * 257, 257)][random.below(4) as usize];
+                    [(0, 0), (31, 1), (33, 2), (16 * 1025, 1025)][random.below(4) as usize];
                 pieces[0].len = len;
                 Expected::Bad(ChainError::Indirect, entries)
             }
@@ -196,8 +208,12 @@ impl<'g> Twins<'g> {
         let empty = [readable(DATA, 0)];
         self.offer(&empty, NEXT, head);
         let count = usize::from(self.ours.size());
-        self.expected
-            .push_back(Expected::Bad(ChainError::Loop, count));
+        let error = if count > MAX_CHAIN {
+            ChainError::TooManyBuffers
+        } else {
+            ChainError::Loop
+        };
+        self.expected.push_back(Expected::Bad(error, count));
     }
 
     fn offer(&mut self, pieces: &[Piece], flags: u16, next: u16) {
@@ -209,7 +225,7 @@ impl<'g> Twins<'g> {
     }
 
     fn take(&mut self) {
-        let mut windows = Windows::<'_, 256>::new();
+        let mut windows = Windows::<'_, MAX_CHAIN>::new();
         let taken = take(self.queue, self.queue.available_to(), &mut windows);
         let theirs = self.reference.take(self.theirs);
         let Some(expected) = self.expected.pop_front() else {

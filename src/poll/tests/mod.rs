@@ -1,5 +1,6 @@
 //! Passes one at a time, between scripted guests in this process: what happens when is the test's choice.
 
+mod chains;
 mod faults;
 mod hostile;
 mod kicks;
