@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use super::window::prefetch_write;
+use super::window::{prefetch, prefetch_write};
 use super::{PinnedWindow, Region, Window};
 
 /// A little-endian word of guest memory. Implemented for 16, 32 and 64 bits.
@@ -115,13 +115,7 @@ impl<T: Word> PinnedArray<T> {
     /// Asks the processor to bring a word's line near, for reading.
     #[inline(always)]
     pub fn prefetch(&self, index: usize) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let place = self.array().place(index).cast::<i8>();
-            // SAFETY: a prefetch has no architectural effect, whatever the address.
-            unsafe { _mm_prefetch(place, _MM_HINT_T0) }
-        }
+        prefetch(self.array().place(index));
     }
 
     /// The same for writing: no other core keeps the line.

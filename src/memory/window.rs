@@ -137,6 +137,8 @@ impl<'m> Window<'m> {
         // SAFETY: as in `read_bytes`, with the roles exchanged.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), dst, from.len()) }
         #[cfg(test)]
+        super::probe::wrote(dst.addr(), from.len());
+        #[cfg(test)]
         super::probe::stored();
     }
 
@@ -151,6 +153,8 @@ impl<'m> Window<'m> {
         );
         // SAFETY: both ranges are inside live mappings, checked above; `copy` allows overlap.
         unsafe { std::ptr::copy(from.ptr.as_ptr(), self.ptr.as_ptr(), len) }
+        #[cfg(test)]
+        super::probe::wrote(self.address(), len);
         #[cfg(test)]
         super::probe::stored();
     }
@@ -265,20 +269,8 @@ impl<'m> Window<'m> {
     #[inline(always)]
     pub fn prefetch(&self, offset: usize) {
         if offset < self.len {
-            #[cfg(target_arch = "x86_64")]
-            {
-                use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-                let place = self.ptr.as_ptr().wrapping_add(offset).cast::<i8>();
-                // SAFETY: a prefetch has no architectural effect, whatever the address.
-                unsafe { _mm_prefetch(place, _MM_HINT_T0) }
-            }
+            prefetch(self.ptr.as_ptr().wrapping_add(offset));
         }
-    }
-
-    /// The same at `offset`, or at the last byte if that comes before. The window must not be empty.
-    #[inline(always)]
-    pub fn prefetch_up_to(&self, offset: usize) {
-        self.prefetch(offset.min(self.len.wrapping_sub(1)));
     }
 
     /// The same for writing: no other core keeps the line.
@@ -300,9 +292,24 @@ impl<'m> Window<'m> {
     }
 }
 
+/// Asks the processor for the line at `place`, to be read.
+#[inline(always)]
+pub(super) fn prefetch<T>(place: *const T) {
+    #[cfg(test)]
+    super::probe::asked(place.addr());
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch has no architectural effect, whatever the address.
+        unsafe { _mm_prefetch(place.cast::<i8>(), _MM_HINT_T0) }
+    }
+}
+
 /// Asks the processor for the line at `place`, to be written.
 #[inline(always)]
 pub(super) fn prefetch_write<T>(place: *const T) {
+    #[cfg(test)]
+    super::probe::asked(place.addr());
     #[cfg(target_arch = "x86_64")]
     // The intrinsic becomes a prefetch for reading on the default target. Processors that do not know the instruction
     // do nothing.

@@ -5,7 +5,7 @@
 
 use arrayvec::ArrayVec;
 
-use crate::frame::{BURST_FRAMES, Burst, Frame, HEAD_BYTES, NUM_BUFFERS_AT};
+use crate::frame::{BURST_FRAMES, Burst, Frame, put_header, receive_header};
 use crate::memory::{Pieces, Window};
 use crate::stats::{DropReason, PortCounters};
 use crate::topology::{Egress, EgressQueue};
@@ -194,13 +194,13 @@ fn fill<'t>(
     counters: &PortCounters,
 ) -> Mask {
     let (mut done, mut bytes): (Mask, u64) = (0, 0);
-    let kind @ (header, _) = (claim.header(), claim.mergeable());
+    let header = claim.header();
     let frames = burst.frames();
     for (index, number) in numbers(mask).take(claim.frames()).enumerate() {
         let frame = &frames[number];
         done |= 1 << number;
         match claim.whole(index, header + frame.len as usize) {
-            Some(target) => fill_whole(&target, kind, frame, burst.payload(frame)),
+            Some(target) => fill_whole(&target, header, frame, burst.payload(frame)),
             None => fill_pieces(claim, index, frame, burst.payload(frame)),
         }
         bytes += u64::from(frame.len);
@@ -239,22 +239,16 @@ fn blank_faulted(context: &Context<'_>, burst: &Burst<'_>, claim: &mut Claim<'_>
 
 /// The usual case: the buffer is one piece of memory that holds header and frame.
 #[inline(always)]
-fn fill_whole(
-    target: &Window<'_>,
-    (header, mergeable): (usize, bool),
-    frame: &Frame<'_>,
-    payload: Pieces<'_, '_>,
-) {
+fn fill_whole(target: &Window<'_>, header: usize, frame: &Frame<'_>, payload: Pieces<'_, '_>) {
     let mut at = header + frame.head().len();
-    if mergeable && frame.has_header_in(target) {
-        target.write_bytes(header, frame.head());
-    } else if header == NET_HDR_SIZE {
-        target.write_bytes(0, frame.with_header());
+    // Two lengths that the compiler knows: a comparison of two words each.
+    let whole = receive_header(1);
+    if header == NET_HDR_SIZE {
+        put_header(target, &whole);
     } else {
-        // No `num_buffers` in it, and nothing else either.
-        target.write_bytes(0, &[0; LEGACY_NET_HDR_SIZE]);
-        target.write_bytes(header, frame.head());
+        put_header(target, &whole[..LEGACY_NET_HDR_SIZE]);
     }
+    target.write_bytes(header, frame.head());
     for piece in payload.iter() {
         let len = piece.len();
         // `target` was cut to the frame's length, which is the sum of head and payload.
@@ -296,20 +290,21 @@ fn copy_in_pieces(place: &Window<'_>, source: &Window<'_>) {
 
 /// A buffer of several pieces, or a frame over several buffers.
 fn fill_pieces(claim: &Claim<'_>, index: usize, frame: &Frame<'_>, payload: Pieces<'_, '_>) {
-    let mut private = [0_u8; NET_HDR_SIZE + HEAD_BYTES];
-    let bytes = frame.with_header();
-    private[..bytes.len()].copy_from_slice(bytes);
-    let count = claim.buffers(index).to_le_bytes();
-    let legacy = claim.header() != NET_HDR_SIZE;
-    private[NUM_BUFFERS_AT..NET_HDR_SIZE].copy_from_slice(if legacy { &[0; 2] } else { &count });
-    let mut private = &private[NET_HDR_SIZE - claim.header()..bytes.len()];
+    let header = receive_header(claim.buffers(index));
+    let (mut header, mut head) = (&header[..claim.header()], frame.head());
     let mut sources = payload.iter();
     let mut source = Window::EMPTY;
     claim.each_piece(index, |target, room| {
-        let mut filled = private.len().min(room);
+        let mut filled = header.len().min(room);
         if filled > 0 {
-            target.write_bytes(0, &private[..filled]);
-            private = &private[filled..];
+            put_header(&target, &header[..filled]);
+            header = &header[filled..];
+        }
+        let bytes = head.len().min(room - filled);
+        if bytes > 0 {
+            target.write_bytes(filled, &head[..bytes]);
+            head = &head[bytes..];
+            filled += bytes;
         }
         while filled < room {
             if source.is_empty() {

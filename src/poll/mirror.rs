@@ -4,11 +4,11 @@
 //! it has no share of a ring that is short, and there is no retry. Where there is no room it is the mirror that has missed
 //! a frame, and no port that has dropped one.
 
-use crate::frame::NUM_BUFFERS_AT;
+use crate::frame::{put_header, receive_header};
 use crate::observe::{Kind, Lane, Pen};
 use crate::switch::PortRef;
 use crate::topology::{Egress, EgressQueue};
-use crate::virtio::{Claim, NET_HDR_SIZE};
+use crate::virtio::Claim;
 use crate::wire::flow_hash;
 
 use super::deliver::BARREN_CLAIMS;
@@ -123,12 +123,11 @@ impl<'t> Delivery<'t, '_> {
 
 /// Copies header and frame into the buffers of the claim's one frame.
 fn fill(claim: &Claim<'_>, bytes: &[u8]) {
-    let mut header = [0_u8; NET_HDR_SIZE];
-    header[NUM_BUFFERS_AT..NUM_BUFFERS_AT + 2].copy_from_slice(&claim.buffers(0).to_le_bytes());
+    let header = receive_header(claim.buffers(0));
     let (mut header, mut rest) = (&header[..claim.header()], bytes);
     claim.each_piece(0, |window, room| {
         let (first, later) = header.split_at(header.len().min(room));
-        window.write_bytes(0, first);
+        put_header(&window, first);
         header = later;
         let (now, then) = rest.split_at(rest.len().min(room - first.len()));
         window.write_bytes(first.len(), now);

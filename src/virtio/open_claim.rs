@@ -35,8 +35,6 @@ pub struct Claim<'m> {
     pub(super) span: u16,
     /// Bytes of the header before each frame.
     pub(super) header: usize,
-    /// Drivers read `num_buffers` of each frame's header.
-    pub(super) mergeable: bool,
     pub(super) heads: ArrayVec<ClaimedHead<'m>, CLAIM_HEADS>,
     /// Pieces of buffers of several.
     pub(super) windows: Windows<'m, CLAIM_WINDOWS>,
@@ -55,7 +53,6 @@ impl<'m> Claim<'m> {
             position: 0,
             span: 0,
             header: NET_HDR_SIZE,
-            mergeable: false,
             bad: 0,
             unusable: 0,
             heads: ArrayVec::new(),
@@ -106,12 +103,6 @@ impl<'m> Claim<'m> {
     #[inline(always)]
     pub fn header(&self) -> usize {
         self.header
-    }
-
-    /// Whether the driver has accepted VIRTIO_NET_F_MRG_RXBUF, so that it reads each frame's header.
-    #[inline(always)]
-    pub fn mergeable(&self) -> bool {
-        self.mergeable
     }
 
     /// Number of buffers of frame `index` (`num_buffers` of its header).

@@ -4,6 +4,7 @@ mod chains;
 mod faults;
 mod hostile;
 mod kicks;
+mod lines;
 mod outcomes;
 mod owed;
 mod shares;
