@@ -199,7 +199,7 @@ class Backend(Process):
     def look(self):
         """What its polling core has done so far, or None where it does not say: a moment, time with frames and all time
         (of one unit; without the latter, seconds), and frames."""
-        if self.name == "pollux":
+        if self.name in ("pollux", "before"):
             command = [pollux_binary(), "poll", "list", "--json", "--api-socket", f"{self.dir}/api.sock"]
         elif self.name == "ovs":
             command = ["ovs-appctl", "-t", f"{self.dir}/vswitchd.ctl", "dpif-netdev/pmd-stats-show"]
@@ -208,7 +208,7 @@ class Backend(Process):
         try:
             run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=True)
             now, text = time.monotonic(), run.stdout.decode()
-            if self.name == "pollux":
+            if self.name in ("pollux", "before"):
                 thread = json.loads(text)[0]
                 return now, thread["busy_seconds"], None, thread["frames"]
             polling = text[text.index("pmd thread"):]
