@@ -116,13 +116,13 @@ impl Testpmd {
         let mut command = Command::new("stdbuf");
         command.args(["-oL", "dpdk-testpmd", "--main-lcore", "0", "--lcores"]);
         command.arg(format!("0@{helper},1@{poller}"));
-        command.args(["--no-pci", "--iova-mode", "va", "--in-memory"]);
-        // One region, one file: a frontend may share at most eight.
-        command.arg("--single-file-segments").arg("--file-prefix");
+        command.args(["--no-pci", "--iova-mode", "va", "--file-prefix"]);
         command.arg(format!("plx{}-{instance}", std::process::id()));
         if hugepages_free_mb() >= 512 {
-            command.args(["-m", "512"]);
+            // One region, one file: a frontend may share at most eight.
+            command.args(["--in-memory", "--single-file-segments", "-m", "512"]);
         } else {
+            // In one file, too; DPDK refuses `--in-memory` beside it.
             command.args(["--no-huge", "-m", "1024"]);
         }
         for vdev in &options.vdevs {
@@ -279,7 +279,7 @@ pub(crate) fn counter(port: &Counters, name: &str) -> u64 {
         .unwrap_or_else(|| panic!("no counter {name} in {port:?}"))
 }
 
-fn hugepages_free_mb() -> u64 {
+pub(crate) fn hugepages_free_mb() -> u64 {
     std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
         .ok()
         .and_then(|text| text.trim().parse::<u64>().ok())
