@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
+
 use super::guest::Guest;
 use super::pause;
 use super::process::Process;
@@ -73,7 +75,7 @@ pub(crate) fn name(mac: [u8; 6]) -> String {
 }
 
 impl Linux {
-    /// Starts one, with `dir` to talk to it through; it is not ready yet.
+    /// Starts one, with `dir` to talk to it through; it is not ready yet. `QEMU` names another program than the system's.
     pub(crate) fn start(dir: &Path, socket: &Path, options: &LinuxOptions) -> Linux {
         Linux::start_with(dir, socket, options, &[])
     }
@@ -85,7 +87,23 @@ impl Linux {
         options: &LinuxOptions,
         more: &[&str],
     ) -> Linux {
-        let mut command = Command::new(script("guest"));
+        Linux::start_by(
+            &mut Command::new(script("guest")),
+            dir,
+            socket,
+            options,
+            more,
+        )
+    }
+
+    /// The same by a command of one's own, which has an environment for instance.
+    pub(crate) fn start_by(
+        command: &mut Command,
+        dir: &Path,
+        socket: &Path,
+        options: &LinuxOptions,
+        more: &[&str],
+    ) -> Linux {
         command.arg("--dir").arg(dir);
         command.arg("--socket").arg(socket);
         command.args(["--mac", &name(LINUX)]);
@@ -109,7 +127,7 @@ impl Linux {
         }
         command.args(more);
         Linux {
-            process: Process::spawn("qemu/guest", &mut command),
+            process: Process::spawn("qemu/guest", command),
             dir: dir.to_path_buf(),
         }
     }
@@ -180,6 +198,13 @@ impl Linux {
     pub(crate) fn reboot(&self) {
         self.ask("(sleep 1; reboot -f) >/dev/null 2>&1 &");
         std::fs::remove_file(self.dir.join("ready")).expect("it was ready");
+    }
+
+    /// Ends QEMU as its user would.
+    pub(crate) fn quit(mut self) {
+        self.process.signal(Signal::TERM);
+        let status = self.process.wait(LIMIT);
+        assert!(status.is_some(), "QEMU stays{}", self.process.words());
     }
 
     /// A file that whoever loads it from the network needs.

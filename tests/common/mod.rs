@@ -12,6 +12,7 @@
 //! - [`waiters`]: what makes a call slow;
 //! - [`events`], [`holdings`]: what the daemon tells of itself, and what it holds of the system;
 //! - [`journey`]: pcap files sent through a backend by testpmd, and compared;
+//! - [`recorder`]: the messages of a frontend, written down between it and the backend;
 //! - [`capture`]: captures, and their files as tshark reads them;
 //! - [`frames`]: numbered frames in pcap files, and their comparison after a journey.
 
@@ -31,6 +32,7 @@ pub(crate) mod many;
 pub(crate) mod netboot;
 pub(crate) mod park;
 pub(crate) mod process;
+pub(crate) mod recorder;
 pub(crate) mod scene;
 pub(crate) mod testpmd;
 pub(crate) mod traffic;
