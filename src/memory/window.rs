@@ -265,6 +265,20 @@ impl<'m> Window<'m> {
         pages
     }
 
+    /// Reads a byte of every page, until `go_on` says no. A page that the file does not have yet is made.
+    pub fn touch_to_read(&self, mut go_on: impl FnMut() -> bool) {
+        let page = rustix::param::page_size();
+        let mut at = 0;
+        while at < self.len && go_on() {
+            // SAFETY: at < self.len, so inside the mapping.
+            let byte = unsafe { self.ptr.as_ptr().add(at) };
+            // SAFETY: a byte is always aligned, the mapping lives for 'm, and the access is atomic.
+            let byte = unsafe { AtomicU8::from_ptr(byte) };
+            std::hint::black_box(byte.load(Ordering::Relaxed));
+            at += page - (self.address() + at) % page;
+        }
+    }
+
     /// Asks the processor to bring the line at `offset` near, for reading. Nothing happens outside.
     #[inline(always)]
     pub fn prefetch(&self, offset: usize) {

@@ -16,6 +16,7 @@ use crate::stats::PortStats;
 use crate::switch::PortRef;
 use crate::sys::call::{CallFd, CallGuard};
 use crate::sys::eventfd::KickFd;
+use crate::sys::pages::PageGuard;
 use crate::virtio::{ReceiveQueue, TransmitQueue};
 
 /// The half of a port that anybody may hold.
@@ -31,6 +32,8 @@ pub struct PortShared {
     pub calls: Arc<CallGuard>,
     /// Messages of its frontends that had to wait, because there were too many.
     pub paced_messages: AtomicU64,
+    /// Who touches its guests' memory.
+    pub pages: PageGuard,
 }
 
 impl PortShared {
@@ -42,6 +45,7 @@ impl PortShared {
             stats: PortStats::new(),
             calls: CallGuard::new()?,
             paced_messages: AtomicU64::new(0),
+            pages: PageGuard::default(),
         }))
     }
 

@@ -12,6 +12,7 @@ pub mod eventfd;
 pub mod listen;
 pub mod memfd;
 pub mod numa;
+pub mod pages;
 pub mod peer;
 pub mod refused;
 pub mod sched;

@@ -47,9 +47,48 @@ pub fn own_cpu_time() -> Duration {
     Duration::new(time.tv_sec.unsigned_abs(), nanos)
 }
 
+/// What the calling thread has met since it started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Page faults.
+    pub faults: u64,
+    /// Times that it waited for something: in a page fault too, if that had to wait.
+    pub waits: u64,
+}
+
+/// What the calling thread has met. A system call: not for every pass.
+pub fn own_usage() -> Usage {
+    // SAFETY: all zeroes is a valid rusage.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: `usage` is valid for writing. With these arguments the call does not fail.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) };
+    let count = |n: libc::c_long| u64::try_from(n).unwrap_or(0);
+    Usage {
+        faults: count(usage.ru_minflt) + count(usage.ru_majflt),
+        waits: count(usage.ru_nvcsw),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn faults_and_waits_of_the_thread_are_counted() {
+        const PAGES: usize = 64;
+        let before = own_usage();
+        // More than the allocator keeps: new pages.
+        let mut memory = vec![0_u8; 64 << 20];
+        (0..PAGES).for_each(|page| memory[page << 19] = 1);
+        let touched = own_usage();
+        assert_eq!(std::hint::black_box(memory)[0], 1);
+        assert!(
+            touched.faults >= before.faults + PAGES as u64,
+            "{touched:?}"
+        );
+        std::thread::sleep(Duration::from_millis(1));
+        assert!(own_usage().waits > touched.waits);
+    }
 
     #[test]
     fn a_busy_thread_has_run() {
