@@ -171,6 +171,12 @@ impl<'t> Burst<'t> {
             && self.bytes < BURST_BYTES
     }
 
+    /// Nothing more is to be taken: [`Burst::has_room`] says no until it is cleared. The bytes are counted before.
+    #[inline(always)]
+    pub fn close(&mut self) {
+        self.bytes |= BURST_BYTES;
+    }
+
     /// Bytes of the frames.
     #[inline(always)]
     pub fn bytes(&self) -> u32 {

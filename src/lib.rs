@@ -22,6 +22,7 @@
 //! | thread | count | does | may block? |
 //! |---|---|---|---|
 //! | `poll-N` | n, pinned by `--poll-cpus` | passes over the transmit queues it owns; delivers into any port | never: no lock, allocation, channel, log; no system call but one batch of calls a pass, the idle sleep, and a look at its own CPU time once a second and where a pass is long anyway |
+//! | `poll-slow` | 1, made when needed | the same for ports whose memory is slow to touch (`sys::pages`) | in page faults of these, never behind a claim of others' |
 //! | `session-NAME` | one per connected frontend | the blocking vhost-user conversation, and the commands of its guest's driver | yes, only its own VM waits |
 //! | control | 1, an event loop | sockets, reconnection, signals, commands; owns the registry; the only publisher | briefly |
 //! | `reaper` | 1 | drops retired views: munmap in steps of 2 MiB, close | yes |
@@ -148,6 +149,14 @@
 //! else holds it, so calls are the completions of kernel AIO requests, one `io_submit` a pass ([`sys::aio`]). A frontend can
 //! still make a signal slow by hanging thousands of waiters on it: each batch is timed, and a port whose slow signals
 //! have cost 0.5 ms leaves its calls to its session ([`sys::call`]).
+//!
+//! # Memory that is slow to touch
+//!
+//! A page fault takes as long as whoever owns the page likes. A poll thread cannot foresee one, so it notices: a pass that
+//! was long and had page faults alarms it, and then every step is timed and charged to the port whose memory was
+//! touched in it (`poll::watch`). A port that has cost more than 50 ms ([`sys::pages`]) goes to `poll-slow`: that thread
+//! owns its transmit queues, and others copy what they have for it into buffers of their own for that thread
+//! ([`topology::detour`]). Towards healthy receivers it copies each frame into private memory before it claims anything.
 //!
 //! # Modules
 //!

@@ -70,6 +70,8 @@ drop_reasons! {
     RxMemoryFault = "rx_memory_fault", Rx;
     /// The sender's buffer is in guest memory that the switch cannot map.
     RxMemoryUnusable = "rx_memory_unusable", Rx;
+    /// The sender's memory is slow to touch: the poll thread that found that has read no more of it.
+    RxMemorySlow = "rx_memory_slow", Rx;
     /// Multicast, broadcast or zero source address.
     RxBadSource = "rx_bad_source", Rx;
     /// The destination is behind the port that the frame came from.
@@ -94,6 +96,8 @@ drop_reasons! {
     EgressRingBroken = "egress_ring_broken", Tx;
     /// The receiver's memory could not be written: its file was truncated, or its file system is full.
     EgressMemoryFault = "egress_memory_fault", Tx;
+    /// The receiver's memory is slow to touch, and the thread that serves such ports has fallen behind.
+    EgressMemorySlow = "egress_memory_slow", Tx;
 }
 
 /// What one poll thread counted at one port.
@@ -286,6 +290,10 @@ pub struct ThreadStats {
     pub calls_refused: Counter,
     /// Times chains were completed although another thread's claim before their frames was still open.
     pub completed_early: Counter,
+    /// Page faults in guests' memory that were slow: see `poll::watch`.
+    pub slow_faults: Counter,
+    /// Nanoseconds that these took.
+    pub slow_faults_ns: Counter,
     /// Nanoseconds in passes during which the thread had no CPU, as far as it noticed: see `poll`.
     pub off_cpu_ns: Counter,
     /// Length of the passes that found work, in nanoseconds on the CPU.

@@ -15,7 +15,12 @@ use crate::switch::PortRef;
 use crate::switch::fdb::Fdb;
 use crate::sys::call::CallFd;
 use crate::sys::eventfd::KickFd;
+use crate::sys::pages::Pace;
 use crate::virtio::{ReceiveQueue, TransmitQueue};
+
+pub mod detour;
+
+use detour::Detour;
 
 /// A receive queue that frames may be delivered into.
 #[derive(Debug)]
@@ -37,8 +42,12 @@ pub struct Egress {
     pub shared: Arc<PortShared>,
     /// The receiver's memory; `None` without a session.
     pub memory: Option<Arc<GuestMemory>>,
-    /// Started and enabled receive queues; empty while the port cannot receive.
+    /// Started and enabled receive queues; empty while the port cannot receive, or not from any poll thread.
     pub queues: Box<[EgressQueue]>,
+    /// Those of a port whose memory is slow to touch, or was until now.
+    pub slow_queues: Box<[EgressQueue]>,
+    /// Who may touch its memory: `Marked` is for control alone, and counts as `Normal` here.
+    pub pace: Pace,
     /// What it was made of, and who owns the queues of each pair: if both are the same, it serves the next topology, too.
     device: Option<Arc<Device>>,
     owners: Box<[Option<usize>]>,
@@ -98,6 +107,8 @@ pub struct Topology {
     pub fdb: Arc<Fdb>,
     /// Whoever looks on; `None` without any observer.
     pub taps: Option<Taps>,
+    /// The way to ports whose memory is slow to touch; `None` without any.
+    pub detour: Option<Arc<Detour>>,
     /// By poll thread: since when there is something published that it has not acknowledged.
     pub since: Box<[Instant]>,
 }
@@ -154,7 +165,7 @@ impl Topology {
                 touch(old);
             }
         }
-        let ready = |egress: &&Arc<Egress>| !egress.queues.is_empty();
+        let ready = |egress: &&Arc<Egress>| !egress.receive_queues().is_empty();
         let flood = ports.iter().flatten().filter(ready);
         Topology {
             flood: flood.map(|egress| egress.reference.slot).collect(),
@@ -162,7 +173,18 @@ impl Topology {
             ports: ports.into(),
             fdb,
             taps: None,
+            detour: None,
             since,
+        }
+    }
+
+    /// The same with a way to ports whose memory is slow to touch, if it has any.
+    pub fn with_detour(self, detour: Option<&Arc<Detour>>) -> Self {
+        let mut ports = self.ports.iter().flatten();
+        let any = ports.any(|port| port.pace != Pace::Normal);
+        Topology {
+            detour: detour.filter(|_| any).cloned(),
+            ..self
         }
     }
 
@@ -233,17 +255,33 @@ fn receive_queues(entry: &PortEntry) -> impl Iterator<Item = (u16, &Receive)> {
 }
 
 impl Egress {
+    /// The receive queues, whoever may deliver into them.
+    pub fn receive_queues(&self) -> &[EgressQueue] {
+        match self.pace {
+            Pace::Normal | Pace::Marked => &self.queues,
+            Pace::Slow | Pace::Returning => &self.slow_queues,
+        }
+    }
+
     fn new(entry: &PortEntry, owner: impl Fn(u16) -> Option<usize>) -> Self {
         let queues = receive_queues(entry).map(|(pair, receive)| EgressQueue {
             queue: receive.queue.clone(),
             call: receive.call.clone(),
             pair,
         });
+        let queues: Box<[EgressQueue]> = queues.collect();
+        let pace = pace(&entry.shared);
+        let (queues, slow_queues) = match pace {
+            Pace::Normal | Pace::Marked => (queues, Box::default()),
+            Pace::Slow | Pace::Returning => (Box::default(), queues),
+        };
         Egress {
             reference: entry.shared.reference,
             shared: entry.shared.clone(),
             memory: entry.device.as_ref().map(|device| device.memory.clone()),
-            queues: queues.collect(),
+            queues,
+            slow_queues,
+            pace,
             device: entry.device.clone(),
             owners: pairs(entry).map(owner).collect(),
         }
@@ -258,7 +296,16 @@ impl Egress {
         };
         device
             && Arc::ptr_eq(&self.shared, &entry.shared)
+            && self.pace == pace(&entry.shared)
             && pairs(entry).map(owner).eq(self.owners.iter().copied())
+    }
+}
+
+/// Who may touch a port's memory, as control has decided.
+fn pace(port: &PortShared) -> Pace {
+    match port.pages.pace() {
+        Pace::Marked => Pace::Normal,
+        other => other,
     }
 }
 

@@ -84,6 +84,12 @@ pub struct PortView {
     /// Who signals its drivers.
     #[serde(default)]
     pub calls: CallMode,
+    /// How fast its guest's memory is to touch.
+    #[serde(default)]
+    pub memory: MemoryPace,
+    /// Seconds for which it has been slow; null while it is not.
+    #[serde(default)]
+    pub memory_slow_seconds: Option<f64>,
     /// What went through.
     pub statistics: PortStatistics,
 }
@@ -122,6 +128,17 @@ pub enum CallMode {
     Direct,
     /// The port's session, because signalling its descriptors is slow.
     Deferred,
+}
+
+/// How fast a guest's memory is to touch, and so who serves its port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryPace {
+    /// As fast as others': any poll thread.
+    #[default]
+    Normal,
+    /// Slow: a thread that only such ports share.
+    Slow,
 }
 
 /// What a connected frontend has set up.
@@ -207,7 +224,7 @@ pub struct RingView {
 }
 
 /// Counters of a port.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PortStatistics {
     /// From the guest into the switch.
     pub rx: DirectionStatistics,
@@ -231,6 +248,12 @@ pub struct PortStatistics {
     /// Messages of the port's frontends that had to wait: more than a start-up needs came at once.
     #[serde(default)]
     pub paced_messages: u64,
+    /// Page faults in the memory of the port's guests that were slow.
+    #[serde(default)]
+    pub slow_faults: u64,
+    /// How long threads waited for these.
+    #[serde(default)]
+    pub slow_fault_seconds: f64,
 }
 
 /// Counters of one direction.
@@ -330,7 +353,7 @@ pub struct FdbStatistics {
 }
 
 /// A port's counters, without its session.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PortCounters {
     /// The port.
     pub name: String,
@@ -386,6 +409,10 @@ pub enum EventKind {
     RingBroken,
     /// Guest memory was shared, changed or taken away.
     MemoryChanged,
+    /// A guest's memory is slow to touch: its port has a thread that only such ports share.
+    MemorySlow,
+    /// It is not slow any more.
+    MemoryNormal,
     /// A poll thread did not acknowledge in time, does so again, begins or ends.
     PollThread,
     /// A transmit queue goes to another poll thread.

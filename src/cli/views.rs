@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 
 use super::text::{Table, escape, seconds, short, timestamp};
 use crate::api::types::{
-    CallMode, DirectionStatistics, Event, FdbEntry, Latency, MovingAddress, PollSettings,
-    PollState, PollThreadView, PortStatistics, PortView, RingDirection, RingKind, RingState,
-    RingView, SecondFrontend, SessionView, StatsView,
+    CallMode, DirectionStatistics, Event, FdbEntry, Latency, MemoryPace, MovingAddress,
+    PollSettings, PollState, PollThreadView, PortStatistics, PortView, RingDirection, RingKind,
+    RingState, RingView, SecondFrontend, SessionView, StatsView,
 };
 
 /// Regions that cannot be used and are named; all of them are in the JSON.
@@ -48,6 +48,7 @@ pub(super) fn port(port: &PortView) -> String {
         if port.ring_reset { "offered" } else { "off" },
     );
     line("calls", &calls(port));
+    line("memory", &memory(port));
     if let Some(second) = &port.second_frontend {
         line("second frontend", &second_frontend(second));
     }
@@ -92,6 +93,23 @@ fn moving_address(moving: &MovingAddress) -> String {
         "{} to and from {}, {} times: in use twice?",
         moving.mac, moving.other_port, moving.moves
     )
+}
+
+fn memory(port: &PortView) -> String {
+    let statistics = &port.statistics;
+    let faults = format!(
+        "{} page faults took {}",
+        statistics.slow_faults,
+        seconds(statistics.slow_fault_seconds)
+    );
+    match port.memory {
+        MemoryPace::Normal if statistics.slow_faults == 0 => "normal".to_string(),
+        MemoryPace::Normal => format!("normal; {faults}"),
+        MemoryPace::Slow => format!(
+            "slow to touch, served by poll-slow for {}; {faults}",
+            seconds(port.memory_slow_seconds.unwrap_or(0.0))
+        ),
+    }
 }
 
 fn session_lines(session: &SessionView, line: &mut impl FnMut(&str, &str)) {
@@ -277,7 +295,11 @@ pub(super) fn poll_threads(threads: &[PollThreadView]) -> String {
     for thread in threads {
         let p99 = |latency: &Latency| seconds(latency.p99_seconds);
         table.row([
-            thread.thread.to_string(),
+            if thread.slow_ports {
+                format!("{} slow", thread.thread)
+            } else {
+                thread.thread.to_string()
+            },
             thread.cpu.map_or("-".to_string(), |cpu| cpu.to_string()),
             match thread.state {
                 PollState::Busy => "busy".to_string(),

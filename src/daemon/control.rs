@@ -59,7 +59,7 @@ pub(super) struct Control {
     /// Where the records of packed rings are.
     ring_state: Option<PathBuf>,
     pub(super) rebalance: Rebalance,
-    balance: Balance,
+    pub(super) balance: Balance,
     next_housekeeping: Instant,
     /// How long ports took to be added and removed.
     pub(super) times: OperationTimes,
@@ -162,6 +162,7 @@ impl Control {
         for due in due.into_iter().flatten() {
             next = next.min(due);
         }
+        self.look_at_marks();
         self.registry.publish();
         let moving = self.registry.finish_moves();
         if self.registry.retire() || moving {
@@ -233,6 +234,7 @@ impl Control {
         self.look_at_moves(now);
         self.end_second_frontends(now);
         self.rebalance();
+        self.look_at_slow_ports();
         self.sessions.retain(|thread| !thread.is_finished());
         for record in &mut self.registry.ports {
             let Some(session) = &mut record.session else {
@@ -368,32 +370,6 @@ impl Control {
             }
         }
         (!self.late.is_empty()).then_some(self.late_at)
-    }
-
-    /// Once a second: what is learned about loads, and the move that follows from it, if rebalancing is on.
-    fn rebalance(&mut self) {
-        self.registry.look_at_loads();
-        if self.rebalance == Rebalance::Off {
-            return;
-        }
-        let (threads, queues) = (self.registry.thread_loads(), self.registry.candidates());
-        let Some(advice) = self.balance.advise(&threads, &queues) else {
-            return;
-        };
-        let mut ports = self.registry.ports.iter();
-        let port = ports.find(|record| record.shared.reference == advice.key.port);
-        let Some(port) = port.map(|record| record.shared.clone()) else {
-            return;
-        };
-        let pair = advice.key.pair;
-        if self
-            .registry
-            .move_queues(port.name(), Some(pair), advice.to, None)
-            .is_ok()
-        {
-            self.report
-                .moved(&port, Some(pair), advice.to, &advice.reason);
-        }
     }
 
     /// Where the packed rings of a port keep what they need after a restart.

@@ -3,6 +3,7 @@
 //! | thread | does | may block? |
 //! |---|---|---|
 //! | `poll-N` | passes over its transmit queues; delivers into any port | never |
+//! | `poll-slow` | the same for ports whose memory is slow to touch | in their page faults |
 //! | `session-NAME` | the vhost-user conversation with one frontend | yes, only its own VM waits |
 //! | control (the caller of [`run`]) | sockets, timers, signals, commands; the only publisher | briefly |
 //! | `reaper` | drops retired views: munmap, close | yes |
@@ -32,6 +33,7 @@ mod polling;
 mod port;
 mod registry;
 mod report;
+mod slow;
 mod socket;
 mod stations;
 mod streams;

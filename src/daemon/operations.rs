@@ -125,6 +125,7 @@ impl Control {
             door,
             placement: self.registry.place(&shared.spec.poll, None, queues),
             placed_by_hand: false,
+            slow: None,
             queues,
             session: None,
             waiting: None,
@@ -245,6 +246,7 @@ impl Control {
                 // A running session keeps the threads of the pairs it has.
                 let keep = record.placement.len().min(placed.len());
                 record.placement.extend_from_slice(&placed[keep..]);
+                record.stay_slow(keep);
             }
             let text = format!("{queues} queue pairs are offered from the next session on");
             report.port(&record.shared, EventKind::PortChanged, text);

@@ -164,13 +164,31 @@ impl Registry {
             Place::On(thread) => there(*thread),
             Place::Between { .. } => true,
         });
-        if record.placed_by_hand || settled || !self.polls.staying().any(there) {
+        if record.placed_by_hand
+            || record.slow.is_some()
+            || settled
+            || !self.polls.staying().any(there)
+        {
             return;
         }
         // Its own queues must not count as somebody else's.
         let pairs = std::mem::take(&mut self.ports[at].placement).len();
         let pairs = u16::try_from(pairs).unwrap_or(u16::MAX);
         self.ports[at].placement = self.place(&port.spec.poll, node, pairs);
+    }
+
+    /// Why a thread cannot be given queues or removed by an operator, if so.
+    fn not_among_all(&self, number: usize) -> Option<ControlError> {
+        if self.polls.staying().any(|thread| thread == number) {
+            return None;
+        }
+        if self.slow.thread != Some(number) {
+            return Some(no_thread(number));
+        }
+        let text = format!(
+            "poll thread {number} is poll-slow: it serves ports whose guests' memory is slow to touch, and no others"
+        );
+        Some(ControlError::Conflict { text })
     }
 
     /// Moves one queue pair of a port, or all, to a thread; `reply` is answered when it owns them.
@@ -181,14 +199,19 @@ impl Registry {
         to: usize,
         reply: Option<Reply<Moved>>,
     ) -> Result<(), (ControlError, Option<Reply<Moved>>)> {
-        if !self.polls.staying().any(|thread| thread == to) {
-            return Err((no_thread(to), reply));
+        if let Some(error) = self.not_among_all(to) {
+            return Err((error, reply));
         }
         let Some(record) = self.find(name) else {
             return Err((ControlError::no_port(name), reply));
         };
         let port = record.shared.clone();
-        let error = if pair.is_some_and(|pair| usize::from(pair) >= record.placement.len()) {
+        let error = if record.slow.is_some() {
+            let text = format!(
+                "port {name:?} is served by poll-slow as long as its guest's memory is slow to touch"
+            );
+            Some(ControlError::Conflict { text })
+        } else if pair.is_some_and(|pair| usize::from(pair) >= record.placement.len()) {
             let pairs = record.placement.len();
             Some(ControlError::BadArgument(format!(
                 "port {name:?} has queue pairs 0 to {}",
@@ -205,21 +228,38 @@ impl Registry {
         if let Some(error) = error {
             return Err((error, reply));
         }
+        self.send_queues(
+            &port,
+            |number| pair.is_none_or(|pair| pair == number),
+            to,
+            reply,
+        );
+        Ok(())
+    }
+
+    /// Sends those of a port's queue pairs that are `wanted` to a thread; `reply` is answered when it owns them.
+    pub(super) fn send_queues(
+        &mut self,
+        port: &Arc<PortShared>,
+        wanted: impl Fn(u16) -> bool,
+        to: usize,
+        reply: Option<Reply<Moved>>,
+    ) {
         let mut pairs = Vec::new();
-        for (number, place) in record.placement.iter_mut().enumerate() {
-            let number = u16::try_from(number).unwrap_or(u16::MAX);
-            if pair.is_none_or(|pair| pair == number) && place.leave_for(to) {
-                pairs.push(number);
+        if let Some(record) = self.find_registration(port) {
+            for (number, place) in (0_u16..).zip(&mut record.placement) {
+                if wanted(number) && place.leave_for(to) {
+                    pairs.push(number);
+                }
             }
         }
         self.touch();
         self.moves.moves.push(Move {
-            port,
+            port: port.clone(),
             pairs,
             step: HandOver::new(to),
             reply,
         });
-        Ok(())
     }
 
     /// Starts a poll thread on a CPU, or unpinned.
@@ -255,8 +295,8 @@ impl Registry {
         number: usize,
         reply: Reply<()>,
     ) -> Result<(), (ControlError, Reply<()>)> {
-        if !self.polls.staying().any(|thread| thread == number) {
-            return Err((no_thread(number), reply));
+        if let Some(error) = self.not_among_all(number) {
+            return Err((error, reply));
         }
         if self.polls.staying().count() == 1 {
             let text = format!("poll thread {number} is the last one; somebody must poll");

@@ -1,6 +1,7 @@
 //! The poll threads as control sees them: start, kick registration, wake-ups, stop.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
@@ -110,8 +111,26 @@ impl PollThreads {
         let Some(reader) = self.spare_reader() else {
             return Err(DaemonError::TooManyThreads(self.threads.len() + 1));
         };
+        let shared = PollShared::new(idle.unwrap_or(self.idle));
+        self.start_with(reader, cpu, shared)
+    }
+
+    /// Starts the thread that serves ports whose memory is slow to touch.
+    pub(super) fn start_slow(&mut self) -> Result<usize, DaemonError> {
+        let Some(reader) = self.spare_reader() else {
+            return Err(DaemonError::TooManyThreads(self.threads.len() + 1));
+        };
+        self.start_with(reader, None, PollShared::slow())
+    }
+
+    fn start_with(
+        &mut self,
+        reader: Reader<Topology>,
+        cpu: Option<usize>,
+        shared: io::Result<PollShared>,
+    ) -> Result<usize, DaemonError> {
         let number = reader.index();
-        match self.start_one(reader, cpu, idle.unwrap_or(self.idle)) {
+        match self.start_one(reader, cpu, shared) {
             Ok(thread) => {
                 self.threads.insert(number, thread);
                 Ok(number)
@@ -143,7 +162,10 @@ impl PollThreads {
 
     /// Threads that may be given queues.
     pub(super) fn staying(&self) -> impl Iterator<Item = usize> + '_ {
-        let staying = self.threads.iter().filter(|(_, thread)| !thread.leaving);
+        let staying = self
+            .threads
+            .iter()
+            .filter(|(_, thread)| !thread.leaving && !thread.shared.is_slow());
         staying.map(|(number, _)| *number)
     }
 
@@ -298,15 +320,16 @@ impl PollThreads {
         &self,
         reader: Reader<Topology>,
         cpu: Option<usize>,
-        idle: IdlePolicy,
+        shared: io::Result<PollShared>,
     ) -> Result<PollThread, (DaemonError, Option<Reader<Topology>>)> {
         let index = reader.index();
         // All that may not be had comes first: a thread that cannot start must leave its reader for another one.
-        let needs = PollShared::new(idle).and_then(|shared| Ok((Arc::new(shared), Caller::new()?)));
+        let needs = shared.and_then(|shared| Ok((Arc::new(shared), Caller::new()?)));
         let (shared, caller) = match needs {
             Ok(needs) => needs,
             Err(error) => return Err((DaemonError::System(error), Some(reader))),
         };
+        shared.report_to(self.wake.clone());
         let poller = Poller::with(caller, shared.clone(), reader, self.epoch);
         let (give, given) = crossbeam_channel::bounded::<Poller>(1);
         let (tid, removed) = (
@@ -316,7 +339,12 @@ impl PollThreads {
         let (started, answer) = crossbeam_channel::bounded(1);
         let (own_tid, own_removed) = (tid.clone(), removed.clone());
         let (commands, wake) = (self.commands.clone(), self.wake.clone());
-        let spawned = thread::spawn(format!("poll-{index}"), move || {
+        let name = if shared.is_slow() {
+            "poll-slow".to_string()
+        } else {
+            format!("poll-{index}")
+        };
+        let spawned = thread::spawn(name, move || {
             let Ok(poller) = given.recv() else {
                 return;
             };

@@ -7,9 +7,35 @@ use crate::api::ControlError;
 use crate::api::types::{
     Moved, PollAdd, PollMove, PollSettings, PollSettingsPatch, PollThreadView,
 };
-use crate::config::IdlePolicy;
+use crate::config::{IdlePolicy, Rebalance};
 
 impl Control {
+    /// Once a second: what is learned about loads, and the move that follows from it, if rebalancing is on.
+    pub(super) fn rebalance(&mut self) {
+        self.registry.look_at_loads();
+        if self.rebalance == Rebalance::Off {
+            return;
+        }
+        let (threads, queues) = (self.registry.thread_loads(), self.registry.candidates());
+        let Some(advice) = self.balance.advise(&threads, &queues) else {
+            return;
+        };
+        let mut ports = self.registry.ports.iter();
+        let port = ports.find(|record| record.shared.reference == advice.key.port);
+        let Some(port) = port.map(|record| record.shared.clone()) else {
+            return;
+        };
+        let pair = advice.key.pair;
+        if self
+            .registry
+            .move_queues(port.name(), Some(pair), advice.to, None)
+            .is_ok()
+        {
+            self.report
+                .moved(&port, Some(pair), advice.to, &advice.reason);
+        }
+    }
+
     pub(super) fn add_thread(&mut self, order: PollAdd) -> Result<PollThreadView, ControlError> {
         let view = self.registry.add_thread(order)?;
         let on = view
@@ -89,10 +115,9 @@ impl Control {
         let polls = &mut self.registry.polls;
         let Some(number) = thread else {
             polls.idle = idle;
-            polls
-                .threads
-                .values()
-                .for_each(|thread| thread.shared.set_idle(idle));
+            let usual = |thread: &&super::pollers::PollThread| !thread.shared.is_slow();
+            let threads = polls.threads.values().filter(usual);
+            threads.for_each(|thread| thread.shared.set_idle(idle));
             self.report
                 .polling(format!("poll threads without work: {idle}"));
             return Ok(());

@@ -11,6 +11,7 @@ use super::handover::Place;
 use super::link::Link;
 use super::pace::{Messages, Pace};
 use super::report::Reports;
+use super::slow::Slowness;
 use super::socket::Listener;
 use super::stations::Stations;
 use crate::port::{Device, PortShared, Transmit};
@@ -50,6 +51,8 @@ pub(super) struct PortRecord {
     pub(super) placement: Vec<Place>,
     /// The operator has placed its queues.
     pub(super) placed_by_hand: bool,
+    /// Its guest's memory is slow to touch.
+    pub(super) slow: Option<Slowness>,
     /// Queue pairs that the next session is offered.
     pub(super) queues: u16,
     pub(super) session: Option<SessionHandle>,
@@ -85,6 +88,15 @@ impl PortRecord {
         PortEntry {
             shared: self.shared.clone(),
             device: self.device.clone(),
+        }
+    }
+
+    /// The queue pairs from `first` on were placed anew: those of a slow port go where its others are.
+    pub(super) fn stay_slow(&mut self, first: usize) {
+        if self.slow.is_some()
+            && let Some(place) = self.placement.first().copied()
+        {
+            self.placement[first..].fill(place);
         }
     }
 

@@ -16,6 +16,7 @@ use super::observers::{Names, ObserverRecord, PORT_REMOVED, Unread};
 use super::placement::Moves;
 use super::pollers::PollThreads;
 use super::port::PortRecord;
+use super::slow::SlowPorts;
 use crate::port::PortShared;
 use crate::stats::MAX_POLL_THREADS;
 use crate::switch::PortRef;
@@ -50,6 +51,8 @@ pub(super) struct Registry {
     /// Queues and threads that change hands.
     pub(super) moves: Moves,
     pub(super) loads: Loads,
+    /// Who serves ports whose memory is slow to touch.
+    pub(super) slow: SlowPorts,
     /// Captures, traces, mirrors.
     pub(super) observers: Vec<ObserverRecord>,
     /// Those that were taken out and are still read.
@@ -86,6 +89,7 @@ impl Registry {
             epoch,
             moves: Moves::default(),
             loads: Loads::default(),
+            slow: SlowPorts::default(),
             observers: Vec::new(),
             unread: Vec::new(),
             observed: 0,
@@ -198,6 +202,7 @@ impl Registry {
         let node = device.as_ref().and_then(|device| device.numa_node);
         record.device = device;
         if first {
+            link.port.pages.begin_count();
             self.place_near(&link.port, node);
         }
         self.posts.push((link.clone(), post));
@@ -231,7 +236,8 @@ impl Registry {
         let topology = Topology::succeed(Some(before), &entries, since, fdb, placement);
         let observers = self.observers.iter();
         let observers: Vec<_> = observers.map(|record| record.observer.clone()).collect();
-        let mut topology = topology.with_observers(&observers);
+        let topology = topology.with_observers(&observers);
+        let mut topology = topology.with_detour(self.slow.detour.as_ref());
         self.polls.prepare(before, &topology);
         // As late as can be: a control thread that loses its processor here is no poll thread's delay.
         topology.since = self.waiting_since(Instant::now());

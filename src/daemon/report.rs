@@ -24,7 +24,10 @@ pub(super) fn reports(now: Instant) -> Reports {
 
 /// Whether everything of this kind is a warning.
 fn warns(kind: EventKind) -> bool {
-    matches!(kind, EventKind::RingBroken | EventKind::SessionRefused)
+    matches!(
+        kind,
+        EventKind::RingBroken | EventKind::SessionRefused | EventKind::MemorySlow
+    )
 }
 
 /// Where events go.

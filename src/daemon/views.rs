@@ -13,8 +13,8 @@ use super::port::{Door, PortRecord};
 use super::registry::Registry;
 use crate::api::types::{
     CallMode, DirectionStatistics, FdbAdd, FdbEntry, FdbStatistics, Latency, LatencyBucket,
-    PollState, PollThreadView, PortCounters, PortState, PortStatistics, PortView, QueueRef,
-    RingDirection, RingKind, RingState, RingView, SessionView, StatsView, UnusableMemory,
+    MemoryPace, PollState, PollThreadView, PortCounters, PortState, PortStatistics, PortView,
+    QueueRef, RingDirection, RingKind, RingState, RingView, SessionView, StatsView, UnusableMemory,
 };
 use crate::api::{ControlError, What};
 use crate::log;
@@ -57,6 +57,15 @@ pub(super) fn port(record: &PortRecord, fdb: &Fdb) -> PortView {
             Way::Deferred => CallMode::Deferred,
             Way::Batch | Way::Alone => CallMode::Direct,
         },
+        memory: if record.slow.is_some() {
+            MemoryPace::Slow
+        } else {
+            MemoryPace::Normal
+        },
+        memory_slow_seconds: record
+            .slow
+            .as_ref()
+            .map(|slowness| slowness.since.elapsed().as_secs_f64()),
         statistics: statistics(&record.shared, fdb),
     }
 }
@@ -224,6 +233,8 @@ fn statistics(port: &PortShared, fdb: &Fdb) -> PortStatistics {
         slow_calls: port.calls.slow(),
         deferred_calls: port.calls.deferred(),
         paced_messages: port.paced_messages.load(Ordering::Relaxed),
+        slow_faults: port.pages.faults(),
+        slow_fault_seconds: port.pages.cost().as_secs_f64(),
     }
 }
 
@@ -345,6 +356,9 @@ pub(super) fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
             Some(_) if overdue.is_some() => PollState::Overdue,
             Some(_) => PollState::Busy,
         },
+        slow_ports: thread.shared.is_slow(),
+        slow_faults: stats.slow_faults.get(),
+        slow_fault_seconds: stats.slow_faults_ns.get() as f64 / 1e9,
         idle: thread.shared.idle(),
         overdue_seconds: overdue.map(|waited| waited.as_secs_f64()),
         passes: stats.passes.get(),

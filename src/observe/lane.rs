@@ -191,30 +191,34 @@ fn write_ring(
     extra: &[u8],
     content: &Content<'_, '_>,
 ) -> bool {
-    let captured = record.captured as usize;
-    if producer.slots() < RECORD_HEAD + captured {
+    let len = record.captured as usize - extra.len();
+    write_whole(producer, [&record.encode(), extra], content, len)
+}
+
+/// Writes `heads` and the first `len` bytes of a frame; `false` where there is no room for all of that.
+pub fn write_whole(
+    producer: &mut Producer<u8>,
+    heads: [&[u8]; 2],
+    content: &Content<'_, '_>,
+    len: usize,
+) -> bool {
+    if producer.slots() < heads.iter().map(|head| head.len()).sum::<usize>() + len {
         return false;
     }
     // There is room for all of it, so none of the pushes fails; the reader waits until the whole record is there.
     let push = |producer: &mut Producer<u8>, bytes: &[u8]| {
         let _ = producer.push_entire_slice(bytes);
     };
-    push(producer, &record.encode());
-    push(producer, extra);
-    content.pieces(
-        producer,
-        captured - extra.len(),
-        push,
-        |producer, window| {
-            let Ok(mut chunk) = producer.write_chunk(window.len()) else {
-                return;
-            };
-            let (first, second) = chunk.as_mut_slices();
-            window.read_bytes(0, first);
-            window.read_bytes(first.len(), second);
-            chunk.commit_all();
-        },
-    );
+    heads.iter().for_each(|head| push(producer, head));
+    content.pieces(producer, len, push, |producer, window| {
+        let Ok(mut chunk) = producer.write_chunk(window.len()) else {
+            return;
+        };
+        let (first, second) = chunk.as_mut_slices();
+        window.read_bytes(0, first);
+        window.read_bytes(first.len(), second);
+        chunk.commit_all();
+    });
     true
 }
 

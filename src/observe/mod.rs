@@ -38,7 +38,7 @@ use crate::switch::PortRef;
 use pen::Ending;
 
 pub use filter::{Filter, FilterError};
-pub use lane::{Content, Counts, Lane, Pen, Reader};
+pub use lane::{Content, Counts, Lane, Pen, Reader, write_whole};
 pub use record::{RECORD_HEAD, Record, What};
 pub use time::{WallClock, since_1970};
 

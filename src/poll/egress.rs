@@ -13,10 +13,12 @@ use crate::virtio::{Claim, FullBarrier, NoClaim};
 
 use super::context::Context;
 use super::deliver::{Left, Mask, Target, numbers};
+use super::detour::Detoured;
 use super::lanes::{lanes, matching};
 use super::notify::{CALLS, signal};
 use super::owed::Owed;
 use super::tap::{Lost, Tap};
+use super::watch::Watch;
 
 /// Copies of one pass after which calls are made and no more is taken: a flood to 500 ports is 500.
 const PASS_COPIES: u32 = 4096;
@@ -37,6 +39,7 @@ pub(super) struct Tools<'p> {
     pub(super) clock: &'p quanta::Clock,
     /// How long a chain waits for another thread's open claim, in nanoseconds.
     pub(super) hold_ns: u64,
+    pub(super) watch: &'p mut Watch,
 }
 
 /// Receive queues delivered to since calls were last made, and whether their publish is to be repeated.
@@ -85,6 +88,8 @@ pub(super) struct Delivery<'t, 'p> {
     held: Burst<'t>,
     /// Egress slot of each held frame.
     held_for: ArrayVec<u16, BURST_FRAMES>,
+    /// The way of frames to ports whose memory is slow.
+    pub(super) detour: Option<Detoured<'t>>,
     copies: u32,
     /// The pass has made all the copies it may.
     spent: bool,
@@ -95,6 +100,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
         let plan = &topology.plans[thread];
         let faults = Faults::now();
         let faulted = plan.queues.iter().any(|queue| queue.memory.faulted());
+        let is_slow = tools.watch.is_slow();
         Delivery {
             context: Context {
                 topology,
@@ -110,6 +116,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
             completed: ArrayVec::new(),
             held: Burst::new(),
             held_for: ArrayVec::new(),
+            detour: Detoured::new(topology, thread, is_slow),
             copies: 0,
             spent: false,
         }
@@ -168,19 +175,36 @@ impl<'t, 'p> Delivery<'t, 'p> {
         let Some(port) = self.context.topology.port(slot).filter(|_| mask != 0) else {
             return;
         };
+        if self.tools.watch.is_alarmed() {
+            return self.send_watched(burst, port, mask);
+        }
         match &*port.queues {
-            [] => {
-                let reason = DropReason::EgressNotReady;
-                self.context.drop_egress((port, None), reason, burst, mask);
-            }
+            [] => self.send_elsewhere(burst, port, mask),
             [queue] => self.send_to(burst, port, queue, mask),
             _ => self.spread(burst, port, mask),
         }
     }
 
+    /// The same while steps are timed: what touching the receiver's memory costs is the receiver's.
+    #[cold]
+    #[inline(never)]
+    fn send_watched(&mut self, burst: &Burst<'t>, port: &'t Egress, mask: Mask) {
+        if port.queues.is_empty() {
+            return self.send_elsewhere(burst, port, mask);
+        }
+        let pages = &port.shared.pages;
+        if self.tools.watch.avoids(pages) {
+            let reason = DropReason::EgressMemorySlow;
+            return self.context.drop_egress((port, None), reason, burst, mask);
+        }
+        self.tools.watch.begin();
+        self.spread(burst, port, mask);
+        self.tools.watch.charge(pages, self.tools.stats);
+    }
+
     /// Delivers to a port of several receive queues, flow by flow to the queue that its hash says.
     #[inline(never)]
-    fn spread(&mut self, burst: &Burst<'t>, port: &'t Egress, mask: Mask) {
+    pub(super) fn spread(&mut self, burst: &Burst<'t>, port: &'t Egress, mask: Mask) {
         for (queue, mask) in lanes(port, burst, mask) {
             self.send_to(burst, port, queue, mask);
         }
@@ -355,6 +379,11 @@ impl<'t, 'p> Delivery<'t, 'p> {
             let Some(port) = self.context.topology.port(slot) else {
                 continue;
             };
+            if self.tools.watch.avoids(&port.shared.pages) {
+                let (to, reason) = ((port, None), DropReason::EgressMemorySlow);
+                self.context.drop_egress(to, reason, &self.held, mask);
+                continue;
+            }
             for (queue, mask) in lanes(port, &self.held, mask) {
                 self.retry_in(port, queue, mask);
             }
@@ -425,7 +454,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
 }
 
 /// The drop reason of a claim that failed for good.
-fn reason_of(reason: NoClaim) -> DropReason {
+pub(super) fn reason_of(reason: NoClaim) -> DropReason {
     match reason {
         NoClaim::Full => DropReason::EgressRingFull,
         NoClaim::Contended => DropReason::EgressContended,

@@ -17,9 +17,10 @@ pub(super) fn lanes<'t>(
     mask: Mask,
 ) -> ArrayVec<(&'t EgressQueue, Mask), BURST_FRAMES> {
     let mut lanes: ArrayVec<(&EgressQueue, Mask), BURST_FRAMES> = ArrayVec::new();
+    let queues = port.receive_queues();
     for number in numbers(mask) {
         let hash = flow_hash(burst.frames()[number].head());
-        let Some(queue) = port.queues.get(scale(hash, port.queues.len())) else {
+        let Some(queue) = queues.get(scale(hash, queues.len())) else {
             continue;
         };
         match lanes

@@ -6,13 +6,14 @@
 
 use crate::frame::{put_header, receive_header};
 use crate::observe::{Kind, Lane, Pen};
+use crate::stats::DropReason;
 use crate::switch::PortRef;
 use crate::topology::{Egress, EgressQueue};
 use crate::virtio::Claim;
 use crate::wire::flow_hash;
 
 use super::deliver::BARREN_CLAIMS;
-use super::egress::Delivery;
+use super::egress::{Delivery, reason_of};
 use super::lanes::scale;
 
 impl<'t> Delivery<'t, '_> {
@@ -83,6 +84,21 @@ impl<'t> Delivery<'t, '_> {
 
     /// Delivers one copy; `false` if there is no room for it.
     fn put_copy(&mut self, bytes: &[u8], port: &'t Egress, queue: &'t EgressQueue) -> bool {
+        let delivered = self.put(bytes, port, queue).is_ok();
+        if delivered && let Some(tap) = &self.context.tap {
+            tap.borrow_mut().mirrored(bytes, port, queue.pair);
+        }
+        delivered
+    }
+
+    /// Delivers a frame from private memory; or says why not. What it returns is where the receive queue must be published
+    /// up to for its driver to see the frame.
+    pub(super) fn put(
+        &mut self,
+        bytes: &[u8],
+        port: &'t Egress,
+        queue: &'t EgressQueue,
+    ) -> Result<u64, DropReason> {
         self.make_room(1);
         let ring = &*queue.queue;
         let leave = if ring.is_short() { ring.kept() } else { 0 };
@@ -90,9 +106,8 @@ impl<'t> Delivery<'t, '_> {
         for _ in 0..BARREN_CLAIMS {
             let claim = &mut self.claim;
             let lengths = std::iter::once(bytes.len() as u32);
-            if ring.claim_leaving(lengths, leave, claim).is_err() {
-                return false;
-            }
+            ring.claim_leaving(lengths, leave, claim)
+                .map_err(reason_of)?;
             let filled = claim.frames() > 0;
             if filled {
                 fill(claim, bytes);
@@ -102,22 +117,20 @@ impl<'t> Delivery<'t, '_> {
                 let unusable = u64::from(claim.unusable_buffers());
                 counters.unusable_buffers.add(unusable);
             }
+            let end = claim.end();
             self.touched.note(queue, ring.commit(claim));
             if !filled {
                 continue;
             }
             let memory = port.memory.as_ref();
             if memory.is_some_and(|memory| memory.faulted()) {
-                return false;
+                return Err(DropReason::EgressMemoryFault);
             }
             counters.tx_frames.add(1);
             counters.tx_bytes.add(bytes.len() as u64);
-            if let Some(tap) = &self.context.tap {
-                tap.borrow_mut().mirrored(bytes, port, queue.pair);
-            }
-            return true;
+            return Ok(end);
         }
-        false
+        Err(DropReason::EgressRingFull)
     }
 }
 

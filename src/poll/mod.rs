@@ -7,6 +7,7 @@
 
 mod context;
 mod deliver;
+mod detour;
 mod egress;
 mod lanes;
 mod mirror;
@@ -15,12 +16,14 @@ mod owed;
 #[cfg(test)]
 mod parked_tests;
 mod pass;
+mod slow;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod watch;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::config::IdlePolicy;
@@ -29,10 +32,12 @@ use crate::sys::aio::Caller;
 use crate::sys::epoll::Sleeper;
 use crate::sys::sched;
 use crate::sys::snapshot::Reader;
+use crate::sys::wake::Wake;
 use crate::topology::Topology;
 use egress::Tools;
 use owed::HOLD_NS;
 use pass::Pass;
+use watch::Watch;
 
 /// What control shares with one poll thread.
 #[derive(Debug)]
@@ -45,7 +50,16 @@ pub struct PollShared {
     pub stop: AtomicBool,
     /// Nanoseconds without work before it sleeps, or [`NEVER`].
     idle_ns: AtomicU64,
+    /// Rung when the thread has marked a port.
+    bell: OnceLock<Arc<Wake>>,
+    /// It serves ports whose memory is slow to touch, and no others.
+    is_slow: bool,
 }
+
+/// Policy of the thread that serves ports whose memory is slow to touch.
+const SLOW_IDLE: IdlePolicy = IdlePolicy::Adaptive(Duration::from_micros(50));
+/// Longest sleep of that thread while there are such ports: nobody wakes it for frames to them.
+const SLOW_NAP: Duration = Duration::from_millis(1);
 
 /// In `PollShared::idle_ns`: it polls for ever.
 const NEVER: u64 = u64::MAX;
@@ -58,7 +72,27 @@ impl PollShared {
             sleeper: Sleeper::new()?,
             stop: AtomicBool::new(false),
             idle_ns: AtomicU64::new(idle_ns(idle)),
+            bell: OnceLock::new(),
+            is_slow: false,
         })
+    }
+
+    /// The same for the thread that serves ports whose memory is slow to touch.
+    pub fn slow() -> std::io::Result<Self> {
+        Ok(PollShared {
+            is_slow: true,
+            ..PollShared::new(SLOW_IDLE)?
+        })
+    }
+
+    /// Whether it is that one.
+    pub fn is_slow(&self) -> bool {
+        self.is_slow
+    }
+
+    /// Says what to ring when the thread has found that the memory of a port is slow to touch. Before it begins.
+    pub fn report_to(&self, bell: Arc<Wake>) {
+        let _ = self.bell.set(bell);
     }
 
     /// What the thread does without work.
@@ -95,6 +129,7 @@ pub struct Poller {
     reader: Reader<Topology>,
     caller: Caller,
     clock: quanta::Clock,
+    watch: Watch,
     /// Raw clock at `start_s` seconds of the switch's clock.
     start: u64,
     start_s: u32,
@@ -103,7 +138,8 @@ pub struct Poller {
 /// Why a thread let go of a topology.
 enum Left {
     OutOfDate(PassTimes),
-    Idle,
+    /// For so long at most.
+    Idle(Option<Duration>),
     Stop,
 }
 
@@ -136,8 +172,8 @@ impl PassTimes {
         &mut self,
         clock: &quanta::Clock,
         stats: &ThreadStats,
-        now_s: u32,
-        worked: bool,
+        (now_s, worked): (u32, bool),
+        watch: &mut Watch,
     ) -> u64 {
         let ended = clock.raw();
         let mut ns = clock.delta_as_nanos(self.began, ended);
@@ -145,6 +181,7 @@ impl PassTimes {
         if long || now_s != self.looked_s {
             let off = self.on_cpu.off_cpu_ns(clock);
             self.looked_s = now_s;
+            watch.look(long.then_some(ns));
             if long {
                 stats.off_cpu_ns.add(off.min(ns));
                 ns = ns.saturating_sub(off);
@@ -221,7 +258,9 @@ impl Poller {
         epoch: Instant,
     ) -> Self {
         let clock = quanta::Clock::new();
+        let bell = shared.bell.get().cloned();
         Poller {
+            watch: Watch::new(&clock, bell, shared.is_slow),
             shared,
             reader,
             caller,
@@ -249,12 +288,12 @@ impl Poller {
             match self.serve(take_over.take(), &mut between) {
                 Left::OutOfDate(next) => take_over = Some(next),
                 Left::Stop => break,
-                Left::Idle => {
+                Left::Idle(nap) => {
                     // No borrow is held here, so a sleeper keeps nobody's memory alive. The kicks are armed; a topology that
                     // gives this thread new work rings the bell.
                     self.reader.sleep();
                     self.shared.stats.sleeps.add(1);
-                    self.shared.sleeper.sleep(None, |_| {});
+                    self.shared.sleeper.sleep(nap, |_| {});
                     self.shared.stats.wakeups.add(1);
                 }
             }
@@ -281,6 +320,7 @@ impl Poller {
             reader,
             caller,
             clock,
+            watch,
             start,
             start_s,
         } = self;
@@ -295,18 +335,28 @@ impl Poller {
             stats,
             clock,
             hold_ns: HOLD_NS,
+            watch,
         };
+        tools.watch.take_over();
         let mut pass = Pass::new(&topology, thread, tools);
         // Notifications may still be armed from the last sleep.
         pass.disarm();
-        let mut times = take_over.unwrap_or_else(|| PassTimes::now(clock));
+        let mut times = take_over.unwrap_or_else(|| {
+            // To sleep was to wait, too.
+            pass.watch().look(None);
+            PassTimes::now(clock)
+        });
         let (mut last_work, mut leaving) = (clock.raw(), None);
         loop {
             let passed = clock.delta_as_nanos(*start, times.began);
             let now_s = *start_s + (passed / 1_000_000_000) as u32;
             between();
-            let worked = pass.run(now_s, || topology.is_current());
-            let ended = times.pass(clock, stats, now_s, worked);
+            let worked = match pass.watch().is_alarmed() {
+                false => pass.run(now_s, || topology.is_current()),
+                true if shared.is_slow => pass.run_slow(now_s, || topology.is_current()),
+                true => pass.run_watched(now_s, || topology.is_current()),
+            };
+            let ended = times.pass(clock, stats, (now_s, worked), pass.watch());
             let outdated = !topology.is_current();
             if outdated || shared.stop.load(Ordering::Relaxed) {
                 if !may_leave(&mut pass, clock, *leaving.get_or_insert(ended)) {
@@ -330,7 +380,8 @@ impl Poller {
             if idle && clock.delta_as_nanos(last_work, ended) >= spin_ns {
                 pass.settle();
                 if pass.arm() {
-                    return Left::Idle;
+                    let naps = shared.is_slow && topology.detour.is_some();
+                    return Left::Idle(naps.then_some(SLOW_NAP));
                 }
                 pass.disarm();
             } else {

@@ -16,7 +16,10 @@ use crate::wire::EthernetFrame;
 use super::context::Context;
 use super::egress::{Delivery, EVERYWHERE, NOWHERE, Tools};
 use super::tap::Lost;
+use super::watch::Watch;
 
+/// Frames of one queue that are a burst of their own, and whose reading is timed: see `watch`.
+const MANY: usize = 32;
 /// Bytes taken from one queue in one pass, if not one frame alone is longer: about 10 µs of copying.
 const QUEUE_BYTES: u32 = 64 * 1024;
 
@@ -28,12 +31,14 @@ const NEXT_AHEAD: usize = 3;
 /// Everything that a thread does with one topology.
 #[derive(Debug)]
 pub(super) struct Pass<'t, 'p> {
-    burst: Burst<'t>,
+    pub(super) burst: Burst<'t>,
     /// The queues that its frames are from.
-    sources: ArrayVec<u16, BURST_FRAMES>,
-    delivery: Delivery<'t, 'p>,
+    pub(super) sources: ArrayVec<u16, BURST_FRAMES>,
+    pub(super) delivery: Delivery<'t, 'p>,
     /// Where the next pass starts in the plan.
-    first: usize,
+    pub(super) first: usize,
+    /// A frame's private copy, in the thread of slow ports.
+    pub(super) private: Vec<u8>,
 }
 
 impl<'t, 'p> Pass<'t, 'p> {
@@ -43,10 +48,15 @@ impl<'t, 'p> Pass<'t, 'p> {
             sources: ArrayVec::new(),
             delivery: Delivery::new(topology, thread, tools),
             first: 0,
+            private: Vec::new(),
         }
     }
 
-    fn context(&self) -> &Context<'t> {
+    pub(super) fn watch(&mut self) -> &mut Watch {
+        self.delivery.tools.watch
+    }
+
+    pub(super) fn context(&self) -> &Context<'t> {
         &self.delivery.context
     }
 
@@ -61,7 +71,7 @@ impl<'t, 'p> Pass<'t, 'p> {
             let at = self.first + turn;
             let number = if at < count { at } else { at - count };
             self.ask_ahead(turn);
-            worked |= self.take(&queues[number], number as u16);
+            worked |= self.take(&queues[number], number as u16, BURST_FRAMES, now_s);
             if !self.burst.has_room() {
                 self.forward(now_s);
                 if !current() || self.delivery.is_spent() {
@@ -105,14 +115,23 @@ impl<'t, 'p> Pass<'t, 'p> {
         }
     }
 
-    /// Takes what there is in one queue, into the burst.
+    /// Takes what there is in one queue, up to `most` frames in all, into the burst.
     #[inline(always)]
-    fn take(&mut self, ingress: &'t Ingress, number: u16) -> bool {
+    pub(super) fn take(
+        &mut self,
+        ingress: &'t Ingress,
+        number: u16,
+        most: usize,
+        now_s: u32,
+    ) -> bool {
         let queue = &*ingress.queue;
         let (start, end) = (queue.position(), queue.available_to());
         // Faulted: its session is about to be cut off.
         if start == end || self.context().faulted(ingress) {
             return false;
+        }
+        if end - start >= MANY as u64 && !self.sources.is_empty() {
+            self.forward_others(now_s);
         }
         let (count, mark, before) = (
             self.burst.frames().len(),
@@ -125,7 +144,7 @@ impl<'t, 'p> Pass<'t, 'p> {
             ingress: number,
             position: start,
         };
-        for _ in count..BURST_FRAMES {
+        for _ in count..most {
             from.position = queue.position();
             if let Some(buffer) = queue.take_single(end) {
                 if let Err(reason) = self.burst.note(buffer, from) {
@@ -155,6 +174,9 @@ impl<'t, 'p> Pass<'t, 'p> {
             counters
                 .rx_bytes
                 .add(u64::from(self.burst.bytes() - before));
+            if frames >= MANY && count == 0 {
+                self.burst.close();
+            }
         }
         true
     }
@@ -191,7 +213,7 @@ impl<'t, 'p> Pass<'t, 'p> {
 
     /// Drops the frames of the burst from number `count` on, whose buffers in the arena begin at `mark`.
     #[cold]
-    fn lose(&mut self, (count, mark): (usize, usize), reason: DropReason) {
+    pub(super) fn lose(&mut self, (count, mark): (usize, usize), reason: DropReason) {
         for frame in &self.burst.frames()[count..] {
             let (position, len) = (frame.position, frame.len);
             let lost = Lost::Unread { position, len };
@@ -204,7 +226,7 @@ impl<'t, 'p> Pass<'t, 'p> {
     /// zeros came instead. Returns whether frames of others are left.
     #[cold]
     #[inline(never)]
-    fn lose_faulted(&mut self) -> bool {
+    pub(super) fn lose_faulted(&mut self) -> bool {
         let context = &self.delivery.context;
         self.burst.retain(|frame| {
             let faulted = context.faulted(context.ingress(frame.ingress));
@@ -226,7 +248,42 @@ impl<'t, 'p> Pass<'t, 'p> {
             self.burst.clear();
             return;
         }
+        if self.burst.frames().len() >= MANY && self.sources.len() == 1 {
+            self.load_timed();
+        } else {
+            self.burst.load_heads();
+        }
+        self.forward_loaded(now_s);
+        for number in self.sources.drain(..) {
+            self.delivery.complete(number);
+        }
+        self.burst.clear();
+    }
+
+    /// A queue has many frames, which are to be a burst of their own.
+    #[inline(never)]
+    fn forward_others(&mut self, now_s: u32) {
+        self.forward(now_s);
+    }
+
+    /// Copies the heads of a burst of one queue. The first wait for a page of a thread that is not alarmed is mostly here.
+    #[inline(never)]
+    fn load_timed(&mut self) {
+        let ingress = self.context().ingress(self.sources[0]);
+        self.watch().begin();
         self.burst.load_heads();
+        let (pages, stats) = (&ingress.shared.pages, self.delivery.tools.stats);
+        if self.watch().charge_wait(pages, stats) {
+            self.lose((0, 0), DropReason::RxMemorySlow);
+        }
+    }
+
+    /// Decides and delivers the burst, whose heads are there.
+    #[inline(always)]
+    pub(super) fn forward_loaded(&mut self, now_s: u32) {
+        if self.burst.frames().is_empty() {
+            return;
+        }
         if !self.context().faults.is_outdated() || self.lose_faulted() {
             let mut egress = [NOWHERE; BURST_FRAMES];
             let flooding = match &self.context().tap {
@@ -235,16 +292,12 @@ impl<'t, 'p> Pass<'t, 'p> {
             };
             self.delivery.dispatch(&self.burst, &egress, flooding);
         }
-        for number in self.sources.drain(..) {
-            self.delivery.complete(number);
-        }
-        self.burst.clear();
     }
 
     /// The same with observers.
     #[cold]
     #[inline(never)]
-    fn decide_watched(&self, egress: &mut [u16; BURST_FRAMES], now_s: u32) -> bool {
+    pub(super) fn decide_watched(&self, egress: &mut [u16; BURST_FRAMES], now_s: u32) -> bool {
         let Some(tap) = &self.context().tap else {
             return false;
         };
@@ -258,7 +311,11 @@ impl<'t, 'p> Pass<'t, 'p> {
 
     /// Fills in each frame's egress slot; returns whether any is to be flooded. `TRACED`: somebody wants to know why.
     #[inline(always)]
-    fn decide<const TRACED: bool>(&self, egress: &mut [u16; BURST_FRAMES], now_s: u32) -> bool {
+    pub(super) fn decide<const TRACED: bool>(
+        &self,
+        egress: &mut [u16; BURST_FRAMES],
+        now_s: u32,
+    ) -> bool {
         let context = self.context();
         let generation = |slot| {
             context

@@ -436,6 +436,29 @@ impl<'m> Guest<'m> {
         token
     }
 
+    /// Posts those of these chains that there is room for, to the transmitq, and returns how many.
+    pub(crate) fn post_chains(&mut self, chains: impl IntoIterator<Item = Vec<Buffer>>) -> usize {
+        let mut posted = 0;
+        for chain in chains {
+            self.in_flight();
+            let Some(token) = self.free.pop_front() else {
+                break;
+            };
+            if !self.rings[TRANSMIT].post(&chain, token) {
+                self.free.push_front(token);
+                break;
+            }
+            posted += 1;
+        }
+        self.publish(TRANSMIT);
+        posted
+    }
+
+    /// Guest address of an offset into its memory.
+    pub(crate) fn address(&self, offset: usize) -> u64 {
+        GUEST_BASE + offset as u64
+    }
+
     /// Waits for the next chain to come back.
     pub(crate) fn returned(&mut self, which: usize) -> Used {
         let deadline = Instant::now() + ANSWER;

@@ -65,6 +65,8 @@ fn view(spec: &PortSpec) -> PortView {
             last_seconds: 0.5,
         }),
         calls: CallMode::Deferred,
+        memory: MemoryPace::Slow,
+        memory_slow_seconds: Some(7.5),
         statistics: PortStatistics {
             rx: DirectionStatistics {
                 frames: 10,
@@ -222,6 +224,9 @@ impl Control for Model {
             numa_node: Some(0),
             tid: 1234,
             state: PollState::Overdue,
+            slow_ports: false,
+            slow_faults: 0,
+            slow_fault_seconds: 0.0,
             idle: IdlePolicy::Busy,
             overdue_seconds: Some(2.5),
             passes: 1_000_000,

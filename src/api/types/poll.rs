@@ -30,6 +30,15 @@ pub struct PollThreadView {
     pub tid: u32,
     /// Polling or asleep.
     pub state: PollState,
+    /// It serves ports whose guests' memory is slow to touch, and no others (`poll-slow`).
+    #[serde(default)]
+    pub slow_ports: bool,
+    /// Page faults in guests' memory that were slow.
+    #[serde(default)]
+    pub slow_faults: u64,
+    /// How long it waited for these.
+    #[serde(default)]
+    pub slow_fault_seconds: f64,
     /// What it does without work: `busy` polls on, `adaptive:N` sleeps after N microseconds.
     #[serde(default)]
     #[schema(value_type = String, example = "adaptive:50")]

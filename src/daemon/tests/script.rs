@@ -277,6 +277,7 @@ impl Script {
             shared,
             door: Door::Connecting(now),
             placed_by_hand: false,
+            slow: None,
             queues,
             session: None,
             waiting: None,

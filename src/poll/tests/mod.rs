@@ -8,12 +8,14 @@ mod lines;
 mod outcomes;
 mod owed;
 mod shares;
+mod slow;
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::egress::Tools;
 use super::pass::Pass;
+use super::watch::Watch;
 use super::{PollShared, Poller};
 use crate::config::IdlePolicy;
 use crate::frame::MAX_FRAME;
@@ -290,31 +292,36 @@ struct Threads {
     callers: Vec<Caller>,
     stats: Vec<ThreadStats>,
     clock: quanta::Clock,
+    watches: Vec<Watch>,
     /// How long chains wait for other threads: for ever.
     hold_ns: u64,
 }
 
 impl Threads {
     fn new(count: usize) -> Self {
+        let clock = quanta::Clock::new();
+        let watch = |_| Watch::new(&clock, None, false);
         Threads {
+            watches: (0..count).map(watch).collect(),
             callers: (0..count).map(|_| Caller::new().unwrap()).collect(),
             stats: (0..count).map(|_| ThreadStats::default()).collect(),
-            clock: quanta::Clock::new(),
+            clock,
             hold_ns: u64::MAX,
         }
     }
 
     fn passes<'t, 'p>(&'p mut self, topology: &'t Topology) -> Vec<Pass<'t, 'p>> {
         let (stats, clock, hold_ns) = (&self.stats, &self.clock, self.hold_ns);
-        let callers = self.callers.iter_mut().enumerate();
+        let callers = self.callers.iter_mut().zip(&mut self.watches).enumerate();
         callers
-            .map(|(thread, caller)| {
+            .map(|(thread, (caller, watch))| {
                 let stats = &stats[thread];
                 let tools = Tools {
                     caller,
                     stats,
                     clock,
                     hold_ns,
+                    watch,
                 };
                 Pass::new(topology, thread, tools)
             })

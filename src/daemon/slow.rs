@@ -1,0 +1,187 @@
+//! Ports whose memory is slow to touch (`sys::pages`): who serves them, and how they come back.
+//!
+//! A poll thread marks such a port and rings. Control then gives its transmit queues to a thread that only slow ports
+//! share, and has what others send to it go to that thread, too (`topology::detour`). The thread is made when the first
+//! port is slow, is pinned to no CPU, and stays. Where none can be made the port's session ends: nobody else is to wait.
+//!
+//! After a minute without a slow touch the port comes back: its queues go to where they were, and when every poll thread
+//! knows that and the last frame on the detour has arrived, it is a port like any other one. Queues change hands as they
+//! always do, so a flow *from* the port keeps its order. A flow *to* it keeps its order as well: on the way out, what a
+//! thread has delivered is in the ring before it takes over the view in which it delivers no more; on the way back a
+//! thread delivers by itself only once all that it had sent the other way has arrived.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::DaemonError;
+use super::balance::lightest;
+use super::control::Control;
+use super::handover::Place;
+use super::registry::Registry;
+use crate::api::types::EventKind;
+use crate::port::PortShared;
+use crate::sys::pages::Pace;
+use crate::topology::detour::Detour;
+
+/// Why a session ends whose guest's memory cannot be served by anybody.
+const NO_THREAD: &str =
+    "guest memory is slow to touch, and no thread can be made that serves such ports";
+/// Why a session ends that has ever new pages made.
+const ENDLESS: &str = "guest memory is slow to touch, and the switch has made far more pages of it than there are: \
+     holes are punched into it again and again";
+
+/// A port that is served as a slow one.
+#[derive(Debug)]
+pub(super) struct Slowness {
+    pub(super) since: Instant,
+    /// Where its queue pairs were.
+    home: Vec<Place>,
+    /// The view in which it is on its way back.
+    returning: Option<u64>,
+}
+
+/// The thread of slow ports and the way to it, once there was such a port.
+#[derive(Debug, Default)]
+pub(super) struct SlowPorts {
+    pub(super) thread: Option<usize>,
+    pub(super) detour: Option<Arc<Detour>>,
+}
+
+impl Registry {
+    /// The first port that was marked since the last look.
+    fn marked(&self) -> Option<usize> {
+        let marked = |pace| pace == Pace::Marked;
+        self.ports
+            .iter()
+            .position(|record| marked(record.shared.pages.pace()))
+    }
+
+    /// Has the port at this place served as a slow one.
+    fn slow_down(&mut self, at: usize) -> Result<(), DaemonError> {
+        let port = self.ports[at].shared.clone();
+        // Whatever comes of it, the mark is seen.
+        port.pages.set_pace(Pace::Slow);
+        self.touch();
+        let thread = match self.slow.thread {
+            Some(thread) => thread,
+            None => self.polls.start_slow()?,
+        };
+        self.slow.thread = Some(thread);
+        self.slow.detour.get_or_insert_default();
+        let record = &mut self.ports[at];
+        match &mut record.slow {
+            Some(slowness) => slowness.returning = None,
+            None => {
+                let (since, home) = (Instant::now(), record.placement.clone());
+                let returning = None;
+                record.slow = Some(Slowness {
+                    since,
+                    home,
+                    returning,
+                });
+            }
+        }
+        self.send_queues(&port, |_| true, thread, None);
+        Ok(())
+    }
+
+    /// Sends a slow port on its way back.
+    fn send_back(&mut self, at: usize) {
+        let record = &self.ports[at];
+        let port = record.shared.clone();
+        let home = record.slow.as_ref().map(|slowness| slowness.home.clone());
+        let home = home.unwrap_or_default();
+        port.pages.set_pace(Pace::Returning);
+        for pair in 0..self.ports[at].placement.len() {
+            let thread = home.get(pair).map(|place| place.thread());
+            let stays = |thread: &usize| self.polls.staying().any(|other| other == *thread);
+            let to = thread.filter(stays);
+            let to = to.or_else(|| lightest(&self.thread_loads(), &port.spec.poll, None));
+            if let Some(to) = to {
+                self.send_queues(&port, |other| usize::from(other) == pair, to, None);
+            }
+        }
+        self.touch();
+        self.publish();
+        let generation = self.generation();
+        if let Some(slowness) = &mut self.ports[at].slow {
+            slowness.returning = Some(generation);
+        }
+    }
+
+    /// Whether a port on its way back has arrived.
+    fn is_back(&self, slowness: &Slowness) -> bool {
+        let known = |generation| self.acknowledgements.reached(generation);
+        let empty = |detour: &Arc<Detour>| detour.is_empty();
+        slowness.returning.is_some_and(known) && self.slow.detour.as_ref().is_none_or(empty)
+    }
+
+    /// Once a second: ports that are not slow any more. Returns those that are back.
+    fn look_at_slow_ports(&mut self) -> Vec<Arc<PortShared>> {
+        let mut back = Vec::new();
+        for at in 0..self.ports.len() {
+            let record = &self.ports[at];
+            let pages = &record.shared.pages;
+            pages.refill();
+            let Some(slowness) = &record.slow else {
+                continue;
+            };
+            match pages.pace() {
+                Pace::Slow if pages.is_calm() => self.send_back(at),
+                Pace::Returning if self.is_back(slowness) => {
+                    pages.set_pace(Pace::Normal);
+                    back.push(record.shared.clone());
+                    self.ports[at].slow = None;
+                    self.touch();
+                }
+                _ => {}
+            }
+        }
+        back
+    }
+}
+
+impl Control {
+    /// Every turn: ports that poll threads have marked.
+    pub(super) fn look_at_marks(&mut self) {
+        while let Some(at) = self.registry.marked() {
+            let port = self.registry.ports[at].shared.clone();
+            let (cost, faults) = (port.pages.cost(), port.pages.faults());
+            let said = match self.registry.slow_down(at) {
+                Ok(()) => "poll-slow serves it from now on".to_string(),
+                Err(error) => {
+                    self.cut_off(at, NO_THREAD);
+                    port.pages.set_pace(Pace::Normal);
+                    format!("its session ends: no thread can be made for it: {error}")
+                }
+            };
+            let text = format!(
+                "guest memory is slow to touch: {faults} page faults took poll threads {:.1} ms; {said}",
+                cost.as_secs_f64() * 1e3
+            );
+            self.report.port(&port, EventKind::MemorySlow, text);
+        }
+    }
+
+    /// Once a second: slow ports that are not any more, and those that never will be.
+    pub(super) fn look_at_slow_ports(&mut self) {
+        for port in self.registry.look_at_slow_ports() {
+            let text = "guest memory is as fast to touch as others' again";
+            self.report.port(&port, EventKind::MemoryNormal, text);
+        }
+        for at in 0..self.registry.ports.len() {
+            let record = &self.registry.ports[at];
+            let bytes = record.device.as_ref().map(|it| it.memory.len_bytes());
+            if bytes.is_some_and(|bytes| record.shared.pages.is_endless(bytes)) {
+                self.cut_off(at, ENDLESS);
+            }
+        }
+    }
+
+    fn cut_off(&mut self, at: usize, why: &'static str) {
+        if let Some(session) = &mut self.registry.ports[at].session {
+            session.cut_off = Some(why);
+            session.stopper.stop();
+        }
+    }
+}
