@@ -83,6 +83,8 @@ fn view(spec: &PortSpec) -> PortView {
             moved_addresses: 206,
             slow_calls: 3,
             deferred_calls: 40,
+            slow_faults: 64,
+            slow_fault_seconds: 0.75,
             ..PortStatistics::default()
         },
     }
