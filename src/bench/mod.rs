@@ -12,15 +12,7 @@
 //! since it bounds what can be measured, and is itself measured with `--self-test`. Without `--attach` the
 //! caller starts a switch in this process ([`StartSwitch`]).
 //!
-//! # Exit codes
-//!
-//! | code | meaning |
-//! |---|---|
-//! | 0 | every frame accounted for; with `open:RATE` loss is a result, not a failure |
-//! | 1 | the client itself failed: memory, threads, files |
-//! | 2 | bad arguments, or arguments that do not go together |
-//! | 3 | cannot attach to a backend |
-//! | 6 | frames lost, changed, doubled or out of order; or the run was cut short; or inconclusive |
+//! What its exit codes mean: [`EXIT_CODES`].
 
 pub mod client;
 pub mod frame;
@@ -64,6 +56,27 @@ pub const EXIT_ARGUMENTS: u8 = 2;
 pub const EXIT_ATTACH: u8 = 3;
 /// Loss, corruption, a partial or an inconclusive run.
 pub const EXIT_RUN: u8 = 6;
+
+/// What the codes mean, in `--help`, in the man page and in `docs/operating.md`.
+pub const EXIT_CODES: [(u8, &str); 5] = [
+    (
+        EXIT_OK,
+        "every frame accounted for; with `open:RATE` loss is a result, not a failure",
+    ),
+    (
+        EXIT_FAILED,
+        "the client itself failed: memory, threads, files",
+    ),
+    (
+        EXIT_ARGUMENTS,
+        "bad arguments, or such as do not go together",
+    ),
+    (EXIT_ATTACH, "cannot attach to a backend"),
+    (
+        EXIT_RUN,
+        "frames lost, changed, doubled or out of order; or cut short; or inconclusive",
+    ),
+];
 
 /// How long each step of attaching may take.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -121,9 +134,6 @@ pub enum Vmm {
 ///
 /// Without --attach a switch is started in this process; with it, the guests attach to any vhost-user
 /// backend: DPDK testpmd, Open vSwitch, another Pollux.
-///
-/// Exit codes: 0 every frame accounted for; 1 the client failed; 2 bad arguments; 3 cannot attach; 6 loss,
-/// corruption, or a run that was cut short or inconclusive.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
     /// Frame size in bytes, without the check sequence

@@ -22,6 +22,9 @@ pub enum Verdict {
     Inconclusive,
 }
 
+/// A client that had a CPU for less of its time has measured the machine's other work, too.
+const CPU_SHARE: f64 = 0.95;
+
 /// Why a run ended before its time.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EndedEarly {
@@ -133,6 +136,9 @@ pub struct Report {
     pub client_busy_share: f64,
     /// Processor time of the client threads in the measured time: less than that, other programs took their share.
     pub client_cpu_seconds: f64,
+    /// Share of the measured time that client threads had a CPU. They poll, so that less than all of
+    /// it is what other programs took.
+    pub client_cpu_share: f64,
     /// Times for which a client thread stood still.
     pub standstills_seconds: Vec<f64>,
     /// With `rtt`.
@@ -167,6 +173,7 @@ impl Report {
         let measured_ns = threads.iter().map(|t| t.measured.1).max().unwrap_or(0);
         let all_ns = threads.iter().map(|t| t.measured.1).sum::<u64>();
         let busy_ns = threads.iter().map(|t| t.busy_ns).sum::<u64>();
+        let cpu_ns = threads.iter().map(|t| t.cpu_ns).sum::<u64>();
         let standstills: Vec<f64> = threads
             .iter()
             .flat_map(|thread| &thread.standstills)
@@ -201,7 +208,8 @@ impl Report {
             refills: threads.iter().map(|t| t.sending.refills).sum(),
             held_back: threads.iter().map(|t| t.sending.held_back).sum(),
             client_busy_share: busy_ns as f64 / all_ns.max(1) as f64,
-            client_cpu_seconds: threads.iter().map(|t| t.cpu_ns).sum::<u64>() as f64 / 1e9,
+            client_cpu_seconds: cpu_ns as f64 / 1e9,
+            client_cpu_share: cpu_ns as f64 / all_ns.max(1) as f64,
             standstills_seconds: standstills,
             round_trip: round_trip(threads),
             verdict: Verdict::Ok,
@@ -259,13 +267,19 @@ impl fmt::Display for Report {
         let on = |flag| if flag { "on" } else { "off" };
         writeln!(
             f,
-            "{} B, {}, {} guests {}, {} queue pair(s),\n\
+            "{} B, {}, {} {} {}, {} {},\n\
              {} ring of {}, mergeable {}, in-order {}, window {}",
             self.size,
             self.mode,
             self.guests,
+            if self.guests == 1 { "guest" } else { "guests" },
             self.pattern,
             self.queues,
+            if self.queues == 1 {
+                "queue pair"
+            } else {
+                "queue pairs"
+            },
             self.ring,
             self.ring_size,
             on(self.mergeable),
@@ -307,29 +321,44 @@ impl Report {
     /// What is usually zero, and then not worth a line.
     fn write_remarks(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let rare = [
-            (self.duplicated, "frames came twice"),
-            (self.foreign, "frames were flooded or not from this client"),
-            (
-                self.refills,
-                "times a window was refilled after 0.5 s of silence",
-            ),
+            (self.duplicated, "frame", "received twice"),
+            (self.foreign, "frame", "flooded or not from this client"),
+            (self.refills, "refill", "of a window after 0.5 s of silence"),
             (
                 self.held_back,
-                "frames could not be sent in time: the transmit ring was full",
+                "frame",
+                "not sent in time: the transmit ring was full",
             ),
-            (self.unaccounted, "frames are unaccounted for"),
+            (self.unaccounted, "frame", "unaccounted for"),
         ];
-        for (count, what) in rare.iter().filter(|(count, _)| *count != 0) {
-            writeln!(f, "  {count} {what}")?;
+        for (count, noun, what) in rare.iter().filter(|(count, ..)| *count != 0) {
+            let plural = if *count == 1 { "" } else { "s" };
+            writeln!(f, "  {count} {noun}{plural} {what}")?;
         }
-        for &time in &self.standstills_seconds {
-            writeln!(
+        writeln!(
+            f,
+            "  rates and times are those of the measured {:.2} s, counts include the warm-up",
+            self.seconds
+        )?;
+        self.write_warning(f)
+    }
+
+    /// Whether the client had what it needs: the figures are otherwise those of a busy machine.
+    fn write_warning(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let longest = self.standstills_seconds.iter().copied().reduce(f64::max);
+        let share = self.client_cpu_share * 100.0;
+        match longest {
+            Some(longest) => writeln!(
                 f,
-                "  a client thread stood still for {}: INCONCLUSIVE",
-                Time(time)
-            )?;
+                "  WARNING: INCONCLUSIVE: the client stood still, for {} at most",
+                Time(longest)
+            ),
+            None if self.seconds > 0.0 && self.client_cpu_share < CPU_SHARE => writeln!(
+                f,
+                "  WARNING: the client had a CPU for {share:.0} % of the time, others took the rest"
+            ),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -377,6 +406,23 @@ mod tests {
         assert_eq!(report.verdict, Verdict::Ok);
         assert_eq!((report.mpps, report.client_busy_share), (0.002, 0.5));
         assert_eq!(report.client_cpu_seconds, 0.4);
+    }
+
+    #[test]
+    fn the_text_says_what_is_counted_and_warns_of_a_client_without_its_cpu() {
+        let text = report(1000, vec![], None).to_string();
+        assert!(text.contains("counts include the warm-up"), "{text}");
+        let warnings = |text: &str| text.matches("WARNING").count();
+        // The thread of the tests above had a CPU for 0.4 of 0.5 s.
+        assert!(text.contains("had a CPU for 80 % of the time"), "{text}");
+        let still = report(990, vec![600_000_000, 700_000_000], None).to_string();
+        assert!(still.contains("for 700.00 ms at most"), "{still}");
+        assert_eq!((warnings(&text), warnings(&still)), (1, 1));
+        let mut quiet = report(1000, vec![], None);
+        quiet.client_cpu_share = 0.99;
+        assert_eq!(warnings(&quiet.to_string()), 0);
+        let wide = still.lines().find(|line| line.chars().count() > 80);
+        assert_eq!(wide, None);
     }
 
     #[test]
