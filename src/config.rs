@@ -91,10 +91,21 @@ fn default_queues() -> u16 {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// The port's name is empty, too long or holds other characters.
-    #[error(
-        "port name {0:?}: use 1 to {MAX_PORT_NAME} letters, digits, '-', '_' or '.', and not all"
-    )]
+    #[error("port name {0:?}: use 1 to {MAX_PORT_NAME} letters, digits, '-', '_' or '.'")]
     PortName(String),
+    /// A name that means something else.
+    #[error("port name {0:?} is reserved: it stands for every port")]
+    Reserved(String),
+    /// An option of a socket that Pollux makes, for one that the frontend makes.
+    #[error(
+        "port {name}: {key} is for mode=server: with mode=client the frontend makes the socket"
+    )]
+    NotOurSocket {
+        /// The port.
+        name: String,
+        /// The option.
+        key: &'static str,
+    },
     /// No `socket=` given.
     #[error("port {0}: a socket is needed: {0},socket=/run/pollux/{0}.sock")]
     NoSocket(String),
@@ -163,19 +174,13 @@ impl PortSpec {
     /// Checks what the types do not: name, path length, range of queues.
     pub fn validate(&self) -> Result<(), ConfigError> {
         // `pollux capture all` is of every port.
-        if !is_name(&self.name) || self.name == "all" {
+        if self.name == "all" {
+            return Err(ConfigError::Reserved(self.name.clone()));
+        }
+        if !is_name(&self.name) {
             return Err(ConfigError::PortName(self.name.clone()));
         }
-        let path = self.socket.as_os_str().as_encoded_bytes();
-        if path.is_empty() || path.contains(&0) {
-            return Err(ConfigError::NoSocket(self.name.clone()));
-        }
-        if path.len() > MAX_SOCKET_PATH {
-            return Err(ConfigError::SocketPath {
-                name: self.name.clone(),
-                len: path.len(),
-            });
-        }
+        self.validate_socket()?;
         if !(1..=MAX_QUEUE_PAIRS).contains(&self.queues) {
             return Err(ConfigError::Value {
                 name: self.name.clone(),
@@ -194,15 +199,40 @@ impl PortSpec {
                 expected: THREADS,
             });
         }
+        Ok(())
+    }
+
+    /// Checks path, permissions and group of the socket.
+    fn validate_socket(&self) -> Result<(), ConfigError> {
+        let path = self.socket.as_os_str().as_encoded_bytes();
+        if path.is_empty() || path.contains(&0) {
+            return Err(ConfigError::NoSocket(self.name.clone()));
+        }
+        if path.len() > MAX_SOCKET_PATH {
+            return Err(ConfigError::SocketPath {
+                name: self.name.clone(),
+                len: path.len(),
+            });
+        }
         if self.socket_mode.is_some_and(|mode| mode > 0o777) {
             return Err(ConfigError::Value {
                 name: self.name.clone(),
                 key: "socket-mode",
                 value: format!("{:o}", self.socket_mode.unwrap_or_default()),
-                expected: "octal permission bits such as 0660",
+                expected: PERMISSIONS,
             });
         }
-        Ok(())
+        let ours = [
+            (self.socket_mode.is_some(), "socket-mode"),
+            (self.socket_group.is_some(), "socket-group"),
+        ];
+        match ours.iter().find(|(given, _)| *given) {
+            Some((_, key)) if self.mode == SocketMode::Client => Err(ConfigError::NotOurSocket {
+                name: self.name.clone(),
+                key,
+            }),
+            _ => Ok(()),
+        }
     }
 
     fn set(&mut self, key: &str, value: &str) -> Result<(), ConfigError> {
@@ -222,7 +252,9 @@ impl PortSpec {
                 }
             }
             "queues" => {
-                self.queues = value.parse().map_err(|_| bad("queues", QUEUE_PAIRS))?;
+                let queues = Some(value).filter(|value| is_number(value));
+                let queues = queues.and_then(|value| value.parse().ok());
+                self.queues = queues.ok_or_else(|| bad("queues", QUEUE_PAIRS))?;
             }
             "poll" => {
                 let numbers: Result<Vec<u32>, _> = value.split('+').map(str::parse).collect();
@@ -236,12 +268,10 @@ impl PortSpec {
                 }
             }
             "socket-mode" => {
-                let bits = u32::from_str_radix(value, 8)
-                    .ok()
-                    .filter(|bits| *bits <= 0o777);
-                self.socket_mode = Some(
-                    bits.ok_or_else(|| bad("socket-mode", "octal permission bits such as 0660"))?,
-                );
+                let digits = Some(value).filter(|value| is_number(value));
+                let bits = digits.and_then(|digits| u32::from_str_radix(digits, 8).ok());
+                let bits = bits.filter(|bits| *bits <= 0o777);
+                self.socket_mode = Some(bits.ok_or_else(|| bad("socket-mode", PERMISSIONS))?);
             }
             "socket-group" => self.socket_group = Some(value.to_string()),
             _ => {
@@ -289,6 +319,14 @@ impl FromStr for PortSpec {
     }
 }
 
+/// What `socket-mode=` takes.
+const PERMISSIONS: &str = "octal permission bits such as 0660";
+
+/// Digits alone: the library takes a sign, too.
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
 /// Most poll threads that a port can be pinned to, more than there can be.
 const MAX_PINS: usize = 64;
 /// What `poll=` takes.
@@ -298,6 +336,14 @@ const THREADS: &str = "numbers of poll threads such as 0 or 0+2, each once";
 pub fn thread_list(threads: &[u32]) -> String {
     let numbers: Vec<String> = threads.iter().map(u32::to_string).collect();
     numbers.join("+")
+}
+
+/// So many of something: `1 frame`, `2 frames`.
+pub fn count(number: u64, what: &str) -> String {
+    match number {
+        1 => format!("1 {what}"),
+        number => format!("{number} {what}s"),
+    }
 }
 
 /// Everything `pollux run` needs to start.
@@ -347,11 +393,11 @@ mod tests {
     #[test]
     fn a_port_is_parsed_with_all_its_options() {
         let spec: PortSpec =
-            "vm1,socket=/run/p/vm1.sock,mode=client,queues=4,poll=0+2,ring-reset=on,socket-mode=0660,socket-group=kvm"
+            "vm1,socket=/run/p/vm1.sock,mode=server,queues=4,poll=0+2,ring-reset=on,socket-mode=0660,socket-group=kvm"
                 .parse()
                 .unwrap();
         assert_eq!(spec.name, "vm1");
-        assert_eq!(spec.mode, SocketMode::Client);
+        assert_eq!(spec.mode, SocketMode::Server);
         assert_eq!(spec.queues, 4);
         assert_eq!(spec.poll, [0, 2]);
         assert!(spec.ring_reset);
@@ -366,6 +412,12 @@ mod tests {
             ("", "port name"),
             ("a b,socket=/x", "port name"),
             ("vm1", "a socket is needed"),
+            ("vm 1,socket=/x", "digits, '-', '_' or '.'"),
+            ("all,socket=/x", "\"all\" is reserved"),
+            ("vm1,socket=/x,mode=client,socket-mode=0660", "mode=server"),
+            ("vm1,socket=/x,mode=client,socket-group=kvm", "mode=server"),
+            ("vm1,socket=/x,queues=+4", "1 to 128"),
+            ("vm1,socket=/x,socket-mode=+660", "octal"),
             ("vm1,socket=/x,mode=both", "server or client"),
             ("vm1,socket=/x,queues=0", "1 to 128"),
             ("vm1,socket=/x,queues=129", "1 to 128"),

@@ -73,11 +73,41 @@ fn bad_arguments_exit_with_2() {
         "run --idle busy --idle adaptive",
         "run --idle busy,adaptive",
         "run --log nonsense=nonsense",
-        "man --dir /nonexistent/dir",
+        "run --log pollux=dbug",
+        "run --log inof",
+        "run --log foo",
+        "run --log=",
+        "run --port vm1,socket=/x,mode=client,socket-mode=0660",
+        "port set vm1 queues=2 queues=4",
+        "capture all -w - --rotate 1M",
+        "completions bash --api-socket /x",
+        "man --api-socket /x",
+        "bench --api-socket /x",
     ] {
         let (code, _, err) = run(Path::new(NOWHERE), arguments);
         assert_eq!(code, 2, "{arguments}: {err}");
         assert!(!err.is_empty(), "{arguments}");
+    }
+    let mut misspelt = pollux(Path::new(NOWHERE));
+    misspelt.arg("run").env("POLLUX_LOG", "garbage,,");
+    assert_eq!(misspelt.output().unwrap().status.code(), Some(2));
+}
+
+#[test]
+fn other_words_for_remove_and_list_are_understood() {
+    for arguments in [
+        "port del x",
+        "port rm x",
+        "port delete x",
+        "port ls",
+        "fdb del 52:54:00:00:00:01",
+        "fdb ls",
+        "poll rm 0",
+        "poll ls",
+        "mirror del x",
+        "mirror ls",
+    ] {
+        assert_eq!(run(Path::new(NOWHERE), arguments).0, 3, "{arguments}");
     }
 }
 
@@ -223,7 +253,7 @@ fn events_are_printed_as_they_happen_and_end_with_the_daemon() {
     let event: Value = serde_json::from_str(&line).unwrap();
     assert_eq!(event["kind"], "session_connected");
     served.server.take().unwrap().stop();
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(child.wait().unwrap().code(), Some(3));
 }
 
 #[test]
@@ -269,7 +299,7 @@ fn completions_and_man_pages_come_from_the_same_source() {
     let (code, page, _) = run(Path::new(NOWHERE), "man");
     assert_eq!(code, 0);
     assert!(
-        page.contains(".TH pollux 1") && page.contains("Exit codes"),
+        page.contains(".TH pollux 1") && page.contains("EXIT STATUS"),
         "{page}"
     );
     let dir = tempfile::tempdir().unwrap();
@@ -347,7 +377,7 @@ fn a_daemon_that_cannot_start_says_what_is_wrong_and_where() {
             vec![
                 "--idle",
                 "--poll-cpus",
-                "2 idle policies for 1 poll threads",
+                "2 idle policies for 1 poll thread;",
             ],
         ),
         (

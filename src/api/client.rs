@@ -6,7 +6,7 @@
 use std::io;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -25,6 +25,9 @@ use super::types::ApiError;
 
 /// How long a command waits for an answer; longer than the server waits for the daemon.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// A second signal so soon after the first says the same again: Ctrl-C and `timeout` signal a whole
+/// process group, and the parent, such as tshark, passes it on.
+const SAME_SIGNAL: Duration = Duration::from_secs(1);
 /// Largest answer read.
 const MAX_ANSWER: usize = 64 << 20;
 /// Longest line of a stream.
@@ -94,6 +97,14 @@ pub enum ClientError {
         /// What it says.
         error: ApiError,
     },
+    /// It closed the connection without a word, as a port does that is asked for HTTP.
+    #[error(
+        "whatever listens on {path:?} hung up without an answer: that is no API socket (a port's?)"
+    )]
+    HungUp {
+        /// The socket.
+        path: PathBuf,
+    },
     /// The daemon went away before the answer was complete.
     #[error("the daemon on {path:?} ended the connection before its answer was complete")]
     Cut {
@@ -108,6 +119,15 @@ pub enum ClientError {
         /// Why.
         source: io::Error,
     },
+}
+
+/// How a capture came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CaptureEnd {
+    /// The daemon or whoever took the chunks ended it.
+    Whole,
+    /// It was asked to end, and what was still to come did not.
+    BrokenOff,
 }
 
 /// Talks to the daemon behind one socket.
@@ -218,15 +238,16 @@ impl Client {
         })
     }
 
-    /// GET of a capture: says the name of its observer, then hands over what comes, until it is told to stop or the daemon
-    /// ends the stream. SIGINT and SIGTERM make the daemon end it, with everything that was captured until then; a second
-    /// one breaks off.
+    /// GET of a capture: says the name of its observer, then hands over what comes, until it is told
+    /// to stop or the daemon ends the stream. SIGINT and SIGTERM make the daemon end it, with
+    /// everything that was captured until then; one more after a second breaks off. Once it was asked
+    /// to end, an end that does not come is no error.
     pub fn stream_bytes(
         &self,
         target: &str,
         begun: impl FnOnce(&str),
         mut chunk: impl FnMut(&[u8]) -> ControlFlow<()>,
-    ) -> Result<(), ClientError> {
+    ) -> Result<CaptureEnd, ClientError> {
         self.block_on(async {
             let handler = |kind| signal(kind).map_err(|error| self.io(error));
             let mut interrupt = handler(SignalKind::interrupt())?;
@@ -237,7 +258,7 @@ impl Client {
             let name = name.to_string();
             begun(&name);
             let end = format!("/v1/observers/{name}");
-            let (mut body, mut asked) = (response.into_body(), false);
+            let (mut body, mut asked) = (response.into_body(), None::<Instant>);
             loop {
                 let frame = tokio::select! {
                     frame = body.frame() => Some(frame),
@@ -245,22 +266,24 @@ impl Client {
                     _ = terminate.recv() => None,
                 };
                 let Some(frame) = frame else {
-                    if asked {
-                        return Err(self.cut());
+                    if asked.is_some_and(|at| at.elapsed() > SAME_SIGNAL) {
+                        return Ok(CaptureEnd::BrokenOff);
                     }
-                    asked = true;
-                    // It may have ended by itself; what it has written is still to come.
-                    let _ = self.send(Method::DELETE, &end, Bytes::new()).await;
+                    if asked.is_none() {
+                        // It may have ended by itself; what it has written is still to come.
+                        let _ = self.send(Method::DELETE, &end, Bytes::new()).await;
+                        asked = Some(Instant::now());
+                    }
                     continue;
                 };
-                let Some(frame) = frame else {
-                    return Ok(());
+                let data = match frame {
+                    None => return Ok(CaptureEnd::Whole),
+                    Some(Ok(frame)) => frame.into_data(),
+                    Some(Err(_)) if asked.is_some() => return Ok(CaptureEnd::BrokenOff),
+                    Some(Err(_)) => return Err(self.cut()),
                 };
-                let Ok(data) = frame.map_err(|_| self.cut())?.into_data() else {
-                    continue;
-                };
-                if chunk(&data).is_break() {
-                    return Ok(());
+                if data.is_ok_and(|data| chunk(&data).is_break()) {
+                    return Ok(CaptureEnd::Whole);
                 }
             }
         })
@@ -339,9 +362,12 @@ impl Client {
         let stream = UnixStream::connect(&self.path)
             .await
             .map_err(|error| self.connect_error(error))?;
+        let hung_up = || ClientError::HungUp {
+            path: self.path.clone(),
+        };
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
             .await
-            .map_err(|_| self.cut())?;
+            .map_err(|_| hung_up())?;
         // Its errors reach us through the sender.
         tokio::spawn(connection);
         let mut request = Request::builder()
@@ -363,7 +389,7 @@ impl Client {
             if error.is_parse() || error.is_parse_too_large() {
                 self.not_pollux("it does not speak HTTP")
             } else {
-                self.cut()
+                hung_up()
             }
         })
     }

@@ -67,6 +67,9 @@ pub enum ControlError {
         /// What was removed.
         what: What,
     },
+    /// The daemon is about to end.
+    #[error("the daemon is stopping")]
+    Stopping,
     /// A fault of the daemon or the operating system.
     #[error("{0}")]
     Internal(String),

@@ -8,6 +8,9 @@ use axum::response::{IntoResponse, Response};
 use super::ControlError;
 use super::types::ApiError;
 
+/// The code by which clients know that there will be no daemon to ask again.
+pub(crate) const STOPPING: &str = "stopping";
+
 /// An answer that is no success.
 #[derive(Debug)]
 pub(super) struct Failure(StatusCode, ApiError);
@@ -53,6 +56,7 @@ impl From<ControlError> for Failure {
             ControlError::NotFound { .. } => (StatusCode::NOT_FOUND, "not_found"),
             ControlError::Conflict { .. } => (StatusCode::CONFLICT, "conflict"),
             ControlError::Gone { .. } => (StatusCode::GONE, "gone"),
+            ControlError::Stopping => (StatusCode::SERVICE_UNAVAILABLE, STOPPING),
             ControlError::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         };
         Failure::new(status, code, error.to_string(), None)

@@ -25,4 +25,6 @@ mod stream;
 
 pub use control::{ByteStream, Control, ControlError, What};
 pub use events::EventHub;
+pub(crate) use failure::STOPPING;
 pub use server::{Server, ServerError};
+pub use socket::default_socket;

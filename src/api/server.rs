@@ -70,6 +70,18 @@ pub enum ServerError {
         /// The path.
         path: PathBuf,
     },
+    /// Something listens there, which may be anything.
+    #[error("another process listens on {path:?}; stop it, or give this one another --api-socket")]
+    InUse {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The directory is missing.
+    #[error("directory {dir:?} of the API socket does not exist; create it first")]
+    NoDirectory {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// A file that we did not make.
     #[error("{path:?} exists and is not a socket; remove it, or give another --api-socket")]
     NotASocket {

@@ -49,7 +49,7 @@ impl ApiSocket {
             path: path.into(),
             source,
         };
-        make_parent(path, group).map_err(bind_error)?;
+        make_parent(path, group, default_socket().as_deref())?;
         let mut lock_path = OsString::from(path);
         lock_path.push(".lock");
         let lock_path = PathBuf::from(lock_path);
@@ -81,22 +81,41 @@ impl Drop for ApiSocket {
     }
 }
 
-fn make_parent(path: &Path, group: Option<u32>) -> io::Result<()> {
+/// Where the API socket is unless the operator says otherwise: of root in `/run`, of others in
+/// their runtime directory, which may not be known.
+pub fn default_socket() -> Option<PathBuf> {
+    let directory = if rustix::process::geteuid().is_root() {
+        PathBuf::from("/run")
+    } else {
+        PathBuf::from(std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty())?)
+    };
+    Some(directory.join("pollux/api.sock"))
+}
+
+/// Makes the directory of the default path, if it is missing. Any other one is the operator's to
+/// make, as those of ports are: a typo in its name is an error, and no new directory.
+fn make_parent(path: &Path, group: Option<u32>, default: Option<&Path>) -> Result<(), ServerError> {
     let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) else {
         return Ok(());
     };
-    if parent.exists() {
-        return Ok(());
+    match fs::metadata(parent) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        // Whatever else is wrong with it, the socket itself will say.
+        _ => return Ok(()),
     }
-    DirBuilder::new()
-        .recursive(true)
-        .mode(DIRECTORY_MODE)
-        .create(parent)?;
+    if default != Some(path) {
+        return Err(ServerError::NoDirectory { dir: parent.into() });
+    }
+    let made = DirBuilder::new().mode(DIRECTORY_MODE).create(parent);
     // Without this, the group could not even reach the socket that it may use.
-    match group {
+    let made = made.and_then(|()| match group {
         Some(_) => chown(parent, None, group),
         None => Ok(()),
-    }
+    });
+    made.map_err(|source| ServerError::Bind {
+        path: path.into(),
+        source,
+    })
 }
 
 /// Locks `path`, or fails with `WouldBlock` while another process holds it.
@@ -141,7 +160,33 @@ fn replace_stale(path: &Path) -> Result<(), ServerError> {
             fs::remove_file(path).map_err(bind_error)
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(bind_error(error)),
         // Connected, or listening with a full backlog, or a socket of another type: in use.
-        _ => Err(ServerError::Live { path: path.into() }),
+        _ => Err(ServerError::InUse { path: path.into() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn only_the_default_directory_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let default = dir.path().join("pollux/api.sock");
+        let typo = dir.path().join("polux/api.sock");
+        let error = make_parent(&typo, None, Some(&default)).unwrap_err();
+        assert!(matches!(error, ServerError::NoDirectory { .. }), "{error}");
+        assert!(make_parent(&typo, None, None).is_err());
+        make_parent(&default, None, Some(&default)).unwrap();
+        let made = default.parent().unwrap();
+        let mode = fs::metadata(made).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, DIRECTORY_MODE);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        // Nothing above it is.
+        let deep = dir.path().join("no/pollux/api.sock");
+        let error = make_parent(&deep, None, Some(&deep)).unwrap_err();
+        assert!(matches!(error, ServerError::Bind { .. }), "{error}");
     }
 }

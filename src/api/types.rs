@@ -66,9 +66,18 @@ pub struct PortView {
     pub mode: SocketMode,
     /// Queue pairs offered.
     pub queues: u16,
+    /// Numbers of the poll threads that may own its transmit queues; any, where empty.
+    #[serde(default)]
+    pub poll: Vec<u32>,
     /// Whether the reset of one ring is offered.
     #[serde(default)]
     pub ring_reset: bool,
+    /// Permission bits that the socket file was given; null where the umask decided.
+    #[serde(default)]
+    pub socket_mode: Option<u32>,
+    /// Group that the socket file was given; null where the directory or the process decided.
+    #[serde(default)]
+    pub socket_group: Option<String>,
     /// Where it stands.
     pub state: PortState,
     /// In words, why it does not work (yet), or what of its memory cannot be used; null otherwise.
@@ -453,7 +462,7 @@ pub struct Event {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ApiError {
     /// Stable word: `bad_argument`, `not_found`, `conflict`, `gone`, `internal`, `forbidden`,
-    /// `no_such_route`, `method_not_allowed`, `too_large`, `timeout`, `busy`.
+    /// `no_such_route`, `method_not_allowed`, `too_large`, `timeout`, `busy`, `stopping`.
     pub code: String,
     /// One sentence for the operator.
     pub message: String,

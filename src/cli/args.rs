@@ -8,30 +8,36 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand, ValueHint};
 
 use crate::api::types::PortPatch;
+use crate::bench;
 use crate::config::{
     CpuList, IdleList, IdlePolicy, MAX_QUEUE_PAIRS, PortSpec, QUEUE_PAIRS, Rebalance,
 };
 use crate::wire::Mac;
 
+use super::commands::once;
+use super::failure::{EXIT_CODES, Failure, exit_codes};
+use super::log_filter::LogFilter;
+
 mod observe;
 
 pub(super) use observe::{CaptureArgs, ExtcapArgs, MirrorCommand, WatchArgs};
 
-const EXIT_CODES: &str = "\
-Exit codes:
-  0  done
-  1  internal error of pollux or the operating system
-  2  bad arguments
-  3  no daemon answers on the API socket
-  4  no such port or entry
-  5  refused: no permission, or in conflict with what exists";
+/// What other programs of the kind call `remove` and `list`.
+const REMOVE: [&str; 3] = ["del", "delete", "rm"];
+const LIST: &str = "ls";
 
 /// A software switch for virtual machines.
 ///
 /// QEMU and cloud-hypervisor guests attach to it over vhost-user sockets. `pollux run` is the
 /// switch; the other commands talk to it over its API socket.
 #[derive(Debug, Parser)]
-#[command(name = "pollux", version, after_help = EXIT_CODES, arg_required_else_help = true)]
+#[command(
+    name = "pollux",
+    version,
+    after_help = exit_codes(&EXIT_CODES),
+    arg_required_else_help = true,
+    max_term_width = 100
+)]
 pub struct Cli {
     /// API socket of the daemon [default: /run/pollux/api.sock as root, else
     /// $XDG_RUNTIME_DIR/pollux/api.sock]
@@ -106,7 +112,8 @@ pub enum Command {
     /// Be an extcap program for Wireshark, which calls this
     Extcap(ExtcapArgs),
     /// Measure a switch with guests of our own, over real vhost-user sockets
-    Bench(crate::bench::Args),
+    #[command(after_help = exit_codes(&bench::EXIT_CODES))]
+    Bench(bench::Args),
     /// Print a completion script for a shell
     Completions {
         /// The shell.
@@ -127,8 +134,7 @@ pub struct RunArgs {
     #[arg(
         long = "port",
         value_name = "SPEC",
-        help = "A port: NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…]\
-                [,ring-reset=on|off][,socket-mode=0660][,socket-group=NAME]; may be given again"
+        help = "A port, see pollux port add; may be given again"
     )]
     pub ports: Vec<PortSpec>,
     /// One poll thread pinned to each of these CPUs, such as 0,2-3 [default: one, unpinned]
@@ -165,9 +171,10 @@ pub struct RunArgs {
     /// [default: beside the API socket, its name ending in .rings]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub ring_state: Option<PathBuf>,
-    /// What to log to stderr: off, error, warn, info, debug, trace, or a list of MODULE=LEVEL
+    /// What to log to standard error: off, error, warn, info, debug or trace; or a list such as
+    /// warn,pollux::api=debug, for the modules pollux::api and pollux::daemon
     #[arg(long, value_name = "LEVEL", env = "POLLUX_LOG", default_value = "info")]
-    pub log: String,
+    pub log: LogFilter,
 }
 
 /// How a read is printed.
@@ -183,13 +190,15 @@ pub struct Output {
 pub enum PortCommand {
     /// Create a port
     Add {
-        /// NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…][,ring-reset=on|off][,socket-mode=0660][,socket-group=NAME]
+        /// NAME,socket=PATH and what else it is to have, separated by commas: mode=server|client,
+        /// queues=N, poll=N+N…, ring-reset=on|off, socket-mode=0660, socket-group=NAME
         spec: PortSpec,
         /// Do nothing if a port exists with the same values
         #[arg(long)]
         may_exist: bool,
     },
     /// Remove a port; other ports notice nothing
+    #[command(aliases = REMOVE)]
     Remove {
         /// Its name.
         name: String,
@@ -206,6 +215,7 @@ pub enum PortCommand {
         settings: Vec<Setting>,
     },
     /// List the ports
+    #[command(alias = LIST)]
     List(Output),
     /// Show one port: its state and why, its rings, its counters
     Show {
@@ -220,6 +230,7 @@ pub enum PortCommand {
 #[derive(Debug, Subcommand)]
 pub enum FdbCommand {
     /// List the forwarding table
+    #[command(alias = LIST)]
     List(Output),
     /// Add a static entry, which does not age and does not move
     Add {
@@ -233,6 +244,7 @@ pub enum FdbCommand {
         replace: bool,
     },
     /// Remove one entry, static or learned
+    #[command(aliases = REMOVE)]
     Remove {
         /// The station's address.
         mac: Mac,
@@ -252,6 +264,7 @@ pub enum FdbCommand {
 #[derive(Debug, Subcommand)]
 pub enum PollCommand {
     /// List the poll threads, how busy they are and which queues they own
+    #[command(alias = LIST)]
     List(Output),
     /// Start a poll thread
     Add {
@@ -264,6 +277,7 @@ pub enum PollCommand {
         idle: Option<IdlePolicy>,
     },
     /// End a poll thread; its queues go to the others, without loss
+    #[command(aliases = REMOVE)]
     Remove {
         /// Its number.
         thread: u32,
@@ -351,9 +365,9 @@ pub enum Setting {
 
 impl Setting {
     /// Puts this setting into `patch`.
-    pub fn apply(self, patch: &mut PortPatch) {
+    pub(super) fn apply(self, patch: &mut PortPatch) -> Result<(), Failure> {
         match self {
-            Setting::Queues(queues) => patch.queues = Some(queues),
+            Setting::Queues(queues) => once(patch.queues.replace(queues).is_some()),
         }
     }
 }
@@ -425,7 +439,7 @@ mod tests {
         assert_eq!(run.idle.0, [IdlePolicy::Busy]);
         assert_eq!((run.mac_ageing, run.fdb_size), (60, 100));
         assert_eq!(run.ring_state, Some(PathBuf::from("/r")));
-        assert_eq!(run.log, "debug");
+        assert_eq!(run.log, "debug".parse().unwrap());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use pcap_file::pcapng::{Block, PcapNgParser};
 use serde_json::json;
 
 use super::Failure;
-use super::text::{escape, print, timestamp_ns};
+use super::text::{escape, print, timestamp_ns, unprinted};
 use crate::wire;
 
 /// Block types.
@@ -60,9 +60,7 @@ impl Files {
             .create(true)
             .truncate(false)
             .open(path);
-        let file = options.map_err(|error| {
-            Failure::bad_arguments(format!("cannot write to {path:?}: {error}"))
-        })?;
+        let file = options.map_err(|error| Failure::file(&format!("write to {path:?}"), &error))?;
         Ok(Files {
             path: path.to_path_buf(),
             file,
@@ -238,10 +236,7 @@ impl Blocks {
             Sink::Stdout => {
                 let mut stdout = io::stdout().lock();
                 let written = stdout.write_all(&out).and_then(|()| stdout.flush());
-                written.map_err(|error| match error.kind() {
-                    io::ErrorKind::BrokenPipe => Failure::reader_left(),
-                    _ => Failure::internal(format!("cannot write to standard output: {error}")),
-                })?;
+                written.map_err(unprinted)?;
             }
             Sink::Files(files) => {
                 let written = files.write(&out);

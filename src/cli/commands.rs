@@ -1,6 +1,6 @@
 //! The client commands: each makes one request and prints its answer.
 
-use std::io::{self, IsTerminal};
+use std::io;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::thread::sleep;
@@ -9,14 +9,14 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 
 use super::args::{Command, FdbCommand, Output, PollCommand, PollSetting, PortCommand};
-use super::text::print;
-use super::{Failure, observe, views};
+use super::text::{print, takes_escapes};
+use super::{EXIT_INTERNAL, EXIT_NO_DAEMON, Failure, observe, views};
 use crate::api::client::{Answer, Client, ClientError};
 use crate::api::types::{
     Event, EventKind, FdbAdd, FdbEntry, Flushed, Moved, PollAdd, PollMove, PollSettingsPatch,
     PollThreadView, PortPatch, PortView, StatsView,
 };
-use crate::config::PortSpec;
+use crate::config::{PortSpec, count};
 
 /// Does `command` with the daemon on `socket`.
 pub(super) fn execute(command: Command, socket: PathBuf) -> Result<(), Failure> {
@@ -53,7 +53,7 @@ fn port(client: &Client, command: PortCommand) -> Result<(), Failure> {
         PortCommand::Set { name, settings } => {
             let mut patch = PortPatch::default();
             for setting in settings {
-                setting.apply(&mut patch);
+                setting.apply(&mut patch)?;
             }
             client.patch(&port_target(&name)?, &patch)?;
             Ok(())
@@ -67,13 +67,17 @@ fn port(client: &Client, command: PortCommand) -> Result<(), Failure> {
     }
 }
 
-fn add_port(client: &Client, mut spec: PortSpec, may_exist: bool) -> Result<(), Failure> {
-    // The daemon's working directory is another one.
+/// Makes the path of a port's socket absolute: the daemon's working directory is another one.
+pub(super) fn make_absolute(spec: &mut PortSpec) -> Result<(), Failure> {
     spec.socket = std::path::absolute(&spec.socket).map_err(|error| {
         Failure::bad_arguments(format!("socket path {:?}: {error}", spec.socket))
     })?;
     spec.validate()
-        .map_err(|error| Failure::bad_arguments(error.to_string()))?;
+        .map_err(|error| Failure::bad_arguments(error.to_string()))
+}
+
+fn add_port(client: &Client, mut spec: PortSpec, may_exist: bool) -> Result<(), Failure> {
+    make_absolute(&mut spec)?;
     client.post(&format!("/v1/ports?may_exist={may_exist}"), &spec)?;
     Ok(())
 }
@@ -97,7 +101,11 @@ fn fdb(client: &Client, command: FdbCommand) -> Result<(), Failure> {
                 None => "/v1/fdb".to_string(),
             };
             let Flushed { removed } = client.delete(&target)?.read()?;
-            print(&format!("{removed} entries removed\n"))
+            let entries = match removed {
+                1 => "1 entry".to_string(),
+                removed => format!("{removed} entries"),
+            };
+            print(&format!("{entries} removed\n"))
         }
     }
 }
@@ -125,7 +133,7 @@ fn poll(client: &Client, command: PollCommand) -> Result<(), Failure> {
                 thread,
             };
             let Moved { queues } = client.post("/v1/poll/moves", &order)?.read()?;
-            print(&format!("{queues} queues moved\n"))
+            print(&format!("{} moved\n", count(queues.into(), "queue")))
         }
         PollCommand::Set {
             settings,
@@ -152,10 +160,7 @@ fn poll_patch(settings: &[PollSetting], thread: Option<u32>) -> Result<PollSetti
             PollSetting::Rebalance(rebalance) => patch.rebalance.replace(*rebalance).is_some(),
             PollSetting::Idle(idle) => patch.idle.replace(*idle).is_some(),
         };
-        if again {
-            let text = "each setting may be given once".to_string();
-            return Err(Failure::bad_arguments(text));
-        }
+        once(again)?;
     }
     if thread.is_some() && patch.idle.is_none() {
         let text = "--thread is for idle=POLICY, which is missing".to_string();
@@ -164,11 +169,19 @@ fn poll_patch(settings: &[PollSetting], thread: Option<u32>) -> Result<PollSetti
     Ok(patch)
 }
 
+/// A setting that was given before is a mistake: which one is meant?
+pub(super) fn once(again: bool) -> Result<(), Failure> {
+    match again {
+        true => Err(Failure::bad_arguments("each setting may be given once")),
+        false => Ok(()),
+    }
+}
+
 fn stats(client: &Client, watch: Option<u64>, output: Output) -> Result<(), Failure> {
     let Some(seconds) = watch else {
         return show(client, "/v1/stats", output, views::stats);
     };
-    let clear = io::stdout().is_terminal();
+    let clear = takes_escapes(&io::stdout());
     let mut before: Option<StatsView> = None;
     loop {
         let answer = client.get("/v1/stats")?;
@@ -195,7 +208,8 @@ fn stats(client: &Client, watch: Option<u64>, output: Output) -> Result<(), Fail
 }
 
 fn events(client: &Client, output: Output) -> Result<(), Failure> {
-    let mut failure = None;
+    // A stream that nobody here has ended is one of a daemon that has gone, as for captures.
+    let mut outcome = Err(Failure::new(EXIT_NO_DAEMON, "the events broke off"));
     client.stream_lines("/v1/events", |line| {
         let (text, last) = match serde_json::from_str::<Event>(line) {
             Ok(event) if output.json => (format!("{line}\n"), event.kind),
@@ -204,18 +218,21 @@ fn events(client: &Client, output: Output) -> Result<(), Failure> {
             Err(_) => (format!("{line}\n"), EventKind::Other),
         };
         if let Err(error) = print(&text) {
-            failure = Some(error);
+            outcome = Err(error);
             return ControlFlow::Break(());
         }
-        if last == EventKind::TooSlow {
-            failure = Some(Failure::internal(
+        let (code, why) = match last {
+            EventKind::TooSlow => (
+                EXIT_INTERNAL,
                 "events came faster than they were read; the stream was ended",
-            ));
-            return ControlFlow::Break(());
-        }
-        ControlFlow::Continue(())
+            ),
+            EventKind::Stopping => (EXIT_NO_DAEMON, "the daemon stops"),
+            _ => return ControlFlow::Continue(()),
+        };
+        outcome = Err(Failure::new(code, why));
+        ControlFlow::Break(())
     })?;
-    failure.map_or(Ok(()), Err)
+    outcome
 }
 
 /// Gets `target` and prints it as it stands, or as `table` lays it out.

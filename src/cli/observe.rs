@@ -8,57 +8,58 @@ use super::blocks::{Blocks, Files, Sink};
 use super::commands::{absent_is_fine, encode, show};
 use super::text::{Table, escape, note, print, timestamp};
 use super::{EXIT_NO_DAEMON, EXIT_NOT_FOUND, Failure};
-use crate::api::client::Client;
+use crate::api::client::{CaptureEnd, Client};
 use crate::api::types::{MirrorAdd, ObserverView, PortView, TraceFrame, TraceLine};
-use crate::config::{ALL_PORTS, MAX_SNAPLEN};
+use crate::config::{ALL_PORTS, MAX_SNAPLEN, count};
 
 pub(super) fn capture(client: &Client, args: &CaptureArgs) -> Result<(), Failure> {
+    let to_stdout = args.write.as_deref() == Some(Path::new("-"));
+    if to_stdout && args.rotate.is_some() {
+        let text = "--rotate is for files, and -w - is standard output";
+        return Err(Failure::bad_arguments(text));
+    }
     let sink = match &args.write {
         None => Sink::Lines { json: args.json },
-        Some(path) if path == Path::new("-") => match args.rotate {
-            None => Sink::Stdout,
-            Some(_) => {
-                return Err(Failure::bad_arguments(
-                    "--rotate needs a file to begin with",
-                ));
-            }
-        },
+        Some(_) if to_stdout => Sink::Stdout,
         Some(path) => Sink::Files(Files::create(path, args.rotate, args.keep)?),
     };
-    let (blocks, name) = receive(client, &args.port, &args.watch, sink, |name| {
+    let said = receive(client, &args.port, &args.watch, sink, |name| {
         note(&format!("pollux: {name} has begun; Ctrl-C ends it\n"));
     })?;
-    let text = format!(
-        "{} frames captured, {} missed",
-        blocks.frames, blocks.missed
-    );
-    match blocks.ended.as_deref() {
-        Some(why @ "port removed") => {
-            let text = format!("{why}: {}; {text}", args.port);
+    note(&format!("pollux: {}\n", escape(&said)));
+    Ok(())
+}
+
+/// What a capture's end means: what to say of one that ended as it should, or what went wrong.
+fn outcome(blocks: &Blocks, name: &str, port: &str, end: CaptureEnd) -> Result<String, Failure> {
+    let frames = count(blocks.frames, "frame");
+    let text = format!("{frames} captured, {} missed", blocks.missed);
+    match (blocks.ended.as_deref(), end) {
+        (Some(why @ "port removed"), _) => {
+            let text = format!("{why}: {port}; {text}");
             Err(Failure::new(EXIT_NOT_FOUND, text))
         }
-        Some(why @ "the daemon stops") => {
+        (Some(why @ "the daemon stops"), _) => {
             Err(Failure::new(EXIT_NO_DAEMON, format!("{why}; {text}")))
         }
-        None => {
-            let text = format!("the capture broke off; {} frames captured", blocks.frames);
+        (Some(why), _) => Ok(format!("{name} has ended ({why}): {text}")),
+        // Whoever asked for the end knows why it came.
+        (None, CaptureEnd::BrokenOff) => Ok(format!("{name} was broken off: {frames} captured")),
+        (None, CaptureEnd::Whole) => {
+            let text = format!("the capture broke off; {frames} captured");
             Err(Failure::new(EXIT_NO_DAEMON, text))
-        }
-        Some(why) => {
-            note(&format!("pollux: {name} has ended ({why}): {text}\n"));
-            Ok(())
         }
     }
 }
 
-/// Receives a capture to its end.
+/// Receives a capture to its end; returns what to say of that.
 fn receive(
     client: &Client,
     port: &str,
     watch: &WatchArgs,
     sink: Sink,
     begun: impl FnOnce(&str),
-) -> Result<(Blocks, String), Failure> {
+) -> Result<String, Failure> {
     let mut target = format!(
         "/v1/capture?direction={}&drops={}&snaplen={}",
         watch.direction, watch.drops, watch.snaplen
@@ -75,7 +76,7 @@ fn receive(
         }
     }
     let (mut blocks, mut failure, mut name) = (Blocks::new(sink), None, String::new());
-    client.stream_bytes(
+    let end = client.stream_bytes(
         &target,
         |observer| {
             name = observer.to_string();
@@ -89,7 +90,7 @@ fn receive(
             }
         },
     )?;
-    failure.map_or(Ok((blocks, name)), Err)
+    failure.map_or_else(|| outcome(&blocks, &name, port, end), Err)
 }
 
 pub(super) fn trace(
@@ -124,8 +125,12 @@ pub(super) fn trace(
             return ControlFlow::Continue(());
         };
         if missed > 0 {
+            let steps = match missed {
+                1 => "1 step was".to_string(),
+                missed => format!("{missed} steps were"),
+            };
             note(&format!(
-                "pollux: {missed} steps were not seen; lines may be incomplete\n"
+                "pollux: {steps} not seen; lines may be incomplete\n"
             ));
         }
         outcome = match reason.as_str() {
@@ -231,7 +236,7 @@ fn mirror_table(mirrors: &[ObserverView]) -> String {
             mirror.statistics.missed.to_string(),
         ]);
     }
-    table.render("")
+    table.render()
 }
 
 /// Before the name of a port, or [`ALL_PORTS`], in the names of Wireshark's interfaces.

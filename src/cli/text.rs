@@ -3,7 +3,11 @@
 use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::time::Duration;
+
+use anstream::stream::RawStream;
+use anstream::{AutoStream, ColorChoice};
 
 use super::Failure;
 
@@ -12,10 +16,72 @@ pub(super) fn print(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
-        .map_err(|error| match error.kind() {
-            io::ErrorKind::BrokenPipe => Failure::reader_left(),
-            _ => Failure::internal(format!("cannot write to standard output: {error}")),
-        })
+        .map_err(unprinted)
+}
+
+/// Standard output that takes no more.
+pub(super) fn unprinted(error: io::Error) -> Failure {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe => Failure::reader_left(),
+        _ => Failure::internal(format!("cannot write to standard output: {error}")),
+    }
+}
+
+/// How many columns a line may have there: those of the terminal, or as many as `COLUMNS` says.
+/// `None` where neither is known: a program that reads wants one line a record.
+pub(super) fn columns(stream: &impl AsFd) -> Option<usize> {
+    let terminal = rustix::termios::tcgetwinsize(stream);
+    let terminal = terminal.ok().map(|size| usize::from(size.ws_col));
+    let said = || std::env::var("COLUMNS").ok()?.parse().ok();
+    terminal.filter(|columns| *columns > 0).or_else(said)
+}
+
+/// A line broken at blanks, so that it has at most `width` columns where its words allow; all
+/// further lines begin with `hang` blanks.
+pub(super) fn wrap(line: &str, width: usize, hang: usize) -> String {
+    let mut text = String::with_capacity(line.len() + 8);
+    let mut at = 0;
+    for (n, word) in line.split(' ').enumerate() {
+        let length = visible(word);
+        if n > 0 && at > hang && at + 1 + length > width {
+            text.push('\n');
+            text.push_str(&" ".repeat(hang));
+            at = hang;
+        } else if n > 0 {
+            text.push(' ');
+            at += 1;
+        }
+        text.push_str(word);
+        at += length;
+    }
+    text
+}
+
+/// Characters that take a column: all but those of escape sequences for colours.
+fn visible(text: &str) -> usize {
+    let mut inside = false;
+    let shown = text.chars().filter(|c| {
+        inside |= *c == '\x1b';
+        let hidden = inside;
+        inside &= *c != 'm';
+        !hidden
+    });
+    shown.count()
+}
+
+/// Each line of a text wrapped, if there is a width.
+pub(super) fn fit(text: &str, width: Option<usize>, hang: usize) -> String {
+    let Some(width) = width else {
+        return text.to_string();
+    };
+    let lines = text.split('\n').map(|line| wrap(line, width, hang));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// Whether colours and the like may be written there: to a terminal that understands them, unless
+/// `NO_COLOR` says no. The same rule as that of the help and of the messages about arguments.
+pub(super) fn takes_escapes(stream: &impl RawStream) -> bool {
+    stream.is_terminal() && AutoStream::choice(stream) != ColorChoice::Never
 }
 
 /// Writes to standard error; if that fails nobody is left to tell.
@@ -85,7 +151,12 @@ impl Table {
         self.rows.push(cells.collect());
     }
 
-    pub(super) fn render(&self, indent: &str) -> String {
+    /// The table; the last column is wrapped where the terminal is too narrow for it.
+    pub(super) fn render(&self) -> String {
+        self.render_in(columns(&io::stdout()))
+    }
+
+    fn render_in(&self, columns: Option<usize>) -> String {
         let widths: Vec<usize> = self
             .columns
             .iter()
@@ -99,7 +170,7 @@ impl Table {
         let headers: Vec<String> = self.columns.iter().map(|c| c.0.to_string()).collect();
         let mut text = String::new();
         for row in std::iter::once(&headers).chain(&self.rows) {
-            let mut line = String::from(indent);
+            let mut line = String::new();
             for ((cell, width), (_, align)) in row.iter().zip(&widths).zip(&self.columns) {
                 let pad = " ".repeat(width.saturating_sub(cell.chars().count()));
                 match align {
@@ -107,10 +178,27 @@ impl Table {
                     Align::Right => line.extend([pad.as_str(), cell, "  "]),
                 }
             }
-            text.push_str(line.trim_end());
+            text.push_str(&fit_last(line.trim_end(), &widths, columns));
             text.push('\n');
         }
         text
+    }
+}
+
+/// A row with its last cell in as many lines as it takes to fit.
+fn fit_last(row: &str, widths: &[usize], columns: Option<usize>) -> String {
+    /// Narrower than this nothing can be read.
+    const LEAST: usize = 16;
+    let before = widths.iter().rev().skip(1).map(|width| width + 2).sum();
+    match columns {
+        Some(columns) if columns >= before + LEAST => {
+            let at = row.char_indices().nth(before).map(|(at, _)| at);
+            let (first, last) = row.split_at(at.unwrap_or(row.len()));
+            let last = wrap(last, columns - before, 0);
+            let next_line = format!("\n{}", " ".repeat(before));
+            format!("{first}{}", last.replace('\n', &next_line))
+        }
+        _ => row.to_string(),
     }
 }
 
@@ -133,12 +221,25 @@ pub(super) fn short(value: f64) -> String {
     format!("{value:.digits$}{}", UNITS[unit])
 }
 
+/// An amount of memory, in the units that memory is made in: `201 MiB`.
+pub(super) fn memory_size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    let (mut value, mut unit) = (bytes as f64 / 1024.0, 0);
+    // 1023.5 would be printed as 1024.
+    while value >= 1023.5 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let digits = usize::from(value.fract() != 0.0 && value < 99.95);
+    format!("{value:.digits$} {}", UNITS[unit])
+}
+
 /// A duration in at most seven characters.
 pub(super) fn seconds(value: f64) -> String {
     match value.max(0.0) {
         0.0 => "0".into(),
         v if v < 1e-6 => format!("{:.0}ns", v * 1e9),
-        v if v < 1e-3 => format!("{:.1}us", v * 1e6),
+        v if v < 1e-3 => format!("{:.1}µs", v * 1e6),
         v if v < 1.0 => format!("{:.1}ms", v * 1e3),
         v if v < 100.0 => format!("{v:.1}s"),
         v => format!("{v:.0}s"),
@@ -206,7 +307,38 @@ mod tests {
         let mut table = Table::new(&["NAME", ">N"]);
         table.row(["vm1".to_string(), "5".to_string()]);
         table.row(["longer".to_string(), "123".to_string()]);
-        assert_eq!(table.render(""), "NAME      N\nvm1       5\nlonger  123\n");
+        assert_eq!(
+            table.render_in(None),
+            "NAME      N\nvm1       5\nlonger  123\n"
+        );
+    }
+
+    #[test]
+    fn lines_end_at_their_width_and_words_stay_whole() {
+        assert_eq!(wrap("aa bb cc", 5, 2), "aa bb\n  cc");
+        assert_eq!(wrap("aa bbbbbbbb cc", 5, 1), "aa\n bbbbbbbb\n cc");
+        assert_eq!(wrap("\x1b[31maa\x1b[0m bb", 5, 0), "\x1b[31maa\x1b[0m bb");
+        assert_eq!(fit("aa bb\ncc", None, 0), "aa bb\ncc");
+        let mut table = Table::new(&["NAME", "QUEUES"]);
+        table.row([
+            "vm1".to_string(),
+            "vm1:0 12%, vm2:0 3%, vm3:0 1%".to_string(),
+        ]);
+        let expected = "NAME  QUEUES\nvm1   vm1:0 12%, vm2:0\n      3%, vm3:0 1%\n";
+        assert_eq!(table.render_in(Some(24)), expected);
+    }
+
+    #[test]
+    fn memory_is_counted_in_powers_of_two() {
+        for (bytes, text) in [
+            (0, "0 KiB"),
+            (1 << 10, "1 KiB"),
+            (192 << 20, "192 MiB"),
+            (3 << 29, "1.5 GiB"),
+            (4 << 40, "4 TiB"),
+        ] {
+            assert_eq!(memory_size(bytes), text);
+        }
     }
 
     #[test]

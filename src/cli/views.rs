@@ -1,13 +1,15 @@
 //! Answers as tables for people.
 
 use std::fmt::Write as _;
+use std::io;
 
-use super::text::{Table, escape, seconds, short, timestamp};
+use super::text::{Table, columns, escape, fit, memory_size, seconds, short, timestamp};
 use crate::api::types::{
     CallMode, DirectionStatistics, Event, FdbEntry, Latency, MemoryPace, MovingAddress,
     PollSettings, PollState, PollThreadView, PortStatistics, PortView, RingDirection, RingKind,
     RingState, RingView, SecondFrontend, SessionView, StatsView,
 };
+use crate::config::{SocketMode, count, thread_list};
 
 /// Regions that cannot be used and are named; all of them are in the JSON.
 const UNUSABLE_SHOWN: usize = 4;
@@ -27,15 +29,17 @@ pub(super) fn ports(ports: &[PortView]) -> String {
             port.socket.clone(),
         ]);
     }
-    table.render("")
+    table.render()
 }
 
 /// `pollux port show`.
 pub(super) fn port(port: &PortView) -> String {
     let mut text = String::new();
+    let width = columns(&io::stdout());
     let mut line = |key: &str, value: &str| {
-        // Writing to a string cannot fail.
-        let _ = writeln!(text, "{key:<18}{}", escape(value));
+        let line = fit(&format!("{key:<18}{}", escape(value)), width, 18);
+        text.push_str(&line);
+        text.push('\n');
     };
     line("port", &port.name);
     line("state", port.state.as_str());
@@ -43,10 +47,21 @@ pub(super) fn port(port: &PortView) -> String {
     line("socket", &port.socket);
     line("mode", &port.mode.to_string());
     line("queues", &port.queues.to_string());
+    let threads = match &port.poll[..] {
+        [] => "any".to_string(),
+        threads => thread_list(threads),
+    };
+    line("poll threads", &threads);
     line(
         "ring reset",
         if port.ring_reset { "offered" } else { "off" },
     );
+    // A frontend's socket is not ours to set.
+    if port.mode == SocketMode::Server {
+        let mode = port.socket_mode.map(|mode| format!("{mode:04o}"));
+        line("socket mode", mode.as_deref().unwrap_or("-"));
+        line("socket group", port.socket_group.as_deref().unwrap_or("-"));
+    }
     line("calls", &calls(port));
     line("memory", &memory(port));
     if let Some(second) = &port.second_frontend {
@@ -71,9 +86,9 @@ fn calls(port: &PortView) -> String {
     let statistics = &port.statistics;
     match port.calls {
         CallMode::Direct if statistics.slow_calls == 0 => "direct".to_string(),
-        CallMode::Direct => format!("direct, {} were slow", statistics.slow_calls),
+        CallMode::Direct => format!("direct, {} slow so far", statistics.slow_calls),
         CallMode::Deferred => format!(
-            "deferred to the session, because {} were slow; it made {}",
+            "deferred to the session: {} slow so far, {} made by it",
             statistics.slow_calls, statistics.deferred_calls
         ),
     }
@@ -118,11 +133,10 @@ fn session_lines(session: &SessionView, line: &mut impl FnMut(&str, &str)) {
         names => names.join(" "),
     };
     line("session age", &seconds(session.age_seconds));
-    let regions = session.memory_regions;
     let memory = format!(
-        "{} in {regions} {}",
+        "{} in {}",
         memory_size(session.memory_bytes),
-        if regions == 1 { "region" } else { "regions" }
+        count(session.memory_regions.into(), "region")
     );
     line("shared memory", &memory);
     for region in session.memory_unusable.iter().take(UNUSABLE_SHOWN) {
@@ -139,14 +153,6 @@ fn session_lines(session: &SessionView, line: &mut impl FnMut(&str, &str)) {
     }
     line("features", &list(&session.features));
     line("protocol features", &list(&session.protocol_features));
-}
-
-/// Guest memory is made in binary units, and so is what is said of it.
-fn memory_size(bytes: u64) -> String {
-    match bytes >> 20 {
-        0 => format!("{} KiB", bytes >> 10),
-        size => format!("{size} MiB"),
-    }
 }
 
 fn rings(rings: &[RingView]) -> String {
@@ -198,7 +204,7 @@ fn rings(rings: &[RingView]) -> String {
             );
         }
     }
-    table.render("") + &amiss
+    table.render() + &amiss
 }
 
 fn direction(direction: RingDirection) -> &'static str {
@@ -225,10 +231,10 @@ fn counters(statistics: &PortStatistics) -> String {
             reasons.row([name.to_string(), reason.clone(), frames.to_string()]);
         }
     }
-    let mut text = table.render("");
+    let mut text = table.render();
     if any {
         text.push('\n');
-        text.push_str(&reasons.render(""));
+        text.push_str(&reasons.render());
     }
     let (bad, unusable) = (statistics.bad_buffers, statistics.unusable_buffers);
     if bad > 0 {
@@ -256,7 +262,7 @@ pub(super) fn fdb(entries: &[FdbEntry]) -> String {
             kind.to_string(),
         ]);
     }
-    table.render("")
+    table.render()
 }
 
 /// `pollux poll set`: how that is now.
@@ -332,7 +338,7 @@ pub(super) fn poll_threads(threads: &[PollThreadView]) -> String {
             thread.idle.to_string(),
         ]);
     }
-    format!("{}\n{}", table.render(""), taken_over.render(""))
+    format!("{}\n{}", table.render(), taken_over.render())
 }
 
 /// The first few queues of a thread; all of them are in the JSON.
@@ -371,7 +377,7 @@ pub(super) fn stats(stats: &StatsView) -> String {
     for port in &stats.ports {
         let cells = |direction: &DirectionStatistics| {
             [
-                direction.frames.to_string(),
+                short(direction.frames as f64),
                 short(direction.bytes as f64),
                 short(direction.dropped() as f64),
             ]
@@ -384,8 +390,8 @@ pub(super) fn stats(stats: &StatsView) -> String {
         let times = times.as_ref()?;
         let longest = seconds(times.max_seconds);
         Some(format!(
-            "{operation} {} times, in {longest} at most; ",
-            times.count
+            "{operation} {}, in {longest} at most; ",
+            count(times.count, "time")
         ))
     };
     let moved = stats.fdb.counters.get("moved").unwrap_or(&0);
@@ -395,16 +401,21 @@ pub(super) fn stats(stats: &StatsView) -> String {
     ];
     let lost = match stats.log_lines_lost {
         0 => String::new(),
-        lines => format!("{lines} lines of the log were lost\n"),
+        lines => format!("{} of the log lost\n", count(lines, "line")),
     };
-    format!(
-        "up {}, {}generation {}, {} of {} addresses known, {moved} moves\n{lost}\n{}\n{}",
+    let head = format!(
+        "up {}, {}generation {}, {} of {} addresses known, {}",
         seconds(stats.uptime_seconds),
         operations.into_iter().flatten().collect::<String>(),
         stats.generation,
         stats.fdb.entries,
         stats.fdb.capacity,
-        table.render(""),
+        count(*moved, "move")
+    );
+    format!(
+        "{}\n{lost}\n{}\n{}",
+        fit(&head, columns(&io::stdout()), 2),
+        table.render(),
         poll_threads(&stats.poll_threads)
     )
 }
@@ -447,7 +458,7 @@ pub(super) fn rates(then: &StatsView, now: &StatsView) -> String {
         "up {}, rates over {}\n\n{}\n{}",
         seconds(now.uptime_seconds),
         seconds(elapsed),
-        table.render(""),
+        table.render(),
         poll_threads(&now.poll_threads)
     )
 }

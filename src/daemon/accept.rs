@@ -11,7 +11,7 @@ use super::control::{Control, RECONNECT};
 use super::link::{Link, Sink};
 use super::port::{Door, PortRecord, SessionHandle};
 use super::report::Report;
-use super::socket::hung_up;
+use super::socket::{hung_up, is_api_client};
 use crate::api::types::{self as api, EventKind};
 use crate::port::PortShared;
 use crate::sys::thread;
@@ -165,7 +165,12 @@ impl Control {
             } else if until <= now {
                 record.doubt_until = None;
                 if let Some(stream) = record.waiting.take() {
+                    let is_frontend = !is_api_client(&stream);
                     self.closer.close(stream, &record.unclosed);
+                    // It says so itself, to whoever has called it.
+                    if !is_frontend {
+                        continue;
+                    }
                 }
                 record.refuse_second(&self.report, now);
             } else {

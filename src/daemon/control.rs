@@ -20,7 +20,7 @@ use super::socket::start_connect;
 use super::{DaemonError, views};
 use crate::api::ControlError;
 use crate::api::types::EventKind;
-use crate::config::{DaemonConfig, Rebalance};
+use crate::config::{DaemonConfig, Rebalance, count};
 use crate::stats::Histogram;
 use crate::sys::signal::{Signal, Signals};
 use crate::sys::wake::Wake;
@@ -378,9 +378,9 @@ impl Control {
         Some(RingRecords::new(dir, port))
     }
 
-    /// Ends everything, quickly: sockets, sessions, poll threads.
+    /// Ends everything, quickly: sockets, sessions, poll threads. Its event is the very last one.
     fn shut_down(&mut self) {
-        self.report.daemon(EventKind::Stopping, "stopping");
+        tracing::info!("stopping");
         for record in self.registry.unregister_all() {
             if let Some(session) = &record.session {
                 session.stopper.stop();
@@ -400,7 +400,7 @@ impl Control {
             .partition(|thread| thread.is_finished());
         ended.into_iter().for_each(|thread| drop(thread.join()));
         if !stuck.is_empty() {
-            tracing::warn!("{} sessions did not end in time", stuck.len());
+            tracing::warn!("{} did not end", count(stuck.len() as u64, "session"));
         }
         self.registry.polls.stop();
         self.registry.retire();

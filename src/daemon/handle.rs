@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::command::{Command, Reply};
 use super::mirrors::add_mirror;
@@ -38,7 +38,7 @@ pub struct Handle {
 
 impl Handle {
     pub(super) fn tell(&self, command: Command) -> Result<(), ControlError> {
-        let stopped = |_| ControlError::Internal("the daemon is stopping".to_string());
+        let stopped = |_| ControlError::Stopping;
         self.commands.send(command).map_err(stopped)?;
         self.wake.wake();
         Ok(())
@@ -50,8 +50,14 @@ impl Handle {
     ) -> Result<T, ControlError> {
         let (reply, answer) = bounded(1);
         self.tell(command(reply))?;
-        let late = |_| ControlError::Internal("the daemon does not answer".to_string());
-        answer.recv_timeout(ANSWER).map_err(late)?
+        let unanswered = |why| match why {
+            RecvTimeoutError::Timeout => {
+                ControlError::Internal("the daemon does not answer".to_string())
+            }
+            // Control has ended, and the command with it.
+            RecvTimeoutError::Disconnected => ControlError::Stopping,
+        };
+        answer.recv_timeout(ANSWER).map_err(unanswered)?
     }
 }
 

@@ -50,7 +50,7 @@ use crossbeam_channel::unbounded;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::api::{Control as _, ControlError, Server, ServerError};
-use crate::config::{DaemonConfig, PortSpec};
+use crate::config::{DaemonConfig, PortSpec, count};
 use crate::memory::fence;
 use crate::switch::fdb::{Fdb, FdbConfig, FdbError};
 use crate::sys::affinity::PinError;
@@ -84,7 +84,8 @@ pub enum DaemonError {
     TooManyThreads(usize),
     /// Neither one idle policy for all poll threads nor one for each.
     #[error(
-        "{policies} idle policies for {threads} poll threads; give one for all, or one for each"
+        "{policies} idle policies for {}; give one for all, or one for each",
+        count(*threads as u64, "poll thread")
     )]
     IdlePolicies {
         /// How many were given.
@@ -153,8 +154,8 @@ pub fn run(config: DaemonConfig) -> Result<(), DaemonError> {
     let _ = reaper.join();
     match first_error.try_recv() {
         // A signal that came while ports were being added makes the adding fail: no error of its own.
-        Ok(error) if !matches!(error, ControlError::Internal(_)) => Err(DaemonError::Port(error)),
-        _ => ended,
+        Ok(ControlError::Stopping) | Err(_) => ended,
+        Ok(error) => Err(DaemonError::Port(error)),
     }
 }
 

@@ -19,7 +19,7 @@ use super::stations::Stations;
 use super::views;
 use crate::api::types::{EventKind, PortPatch, PortView};
 use crate::api::{ControlError, What};
-use crate::config::{MAX_PORTS, PortSpec, SocketMode};
+use crate::config::{MAX_PORTS, PortSpec, SocketMode, count};
 use crate::port::PortShared;
 use crate::vhost_user;
 
@@ -90,12 +90,7 @@ impl Control {
             });
         }
         let door = match spec.mode {
-            SocketMode::Server => {
-                let listener = Listener::bind(&spec).map_err(|error| ControlError::Conflict {
-                    text: error.to_string(),
-                })?;
-                Door::Listening(listener)
-            }
+            SocketMode::Server => Door::Listening(Listener::bind(&spec)?),
             SocketMode::Client => Door::Connecting(Instant::now()),
         };
         self.build_port(spec, door, ops)
@@ -248,7 +243,8 @@ impl Control {
                 record.placement.extend_from_slice(&placed[keep..]);
                 record.stay_slow(keep);
             }
-            let text = format!("{queues} queue pairs are offered from the next session on");
+            let pairs = count(queues.into(), "queue pair");
+            let text = format!("from the next session on {pairs} on offer");
             report.port(&record.shared, EventKind::PortChanged, text);
         }
         Ok(views::port(record, &fdb))

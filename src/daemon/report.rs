@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::pace::Pace;
 use crate::api::EventHub;
 use crate::api::types::{Event, EventKind};
+use crate::config::count;
 use crate::port::PortShared;
 use crate::vhost_user::SessionEvent;
 
@@ -79,7 +80,7 @@ impl Report {
         let missing = pace.take_refused();
         drop(pace);
         if missing > 0 {
-            let text = format!("{missing} more events not shown");
+            let text = format!("{} not shown", count(missing.into(), "more event"));
             self.port(port, EventKind::PortChanged, text);
         }
         self.port_as(port, (kind, warns), message);

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{
-    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, shutdown,
-    socket_with,
+    AddressFamily, RecvFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, recv,
+    shutdown, socket_with,
 };
 use rustix::time::Timespec;
 
+use crate::api::ControlError;
 use crate::config::PortSpec;
 use crate::sys::listen::SocketFile;
 use crate::sys::peer;
@@ -59,6 +60,23 @@ pub(super) enum SocketError {
         /// Why not.
         source: io::Error,
     },
+}
+
+impl From<SocketError> for ControlError {
+    /// What stands in the way is a conflict; what the system has not got is its own fault.
+    fn from(error: SocketError) -> ControlError {
+        let text = error.to_string();
+        match &error {
+            SocketError::System { source, .. } => match source.kind() {
+                io::ErrorKind::PermissionDenied
+                | io::ErrorKind::NotADirectory
+                | io::ErrorKind::AddrInUse
+                | io::ErrorKind::ReadOnlyFilesystem => ControlError::Conflict { text },
+                _ => ControlError::Internal(text),
+            },
+            _ => ControlError::Conflict { text },
+        }
+    }
 }
 
 /// A listening socket; its file goes with it.
@@ -151,7 +169,7 @@ fn group_id(name: &str, path: &Path) -> Result<u32, SocketError> {
 fn clear_stale(path: &Path) -> Result<(), SocketError> {
     let data = match std::fs::symlink_metadata(path) {
         Ok(data) => data,
-        Err(_) => {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
             return match dir {
                 Some(dir) if !dir.is_dir() => Err(SocketError::NoDirectory {
@@ -159,6 +177,14 @@ fn clear_stale(path: &Path) -> Result<(), SocketError> {
                 }),
                 _ => Ok(()),
             };
+        }
+        // A directory on the way that is none, or that we may not look into.
+        Err(source) => {
+            return Err(SocketError::System {
+                what: "look at",
+                path: path.to_path_buf(),
+                source,
+            });
         }
     };
     let path_buf = path.to_path_buf();
@@ -175,10 +201,9 @@ fn clear_stale(path: &Path) -> Result<(), SocketError> {
         Err((io::ErrorKind::ConnectionRefused, _)) => {
             std::fs::remove_file(path).map_err(failed("remove the stale socket"))
         }
-        Ok(_) | Err((io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied, _)) => {
-            Err(SocketError::Live { path: path_buf })
-        }
-        // Somebody may listen: no descriptor left to find out, or a socket of another type.
+        Ok(_) | Err((io::ErrorKind::WouldBlock, _)) => Err(SocketError::Live { path: path_buf }),
+        // Somebody may listen: it may not be asked, no descriptor is left to find out, or it is a
+        // socket of another type.
         Err((_, error)) => Err(failed("look who listens on")(error)),
     }
 }
@@ -191,6 +216,14 @@ pub(super) fn start_connect(path: &Path) -> io::Result<UnixStream> {
     let stream = UnixStream::from(socket);
     stream.set_nonblocking(false)?;
     Ok(stream)
+}
+
+/// Whether what connected asks for the API: its client was given a port's socket.
+pub(super) fn is_api_client(stream: &UnixStream) -> bool {
+    let mut start = [0; 4];
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    let methods = [b"GET ", b"POST", b"PATC", b"DELE"];
+    recv(stream, &mut start, flags).is_ok() && methods.contains(&&start)
 }
 
 /// Whether the peer of a stream has hung up.

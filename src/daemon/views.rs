@@ -46,7 +46,10 @@ pub(super) fn port(record: &PortRecord, fdb: &Fdb) -> PortView {
         socket: spec.socket.to_string_lossy().into_owned(),
         mode: spec.mode,
         queues: record.queues,
+        poll: spec.poll.clone(),
         ring_reset: spec.ring_reset,
+        socket_mode: spec.socket_mode,
+        socket_group: spec.socket_group.clone(),
         state,
         reason,
         session: status

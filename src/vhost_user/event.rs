@@ -234,7 +234,10 @@ impl fmt::Display for SessionEvent {
             SessionEvent::CallsDirect => f.write_str("calls are fast again: poll threads make them"),
             SessionEvent::CallsImpossible { reason } => write!(f, "calls cannot be made: {reason}"),
             SessionEvent::MessageRefused { reason } => write!(f, "message refused: {reason}"),
-            SessionEvent::Suppressed { count } => write!(f, "{count} more events not shown"),
+            SessionEvent::Suppressed { count } => {
+                let plural = if *count == 1 { "" } else { "s" };
+                write!(f, "{count} more event{plural} not shown")
+            },
         }
     }
 }

@@ -9,7 +9,7 @@
 //! - [`guest`], [`many`], [`traffic`]: scripted guests, also with many queues, and numbered frames between them in closed loops;
 //! - [`linux`], [`netboot`]: a guest of QEMU, pings in a closed loop with it, and what its firmware loads it from;
 //! - [`scene`]: bystanders that must notice nothing of what is done to a fourth port;
-//! - [`waiters`]: what makes a call slow;
+//! - [`waiters`]: what makes a call slow; [`user`]: somebody who is not root;
 //! - [`events`], [`holdings`]: what the daemon tells of itself, and what it holds of the system;
 //! - [`journey`]: pcap files sent through a backend by testpmd, and compared;
 //! - [`recorder`]: the messages of a frontend, written down between it and the backend;
@@ -36,6 +36,7 @@ pub(crate) mod recorder;
 pub(crate) mod scene;
 pub(crate) mod testpmd;
 pub(crate) mod traffic;
+pub(crate) mod user;
 pub(crate) mod waiters;
 
 use std::path::{Path, PathBuf};

@@ -27,7 +27,10 @@ fn view(spec: &PortSpec) -> PortView {
         socket: spec.socket.display().to_string(),
         mode: spec.mode,
         queues: spec.queues,
+        poll: spec.poll.clone(),
         ring_reset: spec.ring_reset,
+        socket_mode: spec.socket_mode,
+        socket_group: spec.socket_group.clone(),
         state: PortState::Negotiating,
         reason: Some("driver not ready: \x1b[31mno ring is enabled".into()),
         session: Some(SessionView {

@@ -95,6 +95,7 @@ pub enum MirrorCommand {
         snaplen: u32,
     },
     /// Remove a mirror
+    #[command(aliases = super::REMOVE)]
     Remove {
         /// Its name.
         name: String,
@@ -103,6 +104,7 @@ pub enum MirrorCommand {
         if_exists: bool,
     },
     /// List the mirrors, what they copied and what they missed
+    #[command(alias = super::LIST)]
     List(super::Output),
 }
 
