@@ -174,7 +174,7 @@ impl PortSpec {
     /// Checks what the types do not: name, path length, range of queues.
     pub fn validate(&self) -> Result<(), ConfigError> {
         // `pollux capture all` is of every port.
-        if self.name == "all" {
+        if self.name == ALL_PORTS {
             return Err(ConfigError::Reserved(self.name.clone()));
         }
         if !is_name(&self.name) {

@@ -1,4 +1,5 @@
-//! Every exit code that the documents name, from the real program: the cause decides, not the command.
+//! Every exit code that the documents name, from the real program: the cause decides, not the
+//! command.
 
 #![allow(
     clippy::unwrap_used,

@@ -289,7 +289,6 @@ fn outputs_that_take_nothing_are_failures_and_no_panics() {
         "fdb flush",
         "completions bash",
         "man",
-        "capture vm1 -w -",
     ] {
         let mut command = pollux(&served.socket, arguments);
         let output = command.stdout(full()).output().unwrap();

@@ -1,7 +1,7 @@
 //! The man pages: a page a command, from the definitions that the command line is parsed by.
 //!
-//! `clap_mangen` leaves values out of the synopsis, lists arguments as options and knows no examples,
-//! files and exit codes, so only its writer of roff is used.
+//! `clap_mangen` leaves values out of the synopsis, lists arguments as options and knows no
+//! examples, files and exit codes, so only its writer of roff is used.
 
 use std::path::Path;
 
@@ -18,7 +18,8 @@ const EXAMPLES: [(&str, &[&str]); 12] = [
     (
         "pollux",
         &[
-            "pollux run --port vm1,socket=/run/pollux/vm1.sock --port vm2,socket=/run/pollux/vm2.sock",
+            "pollux run --port vm1,socket=/run/pollux/vm1.sock \
+             --port vm2,socket=/run/pollux/vm2.sock",
             "pollux port list",
             "pollux stats --watch",
         ],
@@ -26,7 +27,8 @@ const EXAMPLES: [(&str, &[&str]); 12] = [
     (
         "pollux run",
         &[
-            "pollux run --port vm1,socket=/run/pollux/vm1.sock --poll-cpus 2-3 --api-group netadmin",
+            "pollux run --port vm1,socket=/run/pollux/vm1.sock --poll-cpus 2-3 \
+             --api-group netadmin",
             "pollux run --poll-cpus 2,3 --idle busy,adaptive --log warn,pollux::api=debug",
         ],
     ),

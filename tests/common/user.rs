@@ -7,7 +7,8 @@ use std::process::Command;
 
 use super::short_tempdir;
 
-/// A directory of that user, with a copy of the program: the tree may be one that only root can read.
+/// A directory of that user, with a copy of the program: the tree may be one that only root can
+/// read.
 #[derive(Debug)]
 pub(crate) struct User {
     dir: tempfile::TempDir,
