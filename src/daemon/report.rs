@@ -80,7 +80,7 @@ impl Report {
         let missing = pace.take_refused();
         drop(pace);
         if missing > 0 {
-            let text = format!("{} not shown", count(missing.into(), "more event"));
+            let text = format!("{} not shown", count(missing, "more event"));
             self.port(port, EventKind::PortChanged, text);
         }
         self.port_as(port, (kind, warns), message);
