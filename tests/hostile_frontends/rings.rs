@@ -19,7 +19,7 @@ fn a_driver_that_wants_more_queues_than_there_are_keeps_those_that_it_has() {
                 .contains("receiveq 1 not started: more queue pairs")
         });
         // Beyond the rings that exist at all, it is told so.
-        assert!(frontend.set_vring_num(4, 256).is_err());
+        assert!(frontend.set_vring_num(7, 256).is_err());
         scene.passes(guest, sink, 1);
         scene.reaches(guest, sink, 2);
     });
