@@ -312,3 +312,54 @@ fn a_frontend_that_wants_more_pairs_is_the_reason_as_long_as_it_tries() {
     assert_eq!(daemon.state("p0").1, "");
     daemon.stop();
 }
+
+/// A driver whose frontend hands its controlq over says how many receive queues are to get frames (virtio 1.2 §5.1.6.5.5):
+/// none beyond them from the answer on, also while it commands without end, and every frame arrives.
+#[test]
+fn receive_queues_beyond_those_that_were_commanded_get_nothing() {
+    let daemon = daemon(4, PAIRS);
+    let bystanders = Bystanders::start([&daemon.sockets()[0], &daemon.sockets()[1]]);
+    let ram = ManyRam::new(PAIRS);
+    let mut many = ManyQueues::attach_commanding(&ram, &daemon.sockets()[2]);
+    let sender_ram = Ram::new(GuestOptions::default());
+    let mut sender = Guest::new(&sender_ram);
+    sender.attach(&daemon.sockets()[3]);
+    wait_until_running(&daemon, &["p2", "p3"]);
+    assert!(many.try_send(0, &frame(mac(9), address(2, 0), 0, 60)));
+    wait_for("a frame of the guest", || sender.try_receive().is_some());
+    let mut sent = 0;
+    // Of a driver that has said nothing yet it is the first alone, once it has said anything.
+    assert_eq!(many.command(&[0, 0, 1]), 0);
+    for pairs in [1, PAIRS, 2, 1, 3, PAIRS] {
+        assert_eq!(many.command(&[4, 0, pairs as u8, 0]), 0);
+        let mut used = [0; PAIRS as usize];
+        for _ in 0..8 {
+            for flow in 0..FLOWS {
+                assert!(sender.try_send(&frame(address(2, 0), address(3, flow as u16), sent, 200)));
+                sent += 1;
+            }
+            for _ in 0..20 {
+                assert_eq!(many.command(&[0, 0, 1]), 0);
+            }
+            let mut came = 0;
+            wait_for("the frames of a round", || {
+                for pair in 0..PAIRS {
+                    while many.try_receive(pair).is_some() {
+                        used[usize::from(pair)] += 1;
+                        came += 1;
+                    }
+                }
+                came == FLOWS
+            });
+        }
+        let unused = used.iter().position(|count| *count == 0);
+        assert_eq!(unused.unwrap_or(used.len()), usize::from(pairs), "{used:?}");
+    }
+    for wrong in [0, PAIRS + 1] {
+        assert_eq!(many.command(&[4, 0, wrong as u8, 0]), 1);
+    }
+    let rings = daemon.port("p2")["session"]["rings"].clone();
+    assert_eq!(rings[8]["direction"], "control", "{rings}");
+    bystanders.finish();
+    daemon.stop();
+}

@@ -11,7 +11,11 @@ use pollux::virtio::RingFeatures;
 use pollux::virtio::driver::{Buffer, DriverRing, RingAreas, RingLayout};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::wait_for;
+
 const GUEST_BASE: u64 = 0x4000_0000;
+/// VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_CTRL_RX and VIRTIO_NET_F_MQ.
+const COMMANDS: u64 = 1 << 17 | 1 << 18 | 1 << 22;
 /// Entries of each ring.
 pub(crate) const ENTRIES: u16 = 64;
 const RING_SPACE: usize = 4096;
@@ -31,7 +35,8 @@ pub(crate) struct ManyRam {
 
 impl ManyRam {
     pub(crate) fn new(pairs: u16) -> ManyRam {
-        let rings = 2 * usize::from(pairs);
+        // The last one is for commands.
+        let rings = 2 * usize::from(pairs) + 1;
         let len = rings * (RING_SPACE + usize::from(ENTRIES) * BUFFER);
         let event = |_| EventFd::new(EFD_NONBLOCK).expect("an eventfd");
         ManyRam {
@@ -49,7 +54,7 @@ impl ManyRam {
     }
 
     fn buffer(&self, ring: usize, token: u32) -> usize {
-        let rings = 2 * usize::from(self.pairs);
+        let rings = 2 * usize::from(self.pairs) + 1;
         rings * RING_SPACE + (ring * usize::from(ENTRIES) + token as usize) * BUFFER
     }
 }
@@ -66,27 +71,41 @@ pub(crate) struct ManyQueues<'m> {
 impl<'m> ManyQueues<'m> {
     /// Attaches to a port and starts and enables all of its queues.
     pub(crate) fn attach(ram: &'m ManyRam, socket: &Path) -> ManyQueues<'m> {
+        ManyQueues::attach_as(ram, socket, Order::Qemu, 0, 2 * usize::from(ram.pairs))
+    }
+
+    /// The same, with a controlq behind them, ring after ring.
+    pub(crate) fn attach_commanding(ram: &'m ManyRam, socket: &Path) -> ManyQueues<'m> {
+        let rings = 2 * usize::from(ram.pairs) + 1;
+        ManyQueues::attach_as(ram, socket, Order::CloudHypervisor, COMMANDS, rings)
+    }
+
+    fn attach_as(
+        ram: &'m ManyRam,
+        socket: &Path,
+        order: Order,
+        more: u64,
+        rings: usize,
+    ) -> ManyQueues<'m> {
         let features = RingFeatures {
             version_1: true,
             mergeable: true,
             ..RingFeatures::default()
         };
-        let rings = (0..2 * usize::from(ram.pairs)).map(|ring| {
+        let driver = |ring| {
             let mut ring = DriverRing::new(ram.areas(ring), features);
             ring.suppress_calls();
             ring
-        });
+        };
         let mut frontend = Frontend::connect(socket, ANSWER).expect("a backend");
-        let mut guest = {
-            let agreed =
-                frontend.negotiate(Order::Qemu, VERSION_1 | MRG_RXBUF, 0, u64::from(ram.pairs));
-            agreed.expect("features and queues");
-            ManyQueues {
-                ram,
-                rings: rings.collect(),
-                free: vec![(0..u32::from(ENTRIES)).collect(); 2 * usize::from(ram.pairs)],
-                frontend,
-            }
+        let wanted = VERSION_1 | MRG_RXBUF | more;
+        let agreed = frontend.negotiate(order, wanted, 0, u64::from(ram.pairs));
+        assert_eq!(agreed.expect("features and queues") & wanted, wanted);
+        let mut guest = ManyQueues {
+            ram,
+            rings: (0..rings).map(driver).collect(),
+            free: vec![(0..u32::from(ENTRIES)).collect(); 2 * usize::from(ram.pairs)],
+            frontend,
         };
         for pair in 0..ram.pairs {
             for token in 0..u32::from(ENTRIES) {
@@ -94,13 +113,35 @@ impl<'m> ManyQueues<'m> {
             }
             guest.rings[2 * usize::from(pair)].publish();
         }
-        let queues: Vec<Queue<'_>> = (0..guest.rings.len())
-            .map(|ring| guest.queue(ring))
-            .collect();
+        let queues: Vec<Queue<'_>> = (0..rings).map(|ring| guest.queue(ring)).collect();
         let region = Region::whole(&ram.memory, GUEST_BASE);
-        let started = guest.frontend.start(Order::Qemu, &[region], &queues);
+        let started = guest.frontend.start(order, &[region], &queues);
         started.expect("all rings start");
         guest
+    }
+
+    /// Commands by the controlq; the answer, once there is one.
+    pub(crate) fn command(&mut self, bytes: &[u8]) -> u8 {
+        let ring = 2 * usize::from(self.ram.pairs);
+        let at = self.ram.buffer(ring, 0);
+        let window = self.ram.memory.window(at, BUFFER).expect("in the memory");
+        window.write_bytes(0, bytes);
+        window.write_bytes(BUFFER - 1, &[0xff]);
+        let at = GUEST_BASE + at as u64;
+        let buffers = [
+            Buffer::readable(at, bytes.len() as u32),
+            Buffer::writable(at + BUFFER as u64 - 1, 1),
+        ];
+        assert!(self.rings[ring].post(&buffers, 0), "controlq");
+        self.rings[ring].publish();
+        if self.rings[ring].needs_kick() {
+            // A full eventfd says all there is to say.
+            let _ = self.ram.kicks[ring].write(1);
+        }
+        wait_for("an answer", || self.rings[ring].reap().is_some());
+        let mut answer = [0];
+        window.read_bytes(BUFFER - 1, &mut answer);
+        answer[0]
     }
 
     fn queue(&self, ring: usize) -> Queue<'m> {
