@@ -65,7 +65,8 @@
 //! 1. **Take** ([`virtio::TransmitQueue`]): one acquire load of the available index a queue and burst; each
 //!    descriptor is read once into a local copy and checked against the memory map. Its used element is written
 //!    at once (noted, in a packed ring), invisible until the chain is completed. A malformed chain goes back with
-//!    length 0 in its turn and is counted; an impossible ring is *broken* until its next start.
+//!    length 0 in its turn and is counted; an impossible ring is *broken* until its next start. A chain has up to
+//!    [`virtio::chain::MAX_CHAIN`] pieces; after 704 descriptors of chains of several a burst is closed.
 //! 2. **Snapshot the headers** ([`frame`]): the first 128 bytes are copied once. Decisions depend on
 //!    that copy only, and that copy is what is delivered, so nobody passes a check with one source address and
 //!    delivers another. The sender's virtio-net header is not passed on: the receiver's is made here.
