@@ -25,6 +25,8 @@ use vhost::vhost_user::message::FrontendReq;
 const NVDIMM: u64 = 0x2_0000_0000;
 const LATER: u64 = 0x3_0000_0000;
 const LEN: u64 = 1 << 20;
+/// Several queues, acknowledgements, single regions.
+const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 15;
 /// How the port names it.
 const SAID: &str = "guest memory of 1 MiB at 0x200000000 cannot be used: the region's file is on";
 
@@ -132,7 +134,8 @@ fn regions_that_come_behind_one_that_cannot_be_used_are_used() {
         });
         let rams = [options, GuestOptions::default()].map(Ram::new);
         let (bystanders, mut guest, mut other) = acquainted(&daemon, [&rams[0], &rams[1]]);
-        let frontend = guest.frontend.as_ref().unwrap();
+        let frontend = guest.frontend.as_mut().unwrap();
+        frontend.set_protocol_features(PROTOCOL).unwrap();
         add(frontend, &region(NVDIMM, file.as_raw_fd()));
         let memory: Vec<SharedMemory> = (0..6)
             .map(|_| SharedMemory::create(LEN as usize, true).unwrap())
@@ -208,6 +211,8 @@ fn receive_buffers_that_cannot_be_used_go_back_and_are_counted() {
             .unwrap()
             .set_mem_table(&table)
             .unwrap();
+        // The rings have started anew.
+        daemon.settle();
         other.send(&frame(mac(3), mac(4), 1, 300));
         wait_for("the drop", || {
             daemon.dropped("p2", "tx", "egress_ring_full") == 1
