@@ -1,5 +1,5 @@
-//! Linux in QEMU with memory that the switch cannot use, or cannot see what the guest writes to: the one goes on with the
-//! rest, the other is told of in words.
+//! Linux in QEMU with memory that the switch cannot use, or cannot see what the guest writes to:
+//! the one goes on with the rest, the other is told of in words.
 
 #![allow(
     clippy::unwrap_used,

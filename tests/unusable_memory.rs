@@ -1,5 +1,6 @@
-//! Guests with a region of memory that the switch cannot use, such as an NVDIMM in an ordinary file: the rest of their
-//! memory goes on being used, what lies in that region is dropped and counted, and the port says why.
+//! Guests with a region of memory that the switch cannot use, such as an NVDIMM in an ordinary
+//! file: the rest of their memory goes on being used, what lies in that region is dropped and
+//! counted, and the port says why.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,14 +1,17 @@
-//! Whether drivers use the rings that run: looked at by their session, once in a while, and never by a poll thread.
+//! Whether drivers use the rings that run: looked at by their session, once in a while, and never
+//! by a poll thread.
 //!
-//! A guest whose memory is private, but has a file, passes for a healthy one: the file can be mapped, and what the guest
-//! writes is not in it. Its rings stay as they were made. So does a ring whose driver was loaded and whose link is down;
-//! but that driver does not kick. In both cases nothing can pass, and the port says so.
+//! A guest whose memory is private, but has a file, passes for a healthy one: the file can be
+//! mapped, and what the guest writes is not in it. Its rings stay as they were made. So does a ring
+//! whose driver was loaded and whose link is down; but that driver does not kick. In both cases
+//! nothing can pass, and the port says so.
 //!
-//! A receiveq that is enabled, and has never had a buffer while others have, is left out of those that flows are spread
-//! over. To enable it was the frontend's word, and would be kept to; but frontends enable what they have configured,
-//! whatever their guest uses (cloud-hypervisor ignores its number of pairs, Dragonball never disables), and the flows of
-//! such a queue would be lost for ever. It is in again within half a second of its first buffer, and never out again
-//! until its next start: one that has run empty is full, not unserved.
+//! A receiveq that is enabled, and has never had a buffer while others have, is left out of those
+//! that flows are spread over. To enable it was the frontend's word, and would be kept to; but
+//! frontends enable what they have configured, whatever their guest uses (cloud-hypervisor ignores
+//! its number of pairs, Dragonball never disables), and the flows of such a queue would be lost for
+//! ever. It is in again within half a second of its first buffer, and never out again until its
+//! next start: one that has run empty is full, not unserved.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +19,8 @@ use super::device::DeviceState;
 use super::event::SessionEvent;
 use super::ring::Vring;
 
-/// How long a driver may leave its rings alone after their start. Frontends start them before drivers fill them.
+/// How long a driver may leave its rings alone after their start. Frontends start them before
+/// drivers fill them.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How often a silent session looks at its rings.
 const LOOK: Duration = Duration::from_secs(2);
@@ -66,11 +70,12 @@ impl Silence {
     pub(super) fn words(self) -> &'static str {
         match self {
             Silence::Quiet => {
-                "driver not ready: it has put nothing into any ring: is its link down, or the guest's memory private? \
-                 share=on"
+                "driver not ready: it has put nothing into any ring: is its link down, or the guest's \
+                 memory private? share=on"
             }
             Silence::Kicks => {
-                "the rings never change although the driver kicks: is the guest's memory private? share=on"
+                "the rings never change although the driver kicks: is the guest's memory private? \
+                 share=on"
             }
         }
     }

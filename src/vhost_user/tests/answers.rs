@@ -1,4 +1,5 @@
-//! Every message that asks for an answer gets one, or the session ends: a frontend waits for it without a deadline.
+//! Every message that asks for an answer gets one, or the session ends: a frontend waits for it
+//! without a deadline.
 
 use std::io::ErrorKind;
 
@@ -43,8 +44,8 @@ fn answer(stream: &UnixStream, what: &str) -> Option<(u32, u32)> {
     Some((word(0), word(4)))
 }
 
-/// Sends the message, and checks that it is answered or ends the session; then whatever it was, that the session still
-/// knows where a message begins.
+/// Sends the message, and checks that it is answered or ends the session; then whatever it was,
+/// that the session still knows where a message begins.
 fn check(request: u32, size: usize, files: Files, flags: u32, file: RawFd) {
     let what = format!("request {request} of {size} bytes, {files:?}, flags {flags:#x}");
     let mut peer = Peer::new();
