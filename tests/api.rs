@@ -161,6 +161,13 @@ fn unknown_routes_methods_and_ports_are_different_answers() {
     let (status, error) = refusal(client.delete("/v1/ports"));
     assert_eq!((status, error.code.as_str()), (405, "method_not_allowed"));
     assert_eq!(refusal(client.delete("/v1/ports/none")).1.code, "not_found");
+    // A name that only captures know.
+    for target in ["/v1/ports/all", "/v1/fdb?port=all"] {
+        let error = refusal(client.delete(target)).1;
+        assert_eq!(error.code, "not_found", "{target}");
+        let hint = error.hint.unwrap();
+        assert!(hint.contains("in captures only"), "{target}: {hint}");
+    }
     let (status, error) = refusal(client.get("/v1/ports/gone"));
     assert_eq!((status, error.code.as_str()), (410, "gone"));
     assert_eq!(refusal(client.get("/v1/ports/%FF")).0, 400);

@@ -5,8 +5,9 @@ use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
-use super::ControlError;
 use super::types::ApiError;
+use super::{ControlError, What};
+use crate::config::ALL_PORTS;
 
 /// The code by which clients know that there will be no daemon to ask again.
 pub(crate) const STOPPING: &str = "stopping";
@@ -59,7 +60,14 @@ impl From<ControlError> for Failure {
             ControlError::Stopping => (StatusCode::SERVICE_UNAVAILABLE, STOPPING),
             ControlError::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         };
-        Failure::new(status, code, error.to_string(), None)
+        // No port can have this name: it was meant as the word, which other requests do not take.
+        let hint = match &error {
+            ControlError::NotFound {
+                what: What::Port(name),
+            } if name == ALL_PORTS => Some("`all` stands for every port in captures only"),
+            _ => None,
+        };
+        Failure::new(status, code, error.to_string(), hint)
     }
 }
 
