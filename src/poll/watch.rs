@@ -29,8 +29,11 @@ use crate::sys::pages::{Pace, PageGuard};
 use crate::sys::sched::{Usage, own_cpu_time, own_usage};
 use crate::sys::wake::Wake;
 
-/// A step longer than this is looked at.
-const LONG_STEP_NS: u64 = 20_000;
+/// A step longer than this is looked at: more than it takes to make a page for each of 64 frames, 4 µs each. Guests that
+/// download into memory which nobody has used before do that for minutes, and are not to be taken for hostile ones.
+const LONG_STEP_NS: u64 = 250_000;
+/// The same in the thread of slow ports: what is slow there does not have to harm anybody.
+const LONG_SLOW_STEP_NS: u64 = 20_000;
 /// How many times as long as the pass that caused it an alarm lasts.
 const ALARM: u64 = 100;
 /// The shortest and the longest alarm.
@@ -55,6 +58,8 @@ pub(super) struct Watch {
     marked: bool,
     /// The thread serves ports whose memory is slow: always alarmed.
     slow: bool,
+    /// A step longer than this is looked at.
+    pub(super) long_ns: u64,
 }
 
 impl Watch {
@@ -68,6 +73,11 @@ impl Watch {
             alarmed: None,
             marked: false,
             slow,
+            long_ns: if slow {
+                LONG_SLOW_STEP_NS
+            } else {
+                LONG_STEP_NS
+            },
         }
     }
 
@@ -142,7 +152,7 @@ impl Watch {
         let now = self.clock.raw();
         let ns = self.clock.delta_as_nanos(self.began, now);
         self.began = now;
-        if ns > LONG_STEP_NS {
+        if ns > self.long_ns {
             self.charge_long((pages, stats), ns, false);
         }
         self.avoids(pages)
@@ -152,7 +162,7 @@ impl Watch {
     pub(super) fn charge_so_far(&mut self, pages: &PageGuard, stats: &ThreadStats) -> bool {
         let now = self.clock.raw();
         let ns = self.clock.delta_as_nanos(self.began, now);
-        if ns <= LONG_STEP_NS {
+        if ns <= self.long_ns {
             return false;
         }
         self.began = now;
@@ -165,7 +175,7 @@ impl Watch {
     #[inline(always)]
     pub(super) fn charge_wait(&mut self, pages: &PageGuard, stats: &ThreadStats) -> bool {
         let ns = self.clock.delta_as_nanos(self.began, self.clock.raw());
-        if ns <= LONG_STEP_NS {
+        if ns <= self.long_ns {
             return false;
         }
         self.charge_long((pages, stats), ns, true);

@@ -7,9 +7,9 @@
 //! (`poll::watch`), and charge it here. A port whose memory has cost more than [`BUDGET_US`] is *slow*:
 //! a thread that only such ports share touches its memory from then on.
 //!
-//! - The budget is cost, not faults: a new guest's first use of each page is a fault of a microsecond
-//!   or two, and a DPDK guest that fills a pool of 128 MiB costs 50 ms once. [`REFILL_US`] a second are
-//!   forgiven, for guests that go on to new pages now and then.
+//! - The budget is cost, not faults: a guest's first use of each page is a fault of a microsecond or
+//!   four. What a frame costs that lies in one such page is not charged at all (`poll::watch`), and
+//!   [`REFILL_US`] a second are forgiven, for guests that go on to new pages now and then.
 //! - Only a minute without a slow touch ends it. The last of those is kept over sessions.
 //! - A port that stays slow and makes the switch touch ever new pages, more than [`LAPS`] times all that
 //!   its guest has, punches holes again and again; its session is ended. What it can make the switch use
