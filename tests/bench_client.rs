@@ -6,7 +6,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -389,16 +389,53 @@ fn a_backend_that_dies_leaves_a_partial_result() {
     assert!(report.seconds < 30.0 && report.received > 0);
 }
 
-fn attach_to(peer: fn(std::os::unix::net::UnixStream)) -> WireError {
+fn negotiated(
+    peer: impl FnOnce(std::os::unix::net::UnixStream) + Send + 'static,
+) -> Result<u64, AttachError> {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("peer.sock");
     let listener = UnixListener::bind(&socket).unwrap();
     std::thread::spawn(move || peer(listener.accept().unwrap().0));
     let timeout = Duration::from_millis(300);
     let mut frontend = Frontend::connect(&socket, timeout).unwrap();
-    match frontend.negotiate(Order::Qemu, VERSION_1, 0, 1) {
+    frontend.negotiate(Order::Qemu, VERSION_1, 0, 1)
+}
+
+fn attach_to(peer: fn(std::os::unix::net::UnixStream)) -> WireError {
+    match negotiated(peer) {
         Err(AttachError::Wire { source, .. }) => source,
         other => panic!("{other:?}"),
+    }
+}
+
+/// As Linux' driver does with the card that a VMM makes of such an offer.
+#[test]
+fn features_without_those_that_they_need_are_refused() {
+    const MQ: u64 = 1 << 22;
+    const CTRL_VQ: u64 = 1 << 17;
+    for (offered, taken) in [(MQ, false), (CTRL_VQ, true), (MQ | CTRL_VQ, true)] {
+        let features = VERSION_1 | offered;
+        let agreed = negotiated(move |mut stream| {
+            let mut header = [0; 12];
+            stream.read_exact(&mut header).unwrap();
+            // GET_FEATURES, version 1 and a reply, and eight bytes of it.
+            let answer = [1_u32, 1 | 4, 8].map(u32::to_ne_bytes).concat();
+            let answer = [answer, features.to_ne_bytes().to_vec()].concat();
+            stream.write_all(&answer).unwrap();
+            // Whatever comes next, until the client goes.
+            let _ = io::copy(&mut stream, &mut io::sink());
+        });
+        match agreed {
+            Ok(_) => assert!(taken, "{offered:#x}"),
+            Err(error) => {
+                assert!(!taken, "{error}");
+                let said = error.to_string();
+                assert!(
+                    said.contains("VIRTIO_NET_F_MQ (bit 22) without bit 17"),
+                    "{said}"
+                );
+            }
+        }
     }
 }
 
