@@ -232,5 +232,13 @@ fn without_a_directory_a_ring_works_and_says_so() {
         Again::same(&memfd::create("vu-test", 2 * SIZE).unwrap()),
     );
     assert!(peer.said("receiveq 0 will not survive a restart of the switch"));
+    let missing = |peer: &Peer| peer.status.snapshot().rings[0].no_record.clone();
+    assert!(missing(&peer).is_some_and(|why| why.contains("/proc")));
+    peer.leave();
+    // Nor is one missing that was made.
+    let dir = dir();
+    let memory = memfd::create("vu-test", 2 * SIZE).unwrap();
+    let peer = started(dir.path(), Again::same(&memory));
+    assert_eq!(missing(&peer), None);
     peer.leave();
 }
