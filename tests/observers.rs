@@ -676,8 +676,8 @@ fn a_trace_tells_what_becomes_of_each_frame() {
     let mut trace = common::process::Process::spawn("trace", &mut trace);
     wait_for("the trace", || observers(&daemon).len() == 1);
     for n in 0..100 {
-        guests[0].send(&frame(mac(2), mac(1), n, 60));
-        guests[1].receive(SOON).unwrap();
+        guests[0].send(&frame(mac(3), mac(1), n, 60));
+        guests[2].receive(SOON).unwrap();
     }
     assert_eq!(trace.wait(SOON).unwrap().code(), Some(0));
     let last: Value = serde_json::from_str(trace.out.text().lines().last().unwrap()).unwrap();

@@ -341,7 +341,8 @@ fn requests_for_a_port_that_goes_are_answered_or_told_that_it_is_gone() {
     let api = scene.daemon.dir().join("api.sock");
     let (stop, answered, gone) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     let port = format!("/v1/ports/{VICTIM}");
-    let entry = serde_json::json!({"mac": "52:54:00:00:00:99", "port": VICTIM});
+    let address = "52:54:00:00:00:99";
+    let entry = serde_json::json!({"mac": address, "port": VICTIM, "replace": true});
     let patch = serde_json::json!({"queues": 1});
     let flush = format!("/v1/fdb?port={VICTIM}");
     std::thread::scope(|scope| {
