@@ -75,7 +75,7 @@ fn is_slow(daemon: &Daemon) -> bool {
 fn assert_shown(daemon: &Daemon) {
     daemon.assert_logged("guest memory is slow to touch");
     let shown = |args: &[&str]| String::from_utf8_lossy(&daemon.pollux(args).stdout).into_owned();
-    assert!(shown(&["port", "show", VICTIM]).contains("served by poll-slow"));
+    assert!(shown(&["port", "show", VICTIM]).contains("slow, by poll-slow for"));
     assert!(shown(&["poll", "list"]).contains(" slow "));
     let port = daemon.port(VICTIM);
     assert!(port["memory_slow_seconds"].as_f64().is_some());

@@ -121,7 +121,7 @@ fn memory(port: &PortView) -> String {
         MemoryPace::Normal if statistics.slow_faults == 0 => "normal".to_string(),
         MemoryPace::Normal => format!("normal; {faults}"),
         MemoryPace::Slow => format!(
-            "slow to touch, served by poll-slow for {}; {faults}",
+            "slow, by poll-slow for {}; {faults}",
             seconds(port.memory_slow_seconds.unwrap_or(0.0))
         ),
     }

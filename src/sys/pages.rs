@@ -11,7 +11,7 @@
 //!   four. What a frame costs that lies in one such page is not charged at all (`poll::watch`), and
 //!   [`REFILL_US`] a second are forgiven, for guests that go on to new pages now and then.
 //! - Only a minute without a slow touch ends it. The last of those is kept over sessions.
-//! - A port that stays slow and makes the switch touch ever new pages, more than [`LAPS`] times all that
+//! - A port that stays slow and makes the switch touch ever new pages, more than `LAPS` times all that
 //!   its guest has, punches holes again and again; its session is ended. What it can make the switch use
 //!   up is the size of its memory at most, which it can use up by itself, too.
 

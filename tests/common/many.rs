@@ -3,15 +3,13 @@
 
 use std::collections::VecDeque;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pollux::bench::frontend::{Frontend, MRG_RXBUF, Order, Queue, Region, VERSION_1};
 use pollux::memory::SharedMemory;
 use pollux::virtio::RingFeatures;
 use pollux::virtio::driver::{Buffer, DriverRing, RingAreas, RingLayout};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
-use super::wait_for;
 
 const GUEST_BASE: u64 = 0x4000_0000;
 /// VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_CTRL_RX and VIRTIO_NET_F_MQ.
@@ -138,7 +136,11 @@ impl<'m> ManyQueues<'m> {
             // A full eventfd says all there is to say.
             let _ = self.ram.kicks[ring].write(1);
         }
-        wait_for("an answer", || self.rings[ring].reap().is_some());
+        let deadline = Instant::now() + ANSWER;
+        while self.rings[ring].reap().is_none() {
+            assert!(Instant::now() < deadline, "a command has no answer");
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let mut answer = [0];
         window.read_bytes(BUFFER - 1, &mut answer);
         answer[0]
