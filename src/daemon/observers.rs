@@ -133,6 +133,14 @@ pub(super) struct Prospect {
 }
 
 impl Registry {
+    /// Makes the pages of what the next poll thread will write for observers, before it begins.
+    pub(super) fn touch_lanes(&self) {
+        if let Some(number) = self.polls.next_number() {
+            let observers = self.observers.iter();
+            observers.for_each(|record| record.observer.lane(number).touch());
+        }
+    }
+
     /// Resolves the ports that an observer names.
     pub(super) fn prospect(
         &mut self,

@@ -142,6 +142,11 @@ impl PollThreads {
         }
     }
 
+    /// The number that the next thread will have.
+    pub(super) fn next_number(&self) -> Option<usize> {
+        self.spare.iter().map(|reader| reader.index()).min()
+    }
+
     /// The reader of the lowest number that is free.
     fn spare_reader(&mut self) -> Option<Reader<Topology>> {
         let lowest = self.spare.iter().enumerate();

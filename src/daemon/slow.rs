@@ -64,7 +64,10 @@ impl Registry {
         self.touch();
         let thread = match self.slow.thread {
             Some(thread) => thread,
-            None => self.polls.start_slow()?,
+            None => {
+                self.touch_lanes();
+                self.polls.start_slow()?
+            }
         };
         self.slow.thread = Some(thread);
         self.slow.detour.get_or_insert_default();

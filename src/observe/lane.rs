@@ -144,6 +144,17 @@ impl Lane {
         self.pen.take()
     }
 
+    /// Makes the pages of the buffer, before the lane's poll thread begins: it is to take no page faults here, which
+    /// would look like those of the guest whose frame it writes (`poll::watch`).
+    pub fn touch(&self) {
+        match self.take().pen.as_deref_mut() {
+            // A chunk is cleared when it is made, and nobody sees one that is not committed.
+            Some(Pen::Ring(producer)) => drop(producer.write_chunk(producer.slots())),
+            Some(Pen::Mirror(copies)) => copies.touch(),
+            None => {}
+        }
+    }
+
     /// Counts a frame of the port in `slot` that was not kept.
     pub fn miss(&self, slot: u16) {
         if let Some(missed) = self.missed.get(usize::from(slot)) {

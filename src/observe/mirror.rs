@@ -81,16 +81,21 @@ pub struct Copies {
 impl Copies {
     /// Room for a pass; all that will ever be used. `touch`: its thread exists, and is to take no page faults here.
     pub(super) fn new(touch: bool) -> Copies {
-        let mut bytes = vec![0; COPY_BYTES];
-        if touch {
-            bytes.fill(1);
-        }
-        Copies {
-            bytes: bytes.into(),
+        let mut copies = Copies {
+            bytes: vec![0; COPY_BYTES].into(),
             used: 0,
             copies: Vec::with_capacity(MOST_COPIES),
             met: Met::new(),
+        };
+        if touch {
+            copies.touch();
         }
+        copies
+    }
+
+    /// Makes the pages that copies will be in.
+    pub(super) fn touch(&mut self) {
+        self.bytes[self.used..].fill(1);
     }
 
     /// Copies what the record says of a frame, unless it was met already; `false` if there is no room.
