@@ -97,6 +97,8 @@ impl DeviceState {
     }
 
     pub(super) fn fail(&mut self, error: SessionError) {
+        // Recorded before the answer: who has read it finds the reason.
+        self.record(&error);
         self.failure = Some(error);
     }
 
