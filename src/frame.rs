@@ -253,7 +253,10 @@ impl<'t> Burst<'t> {
         }
         // The sender's core has just written these lines: each would cost about 100 ns when needed, and a few
         // nanoseconds while others are on their way too. Its header's is left alone, for nobody reads it.
-        ask(&first, usize::from(from.header));
+        let skip = usize::from(from.header);
+        if more.1 == 0 || first.len() > skip {
+            ask(&first, skip);
+        }
         let frame = match self.frames.get_mut(self.count) {
             Some(place) => place,
             None => make_place(&mut self.frames),
@@ -333,13 +336,11 @@ impl<'t> Burst<'t> {
     }
 }
 
-/// Asks for the first lines of a frame's bytes in `window`, which begin behind `skip` others.
+/// Asks for the first lines of a frame's bytes in `window`, which begin behind `skip` others. There are some.
 #[inline(always)]
 fn ask(window: &Window<'_>, skip: usize) {
-    if window.len() > skip {
-        window.prefetch(skip);
-        window.prefetch((skip + 63).min(window.len() - 1));
-    }
+    window.prefetch(skip);
+    window.prefetch((skip + 63).min(window.len() - 1));
 }
 
 /// The same for the buffers behind the first one.
@@ -348,7 +349,9 @@ fn ask_more(frame: &Frame<'_>, more: &[Window<'_>]) {
     // A header in a buffer of its own, or in several.
     let mut skip = usize::from(frame.header).saturating_sub(frame.first.len());
     for window in more.iter().take(ASKED_PIECES) {
-        ask(window, skip);
+        if window.len() > skip {
+            ask(window, skip);
+        }
         skip = skip.saturating_sub(window.len());
     }
 }

@@ -214,7 +214,7 @@ fn lines_filters_and_limits() {
         (vec!["capture", "p0", "--rotate", "1M"], 2, "--write"),
         (
             vec!["capture", "p0", "-w", "/no/such/file"],
-            2,
+            5,
             "cannot write to",
         ),
         (vec!["trace", "p7"], 4, "no such port \"p7\""),

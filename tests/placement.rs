@@ -116,7 +116,7 @@ fn queues_change_hands_under_load_without_loss_or_reordering() {
     for turn in 0..if long() { 1000 } else { 60 } {
         let to = (turn % 2).to_string();
         let said = do_it(&daemon, &["poll", "move", "p0", &to]);
-        moves += u64::from(said == "1 queues moved\n");
+        moves += u64::from(said == "1 queue moved\n");
         let number = turn % 2;
         assert!(
             queues(&daemon, number).contains(&"p0:0".to_string()),

@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, recv,
     shutdown, socket_with,
@@ -63,7 +64,8 @@ pub(super) enum SocketError {
 }
 
 impl From<SocketError> for ControlError {
-    /// What stands in the way is a conflict; what the system has not got is its own fault.
+    /// What stands in the way is a conflict, and so is a limit that is reached; what else the system
+    /// has not got is its own fault.
     fn from(error: SocketError) -> ControlError {
         let text = error.to_string();
         match &error {
@@ -71,8 +73,13 @@ impl From<SocketError> for ControlError {
                 io::ErrorKind::PermissionDenied
                 | io::ErrorKind::NotADirectory
                 | io::ErrorKind::AddrInUse
+                | io::ErrorKind::StorageFull
+                | io::ErrorKind::QuotaExceeded
                 | io::ErrorKind::ReadOnlyFilesystem => ControlError::Conflict { text },
-                _ => ControlError::Internal(text),
+                _ => match Errno::from_io_error(source) {
+                    Some(Errno::MFILE | Errno::NFILE) => ControlError::Conflict { text },
+                    _ => ControlError::Internal(text),
+                },
             },
             _ => ControlError::Conflict { text },
         }

@@ -130,7 +130,9 @@ impl<'t, 'p> Pass<'t, 'p> {
         if start == end || self.context().faulted(ingress) {
             return false;
         }
-        if end - start >= MANY as u64 && !self.sources.is_empty() {
+        // Of a packed ring the end is not known, and it is no reason to do without a common burst.
+        let known = MANY as u64..=u64::from(u16::MAX);
+        if known.contains(&(end - start)) && !self.sources.is_empty() {
             self.forward_others(now_s);
         }
         let (count, mark, before) = (

@@ -449,13 +449,10 @@ impl ReceiveQueue {
 /// (`frame::put_header`), so it is asked for to be read, and last: if it is the frame's too, it comes for writing.
 #[inline(always)]
 fn prefetch(buffer: &Window<'_>, header: usize, written: usize) {
-    if header < written {
-        buffer.prefetch_write(header);
-        buffer.prefetch_write((header + 63).min(written - 1));
-    }
-    if header != 0 {
-        buffer.prefetch(0);
-    }
+    buffer.prefetch_write(header);
+    buffer.prefetch_write((header + 63).min(written - 1));
+    // Without a header this line is on its way already.
+    buffer.prefetch(0);
 }
 
 /// The same for a buffer of several pieces. A header that has the first one for itself is followed by the frame in the next.
@@ -466,7 +463,11 @@ fn prefetch_pieces(pieces: &[Window<'_>], mut header: usize, mut written: usize)
         if len == 0 {
             return;
         }
-        prefetch(piece, header, len);
+        if header < len {
+            prefetch(piece, header, len);
+        } else {
+            piece.prefetch(0);
+        }
         header = header.saturating_sub(len);
         written -= len;
     }
