@@ -242,7 +242,7 @@ fn lines_filters_and_limits() {
         (
             vec!["capture", "p0", "-w", "-", "--rotate", "1M"],
             2,
-            "--rotate needs a file",
+            "--rotate is for files",
         ),
         (
             vec!["mirror", "add", "m", "--from", "p0", "--to", "p0"],
