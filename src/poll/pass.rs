@@ -130,9 +130,7 @@ impl<'t, 'p> Pass<'t, 'p> {
         if start == end || self.context().faulted(ingress) {
             return false;
         }
-        // Of a packed ring the end is not known, and it is no reason to do without a common burst.
-        let known = MANY as u64..=u64::from(u16::MAX);
-        if known.contains(&(end - start)) && !self.sources.is_empty() {
+        if !self.sources.is_empty() && queue.surely_holds(MANY as u64, end) {
             self.forward_others(now_s);
         }
         let (count, mark, before) = (

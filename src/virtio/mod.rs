@@ -241,6 +241,12 @@ impl Ring {
         }
     }
 
+    /// Whether [`Ring::available_to`] is the end of what is available, and not only a bound.
+    #[inline(always)]
+    fn knows_its_end(&self) -> bool {
+        matches!(self, Ring::Split(_))
+    }
+
     /// Asks for the line that says whether `position` is available.
     #[inline(always)]
     fn prefetch_available(&self, position: u64) {

@@ -112,6 +112,13 @@ impl TransmitQueue {
         }
     }
 
+    /// Whether so many chains are known to be available before `end`, which [`TransmitQueue::available_to`]
+    /// gave. Of a packed ring that is never known.
+    #[inline(always)]
+    pub fn surely_holds(&self, chains: u64, end: u64) -> bool {
+        end - self.position() >= chains && self.ring.knows_its_end()
+    }
+
     /// Asks for the line that says whether something is available: a queue that is looked at soon.
     #[inline(always)]
     pub fn prefetch_available(&self) {
