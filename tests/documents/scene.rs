@@ -119,7 +119,7 @@ impl Scene {
             .into_iter()
             .any(place);
         let binaries = Path::new(BINARY).parent().unwrap().display();
-        let mut shell = Command::new("bash");
+        let mut shell = shell();
         shell.arg("-c").arg(format!("{}{text}", self.variables));
         shell.current_dir(if from_root { root() } else { self.dir.path() });
         shell.env(
@@ -234,6 +234,13 @@ impl Drop for Scene {
             }
         }
     }
+}
+
+/// A shell that Ctrl-C ends, also where whoever started the tests ignores it, as `&` in a script does.
+pub(crate) fn shell() -> Command {
+    let mut command = Command::new("env");
+    command.args(["--default-signal=INT,QUIT", "bash"]);
+    command
 }
 
 /// As the terminal does: to all that run in the foreground.

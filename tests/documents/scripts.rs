@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::common::process::Process;
 use crate::common::short_tempdir;
 use crate::extract::root;
-use crate::scene::{BINARY, Scene, signal_group};
+use crate::scene::{BINARY, Scene, shell, signal_group};
 
 /// Two emulated guests boot and send for a while.
 const LIMIT: Duration = Duration::from_secs(400);
@@ -56,7 +56,7 @@ impl Clone {
 
     /// Starts a script, as a shell with a terminal does: as a process group of its own, but without the terminal.
     fn spawn(&self, path: &str, text: &str) -> Process {
-        let mut command = Command::new("bash");
+        let mut command = shell();
         command
             .args(["-c", &format!("exec {text}")])
             .current_dir(self.root());
