@@ -106,7 +106,7 @@ fn ctrl_c_ends_the_demonstration_in_one_sentence() {
             .count()
             == 2
     };
-    crate::common::wait_for_within(LIMIT, "both guests", || ready("console.log"));
+    crate::common::wait_for("both guests", || ready("console.log"));
     let before = process.err.text().len();
     signal_group(&process, Signal::INT);
     let status = process.wait(Duration::from_secs(30)).expect("it ends");
