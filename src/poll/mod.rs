@@ -306,7 +306,7 @@ impl Poller {
     /// frame are counted. Needs [`IdlePolicy::Adaptive`].
     #[inline(never)]
     pub fn drain(&mut self) {
-        self.watch.close_eyes();
+        self.watch.disable();
         let mut take_over = None;
         while let Left::OutOfDate(next) = self.serve(take_over.take(), &mut || {}) {
             take_over = Some(next);

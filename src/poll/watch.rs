@@ -93,9 +93,9 @@ impl Watch {
         self.alarmed.is_some() || self.slow
     }
 
-    /// Never alarms, and charges nobody: for counts of instructions, where a clock that goes on while each of them is
-    /// interpreted makes every pass long.
-    pub(super) fn close_eyes(&mut self) {
+    /// Ends the watch: no alarm is raised, and nobody is charged. Counts of instructions need that: an
+    /// interpreter makes every pass long.
+    pub(super) fn disable(&mut self) {
         (self.alarmed, self.long_ns) = (None, u64::MAX);
     }
 
@@ -104,7 +104,7 @@ impl Watch {
     pub(super) fn look(&mut self, long_ns: Option<u64>) {
         let usage = own_usage();
         let before = std::mem::replace(&mut self.usage, usage);
-        // A pass that is no longer than this has no step that is charged.
+        // A shorter pass has no step that would be charged.
         if let Some(ns) = long_ns
             && ns > self.long_ns
             && usage.faults > before.faults

@@ -165,7 +165,7 @@ impl DeviceState {
         self.refresh();
     }
 
-    /// Nothing more for now: a ring without a command so far is none.
+    /// The ring has no more commands. A ring that never had one is no controlq, and is let go.
     fn pause_controlq(&mut self, at: usize, served: bool) -> bool {
         if !served {
             self.rings[at].running = None;
