@@ -1,5 +1,5 @@
-//! How the program presents itself: in 80 columns, with or without colours, in man pages, on outputs
-//! that take nothing; and that every option of a port can be read back.
+//! How the program presents itself: in 80 columns, with or without colours, in man pages, on
+//! outputs that take nothing; and that every option of a port can be read back.
 
 #![allow(
     clippy::unwrap_used,
@@ -190,9 +190,11 @@ fn every_option_of_a_port_can_be_read_back() {
 fn the_log_has_colours_only_where_they_are_wanted() {
     let dir = tempfile::tempdir().unwrap();
     let log = |environment: &str| {
-        // It says where its API is, and then that it cannot make the port.
+        // The switch says where its API is, and then that it cannot make the port. A machine of
+        // continuous integration says so in `CI`, which counts as a terminal with colours.
         let run = format!(
-            "env {environment} {POLLUX} run --port p,socket={0}/no/p --api-socket {0}/api",
+            "env -u CI -u CLICOLOR -u CLICOLOR_FORCE {environment} \
+             {POLLUX} run --port p,socket={0}/no/p --api-socket {0}/api",
             dir.path().display()
         );
         let mut terminal = Command::new("script");
