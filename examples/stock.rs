@@ -1,11 +1,14 @@
-//! A vhost-user backend of nothing but rust-vmm's crates: a wire between two ports, for comparisons.
+//! A vhost-user backend of nothing but rust-vmm's crates: a wire between two ports, for
+//! comparisons.
 //!
 //!     cargo run --release --example stock -- CPU SOCKET SOCKET
 //!
-//! `VhostUserDaemon` speaks to the frontends, `virtio_queue` walks the rings. What can be done well with these crates is
-//! done: one pinned thread polls both directions and asks for no kicks, frames are taken in bursts through the crate's
-//! iterator, buffers are reused, memory is looked up once a burst, and each ring is signalled once a burst, if its driver wants
-//! that. There is no switching. Every frame is copied twice, because the crates offer no way from one guest's memory into another's.
+//! `VhostUserDaemon` speaks to the frontends, `virtio_queue` walks the rings. What can be done well
+//! with these crates is done: one pinned thread polls both directions and asks for no kicks, frames
+//! are taken in bursts through the crate's iterator, buffers are reused, memory is looked up once a
+//! burst, and each ring is signalled once a burst, if its driver wants that. There is no switching.
+//! Every frame is copied twice, because the crates offer no way from one guest's memory into
+//! another's.
 
 use std::collections::VecDeque;
 use std::error::Error;
@@ -182,7 +185,8 @@ impl Wire {
     }
 }
 
-/// Serves one frontend. What it has left stays as it is: the process is started afresh for another one.
+/// Serves one frontend. What it has left stays as it is: the process is started afresh for another
+/// one.
 fn serve(port: &Arc<Port>, socket: &str) -> Result<(), Failure> {
     let mut listener = Listener::new(socket, true)?;
     let mut daemon = VhostUserDaemon::new("stock".into(), port.clone(), port.memory.clone())

@@ -20,9 +20,9 @@ pub use poll::{CpuList, IdleList, IdlePolicy, Rebalance};
 pub const MAX_PORT_NAME: usize = 63;
 /// Longest socket path the kernel takes (`sun_path` less the terminating zero).
 pub const MAX_SOCKET_PATH: usize = 107;
-/// Most queue pairs of one port. The payload of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR names a ring in its
-/// bits 0 to 7 (bit 8 says that no descriptor comes), so 256 rings are all that a frontend can name; QEMU masks with
-/// 0xff, and DPDK has as many.
+/// Most queue pairs of one port. The payload of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR
+/// names a ring in its bits 0 to 7 (bit 8 says that no descriptor comes), so 256 rings are all that
+/// a frontend can name; QEMU masks with 0xff, and DPDK has as many.
 pub const MAX_QUEUE_PAIRS: u16 = 128;
 /// What `queues=` takes.
 pub(crate) const QUEUE_PAIRS: &str =
@@ -68,8 +68,8 @@ pub struct PortSpec {
     /// Numbers of the poll threads that may own its transmit queues; any, where empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub poll: Vec<u32>,
-    /// Whether a driver may reset one ring (VIRTIO_F_RING_RESET). For frontends that pass it on: QEMU 7.2 does
-    /// not, and a guest that changes the length of its rings loses its card.
+    /// Whether a driver may reset one ring (VIRTIO_F_RING_RESET). For frontends that pass it on:
+    /// QEMU 7.2 does not, and a guest that changes the length of its rings loses its card.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ring_reset: bool,
     /// Permission bits of the socket file (server mode only).
@@ -288,7 +288,8 @@ impl PortSpec {
 impl FromStr for PortSpec {
     type Err = ConfigError;
 
-    /// Parses `NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…][,ring-reset=on|off][,socket-mode=0660]
+    /// Parses
+    /// `NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…][,ring-reset=on|off][,socket-mode=0660]
     /// [,socket-group=NAME]`.
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         let mut parts = text.split(',');
@@ -353,8 +354,8 @@ pub struct DaemonConfig {
     pub ports: Vec<PortSpec>,
     /// One pinned poll thread for each; one unpinned thread where empty.
     pub poll_cpus: Vec<usize>,
-    /// What poll threads do without work: one policy for all, or one for each of `poll_cpus`. Threads that are added
-    /// later have the one for all, or else the default.
+    /// What poll threads do without work: one policy for all, or one for each of `poll_cpus`.
+    /// Threads that are added later have the one for all, or else the default.
     pub idle: IdleList,
     /// Whether queues move between poll threads by themselves.
     pub rebalance: Rebalance,
@@ -366,7 +367,8 @@ pub struct DaemonConfig {
     pub mac_ageing: Duration,
     /// Most addresses in the FDB.
     pub fdb_size: usize,
-    /// Directory of what packed rings need after a restart of the switch; nothing is kept where `None`.
+    /// Directory of what packed rings need after a restart of the switch; nothing is kept where
+    /// `None`.
     pub ring_state: Option<PathBuf>,
 }
 

@@ -1,8 +1,9 @@
 //! Frames on their way through the switch: header snapshot, payload windows, burst.
 //!
-//! The first [`HEAD_BYTES`] bytes of a frame are copied once into private memory. Decisions depend on that copy only, and
-//! that copy is what is delivered; the payload behind it is copied later, once, straight from the sender's memory into the
-//! receiver's. So a sender cannot pass a check with one source address and deliver another.
+//! The first [`HEAD_BYTES`] bytes of a frame are copied once into private memory. Decisions depend
+//! on that copy only, and that copy is what is delivered; the payload behind it is copied later,
+//! once, straight from the sender's memory into the receiver's. So a sender cannot pass a check
+//! with one source address and deliver another.
 
 use std::ops::Range;
 
@@ -22,20 +23,22 @@ pub const BURST_FRAMES: usize = 64;
 pub const BURST_BYTES: u32 = 256 * 1024;
 /// Longest frame taken from a guest, in bytes without the virtio-net header.
 pub const MAX_FRAME: u32 = 65_535 + HEADER_LEN as u32;
-/// A burst is closed once so many descriptors were read for its chains of several, 37 of the longest that Linux
-/// sends. Mostly these are pieces of frames. A driver that posts loops of empty ones, or chains that cannot be used,
-/// gets no more for it: its turn is over after some microseconds, and the next queue's comes.
+/// A burst is closed once so many descriptors were read for its chains of several, 37 of the
+/// longest that Linux sends. Mostly these are pieces of frames. A driver that posts loops of empty
+/// ones, or chains that cannot be used, gets no more for it: its turn is over after some
+/// microseconds, and the next queue's comes.
 const BURST_PIECES: usize = 704;
 /// Pieces of memory of one burst: as many, and the longest chain.
 const BURST_WINDOWS: usize = BURST_PIECES + MAX_CHAIN;
-/// Pieces of a frame whose first lines are asked for when it is noted. Longer chains are not worth their lines: they
-/// would push each other out.
+/// Pieces of a frame whose first lines are asked for when it is noted. Longer chains are not worth
+/// their lines: they would push each other out.
 const ASKED_PIECES: usize = 16;
 
 /// Where `num_buffers` stands in the virtio-net header (virtio 1.2 §5.1.6).
 const NUM_BUFFERS: usize = 10;
 
-/// The virtio-net header that a receiver finds before a frame in so many buffers. The legacy one is its beginning.
+/// The virtio-net header that a receiver finds before a frame in so many buffers. The legacy one is
+/// its beginning.
 #[inline(always)]
 pub fn receive_header(buffers: u16) -> [u8; NET_HDR_SIZE] {
     let mut header = [0; NET_HDR_SIZE];
@@ -45,9 +48,10 @@ pub fn receive_header(buffers: u16) -> [u8; NET_HDR_SIZE] {
 
 /// Writes a header, or a part of one, to the start of `buffer`, unless it stands there already.
 ///
-/// Drivers that use their buffers again leave it as it was, often in a line of its own (DPDK's, in front of the
-/// frame's): not to write what they will read saves that line two ways between the cores, 7 % of the rate of 64-byte
-/// frames, more where the cores are far apart. The driver that changes it while we look gets what it wrote.
+/// Drivers that use their buffers again leave it as it was, often in a line of its own (DPDK's, in
+/// front of the frame's): not to write what they will read saves that line two ways between the
+/// cores, 7 % of the rate of 64-byte frames, more where the cores are far apart. The driver that
+/// changes it while we look gets what it wrote.
 #[inline(always)]
 pub fn put_header(buffer: &Window<'_>, header: &[u8]) {
     let mut found = [0; NET_HDR_SIZE];
@@ -67,9 +71,11 @@ pub struct Frame<'t> {
     pub len: u32,
     /// Bytes of the sender's virtio-net header.
     header: u16,
-    /// The chain's first buffer; once the head is loaded, what the head left of the buffer that it ended in.
+    /// The chain's first buffer; once the head is loaded, what the head left of the buffer that it
+    /// ended in.
     first: Window<'t>,
-    /// The buffers behind it, in the burst's arena: start and number. Most chains have none, and never come near the arena.
+    /// The buffers behind it, in the burst's arena: start and number. Most chains have none, and
+    /// never come near the arena.
     more: (u16, u16),
     /// Number of the queue it came from, in the thread's plan.
     pub ingress: u16,
@@ -126,12 +132,13 @@ pub struct Origin {
 
 /// Frames handled together, gathered from one or several queues.
 ///
-/// Taking is in two steps, so that the cache misses of a burst overlap: [`Burst::note`] for each chain (which asks for
-/// the frame's first lines), then [`Burst::load_heads`] for all of them.
+/// Taking is in two steps, so that the cache misses of a burst overlap: [`Burst::note`] for each
+/// chain (which asks for the frame's first lines), then [`Burst::load_heads`] for all of them.
 #[derive(Debug)]
 pub struct Burst<'t> {
-    /// Those beyond `count` are places to be used again. Each is made when it is first needed: all of them are 13 KiB, and a
-    /// poll thread makes two bursts whenever it takes over a change, in 1 of 2.3 µs then (6 of 16 where its cache is cold).
+    /// Those beyond `count` are places to be used again. Each is made when it is first needed: all
+    /// of them are 13 KiB, and a poll thread makes two bursts whenever it takes over a change, in 1
+    /// of 2.3 µs then (6 of 16 where its cache is cold).
     frames: ArrayVec<Frame<'t>, BURST_FRAMES>,
     count: usize,
     /// Buffers of chains of several.
@@ -171,7 +178,8 @@ impl<'t> Burst<'t> {
             && self.bytes < BURST_BYTES
     }
 
-    /// Nothing more is to be taken: [`Burst::has_room`] says no until it is cleared. The bytes are counted before.
+    /// Nothing more is to be taken: [`Burst::has_room`] says no until it is cleared. The bytes are
+    /// counted before.
     #[inline(always)]
     pub fn close(&mut self) {
         self.bytes |= BURST_BYTES;
@@ -218,8 +226,8 @@ impl<'t> Burst<'t> {
         self.add(buffer, (0, 0), len, from)
     }
 
-    /// Notes the chain of `len` bytes whose buffers are in the arena from `mark` on; or says why it is no frame, and
-    /// forgets it.
+    /// Notes the chain of `len` bytes whose buffers are in the arena from `mark` on; or says why it
+    /// is no frame, and forgets it.
     pub fn note_chain(&mut self, mark: usize, len: u32, from: Origin) -> Result<(), DropReason> {
         let noted = match self.windows.get(mark) {
             Some(first) => {
@@ -251,8 +259,9 @@ impl<'t> Burst<'t> {
                 _ => DropReason::RxShortFrame,
             });
         }
-        // The sender's core has just written these lines: each would cost about 100 ns when needed, and a few
-        // nanoseconds while others are on their way too. Its header's is left alone, for nobody reads it.
+        // The sender's core has just written these lines: each would cost about 100 ns when needed,
+        // and a few nanoseconds while others are on their way too. Its header's is left alone, for
+        // nobody reads it.
         let skip = usize::from(from.header);
         if more.1 == 0 || first.len() > skip {
             ask(&first, skip);
@@ -300,7 +309,8 @@ impl<'t> Burst<'t> {
         self.windows.truncate(mark);
     }
 
-    /// Forgets all frames but those to `keep`, in their order. The buffers of the others stay until the burst is cleared.
+    /// Forgets all frames but those to `keep`, in their order. The buffers of the others stay until
+    /// the burst is cleared.
     #[cold]
     pub fn retain(&mut self, mut keep: impl FnMut(&Frame<'t>) -> bool) {
         let mut kept = 0;
@@ -336,7 +346,8 @@ impl<'t> Burst<'t> {
     }
 }
 
-/// Asks for the first lines of a frame's bytes in `window`, which begin behind `skip` others. There are some.
+/// Asks for the first lines of a frame's bytes in `window`, which begin behind `skip` others. There
+/// are some.
 #[inline(always)]
 fn ask(window: &Window<'_>, skip: usize) {
     window.prefetch(skip);
@@ -365,7 +376,8 @@ fn make_place<'f, 't>(frames: &'f mut ArrayVec<Frame<'t>, BURST_FRAMES>) -> &'f 
     &mut frames[last]
 }
 
-/// Reads a head that is spread over several windows (a header in a buffer of its own, or pieces of one byte).
+/// Reads a head that is spread over several windows (a header in a buffer of its own, or pieces of
+/// one byte).
 fn gather<'t>(frame: &mut Frame<'t>, windows: &[Window<'t>]) {
     let (mut to_skip, mut filled, head_len) = (usize::from(frame.header), 0, frame.head_len());
     let mut first = frame.first;

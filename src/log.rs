@@ -1,11 +1,13 @@
 //! The log: lines that nobody waits for.
 //!
-//! Whoever logs puts a line into a bounded buffer, and a thread writes the lines to standard error. A reader that stands
-//! still stops that thread alone. A reader that has gone, or a full disk, costs lines and nothing else. Lost lines are
-//! counted, and are told of in a line where they are missing, once lines can be written again.
+//! Whoever logs puts a line into a bounded buffer, and a thread writes the lines to standard error.
+//! A reader that stands still stops that thread alone. A reader that has gone, or a full disk,
+//! costs lines and nothing else. Lost lines are counted, and are told of in a line where they are
+//! missing, once lines can be written again.
 //!
-//! The non-blocking writer of `tracing-appender` does not do: it does not count lines that it failed to write, and at its
-//! end it prints to standard error itself, which blocks or panics just where this must not.
+//! The non-blocking writer of `tracing-appender` does not do: it does not count lines that it
+//! failed to write, and at its end it prints to standard error itself, which blocks or panics just
+//! where this must not.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -61,12 +63,13 @@ pub struct Log {
 }
 
 impl Log {
-    /// Makes standard error the log of this process; panics are told of there, too. From here on SIGTERM and SIGINT wait for
-    /// whoever asks for them.
+    /// Makes standard error the log of this process; panics are told of there, too. From here on
+    /// SIGTERM and SIGINT wait for whoever asks for them.
     pub fn start() -> io::Result<Log> {
         // The thread that writes must not be the one that is ended by them.
         signal::hold()?;
-        // A descriptor of its own: nobody else waits for a lock that this thread holds while it writes.
+        // A descriptor of its own: nobody else waits for a lock that this thread holds while it
+        // writes.
         let out = io::stderr().as_fd().try_clone_to_owned()?;
         let log = Log::to(out.into())?;
         let log = LOG.get_or_init(|| log).clone();

@@ -1,6 +1,8 @@
-//! What tests with random operations share: numbers that follow from a seed, and seeds that are printed.
+//! What tests with random operations share: numbers that follow from a seed, and seeds that are
+//! printed.
 
-/// Numbers that depend on nothing but the seed: Knuth's multiplier; the upper bits are good enough for test data.
+/// Numbers that depend on nothing but the seed: Knuth's multiplier; the upper bits are good enough
+/// for test data.
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
@@ -19,8 +21,8 @@ impl Random {
     }
 }
 
-/// Runs `test` with `rounds` seeds that begin at the time (fifty times as many with `POLLUX_LONG=1`), or with the one of
-/// `POLLUX_SEED`.
+/// Runs `test` with `rounds` seeds that begin at the time (fifty times as many with
+/// `POLLUX_LONG=1`), or with the one of `POLLUX_SEED`.
 pub(crate) fn with_seeds(rounds: usize, test: impl Fn(u64)) {
     if let Ok(seed) = std::env::var("POLLUX_SEED") {
         return test(seed.parse().expect("POLLUX_SEED is a number"));

@@ -70,7 +70,8 @@ drop_reasons! {
     RxMemoryFault = "rx_memory_fault", Rx;
     /// The sender's buffer is in guest memory that the switch cannot map.
     RxMemoryUnusable = "rx_memory_unusable", Rx;
-    /// The sender's memory is slow to touch: the poll thread that found that has read no more of it.
+    /// The sender's memory is slow to touch: the poll thread that found that has read no more of
+    /// it.
     RxMemorySlow = "rx_memory_slow", Rx;
     /// Multicast, broadcast or zero source address.
     RxBadSource = "rx_bad_source", Rx;
@@ -88,15 +89,18 @@ drop_reasons! {
     EgressContended = "egress_contended", Tx;
     /// Longer than the receiver's buffers or its ring can ever take.
     EgressTooLong = "egress_too_long", Tx;
-    /// No receive queue of the port is started and enabled in the view of the switch in which the frame was decided: the
-    /// port is not ready yet, or was disabled, or its frontend is just going. Once that has gone its stations are unknown,
-    /// and frames to them flooded; so it is with a port that was removed.
+    /// No receive queue of the port is started and enabled in the view of the switch in which the
+    /// frame was decided: the port is not ready yet, or was disabled, or its frontend is just
+    /// going. Once that has gone its stations are unknown, and frames to them flooded; so it is
+    /// with a port that was removed.
     EgressNotReady = "egress_not_ready", Tx;
     /// The receive queue's ring is impossible; nothing is delivered into it until its next start.
     EgressRingBroken = "egress_ring_broken", Tx;
-    /// The receiver's memory could not be written: its file was truncated, or its file system is full.
+    /// The receiver's memory could not be written: its file was truncated, or its file system is
+    /// full.
     EgressMemoryFault = "egress_memory_fault", Tx;
-    /// The receiver's memory is slow to touch, and the thread that serves such ports has fallen behind.
+    /// The receiver's memory is slow to touch, and the thread that serves such ports has fallen
+    /// behind.
     EgressMemorySlow = "egress_memory_slow", Tx;
 }
 
@@ -215,8 +219,8 @@ const FINE: usize = 8;
 /// Buckets of a [`Histogram`]: up to two hours in nanoseconds.
 pub const HISTOGRAM_BUCKETS: usize = 40 * FINE;
 
-/// Counts values by their highest four bits: each power of two from 8 on has eight buckets, and the last bucket holds
-/// everything above. One writer.
+/// Counts values by their highest four bits: each power of two from 8 on has eight buckets, and the
+/// last bucket holds everything above. One writer.
 #[derive(Debug)]
 pub struct Histogram {
     buckets: [Counter; HISTOGRAM_BUCKETS],
@@ -261,8 +265,8 @@ impl Histogram {
     }
 }
 
-/// What a poll thread tells about itself; written by that thread alone, in every pass, so on lines of its own (two, since
-/// processors fetch them in pairs).
+/// What a poll thread tells about itself; written by that thread alone, in every pass, so on lines
+/// of its own (two, since processors fetch them in pairs).
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub struct ThreadStats {
@@ -288,7 +292,8 @@ pub struct ThreadStats {
     pub calls: Counter,
     /// Calls that the kernel refused.
     pub calls_refused: Counter,
-    /// Times chains were completed although another thread's claim before their frames was still open.
+    /// Times chains were completed although another thread's claim before their frames was still
+    /// open.
     pub completed_early: Counter,
     /// Page faults in guests' memory that were slow: see `poll::watch`.
     pub slow_faults: Counter,
@@ -298,14 +303,17 @@ pub struct ThreadStats {
     pub off_cpu_ns: Counter,
     /// Length of the passes that found work, in nanoseconds on the CPU.
     pub pass_ns: Histogram,
-    /// Length of those that began with taking over a new topology, with or without work; `pass_ns` has the others.
+    /// Length of those that began with taking over a new topology, with or without work; `pass_ns`
+    /// has the others.
     pub takeover_ns: Histogram,
-    /// From the publication of a topology to its acknowledgement, while the thread was awake, in nanoseconds.
+    /// From the publication of a topology to its acknowledgement, while the thread was awake, in
+    /// nanoseconds.
     pub acknowledge_ns: Histogram,
 }
 
 impl ThreadStats {
-    /// Counts a topology that was taken over so long after it (or one before it that was skipped) was published.
+    /// Counts a topology that was taken over so long after it (or one before it that was skipped)
+    /// was published.
     pub fn acknowledged(&self, after: Duration) {
         self.topologies.add(1);
         let ns = u64::try_from(after.as_nanos()).unwrap_or(u64::MAX);

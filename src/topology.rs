@@ -1,9 +1,10 @@
 //! The switch as the poll threads see it: an immutable snapshot.
 //!
-//! Control builds a new one for every change and publishes it (`sys::snapshot`); poll threads borrow it. All
-//! that a pass needs stands here ready-made and flat: nothing is allocated, locked or looked up by name on a poll thread.
-//! Whatever a topology refers to (rings, memory, descriptors) lives until the last poll thread has acknowledged a newer
-//! one, and is then dropped on the reaper thread.
+//! Control builds a new one for every change and publishes it (`sys::snapshot`); poll threads
+//! borrow it. All that a pass needs stands here ready-made and flat: nothing is allocated, locked
+//! or looked up by name on a poll thread. Whatever a topology refers to (rings, memory,
+//! descriptors) lives until the last poll thread has acknowledged a newer one, and is then dropped
+//! on the reaper thread.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -42,13 +43,15 @@ pub struct Egress {
     pub shared: Arc<PortShared>,
     /// The receiver's memory; `None` without a session.
     pub memory: Option<Arc<GuestMemory>>,
-    /// Started and enabled receive queues; empty while the port cannot receive, or not from any poll thread.
+    /// Started and enabled receive queues; empty while the port cannot receive, or not from any
+    /// poll thread.
     pub queues: Box<[EgressQueue]>,
     /// Those of a port whose memory is slow to touch, or was until now.
     pub slow_queues: Box<[EgressQueue]>,
     /// Who may touch its memory: `Marked` is for control alone, and counts as `Normal` here.
     pub pace: Pace,
-    /// What it was made of, and who owns the queues of each pair: if both are the same, it serves the next topology, too.
+    /// What it was made of, and who owns the queues of each pair: if both are the same, it serves
+    /// the next topology, too.
     device: Option<Arc<Device>>,
     owners: Box<[Option<usize>]>,
 }
@@ -90,8 +93,8 @@ pub struct PortEntry {
     pub device: Option<Arc<Device>>,
 }
 
-/// Most transmit queues of one poll thread: the frames of a burst name theirs in 16 bits. What is beyond rests in its ring
-/// until another thread owns it.
+/// Most transmit queues of one poll thread: the frames of a burst name theirs in 16 bits. What is
+/// beyond rests in its ring until another thread owns it.
 const MAX_PLAN: usize = 1 << 16;
 
 /// The whole switch at one generation.
@@ -114,7 +117,8 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// Builds the snapshot for as many poll threads as `since` has entries. `owner` says which poll thread owns a port's queue pair.
+    /// Builds the snapshot for as many poll threads as `since` has entries. `owner` says which poll
+    /// thread owns a port's queue pair.
     pub fn build(
         entries: &[PortEntry],
         since: Box<[Instant]>,
@@ -124,8 +128,8 @@ impl Topology {
         Topology::succeed(None, entries, since, fdb, owner)
     }
 
-    /// The same behind another one, for as many poll threads. It shares every port and every plan that is no other than it
-    /// was: a change costs what changes, and a look at each port.
+    /// The same behind another one, for as many poll threads. It shares every port and every plan
+    /// that is no other than it was: a change costs what changes, and a look at each port.
     pub fn succeed(
         before: Option<&Topology>,
         entries: &[PortEntry],
@@ -401,7 +405,8 @@ mod tests {
         let more = after(Some(&same), &entries, &[0, 1, 0]);
         assert_eq!(shared(&same, &more), ([true, true], [true, true, true]));
         assert!(more.port(2).is_some());
-        // Another device, another owner, and then none: the port went, or its slot is another one's.
+        // Another device, another owner, and then none: the port went, or its slot is another
+        // one's.
         entries[1].device = Some(device());
         let device = after(Some(&more), &entries, &[0, 1, 0]);
         assert_eq!(shared(&more, &device), ([true, false], [true, false, true]));

@@ -1,5 +1,5 @@
-//! What frontends ask for while a poll thread stands still: rings and memory that it may be using are not given back before
-//! it goes on, and are the guest's alone from the answer on.
+//! What frontends ask for while a poll thread stands still: rings and memory that it may be using
+//! are not given back before it goes on, and are the guest's alone from the answer on.
 
 #![allow(
     clippy::unwrap_used,
@@ -67,8 +67,8 @@ fn wait_until_overdue(daemon: &Daemon) {
     assert!(String::from_utf8_lossy(&listed).contains("overdue"));
 }
 
-/// Asks for something under a flood to the victim, with the poll thread stopped in the middle of whatever it does. The
-/// daemon has mapped so many regions of `memory` of others.
+/// Asks for something under a flood to the victim, with the poll thread stopped in the middle of
+/// whatever it does. The daemon has mapped so many regions of `memory` of others.
 fn ask_of_a_thread_that_stands_still(
     request: Request,
     options: GuestOptions,

@@ -1,10 +1,12 @@
-//! Holds the source to what `src/lib.rs` says of it: which module may use which, where unsafe code may stand,
-//! how long a file may be.
+//! Holds the source to what `src/lib.rs` says of it: which module may use which, where unsafe code
+//! may stand, how long a file may be.
 //!
-//! The table of modules in the crate documentation is read, not repeated here. Rows may name only rows below
-//! them, so the modules have no cycles. Code under `#[cfg(test)]` and files of tests may use what they like.
+//! The table of modules in the crate documentation is read, not repeated here. Rows may name only
+//! rows below them, so the modules have no cycles. Code under `#[cfg(test)]` and files of tests may
+//! use what they like.
 //!
-//! This reads lines, not syntax, and relies on rustfmt: an item ends at the brace in its own column.
+//! This reads lines, not syntax, and relies on rustfmt: an item ends at the brace in its own
+//! column.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -58,7 +60,8 @@ const COPIES: [&str; 7] = [
     "from_ptr",
     "transmute",
 ];
-/// Where it may stand in a ring all the same, once: entries of indirect tables that are not aligned, each into a copy.
+/// Where it may stand in a ring all the same, once: entries of indirect tables that are not
+/// aligned, each into a copy.
 const COPY_OF_TABLE: &str = "src/virtio/chain.rs";
 
 /// A file of `src`.
@@ -153,8 +156,8 @@ fn without_tests(text: &str) -> Vec<(usize, &str)> {
     kept
 }
 
-/// A line without its comment. A `//` inside a string cuts too much, which hides nothing: paths of modules do not
-/// stand behind strings.
+/// A line without its comment. A `//` inside a string cuts too much, which hides nothing: paths of
+/// modules do not stand behind strings.
 fn code(line: &str) -> &str {
     line.split("//").next().unwrap_or_default()
 }
@@ -184,7 +187,8 @@ fn named<'a>(line: &'a str, prefix: &str) -> Vec<&'a str> {
         .collect()
 }
 
-/// The rows of the module table in the crate documentation, from top to bottom: module, and what it may use.
+/// The rows of the module table in the crate documentation, from top to bottom: module, and what it
+/// may use.
 fn table() -> Vec<(String, BTreeSet<String>)> {
     let text = fs::read_to_string(root().join("src/lib.rs")).unwrap();
     let rows = text
@@ -324,8 +328,8 @@ fn unsafe_code_stands_only_where_it_may() {
     assert_none(&problems);
 }
 
-/// An index that is read in two halves may be one that nobody wrote. That nothing is read twice is for the tests in which
-/// descriptors flip.
+/// An index that is read in two halves may be one that nobody wrote. That nothing is read twice is
+/// for the tests in which descriptors flip.
 #[test]
 fn rings_read_what_they_share_by_atomic_words_only() {
     let (mut of_tables, mut problems) = (Vec::new(), Vec::new());
@@ -348,8 +352,8 @@ fn rings_read_what_they_share_by_atomic_words_only() {
     assert_none(&problems);
 }
 
-/// Whoever delivers does not ask of which kind a ring is: the device's side tells them apart here, the driver's in one file
-/// of its own.
+/// Whoever delivers does not ask of which kind a ring is: the device's side tells them apart here,
+/// the driver's in one file of its own.
 const KINDS_OF_RINGS: [&str; 2] = ["src/virtio/mod.rs", "src/virtio/driver.rs"];
 
 #[test]
@@ -449,7 +453,8 @@ fn every_drop_reason_is_explained_to_operators() {
     assert_none(&missing);
 }
 
-/// `place::name` stands for a test of that name in `tests/place.rs`, or in the module `place` of `src`.
+/// `place::name` stands for a test of that name in `tests/place.rs`, or in the module `place` of
+/// `src`.
 #[test]
 fn every_test_named_for_a_hostile_input_exists() {
     let page = fs::read_to_string(root().join("docs/hostile-inputs.md")).unwrap();

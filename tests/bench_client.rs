@@ -1,8 +1,8 @@
 //! The load generator against an independent backend: `VhostUserDaemon` with `virtio_queue`.
 //!
-//! The backend connects the transmit ring of each side with the receive ring of the other (or of the same
-//! side), one frame after the other and driven by kicks only, so that a kick that the client owes and does not
-//! give stops the run.
+//! The backend connects the transmit ring of each side with the receive ring of the other (or of
+//! the same side), one frame after the other and driven by kicks only, so that a kick that the
+//! client owes and does not give stops the run.
 
 #![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
@@ -190,7 +190,8 @@ impl Regions for GuestMemoryMmap {
     }
 }
 
-/// Starts one daemon for each side; with one side it reflects. Returns the sockets and what ends the sessions.
+/// Starts one daemon for each side; with one side it reflects. Returns the sockets and what ends
+/// the sessions.
 fn backend(
     directory: &Path,
     sides: usize,

@@ -1,5 +1,6 @@
-//! `benches/compare` and `benches/change` where something is wrong: a clear sentence, partial results marked as such, never a
-//! wrong number. And all of `benches/change`, as short as it can be: what it promises of its output, not how fast anything is.
+//! `benches/compare` and `benches/change` where something is wrong: a clear sentence, partial
+//! results marked as such, never a wrong number. And all of `benches/change`, as short as it can
+//! be: what it promises of its output, not how fast anything is.
 
 #![allow(
     clippy::unwrap_used,
@@ -48,7 +49,8 @@ fn compare(arguments: &str, change: impl FnOnce(&mut Command)) -> (Value, i32) {
     report("compare", arguments, change)
 }
 
-/// What `benches/change` measures with, in this test's own profile: its libraries are built already.
+/// What `benches/change` measures with, in this test's own profile: its libraries are built
+/// already.
 fn scenarios() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
@@ -224,8 +226,8 @@ fn every_scenario_of_changes_has_figures_and_no_bystander_loses_a_frame() {
             assert!(figure["value"].as_f64().unwrap().is_finite(), "{figure}");
         }
     }
-    // How fast this machine is, nobody knows: a must may not be met, and a flooder may get no processor to flood with. The
-    // exit code says so.
+    // How fast this machine is, nobody knows: a must may not be met, and a flooder may get no
+    // processor to flood with. The exit code says so.
     let all = report["figures"].as_array().unwrap();
     let conclusive = all.iter().all(|figure| figure["inconclusive"].is_null());
     let met = all.iter().all(|figure| figure["ok"] != false);

@@ -1,4 +1,5 @@
-//! The daemon's own life: signals, a second instance, silence, and its death while guests keep their rings.
+//! The daemon's own life: signals, a second instance, silence, and its death while guests keep
+//! their rings.
 //!
 //! `POLLUX_LONG=1` runs as many cycles as the acceptance asks for.
 
@@ -126,7 +127,8 @@ fn silent_guests_cost_next_to_nothing_and_the_next_frame_arrives() {
 
 // ---- death and resurrection --------------------------------------------------------------------------
 
-/// Three ports, and a directory for the state of their rings: in memory, which the directory of a test may not be.
+/// Three ports, and a directory for the state of their rings: in memory, which the directory of a
+/// test may not be.
 fn with_ring_state() -> (tempfile::TempDir, DaemonOptions) {
     let state = memory_tempdir();
     let ring_state = ["--ring-state", state.path().to_str().unwrap()];
@@ -144,9 +146,10 @@ enum Threads {
     Two,
 }
 
-/// Kills the daemon at any instruction, but not while a buffer is back at its sender whose frame nobody sees yet. That is so
-/// where a poll thread lost its processor with an open claim a millisecond ago, and chains no longer wait for it
-/// (`completed_early`): what dies with it then is lost.
+/// Kills the daemon at any instruction, but not while a buffer is back at its sender whose frame
+/// nobody sees yet. That is so where a poll thread lost its processor with an open claim a
+/// millisecond ago, and chains no longer wait for it (`completed_early`): what dies with it then is
+/// lost.
 fn kill(daemon: Daemon, exchange: &mut Exchange<'_>) -> tempfile::TempDir {
     let deadline = Instant::now() + LIMIT;
     loop {
@@ -160,8 +163,8 @@ fn kill(daemon: Daemon, exchange: &mut Exchange<'_>) -> tempfile::TempDir {
     }
 }
 
-/// The switch has all receive buffers of a guest, each of them once: as many frames of one buffer as there are come in
-/// different ones, while none is posted again.
+/// The switch has all receive buffers of a guest, each of them once: as many frames of one buffer
+/// as there are come in different ones, while none is posted again.
 fn assert_every_receive_buffer_is_there(
     exchange: &mut Exchange<'_>,
     from: usize,
@@ -179,10 +182,11 @@ fn assert_every_receive_buffer_is_there(
     assert_eq!(used.len(), usize::from(entries));
 }
 
-/// Three guests, two of which send into the third, keep their rings while their daemon is killed and started anew.
+/// Three guests, two of which send into the third, keep their rings while their daemon is killed
+/// and started anew.
 ///
-/// A frame that was delivered but not completed comes again; none is lost, and no buffer is returned twice (the
-/// guests check that at every step).
+/// A frame that was delivered but not completed comes again; none is lost, and no buffer is
+/// returned twice (the guests check that at every step).
 fn survive_the_daemon(guest: GuestOptions, threads: Threads, kills: u32) {
     let (_state, options) = with_ring_state();
     let start = |dir| {
@@ -288,9 +292,9 @@ fn two_poll_threads_into_one_receiver_lose_nothing_when_the_daemon_is_killed() {
     survive_the_daemon(GuestOptions::default(), Threads::Two, kills());
 }
 
-/// A guest with packed rings, and one with split rings, whose daemon is killed in the middle of their lives; `lost` does
-/// something to the records of packed rings. The guest with the packed rings has started anew when this returns, and all
-/// is as it was.
+/// A guest with packed rings, and one with split rings, whose daemon is killed in the middle of
+/// their lives; `lost` does something to the records of packed rings. The guest with the packed
+/// rings has started anew when this returns, and all is as it was.
 fn start_anew(while_away: bool, lost: impl Fn(&Path)) {
     let (state, options) = with_ring_state();
     let daemon = Daemon::start_in(short_tempdir(), &options);

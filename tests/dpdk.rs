@@ -230,8 +230,8 @@ fn a_closed_loop_loses_nothing_where_the_frontend_listens() {
     backend.stop();
 }
 
-/// DPDK's virtio-user as server: the port that comes second after a kill keeps what waited in its ring. What the first one
-/// sends while the other is not there has no destination.
+/// DPDK's virtio-user as server: the port that comes second after a kill keeps what waited in its
+/// ring. What the first one sends while the other is not there has no destination.
 #[test]
 fn frames_of_virtio_user_as_server_survive_a_kill_of_the_switch() {
     let _guard = exclusive();
@@ -285,8 +285,8 @@ fn frames_of_virtio_user_as_server_survive_a_kill_of_the_switch() {
     testpmd.kill();
 }
 
-/// The driver posts a chain of a descriptor for each segment, and one for the header: more than 64, and fewer than its ring
-/// has entries.
+/// The driver posts a chain of a descriptor for each segment, and one for the header: more than 64,
+/// and fewer than its ring has entries.
 #[test]
 fn frames_of_120_segments_arrive() {
     const LEN: u64 = 64 + 119 * 10;
@@ -347,7 +347,8 @@ fn come_back(port: &VirtioUser) {
         wait_for("the ports", || {
             daemon.ports().iter().all(|port| port["state"] == "waiting")
         });
-        // A process that was killed leaves the records of its packed rings for the next one, whose rings are others.
+        // A process that was killed leaves the records of its packed rings for the next one, whose
+        // rings are others.
         let records = if clean || !port.packed { 0 } else { 4 };
         assert_eq!(daemon.records().len(), records, "{:?}", daemon.records());
         let start = if port.packed {
@@ -386,8 +387,8 @@ fn journey(port: &VirtioUser, small_buffers: bool) {
     let journey = Journey {
         port: port.clone(),
         sizes: (60..=1514).collect(),
-        // With small buffers, no more than one receive ring takes at four buffers each: the driver takes up to 32
-        // buffers out of it in a turn, but sends 32 frames.
+        // With small buffers, no more than one receive ring takes at four buffers each: the driver
+        // takes up to 32 buffers out of it in a turn, but sends 32 frames.
         batch: match (small_buffers, long()) {
             (true, _) => 250,
             (false, true) => 400_000,

@@ -84,7 +84,8 @@ fn legacy_and_modern_guests_exchange_frames_of_every_length() {
     daemon.stop();
 }
 
-/// Where to cut a header and what follows it: once everywhere, everywhere at once, and with empty pieces in between.
+/// Where to cut a header and what follows it: once everywhere, everywhere at once, and with empty
+/// pieces in between.
 fn cuts(header: usize) -> Vec<Vec<usize>> {
     let mut all: Vec<Vec<usize>> = (1..header + 20).map(|cut| vec![cut]).collect();
     all.push((1..=header + 14).collect());
@@ -217,7 +218,8 @@ fn a_legacy_driver_that_wants_no_calls_is_called_when_a_ring_is_empty() {
 
 // ---- other drivers in the same guest -----------------------------------------------------------------
 
-/// What a guest's drivers are, one after the other: firmware, kernels, a driver loaded again with other rings.
+/// What a guest's drivers are, one after the other: firmware, kernels, a driver loaded again with
+/// other rings.
 fn lives() -> Vec<GuestOptions> {
     let sized = |entries, options| GuestOptions { entries, ..options };
     vec![
@@ -262,15 +264,16 @@ fn a_guest_comes_back_with_another_driver_and_nothing_of_the_last_one() {
                 receive_len: 2048,
                 ..options
             };
-            // In the middle of traffic to it and from it, some of which is lost with its rings, and some of which comes late:
-            // from other addresses, so that nobody takes it for what follows.
+            // In the middle of traffic to it and from it, some of which is lost with its rings, and
+            // some of which comes late: from other addresses, so that nobody takes it for what
+            // follows.
             for number in 0..8 {
                 correspondent.try_send(&frame(mac(3), mac(5), number, 100));
                 guest.try_send(&frame(mac(4), mac(6), number, 100));
             }
             if (round + life) % 3 == 2 {
-                // Over another connection, once the switch has let go of the last one: until then it may finish a frame in
-                // what is the new driver's memory.
+                // Over another connection, once the switch has let go of the last one: until then
+                // it may finish a frame in what is the new driver's memory.
                 guest.detach();
                 wait_for("the end of the session", || {
                     daemon.port("p2")["session"].is_null()

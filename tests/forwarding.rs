@@ -42,8 +42,8 @@ fn attach<'m>(daemon: &Daemon, rams: &'m [Ram]) -> Vec<Guest<'m>> {
     guests
 }
 
-/// The number of the next frame that a guest receives. Frames of one sender come in order, so this also says that none
-/// came before it.
+/// The number of the next frame that a guest receives. Frames of one sender come in order, so this
+/// also says that none came before it.
 fn next(guest: &mut Guest<'_>) -> Option<u64> {
     guest.receive(LIMIT).map(|bytes| read(&bytes).sequence)
 }

@@ -1,4 +1,5 @@
-//! What one port can cost the others: slow calls, stuck threads, full rings, storms of messages and connections.
+//! What one port can cost the others: slow calls, stuck threads, full rings, storms of messages and
+//! connections.
 //!
 //! `POLLUX_LONG=1` runs as many rounds as the acceptance asks for.
 
@@ -219,7 +220,8 @@ fn a_flooder_and_a_paced_sender_share_a_slow_receiver_across_poll_threads() {
     let mut daemon = daemon(&["--poll-cpus", &format!("{first},{second}")]);
     let rams = [(); 4].map(|()| Ram::new(GuestOptions::default()));
     let mut receiver = attached(&daemon, &rams[0], 0);
-    // The slots decide: the flooder's queue is the first thread's, the paced one's the second thread's.
+    // The slots decide: the flooder's queue is the first thread's, the paced one's the second
+    // thread's.
     let mut flooder = attached(&daemon, &rams[2], 2);
     let mut paced = attached(&daemon, &rams[3], 3);
     daemon.settle();
@@ -245,7 +247,8 @@ fn a_flooder_and_a_paced_sender_share_a_slow_receiver_across_poll_threads() {
             received += 1;
             came += u64::from(read(&bytes).from == mac(4));
         }
-        // One in a hundred, once the flood stands; one at a time, for its poll thread may wait for a CPU.
+        // One in a hundred, once the flood stands; one at a time, for its poll thread may wait for
+        // a CPU.
         let due = received > 1000 + 100 * sent && paced.in_flight() == 0;
         if due && paced.try_send(&frame(mac(1), mac(4), sent, 60)) {
             sent += 1;

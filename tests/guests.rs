@@ -1,6 +1,7 @@
-//! Linux in QEMU through everything that happens to a guest: its daemon is killed, its driver goes and comes back, with
-//! other rings, too, firmware runs before it, and another guest comes after it. A scripted guest exchanges pings with it
-//! in a closed loop, and what either side has sent the other must have received.
+//! Linux in QEMU through everything that happens to a guest: its daemon is killed, its driver goes
+//! and comes back, with other rings, too, firmware runs before it, and another guest comes after
+//! it. A scripted guest exchanges pings with it in a closed loop, and what either side has sent the
+//! other must have received.
 
 #![allow(
     clippy::unwrap_used,
@@ -119,8 +120,9 @@ impl<'m> Scene<'m> {
         self.killed = true;
     }
 
-    /// Every frame that either guest has sent, the other one has received, but those that QEMU has thrown away; and once,
-    /// unless a daemon was killed between delivery and completion. The daemon has dropped so many, for this reason.
+    /// Every frame that either guest has sent, the other one has received, but those that QEMU has
+    /// thrown away; and once, unless a daemon was killed between delivery and completion. The
+    /// daemon has dropped so many, for this reason.
     fn check(&mut self, linux: &Linux, what: &str, drops: (u64, &str)) {
         self.echo.drain();
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -192,7 +194,8 @@ impl<'m> Scene<'m> {
         self.rings().iter().any(|ring| ring["kind"] == "packed")
     }
 
-    /// The kinds that its first receive ring has had, by the log from there on, without repetitions.
+    /// The kinds that its first receive ring has had, by the log from there on, without
+    /// repetitions.
     fn kinds_since(&self, from: usize) -> Vec<String> {
         let log = self.daemon().log();
         let started = log[from..].lines().filter_map(|line| {
@@ -298,8 +301,8 @@ fn life(packed: bool) {
     scene.assert_rings(&options);
     scene.check(&linux, "killed again", (0, ""));
 
-    // Its driver is loaded again while there is no daemon: nothing is on its way, and the rings are others, also in the
-    // same place.
+    // Its driver is loaded again while there is no daemon: nothing is on its way, and the rings are
+    // others, also in the same place.
     scene.echo.drain();
     scene.kill_and(|| {
         linux.ask("rmmod virtio_net");
@@ -356,7 +359,8 @@ fn a_guest_with_a_legacy_card_loses_nothing() {
         let agreed = scene.daemon().port(PORT)["session"]["features"].to_string();
         assert!(!agreed.contains("version_1"), "{agreed}");
         assert_eq!(agreed.contains("mrg_rxbuf"), mergeable, "{agreed}");
-        // Linux without offloads has buffers for frames of 1514 bytes, and longer ones only if they are mergeable.
+        // Linux without offloads has buffers for frames of 1514 bytes, and longer ones only if they
+        // are mergeable.
         for size in [60, 1514, if mergeable { 9000 } else { 700 }] {
             scene.echo.set_size(size);
             scene.echo.exchange(300);

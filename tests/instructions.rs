@@ -1,9 +1,10 @@
-//! Instructions and atomic operations that a frame costs the switch, counted by valgrind and compared with
-//! `tests/instructions.txt`.
+//! Instructions and atomic operations that a frame costs the switch, counted by valgrind and
+//! compared with `tests/instructions.txt`.
 //!
-//! Unlike times they are the same in every run on every machine, so a change that makes the data path longer is found
-//! before anybody measures. Counted is what this program's own code does inside `Poller::drain`: the C library is left
-//! out, because its copies depend on the processor. `POLLUX_BLESS=1` records new values.
+//! Unlike times they are the same in every run on every machine, so a change that makes the data
+//! path longer is found before anybody measures. Counted is what this program's own code does
+//! inside `Poller::drain`: the C library is left out, because its copies depend on the processor.
+//! `POLLUX_BLESS=1` records new values.
 
 #![allow(
     clippy::unwrap_used,
@@ -82,7 +83,8 @@ const USUAL: Scenario = Scenario {
     captured: false,
 };
 
-/// These two must cost the same instructions: nothing of a frame depends on how many threads there are.
+/// These two must cost the same instructions: nothing of a frame depends on how many threads there
+/// are.
 const ALIKE: [&str; 2] = [", four ports", ", four ports on two threads"];
 
 const SCENARIOS: [Scenario; 12] = [
@@ -451,8 +453,8 @@ fn count(index: usize, rounds: u32, dir: &Path) -> [u64; 3] {
     [instructions, atomics, frames.parse().unwrap()]
 }
 
-/// Adds up what functions of this program cost themselves, in callgrind's format: `ob=` names the object of the lines
-/// that follow, and the line behind `calls=` is what the callee cost.
+/// Adds up what functions of this program cost themselves, in callgrind's format: `ob=` names the
+/// object of the lines that follow, and the line behind `calls=` is what the callee cost.
 fn own_costs(text: &str) -> [u64; 2] {
     let own = std::env::current_exe().unwrap();
     let own = own.file_name().unwrap().to_str().unwrap();
@@ -501,7 +503,8 @@ fn instructions_per_frame_are_as_recorded() {
         }
         let kind = if scenario.packed { "packed" } else { "split" };
         let name = format!("{kind}{}", scenario.name);
-        // Few atomic operations: with fewer digits the rounding alone would be beyond the tolerance.
+        // Few atomic operations: with fewer digits the rounding alone would be beyond the
+        // tolerance.
         writeln!(text, "{instructions:8.1} {atomics:8.4}  {name}").unwrap();
         let Some(before) = recorded.get(&name) else {
             writeln!(wrong, "{name}: not recorded").unwrap();
@@ -521,7 +524,8 @@ fn instructions_per_frame_are_as_recorded() {
             }
         }
     }
-    // A thread makes one barrier a pass for the calls of all its queues, so two threads make a few more.
+    // A thread makes one barrier a pass for the calls of all its queues, so two threads make a few
+    // more.
     let tolerances = [TOLERANCE, 0.08];
     for pair in alike.chunks(2) {
         for ((one, two), tolerance) in std::iter::zip(pair[0], pair[1]).zip(tolerances) {

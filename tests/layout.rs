@@ -1,5 +1,6 @@
-//! No false sharing: what one thread writes for each burst or pass lies on cache lines that no other thread writes, nor reads
-//! for anything else. Lines count in pairs, since processors fetch them so.
+//! No false sharing: what one thread writes for each burst or pass lies on cache lines that no
+//! other thread writes, nor reads for anything else. Lines count in pairs, since processors fetch
+//! them so.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -11,15 +12,17 @@ use pollux::virtio::{ReceiveQueue, TransmitQueue};
 /// Two cache lines.
 const PAIR: usize = 128;
 
-/// Whether values of this type, wherever they are allocated, share no pair of lines with anything else.
+/// Whether values of this type, wherever they are allocated, share no pair of lines with anything
+/// else.
 fn is_alone<T>() -> bool {
     align_of::<T>() >= PAIR && size_of::<T>().is_multiple_of(PAIR)
 }
 
 #[test]
 fn the_words_of_a_claim_are_apart() {
-    // Claim position, published position, token and call mark, each written by whichever thread delivers, and the tags'
-    // place, which is only read: five pairs of lines, for no two would fit into one.
+    // Claim position, published position, token and call mark, each written by whichever thread
+    // delivers, and the tags' place, which is only read: five pairs of lines, for no two would fit
+    // into one.
     assert!(is_alone::<Claims>());
     assert_eq!(size_of::<Claims>(), 5 * PAIR);
     assert!(is_alone::<ReceiveQueue>(), "it holds its claims in place");

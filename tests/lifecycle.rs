@@ -1,4 +1,5 @@
-//! Guests and ports that come, go, die and misbehave, while bystanders exchange frames and must not lose one.
+//! Guests and ports that come, go, die and misbehave, while bystanders exchange frames and must not
+//! lose one.
 //!
 //! `POLLUX_LONG=1` runs as many cycles as the acceptance asks for.
 

@@ -1,5 +1,6 @@
-//! What the system refuses at run time is an answer: it costs whoever asked for it, and nothing stays behind. And what
-//! frontends and operators make the switch do keeps off the poll threads' CPUs, at a pace.
+//! What the system refuses at run time is an answer: it costs whoever asked for it, and nothing
+//! stays behind. And what frontends and operators make the switch do keeps off the poll threads'
+//! CPUs, at a pace.
 
 #![allow(
     clippy::unwrap_used,

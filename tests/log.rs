@@ -1,4 +1,5 @@
-//! A log that cannot be written costs its lines, and nothing else: no thread panics or waits for want of it.
+//! A log that cannot be written costs its lines, and nothing else: no thread panics or waits for
+//! want of it.
 
 #![allow(
     clippy::unwrap_used,
@@ -180,7 +181,8 @@ fn nobody_waits_for_a_reader_of_the_log_that_stands_still() {
 fn a_reader_of_the_log_that_goes_on_is_told_what_it_missed() {
     let (mut reader, writer) = full_pipe();
     let bare = Bare::start(writer);
-    // Lines about each port are paced: the buffer holds nearly all that three of them may say at once.
+    // Lines about each port are paced: the buffer holds nearly all that three of them may say at
+    // once.
     wait_for("lines that are lost", || {
         (0..3).for_each(|port| bare.talk_on(port));
         bare.lost() > 0

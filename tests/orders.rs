@@ -1,6 +1,7 @@
-//! The order of a real frontend's messages: QEMU's, of the version that Debian 12 has and of a newer one, at a guest's start,
-//! when its driver goes and comes back, at its reboot, when the switch comes back, and at its end. Scripted frontends, and
-//! what the documentation says of QEMU, are held against `tests/orders/`.
+//! The order of a real frontend's messages: QEMU's, of the version that Debian 12 has and of a
+//! newer one, at a guest's start, when its driver goes and comes back, at its reboot, when the
+//! switch comes back, and at its end. Scripted frontends, and what the documentation says of QEMU,
+//! are held against `tests/orders/`.
 //!
 //! `POLLUX_RECORD=1` writes the files anew.
 
@@ -35,8 +36,9 @@ fn version(qemu: &str) -> String {
     numbers.join(".")
 }
 
-/// Messages, or up to eight of them together, that come again at once are there once: how many regions of memory there are,
-/// how often a driver writes its status, and how often it masks an interrupt, is not the frontend's order.
+/// Messages, or up to eight of them together, that come again at once are there once: how many
+/// regions of memory there are, how often a driver writes its status, and how often it masks an
+/// interrupt, is not the frontend's order.
 fn normalised(messages: &[String]) -> String {
     let mut kept: Vec<&str> = Vec::new();
     for message in messages {

@@ -1,4 +1,5 @@
-//! Poll threads that come and go, and queues that change hands, under guests that check every frame.
+//! Poll threads that come and go, and queues that change hands, under guests that check every
+//! frame.
 
 #![allow(
     clippy::unwrap_used,
@@ -16,7 +17,8 @@ use common::{cpus, long, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-/// Seconds of a load that is ended by [`end`]: what is done meanwhile takes as long as the machine lets it.
+/// Seconds of a load that is ended by [`end`]: what is done meanwhile takes as long as the machine
+/// lets it.
 const UNTIL_ENDED: u64 = 600;
 
 /// A load on all ports of a daemon, for so many seconds.
@@ -31,7 +33,8 @@ fn load(sockets: &[PathBuf], args: &[&str], seconds: u64) -> Child {
     command.spawn().unwrap()
 }
 
-/// Waits for the end of a load, and for its verdict: nothing lost, changed, doubled or out of order.
+/// Waits for the end of a load, and for its verdict: nothing lost, changed, doubled or out of
+/// order.
 fn assert_whole(load: Child) -> Value {
     let output = load.wait_with_output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
@@ -85,7 +88,8 @@ fn queues(daemon: &Daemon, number: u64) -> Vec<String> {
     names
 }
 
-/// A daemon with two poll threads. They share a processor with each other: the load has the other one.
+/// A daemon with two poll threads. They share a processor with each other: the load has the other
+/// one.
 fn two_threads(ports: usize, queues: u16, more: &[&str]) -> Daemon {
     let daemon = Daemon::start(&DaemonOptions {
         ports,
@@ -180,7 +184,8 @@ fn flows_of_several_queues_arrive_whole_and_in_order() {
                 .map(|ring| ring["position"].as_u64().unwrap())
                 .collect()
         };
-        // Twelve flows for each port, by addresses of their own: none of four queues is left out by chance for long.
+        // Twelve flows for each port, by addresses of their own: none of four queues is left out by
+        // chance for long.
         wait_for("all receive queues", || {
             let used = ring_positions("p0");
             used.len() == 4 && used.iter().filter(|position| **position > 100).count() >= 3
@@ -197,7 +202,8 @@ fn a_loaded_thread_gives_a_queue_away_by_itself() {
         do_it(&daemon, &["poll", "move", port, "0"]);
     }
     let events = Events::of(&daemon);
-    // Long frames: they cost a switch much and a client little, so the thread is busy even where others want its CPU.
+    // Long frames: they cost a switch much and a client little, so the thread is busy even where
+    // others want its CPU.
     let args = [
         "--guests",
         "4",

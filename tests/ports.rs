@@ -1,7 +1,8 @@
-//! The life of ports, from the first frame before `port add` has answered to the last event of one that was removed.
+//! The life of ports, from the first frame before `port add` has answered to the last event of one
+//! that was removed.
 //!
-//! Whatever is pending for a port that is removed holds a reference to it or is cancelled: nothing happens to it, or
-//! through it, afterwards, and nobody else notices.
+//! Whatever is pending for a port that is removed holds a reference to it or is cancelled: nothing
+//! happens to it, or through it, afterwards, and nobody else notices.
 
 #![allow(
     clippy::unwrap_used,
@@ -128,7 +129,8 @@ fn a_port_that_cannot_be_made_leaves_nothing_and_its_name_is_free_at_once() {
     let before = Holdings::of(daemon);
     let socket = daemon.dir().join("new");
     let spec = format!("new,socket={},socket-mode=0600", socket.display());
-    // The API's connection takes one; then the socket cannot be made, or its file cannot be looked at.
+    // The API's connection takes one; then the socket cannot be made, or its file cannot be looked
+    // at.
     for spare in [0, 1] {
         before.wait_for_return(daemon);
         wait_for("the end of the API's connections", || {
@@ -227,8 +229,8 @@ fn what_cannot_be_added_is_refused_by_name_and_nobody_notices() {
 
 // ---- what is pending when a port goes ----------------------------------------------------------------
 
-/// Sends to `mac(3)` until told to stop. Once that port is gone, its frames are flooded: the bystanders must have
-/// emptied their rings before more follow.
+/// Sends to `mac(3)` until told to stop. Once that port is gone, its frames are flooded: the
+/// bystanders must have emptied their rings before more follow.
 fn flood(sink: &mut Guest<'_>, stop: &AtomicBool, bystanders: &Bystanders) {
     let mut number = 0;
     while !stop.load(Ordering::Relaxed) {
@@ -281,7 +283,8 @@ fn ports_are_removed_while_frames_wait_for_a_retry_and_calls_are_owed() {
         if remove_sender {
             add(&scene, SINK);
         }
-        // Its ring goes on where it stood; what was not completed is taken again, and nothing is returned twice.
+        // Its ring goes on where it stood; what was not completed is taken again, and nothing is
+        // returned twice.
         sink.detach();
         scene.attach_sink(&mut sink);
         wait_for("every transmit buffer", || sink.in_flight() == 0);
@@ -433,8 +436,8 @@ fn collect(guest: &mut Guest<'_>, into: &mut BTreeSet<u64>) {
     }
 }
 
-/// What goes to an address of a removed port is flooded: its slot's next tenant may see it with everybody else, and never
-/// alone.
+/// What goes to an address of a removed port is flooded: its slot's next tenant may see it with
+/// everybody else, and never alone.
 #[test]
 fn no_frame_for_a_removed_port_goes_to_the_next_tenant_of_its_slot_alone() {
     let scene = Scene::with(&DaemonOptions {
@@ -452,7 +455,8 @@ fn no_frame_for_a_removed_port_goes_to_the_next_tenant_of_its_slot_alone() {
         let ram = Ram::new(GuestOptions::default());
         let mut guest = Guest::new(&ram);
         scene.attach_victim(&mut guest, &mut sink);
-        // Both addresses are known before anybody sends without reading, so that nothing of it is flooded.
+        // Both addresses are known before anybody sends without reading, so that nothing of it is
+        // flooded.
         scene.reaches(&mut guest, &mut sink, 0);
         collect(&mut witness, &mut seen);
         let stop = AtomicBool::new(false);
@@ -470,7 +474,8 @@ fn no_frame_for_a_removed_port_goes_to_the_next_tenant_of_its_slot_alone() {
                 }
                 collect(witness, seen);
             });
-            // The old tenant goes on talking: a poll thread with the old view may still learn its address.
+            // The old tenant goes on talking: a poll thread with the old view may still learn its
+            // address.
             let mut old = guest;
             scope.spawn(move || {
                 while !old.is_cut_off() {

@@ -1,4 +1,5 @@
-//! Guests with many queue pairs: all that the protocol can name, and ones that enable and disable them under traffic.
+//! Guests with many queue pairs: all that the protocol can name, and ones that enable and disable
+//! them under traffic.
 
 #![allow(
     clippy::unwrap_used,
@@ -60,14 +61,16 @@ fn all_queues_that_the_protocol_can_name_carry_frames() {
     wait_for("an address", || {
         daemon.stats()["fdb"]["entries"].as_u64() == Some(1)
     });
-    // Each transmit queue in turn, until every receive queue has had frames; each flow stays in one.
+    // Each transmit queue in turn, until every receive queue has had frames; each flow stays in
+    // one.
     let mut queue_of: BTreeMap<u16, u16> = BTreeMap::new();
     let (mut sent, mut got, mut used) = (0_u64, 0_u64, [0_u64; MOST as usize]);
     let begin = Instant::now();
     while used.contains(&0) || sent < 20 * u64::from(MOST) {
         assert!(begin.elapsed().as_secs() < 60, "{used:?}");
         for pair in 0..MOST {
-            // 1024 flows: none of 128 queues is left out for ever. A flow has one sending queue, so it is in order.
+            // 1024 flows: none of 128 queues is left out for ever. A flow has one sending queue, so
+            // it is in order.
             let flow = (sent % 1024) as u16;
             assert_eq!(flow % MOST, pair);
             assert!(one.try_send(pair, &frame(address(2, 0), address(1, flow), sent, 300)));
@@ -100,7 +103,8 @@ fn all_queues_that_the_protocol_can_name_carry_frames() {
     daemon.stop();
 }
 
-/// A guest with four pairs, one that sends to it in a window that one receive ring could hold, and what came.
+/// A guest with four pairs, one that sends to it in a window that one receive ring could hold, and
+/// what came.
 struct Party<'m> {
     many: ManyQueues<'m>,
     sender: Guest<'m>,
@@ -289,7 +293,8 @@ fn queues_that_were_never_configured_get_nothing_however_enabled() {
     daemon.stop();
 }
 
-/// As QEMU does that is to have more queue pairs than are offered: it asks, gives up, and tries again at once.
+/// As QEMU does that is to have more queue pairs than are offered: it asks, gives up, and tries
+/// again at once.
 #[test]
 fn a_frontend_that_wants_more_pairs_is_the_reason_as_long_as_it_tries() {
     let daemon = daemon(1, 1);
@@ -313,8 +318,9 @@ fn a_frontend_that_wants_more_pairs_is_the_reason_as_long_as_it_tries() {
     daemon.stop();
 }
 
-/// A driver whose frontend hands its controlq over says how many receive queues are to get frames (virtio 1.2 §5.1.6.5.5):
-/// none beyond them from the answer on, also while it commands without end, and every frame arrives.
+/// A driver whose frontend hands its controlq over says how many receive queues are to get frames
+/// (virtio 1.2 §5.1.6.5.5): none beyond them from the answer on, also while it commands without
+/// end, and every frame arrives.
 #[test]
 fn receive_queues_beyond_those_that_were_commanded_get_nothing() {
     let daemon = daemon(4, PAIRS);

@@ -1,7 +1,8 @@
-//! Ports that are removed whatever their frontends, their calls and the requests about them are in the middle of.
+//! Ports that are removed whatever their frontends, their calls and the requests about them are in
+//! the middle of.
 //!
-//! After each removal name and socket serve the next frontend at once, nothing of the old one stays behind, and bystanders
-//! have lost nothing.
+//! After each removal name and socket serve the next frontend at once, nothing of the old one stays
+//! behind, and bystanders have lost nothing.
 
 #![allow(
     clippy::unwrap_used,
@@ -179,7 +180,8 @@ impl State {
     }
 }
 
-/// Makes a ring one that cannot be: with more in it than there is room for, or with a chain that has no end.
+/// Makes a ring one that cannot be: with more in it than there is room for, or with a chain that
+/// has no end.
 fn break_ring(guest: &mut Guest<'_>, which: usize) {
     wait_for("the transmit buffers", || guest.in_flight() == 0);
     let ring = guest.areas(which);
@@ -327,7 +329,8 @@ fn removed_with_calls_deferred(blocked: bool) {
         reach(&mut guest, &mut sink, 10);
         deferred_calls(&scene) > 0
     });
-    // It has said so, and makes calls or waits for something to do: it holds nothing that others wait for.
+    // It has said so, and makes calls or waits for something to do: it holds nothing that others
+    // wait for.
     scene.daemon.assert_logged("calls are slow");
     let session = Parked::park(session_thread(&scene.daemon)).unwrap();
     if blocked {

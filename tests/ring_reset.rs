@@ -1,4 +1,5 @@
-//! Drivers that reset one ring of a running device (virtio 1.2 §2.6.1), beside traffic and in the middle of it.
+//! Drivers that reset one ring of a running device (virtio 1.2 §2.6.1), beside traffic and in the
+//! middle of it.
 
 #![allow(
     clippy::unwrap_used,
@@ -126,7 +127,8 @@ fn a_transmitq_is_reset_while_its_device_receives() {
 
 // ---- in the middle of traffic ------------------------------------------------------------------------
 
-/// Turns until GET_VRING_BASE has stopped a ring, which is asked for once `seen` has grown by 300; returns the answer.
+/// Turns until GET_VRING_BASE has stopped a ring, which is asked for once `seen` has grown by 300;
+/// returns the answer.
 fn stop_amid(frontend: &Frontend, which: usize, seen: &AtomicU64, mut turn: impl FnMut()) -> u32 {
     let after = seen.load(Ordering::Relaxed) + 300;
     thread::scope(|scope| {

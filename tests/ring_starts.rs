@@ -32,7 +32,8 @@ fn assert_called(daemon: &Daemon, guest: &Guest<'_>, most: u64, what: &str) {
         }
         sums.iter().all(|sum| *sum > 0)
     });
-    // Once poll threads use the newest descriptors, a session makes the last calls before it answers anything else.
+    // Once poll threads use the newest descriptors, a session makes the last calls before it
+    // answers anything else.
     daemon.settle();
     guest.frontend.as_ref().unwrap().get_features().unwrap();
     for which in RINGS {

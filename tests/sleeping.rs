@@ -1,4 +1,5 @@
-//! Poll threads without work: what each does by its own policy, and how fast the first frame after a sleep is.
+//! Poll threads without work: what each does by its own policy, and how fast the first frame after
+//! a sleep is.
 
 #![allow(
     clippy::unwrap_used,
@@ -141,7 +142,8 @@ fn threads_start_with_the_policies_of_the_command_line() {
     let cpus = format!("{first},{second}");
     let daemon = daemon(&["--poll-cpus", &cpus, "--idle", "adaptive:20,busy"]);
     assert_eq!(of_threads(&daemon, "idle"), ["adaptive:20", "busy"]);
-    // Those are for the threads of the command line. One that is added has the default, or what it is told.
+    // Those are for the threads of the command line. One that is added has the default, or what it
+    // is told.
     do_it(&daemon, &["poll", "add"]);
     do_it(&daemon, &["poll", "add", "--idle", "adaptive:30"]);
     assert_eq!(
@@ -181,8 +183,8 @@ fn the_first_frame_after_a_second_of_sleep_is_there_within_200_microseconds() {
             std::hint::spin_loop();
         }
         let taken = start.elapsed();
-        // What other programs had of the CPU is not the switch's. Nor is it this test's, whose thread may lose its own:
-        // the least of five tells.
+        // What other programs had of the CPU is not the switch's. Nor is it this test's, whose
+        // thread may lose its own: the least of five tells.
         best = best.min(taken.saturating_sub(waited(&task) - before));
     }
     assert!(best < FIRST_FRAME, "{best:?}");

@@ -1,5 +1,6 @@
-//! Guests whose memory is slow to touch: holes that are punched under a poll thread, and pages that it has to make. Such a
-//! guest pays for itself; bystanders on the same poll thread lose nothing, and it touches no such page again.
+//! Guests whose memory is slow to touch: holes that are punched under a poll thread, and pages that
+//! it has to make. Such a guest pays for itself; bystanders on the same poll thread lose nothing,
+//! and it touches no such page again.
 //!
 //! What must be is asserted by counters, not by times: other tests run beside.
 
@@ -59,8 +60,8 @@ fn slow_faults(daemon: &Daemon, slow: bool) -> (u64, f64) {
     })
 }
 
-/// The shared thread has not waited for the guest's memory since then. Healthy guests use some pages for the first time
-/// meanwhile: each has a few hundred buffers.
+/// The shared thread has not waited for the guest's memory since then. Healthy guests use some
+/// pages for the first time meanwhile: each has a few hundred buffers.
 fn assert_unbothered(daemon: &Daemon, (faults, seconds): (u64, f64)) {
     let (now, took) = slow_faults(daemon, false);
     assert!(now - faults < 500, "{} page faults more", now - faults);
@@ -177,7 +178,8 @@ fn a_hole_that_is_punched_keeps_a_shared_thread_waiting_once() {
     scene.finish();
 }
 
-/// Frames in many pieces, each in a page that does not exist, until the switch has made more than there can be.
+/// Frames in many pieces, each in a page that does not exist, until the switch has made more than
+/// there can be.
 #[test]
 fn pages_without_end_are_made_by_the_slow_thread_until_the_session_ends() {
     let scene = Scene::new();

@@ -1,4 +1,5 @@
-//! One poll thread, views of the switch published by hand, and a slot that changes its tenant between them.
+//! One poll thread, views of the switch published by hand, and a slot that changes its tenant
+//! between them.
 
 #![allow(
     clippy::unwrap_used,
@@ -160,9 +161,10 @@ impl Drop for Thread {
     }
 }
 
-/// A thread that still sees a removed port takes a frame from it after its addresses were forgotten; and, what no thread
-/// does but the moment between its check and its writing would allow, an entry of the old tenant stays behind. Neither
-/// sends the next tenant of the slot what is not meant for it.
+/// A thread that still sees a removed port takes a frame from it after its addresses were
+/// forgotten; and, what no thread does but the moment between its check and its writing would
+/// allow, an entry of the old tenant stays behind. Neither sends the next tenant of the slot what
+/// is not meant for it.
 #[test]
 fn a_thread_with_the_old_view_teaches_nothing_of_a_removed_port() {
     let guests: Vec<Guest> = (0..4)
@@ -210,7 +212,8 @@ fn a_thread_with_the_old_view_teaches_nothing_of_a_removed_port() {
     assert_eq!((witness.received(), tenant.received()), (vec![], vec![5]));
 }
 
-/// Once a view without a port is acknowledged, nothing but the caller's own references holds its rings and memory.
+/// Once a view without a port is acknowledged, nothing but the caller's own references holds its
+/// rings and memory.
 #[test]
 fn nothing_of_a_removed_port_is_left_when_its_view_is_retired() {
     let guests: Vec<Guest> = (0..2)

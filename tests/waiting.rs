@@ -18,7 +18,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 const RINGS: [usize; 2] = [RECEIVE, TRANSMIT];
 
-/// Attaches as DPDK's virtio-user in server mode does. `started` is called between the last kick and the first enable.
+/// Attaches as DPDK's virtio-user in server mode does. `started` is called between the last kick
+/// and the first enable.
 fn attach_as_virtio_user(guest: &mut Guest<'_>, daemon: &Daemon, started: impl FnOnce()) {
     let mut frontend = guest.negotiate(&daemon.sockets()[0]).unwrap();
     for which in RINGS {

@@ -1,7 +1,9 @@
-//! A switch without sockets: guests of `pollux bench`, and poll threads over their rings, in one process.
+//! A switch without sockets: guests of `pollux bench`, and poll threads over their rings, in one
+//! process.
 //!
-//! For what a vhost-user conversation would only blur: a delivery that is stopped half-way, the cost of one pass. The
-//! guests may be played by the poll thread itself, between its passes (`Poller::run_with`).
+//! For what a vhost-user conversation would only blur: a delivery that is stopped half-way, the
+//! cost of one pass. The guests may be played by the poll thread itself, between its passes
+//! (`Poller::run_with`).
 #![allow(dead_code, reason = "two programs include this, each uses a part")]
 
 use std::io;
@@ -41,8 +43,9 @@ pub(crate) struct Rig {
 pub(crate) struct Switch {
     /// Keeps the topology.
     _publisher: Publisher<Topology>,
-    /// A page between each two guests' memories. Those of the rig are multiples of 2 MiB: one behind the other, all guests'
-    /// rings would compete for the same few entries of the TLB, as those of a host's guests do not.
+    /// A page between each two guests' memories. Those of the rig are multiples of 2 MiB: one
+    /// behind the other, all guests' rings would compete for the same few entries of the TLB, as
+    /// those of a host's guests do not.
     _spacers: Vec<SharedMemory>,
     /// Poll threads that do not run yet.
     pub(crate) pollers: Vec<Poller>,
@@ -99,8 +102,8 @@ impl Rig {
         .collect()
     }
 
-    /// A switch that knows where every guest is, after [`Rig::guests`]; `owner` names the poll thread that takes a guest's
-    /// frames.
+    /// A switch that knows where every guest is, after [`Rig::guests`]; `owner` names the poll
+    /// thread that takes a guest's frames.
     pub(crate) fn switch(&self, threads: usize, owner: impl Fn(usize) -> usize) -> Switch {
         let fdb = Fdb::new(FdbConfig::with_capacity(8192)).expect("a table of that size");
         let fdb = Arc::new(fdb);

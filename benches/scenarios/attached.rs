@@ -1,6 +1,8 @@
-//! Guests on a switch's sockets whose roles `pollux bench` does not have: one that returns no buffer, a flooder, a pace.
+//! Guests on a switch's sockets whose roles `pollux bench` does not have: one that returns no
+//! buffer, a flooder, a pace.
 //!
-//! One thread plays all of them, so that no measurement depends on how the kernel divides a processor among guests.
+//! One thread plays all of them, so that no measurement depends on how the kernel divides a
+//! processor among guests.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -230,11 +232,12 @@ pub(crate) fn slow(sockets: &[PathBuf], effort: &Effort) -> Result<Value, RunErr
     }))
 }
 
-/// Part of its capacity that a flooded receiver takes: a switch that takes no more from the flooder than it could deliver
-/// still has to lose most of it.
+/// Part of its capacity that a flooded receiver takes: a switch that takes no more from the flooder
+/// than it could deliver still has to lose most of it.
 const TAKEN: u64 = 4;
 
-/// A chore that is due again some time after it was done: what it missed meanwhile it never makes up for.
+/// A chore that is due again some time after it was done: what it missed meanwhile it never makes
+/// up for.
 #[derive(Default)]
 struct Paced {
     due: u64,
@@ -249,7 +252,8 @@ impl Paced {
     }
 }
 
-/// Guest 1 floods guest 0, which returns its buffers at a quarter of the rate at which it could; guest 2 sends 1 % of that.
+/// Guest 1 floods guest 0, which returns its buffers at a quarter of the rate at which it could;
+/// guest 2 sends 1 % of that.
 pub(crate) fn flood(sockets: &[PathBuf], effort: &Effort) -> Result<Value, RunError> {
     let table = Table::new(0, 64, 3, &[(1, 0), (2, 0)])?;
     let (mut party, _frontends) = table.attach(sockets)?;
@@ -309,7 +313,8 @@ impl Sent {
         }
     }
 
-    /// Nanoseconds until now; and the same without those in which this thread had no processor to look with.
+    /// Nanoseconds until now; and the same without those in which this thread had no processor to
+    /// look with.
     fn since(&self, clock: &Clock) -> (u64, u64) {
         let now = Sent::now(clock);
         let ns = clock.delta_as_nanos(self.at, now.at);
@@ -320,8 +325,8 @@ impl Sent {
 
 /// Guests 0 and 1: bursts of long frames. Guests 2 and 3: one small frame every 50 µs.
 ///
-/// One thread plays them all, so it looks for small frames after each long one that it has checked, and a time in which it
-/// had no processor is not the switch's.
+/// One thread plays them all, so it looks for small frames after each long one that it has checked,
+/// and a time in which it had no processor is not the switch's.
 pub(crate) fn fair(sockets: &[PathBuf], size: usize, effort: &Effort) -> Result<Value, RunError> {
     let long = Table::new(0, size, 2, &[(0, 1)])?;
     let small = Table::new(2, 64, 2, &[(2, 3)])?;

@@ -1,9 +1,10 @@
 //! Several threads that deliver into one receive ring, with nothing else in the loop.
 //!
-//! There is no driver: whoever has published makes the same buffers available again, 32 at once as drivers do. So the figure
-//! is the cost of claim, fill, commit and publish, and of the two cores' contention for them. One thread alone has every
-//! line of ring and buffers in its own cache, which beside a driver it never has. How much of two threads' loss is the
-//! machine's is what [`Unprotected`] says: the same copies with nothing to keep them from going wrong.
+//! There is no driver: whoever has published makes the same buffers available again, 32 at once as
+//! drivers do. So the figure is the cost of claim, fill, commit and publish, and of the two cores'
+//! contention for them. One thread alone has every line of ring and buffers in its own cache, which
+//! beside a driver it never has. How much of two threads' loss is the machine's is what
+//! [`Unprotected`] says: the same copies with nothing to keep them from going wrong.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -34,7 +35,8 @@ const INDEX: usize = 2;
 struct Recycled<'m> {
     queue: ReceiveQueue,
     areas: RingAreas<'m>,
-    /// Twice the available index, in 64 bits; odd while somebody moves it. One line: it is not what is measured.
+    /// Twice the available index, in 64 bits; odd while somebody moves it. One line: it is not what
+    /// is measured.
     available: CachePadded<AtomicU64>,
 }
 
@@ -89,7 +91,8 @@ impl Recycled<'_> {
                     Err(NoClaim::Full) => {}
                     Err(other) => panic!("{other:?}"),
                 }
-                // As a poll thread does before its pass ends: nobody else publishes what is left over here.
+                // As a poll thread does before its pass ends: nobody else publishes what is left
+                // over here.
                 if owed == Published::Again {
                     owed = self.queue.publish();
                 }
@@ -102,8 +105,9 @@ impl Recycled<'_> {
     }
 }
 
-/// The bound: positions are shared out by one addition, lines asked for, frames copied, elements written, another addition,
-/// the index. Nobody looks for room, for what the driver wants or for what others have filled.
+/// The bound: positions are shared out by one addition, lines asked for, frames copied, elements
+/// written, another addition, the index. Nobody looks for room, for what the driver wants or for
+/// what others have filled.
 struct Unprotected {
     next: CachePadded<AtomicU64>,
     filled: CachePadded<AtomicU64>,

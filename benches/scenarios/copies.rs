@@ -1,4 +1,5 @@
-//! What one core copies where it does nothing else: the bound for frames so long that copying is all they cost.
+//! What one core copies where it does nothing else: the bound for frames so long that copying is
+//! all they cost.
 
 use pollux::bench::memory::GuestRam;
 use pollux::bench::plan::Plan;
@@ -10,9 +11,10 @@ use crate::{Effort, plan};
 /// Copies in one direction before those in the other, and between two looks at the clock.
 const TURN: usize = 32;
 
-/// Million copies a second of `size` bytes with the C library's `memcpy`, out of the transmit buffers of two guests of
-/// `pollux bench` into the memory of each other's receive buffers: the same memory, of the same size, in the same order.
-/// Pieces are not told apart: mergeable buffers are a memory of so many bytes.
+/// Million copies a second of `size` bytes with the C library's `memcpy`, out of the transmit
+/// buffers of two guests of `pollux bench` into the memory of each other's receive buffers: the
+/// same memory, of the same size, in the same order. Pieces are not told apart: mergeable buffers
+/// are a memory of so many bytes.
 pub(crate) fn measure(size: usize, mergeable: bool, ring_size: u16, effort: &Effort) -> Value {
     let plan = Plan {
         mergeable,

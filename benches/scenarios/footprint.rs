@@ -1,4 +1,5 @@
-//! What a switch takes before any frame: memory, alone and with ports; and the time until the first frame is through.
+//! What a switch takes before any frame: memory, alone and with ports; and the time until the first
+//! frame is through.
 
 use std::time::Instant;
 
@@ -63,7 +64,8 @@ fn own_kib(switch: &Switch) -> u64 {
     switch.status("VmRSS") - switch.status("RssShmem")
 }
 
-/// KiB without ports; with `ports` ports, of a port without and with a guest that has sent and received.
+/// KiB without ports; with `ports` ports, of a port without and with a guest that has sent and
+/// received.
 fn memory(ports: usize, effort: &Effort) -> Result<Value, RunError> {
     let (alone, _) = Switch::start(0, "adaptive", effort);
     let (bare, resident) = (own_kib(&alone), alone.status("VmRSS"));
@@ -105,7 +107,8 @@ fn announce(guests: &mut [(Guest<'_>, Frontend)], at: usize, checker: &Checker) 
     }
 }
 
-/// Seconds from starting the program until a frame of one guest has reached another one, and of these until `ready`.
+/// Seconds from starting the program until a frame of one guest has reached another one, and of
+/// these until `ready`.
 fn start(effort: &Effort) -> Result<(f64, f64), RunError> {
     let party = Party::new(2)?;
     let began = Instant::now();

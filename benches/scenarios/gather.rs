@@ -1,4 +1,5 @@
-//! What a frame costs that comes alone, where many come alone from different ports: they are gathered into one claim.
+//! What a frame costs that comes alone, where many come alone from different ports: they are
+//! gathered into one claim.
 
 use serde_json::{Value, json};
 

@@ -1,4 +1,5 @@
-//! How the cost of a frame grows with what there is: ports, addresses, copies, frames of a burst, entries of a ring.
+//! How the cost of a frame grows with what there is: ports, addresses, copies, frames of a burst,
+//! entries of a ring.
 //!
 //! The points of a curve are measured in turn (A B C … A B C …), since the machine drifts.
 
@@ -54,8 +55,8 @@ impl Measured {
         median(self.rounds.iter().map(|round| round[last] / round[0]))
     }
 
-    /// The line of least squares through the medians, each multiplied by `factor` of its abscissa: what there is at 0, and what
-    /// each step adds.
+    /// The line of least squares through the medians, each multiplied by `factor` of its abscissa:
+    /// what there is at 0, and what each step adds.
     fn line(&self, factor: impl Fn(f64) -> f64) -> (f64, f64) {
         let points = self.points.iter().enumerate();
         let points: Vec<(f64, f64)> = points

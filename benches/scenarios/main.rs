@@ -8,8 +8,8 @@
 //! scenarios plot FILE.svg                      draws figures from standard input
 //! ```
 //!
-//! Guests are those of `pollux bench`. Every scenario prints one JSON object. Without arguments (`cargo bench`) the two
-//! of the first line run. Exit status: 0 measured, 1 not.
+//! Guests are those of `pollux bench`. Every scenario prints one JSON object. Without arguments
+//! (`cargo bench`) the two of the first line run. Exit status: 0 measured, 1 not.
 
 #![allow(
     clippy::unwrap_used,
@@ -102,13 +102,15 @@ enum Scenario {
     },
     /// How long and how often a thread that only looks at the clock is away
     Spin,
-    /// Memory of a switch without ports and with them, and the time from its start to the first frame
+    /// Memory of a switch without ports and with them, and the time from its start to the first
+    /// frame
     Footprint {
         /// Ports
         #[arg(long, default_value_t = 64)]
         ports: usize,
     },
-    /// Draw {"abscissa":…,"logarithmic":…,"panels":[{"name":…,"lines":[{"name":…,"points":[[x,y],…]},…]},…]}
+    /// Draw
+    /// {"abscissa":…,"logarithmic":…,"panels":[{"name":…,"lines":[{"name":…,"points":[[x,y],…]},…]},…]}
     Plot {
         /// Where to
         file: PathBuf,
@@ -118,7 +120,8 @@ enum Scenario {
         #[arg(long, value_delimiter = ',')]
         attach: Vec<PathBuf>,
     },
-    /// A receiver at a quarter of its capacity, a flooder, and a sender at 1 % of what the receiver takes
+    /// A receiver at a quarter of its capacity, a flooder, and a sender at 1 % of what the receiver
+    /// takes
     Flood {
         #[arg(long, value_delimiter = ',')]
         attach: Vec<PathBuf>,

@@ -1,6 +1,8 @@
-//! Two pairs of guests served by two poll threads on two processors, against one thread that serves both.
+//! Two pairs of guests served by two poll threads on two processors, against one thread that serves
+//! both.
 //!
-//! The poll threads play the guests themselves, between their passes, so nobody else needs a processor.
+//! The poll threads play the guests themselves, between their passes, so nobody else needs a
+//! processor.
 
 use std::sync::atomic::Ordering;
 
@@ -17,8 +19,8 @@ const FRAMES: usize = 32;
 /// Turns between two looks at the clock.
 const TURNS: u32 = 64;
 
-/// Million frames a second of all guests. `crossed`: those of the second half of the guests receive from the first, so with
-/// two threads each delivers into rings whose guests the other one plays.
+/// Million frames a second of all guests. `crossed`: those of the second half of the guests receive
+/// from the first, so with two threads each delivers into rings whose guests the other one plays.
 fn sample(threads: usize, crossed: bool, effort: &Effort) -> f64 {
     let flows: &[(usize, usize)] = if crossed {
         &[(0, 2), (2, 0), (1, 3), (3, 1)]

@@ -1,4 +1,5 @@
-//! How much many ports cost: a switch with so many of them, a guest at each, two of which exchange frames at the end.
+//! How much many ports cost: a switch with so many of them, a guest at each, two of which exchange
+//! frames at the end.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -38,7 +39,8 @@ impl Drop for Switch {
 impl Switch {
     /// Starts it; returns the seconds until all ports are there.
     pub(crate) fn start(ports: usize, idle: &str, effort: &Effort) -> (Switch, f64) {
-        // Where sockets are made as fast as in /run: other file systems take longer the more there are.
+        // Where sockets are made as fast as in /run: other file systems take longer the more there
+        // are.
         let memory = Path::new("/dev/shm");
         let place = Some(memory).filter(|place| place.is_dir());
         let place = place.unwrap_or(Path::new("/tmp"));

@@ -1,5 +1,6 @@
-//! A thread that does nothing but look at the clock, in a poll thread's place: how long it is away although the kernel says
-//! that it had its processor. A machine that is itself a guest loses processors to its host so, and no switch can help it.
+//! A thread that does nothing but look at the clock, in a poll thread's place: how long it is away
+//! although the kernel says that it had its processor. A machine that is itself a guest loses
+//! processors to its host so, and no switch can help it.
 
 use std::time::Instant;
 

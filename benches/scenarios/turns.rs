@@ -1,5 +1,5 @@
-//! Passes and guests in turns, on two threads, so that each pass finds exactly the frames of one turn, in the
-//! cache of another core.
+//! Passes and guests in turns, on two threads, so that each pass finds exactly the frames of one
+//! turn, in the cache of another core.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,7 +9,8 @@ use quanta::Clock;
 use crate::rig::{Rig, Switch};
 use crate::{Effort, median};
 
-/// What happens between two passes: so many frames sent by each of these guests, and so many received in all.
+/// What happens between two passes: so many frames sent by each of these guests, and so many
+/// received in all.
 pub(crate) struct Turn {
     pub(crate) sent: Vec<(usize, usize)>,
     pub(crate) received: usize,

@@ -105,7 +105,8 @@ fn say_exchanged() {
     let _ = std::io::stdout().flush();
 }
 
-/// Exchanges frames until it is killed. Without sockets: has the same memory, and uses the processor until it is killed.
+/// Exchanges frames until it is killed. Without sockets: has the same memory, and uses the
+/// processor until it is killed.
 pub(crate) fn victim(
     sockets: &[PathBuf],
     ballast: usize,
@@ -133,7 +134,8 @@ pub(crate) fn victim(
     Ok(json!({}))
 }
 
-/// Stops and starts the rings `times` times on the same connections, with frames exchanged each time.
+/// Stops and starts the rings `times` times on the same connections, with frames exchanged each
+/// time.
 pub(crate) fn reset(
     sockets: &[PathBuf],
     ballast: usize,

@@ -238,10 +238,10 @@ impl Client {
         })
     }
 
-    /// GET of a capture: says the name of its observer, then hands over what comes, until it is told
-    /// to stop or the daemon ends the stream. SIGINT and SIGTERM make the daemon end it, with
-    /// everything that was captured until then; one more after a second breaks off. Once it was asked
-    /// to end, an end that does not come is no error.
+    /// GET of a capture: says the name of its observer, then hands over what comes, until it is
+    /// told to stop or the daemon ends the stream. SIGINT and SIGTERM make the daemon end it, with
+    /// everything that was captured until then; one more after a second breaks off. Once it was
+    /// asked to end, an end that does not come is no error.
     pub fn stream_bytes(
         &self,
         target: &str,

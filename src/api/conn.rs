@@ -1,8 +1,9 @@
 //! A connection that gives up on a peer that does not read.
 //!
 //! The HTTP layer limits how long a peer may take to *send* its request; nothing there limits how
-//! long it may leave an answer or an event stream unread, with its buffers held here. A capture may be left unread for as
-//! long as its reader likes: what it misses is counted, and nothing grows meanwhile.
+//! long it may leave an answer or an event stream unread, with its buffers held here. A capture may
+//! be left unread for as long as its reader likes: what it misses is counted, and nothing grows
+//! meanwhile.
 
 use std::future::Future;
 use std::io;

@@ -137,9 +137,11 @@ pub trait Control: Send + Sync {
     fn observers(&self) -> Result<Vec<ObserverView>, ControlError>;
     /// Ends an observer; its stream, if it has one, ends in order.
     fn observer_remove(&self, name: &str) -> Result<(), ControlError>;
-    /// Starts a capture: a pcapng section. It has begun when this returns, and ends when the stream is dropped.
+    /// Starts a capture: a pcapng section. It has begun when this returns, and ends when the stream
+    /// is dropped.
     fn capture(&self, order: CaptureOrder) -> Result<Box<dyn ByteStream>, ControlError>;
-    /// Starts a trace: lines of JSON. It has begun when this returns, and ends when the stream is dropped.
+    /// Starts a trace: lines of JSON. It has begun when this returns, and ends when the stream is
+    /// dropped.
     fn trace(&self, order: TraceOrder) -> Result<Box<dyn ByteStream>, ControlError>;
     /// Adds a mirror.
     fn mirror_add(&self, order: MirrorAdd) -> Result<ObserverView, ControlError>;

@@ -120,7 +120,8 @@ where
     };
     let control = api.control.clone();
     let (answer, answered) = oneshot::channel();
-    // A thread of its own: tokio's pool panics where none is to be had, and keeps what it was given.
+    // A thread of its own: tokio's pool panics where none is to be had, and keeps what it was
+    // given.
     thread::spawn("api-call", move || {
         // Held by the call, not by the request: a call goes on when its client leaves.
         let _permit = permit;

@@ -1,10 +1,11 @@
 //! HTTP on a unix socket, on a thread of its own.
 //!
-//! One thread runs all connections. Each call into [`Control`] and each endless answer has a thread of its own, because
-//! they block; there is a bounded number of them. Where the system has no thread for one, it is answered with 503. Who may use it is decided twice: by the socket file's mode
-//! and group, and by the peer's credentials when it connects. Every connection carries one request
-//! and has limits: on the size and time of its head and body, on unread answers, and on how many
-//! there are. So the worst a client can do is to use up the API, never the switch.
+//! One thread runs all connections. Each call into [`Control`] and each endless answer has a thread
+//! of its own, because they block; there is a bounded number of them. Where the system has no
+//! thread for one, it is answered with 503. Who may use it is decided twice: by the socket file's
+//! mode and group, and by the peer's credentials when it connects. Every connection carries one
+//! request and has limits: on the size and time of its head and body, on unread answers, and on how
+//! many there are. So the worst a client can do is to use up the API, never the switch.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -337,7 +338,8 @@ async fn refuse(mut stream: UnixStream, refusal: Refusal, _slot: OwnedSemaphoreP
         body.len()
     );
     let _ = timeout(REFUSAL_LIMIT, async {
-        // A client that has an answer before it has asked takes that for an error of the connection.
+        // A client that has an answer before it has asked takes that for an error of the
+        // connection.
         let _ = timeout(REFUSAL_LIMIT / 2, stream.readable()).await;
         stream.write_all(answer.as_bytes()).await?;
         stream.shutdown().await?;

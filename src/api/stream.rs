@@ -1,10 +1,10 @@
 //! The bodies that have no end of their own: a helper thread for each.
 //!
-//! For `/v1/events` it takes events from their channel and hands lines to
-//! the connection; for captures and traces it looks every few milliseconds for what observers have written.
+//! For `/v1/events` it takes events from their channel and hands lines to the connection; for
+//! captures and traces it looks every few milliseconds for what observers have written.
 //!
-//! Either ends when the connection does, when the daemon stops, or when the channel is closed because
-//! its reader was too slow.
+//! Either ends when the connection does, when the daemon stops, or when the channel is closed
+//! because its reader was too slow.
 
 use std::convert::Infallible;
 use std::io;
@@ -106,7 +106,8 @@ fn forward_bytes(
     }
 }
 
-/// Waits for a reader that does not read, for as long as it is there; says whether it took the chunk.
+/// Waits for a reader that does not read, for as long as it is there; says whether it took the
+/// chunk.
 fn hand_over(
     mut bytes: Bytes,
     chunks: &mpsc::Sender<Bytes>,

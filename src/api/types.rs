@@ -124,7 +124,8 @@ pub struct MovingAddress {
     pub other_port: String,
     /// How often it has moved, one way or the other.
     pub moves: u64,
-    /// Seconds since the last time, as control looks once a second; after a minute without any this is forgotten.
+    /// Seconds since the last time, as control looks once a second; after a minute without any this
+    /// is forgotten.
     pub last_seconds: f64,
 }
 
@@ -227,8 +228,9 @@ pub struct RingView {
     /// Why a restart of the switch would lose its position; null where it would not.
     #[serde(default)]
     pub no_record: Option<String>,
-    /// The switch's position in it, as the answer to GET_VRING_BASE: of a split ring the index of what it gave back, 16
-    /// bits; of a packed ring a slot with the wrap counter in bit 15, in both halves of 32 bits.
+    /// The switch's position in it, as the answer to GET_VRING_BASE: of a split ring the index of
+    /// what it gave back, 16 bits; of a packed ring a slot with the wrap counter in bit 15, in both
+    /// halves of 32 bits.
     pub position: u64,
 }
 
@@ -345,7 +347,8 @@ pub struct StatsView {
     pub port_add: Option<Latency>,
     /// The same of the removal of a port.
     pub port_remove: Option<Latency>,
-    /// Lines of the daemon's log that were lost: standard error could not be written, or was not read in time.
+    /// Lines of the daemon's log that were lost: standard error could not be written, or was not
+    /// read in time.
     #[serde(default)]
     pub log_lines_lost: u64,
 }
@@ -357,7 +360,8 @@ pub struct FdbStatistics {
     pub entries: u64,
     /// Most it takes.
     pub capacity: u64,
-    /// What happened to its entries: how many were `learned`, have `moved` from port to port, have `aged`.
+    /// What happened to its entries: how many were `learned`, have `moved` from port to port, have
+    /// `aged`.
     pub counters: BTreeMap<String, u64>,
 }
 
@@ -426,7 +430,8 @@ pub enum EventKind {
     PollThread,
     /// A transmit queue goes to another poll thread.
     QueueMoved,
-    /// An address that was behind another port is behind this one. Paced: five at once, then one a minute for each port.
+    /// An address that was behind another port is behind this one. Paced: five at once, then one a
+    /// minute for each port.
     MacMoved,
     /// An observer was added: a capture, a trace or a mirror.
     ObserverAdded,

@@ -4,11 +4,11 @@
 //! announce ── warm up ── measure ── drain
 //! ```
 //!
-//! All threads follow one clock, set when the last of them is ready. Rates come from what each thread
-//! counted between the first turn of its loop in the measured time and the first one after it, and from
-//! its own times of these turns. A turn that took half a second or more means that this thread stood still:
-//! the run says nothing about the backend then. Silence is counted in turns' time, each at most a
-//! millisecond, so that a pause of our own never looks like loss.
+//! All threads follow one clock, set when the last of them is ready. Rates come from what each
+//! thread counted between the first turn of its loop in the measured time and the first one after
+//! it, and from its own times of these turns. A turn that took half a second or more means that
+//! this thread stood still: the run says nothing about the backend then. Silence is counted in
+//! turns' time, each at most a millisecond, so that a pause of our own never looks like loss.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -176,7 +176,8 @@ fn new_histogram() -> Option<RoundTrips> {
 impl Client<'_, '_> {
     fn run(&mut self) {
         self.announce();
-        // Announcements lie in the rings, and a window fills a ring: out with them before anybody sends.
+        // Announcements lie in the rings, and a window fills a ring: out with them before anybody
+        // sends.
         self.wait_for_all(1, |client| {
             client.receive_all();
         });
@@ -238,8 +239,9 @@ impl Client<'_, '_> {
         turn
     }
 
-    /// Every guest says where it is on each of its transmit queues, and the backend reads it: from then on it is known to
-    /// run, and whoever serves one of these queues to know all that were there before: no flow changes its receive queue any more.
+    /// Every guest says where it is on each of its transmit queues, and the backend reads it: from
+    /// then on it is known to run, and whoever serves one of these queues to know all that were
+    /// there before: no flow changes its receive queue any more.
     fn announce(&mut self) {
         for at in 0..self.guests.len() {
             for queue in 0..self.guests[at].transmit.len() {
@@ -344,8 +346,8 @@ impl Client<'_, '_> {
             .sum()
     }
 
-    /// Sends what an open loop's clock says. What finds no buffer stays due for a while, and is then given
-    /// up and counted, or a backend that stood still would be flooded afterwards.
+    /// Sends what an open loop's clock says. What finds no buffer stays due for a while, and is
+    /// then given up and counted, or a backend that stood still would be flooded afterwards.
     fn send_due(&mut self, at: usize, rate: f64, mut done: f64) -> usize {
         let due = rate * self.now_ns as f64 - done;
         let queues = self.guests[at].transmit.len();
@@ -378,7 +380,8 @@ impl Client<'_, '_> {
             }
         }
         let sent = self.send_all(at, 1, false);
-        // Read after the frame was published: what the client itself needs for it is not the backend's.
+        // Read after the frame was published: what the client itself needs for it is not the
+        // backend's.
         let clock = &self.shared.clock;
         let now = clock.delta_as_nanos(self.start, clock.raw());
         self.roles[at] = Role::Initiator {

@@ -12,11 +12,12 @@
 //!
 //! The random bytes tell one run's frames and addresses from another's at the same switch.
 //!
-//! The check word is the sum of the frame's other 64-bit words, each multiplied by an odd factor of its
-//! own. It sees any changed, exchanged, repeated or missing word, and being linear it costs a sender
-//! one multiplication: all words but the sequence number are prefilled, and their sum is known. Up to 256
-//! bytes all words count; above, the first eight and about every n-th of the rest, where n bounds the
-//! work to 32 words and the sequence number says which, so that n frames in a row cover all of it.
+//! The check word is the sum of the frame's other 64-bit words, each multiplied by an odd factor of
+//! its own. It sees any changed, exchanged, repeated or missing word, and being linear it costs a
+//! sender one multiplication: all words but the sequence number are prefilled, and their sum is
+//! known. Up to 256 bytes all words count; above, the first eight and about every n-th of the rest,
+//! where n bounds the work to 32 words and the sequence number says which, so that n frames in a
+//! row cover all of it.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -40,8 +41,8 @@ const WHOLE_WORDS: usize = 256 / 8;
 /// Offset of sequence number and check word.
 const STAMP: usize = 8 * SEQUENCE_WORD;
 
-/// Bits of the first two words that are the same in all frames of a run: that they are for one station, the start of
-/// the source address, the EtherType.
+/// Bits of the first two words that are the same in all frames of a run: that they are for one
+/// station, the start of the source address, the EtherType.
 const FIXED: [u64; 2] = [0xffff_0000_0000_0001, 0x0000_ffff_0000_ffff];
 /// A broadcast's destination in the first word.
 const BROADCAST: u64 = 0x0000_ffff_ffff_ffff;
@@ -49,7 +50,8 @@ const BROADCAST: u64 = 0x0000_ffff_ffff_ffff;
 /// Bits of a guest's number in its address.
 pub const GUEST_BITS: u32 = 10;
 
-/// A frame in memory as words, up to the end of the buffer; all of its own words are in it, the last one whole.
+/// A frame in memory as words, up to the end of the buffer; all of its own words are in it, the
+/// last one whole.
 pub type Words<'m> = &'m [AtomicU64];
 
 /// The start of all MAC addresses of a run: locally administered, unicast.
@@ -173,8 +175,8 @@ impl Checker {
         }
     }
 
-    /// Fills a buffer of a flow; `salt` makes this buffer's pattern its own. Returns the sums of the words that
-    /// do not change, one for each phase.
+    /// Fills a buffer of a flow; `salt` makes this buffer's pattern its own. Returns the sums of
+    /// the words that do not change, one for each phase.
     pub fn prefill(&self, frame: &Window<'_>, route: (usize, usize, u16), salt: u64) -> Vec<u64> {
         let (source, destination, flow) = route;
         for (n, at) in (0..self.size).step_by(8).enumerate() {
@@ -342,8 +344,8 @@ fn load(word: &AtomicU64) -> u64 {
     u64::from_le(word.load(Ordering::Relaxed))
 }
 
-/// The words of a frame in pieces, to be asked for in ascending order: a search from the first piece on for each would
-/// make the client the limit. Zeros behind the end.
+/// The words of a frame in pieces, to be asked for in ascending order: a search from the first
+/// piece on for each would make the client the limit. Zeros behind the end.
 fn words<'p>(pieces: &'p [(Window<'_>, usize)]) -> impl FnMut(usize) -> u64 + 'p {
     // What is not passed yet, and where in the frame that starts.
     let (mut rest, mut start) = (pieces, 0);

@@ -1,9 +1,9 @@
 //! The frontend side of a vhost-user conversation: what a VMM says to a backend for its guest.
 //!
-//! [`Frontend`] has one method for each message, so that a test can script any order of them, and three that
-//! do what a VMM does in whole: [`Frontend::negotiate`], [`Frontend::start`] and [`Frontend::stop`], in the order
-//! of QEMU or of cloud-hypervisor. Nothing waits longer than the time-out given at the start. Dropping the
-//! frontend disconnects.
+//! [`Frontend`] has one method for each message, so that a test can script any order of them, and
+//! three that do what a VMM does in whole: [`Frontend::negotiate`], [`Frontend::start`] and
+//! [`Frontend::stop`], in the order of QEMU or of cloud-hypervisor. Nothing waits longer than the
+//! time-out given at the start. Dropping the frontend disconnects.
 
 mod error;
 mod wire;
@@ -139,7 +139,8 @@ pub struct Frontend {
 }
 
 impl Frontend {
-    /// Connects to a backend that listens at `path`; one that refuses is tried again until `timeout`.
+    /// Connects to a backend that listens at `path`; one that refuses is tried again until
+    /// `timeout`.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self, AttachError> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -366,8 +367,9 @@ impl Frontend {
         self.tell(FrontendReq::SET_VRING_ENABLE, &body, &[])
     }
 
-    /// Everything up to the features, of which none that is offered may lack what it needs: all of `required` and what the backend has of `optional`;
-    /// returns what was acknowledged. SET_FEATURES itself belongs to [`Frontend::start`].
+    /// Everything up to the features, of which none that is offered may lack what it needs: all of
+    /// `required` and what the backend has of `optional`; returns what was acknowledged.
+    /// SET_FEATURES itself belongs to [`Frontend::start`].
     pub fn negotiate(
         &mut self,
         order: Order,

@@ -1,9 +1,9 @@
 //! A guest's network card from inside: its queue pairs, sending and receiving.
 //!
-//! Buffers are set up once. To send is to stamp the next prefilled buffer with a sequence number and its
-//! check word; to receive is to check a buffer and post it again. A burst of used buffers is taken from the
-//! ring first and their lines are prefetched together, since each lies in another core's cache: one after the
-//! other they would cost several times as much.
+//! Buffers are set up once. To send is to stamp the next prefilled buffer with a sequence number
+//! and its check word; to receive is to check a buffer and post it again. A burst of used buffers
+//! is taken from the ring first and their lines are prefetched together, since each lies in another
+//! core's cache: one after the other they would cost several times as much.
 
 mod receive;
 mod window;
@@ -190,8 +190,8 @@ impl<'m> Transmit<'m> {
         }
     }
 
-    /// Sends up to `limit` frames, as far as buffers are free and, where `windowed`, the flows' windows
-    /// allow; returns how many.
+    /// Sends up to `limit` frames, as far as buffers are free and, where `windowed`, the flows'
+    /// windows allow; returns how many.
     #[inline(always)]
     pub fn send(
         &mut self,
@@ -245,9 +245,11 @@ impl<'m> Transmit<'m> {
         }
     }
 
-    /// Sends a broadcast from which a switch learns where guest `source` is. Nothing else may be in flight.
+    /// Sends a broadcast from which a switch learns where guest `source` is. Nothing else may be in
+    /// flight.
     pub fn announce(&mut self, checker: &Checker, source: usize) {
-        // A buffer of its own would be one too many for the ring; the last one is restored afterwards.
+        // A buffer of its own would be one too many for the ring; the last one is restored
+        // afterwards.
         let number = self.port.buffers.count as u32 - 1;
         checker.announcement(&self.port.frame(number), source);
         let len = (NET_HDR + MIN_SIZE) as u32;
@@ -278,7 +280,8 @@ fn prefill(
     spec: &FlowSpec,
     number: u32,
 ) -> Vec<u64> {
-    // A source address for each queue: a switch that spreads flows by their addresses has something to spread.
+    // A source address for each queue: a switch that spreads flows by their addresses has something
+    // to spread.
     let route = (
         spec.source | spec.queue << GUEST_BITS,
         spec.destination,

@@ -1,10 +1,10 @@
 //! A bench guest's memory: where its rings and buffers lie.
 //!
-//! One memfd, mapped once, at a guest physical address that differs from the address here, so that a
-//! backend that confuses the two is found out. Rings come first, each on pages of its own; then the
-//! buffers of each queue. A buffer's frame starts on a cache line, with the virtio-net header in front of
-//! it as drivers have it, and buffers are an odd number of lines apart: at a power of two they would all
-//! compete for a few sets of the first-level cache.
+//! One memfd, mapped once, at a guest physical address that differs from the address here, so that
+//! a backend that confuses the two is found out. Rings come first, each on pages of its own; then
+//! the buffers of each queue. A buffer's frame starts on a cache line, with the virtio-net header
+//! in front of it as drivers have it, and buffers are an odd number of lines apart: at a power of
+//! two they would all compete for a few sets of the first-level cache.
 
 use std::io;
 

@@ -1,4 +1,5 @@
-//! `pollux bench`: guests that measure a switch, over real vhost-user sockets and real shared memory.
+//! `pollux bench`: guests that measure a switch, over real vhost-user sockets and real shared
+//! memory.
 //!
 //! ```text
 //! run ── plan (settings, flows)
@@ -8,9 +9,9 @@
 //!                        └─ frame (stamp, verify) ── tracker ── report
 //! ```
 //!
-//! The client is one or more threads, each playing some of the guests. What a frame costs it is kept low,
-//! since it bounds what can be measured, and is itself measured with `--self-test`. Without `--attach` the
-//! caller starts a switch in this process ([`StartSwitch`]).
+//! The client is one or more threads, each playing some of the guests. What a frame costs it is
+//! kept low, since it bounds what can be measured, and is itself measured with `--self-test`.
+//! Without `--attach` the caller starts a switch in this process ([`StartSwitch`]).
 //!
 //! What its exit codes mean: [`EXIT_CODES`].
 
@@ -132,8 +133,8 @@ pub enum Vmm {
 
 /// Measure a switch, or any vhost-user backend, with built-in guests.
 ///
-/// Without --attach a switch is started in this process; with it, the guests attach to any vhost-user
-/// backend: DPDK testpmd, Open vSwitch, another Pollux.
+/// Without --attach a switch is started in this process; with it, the guests attach to any
+/// vhost-user backend: DPDK testpmd, Open vSwitch, another Pollux.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
     /// Frame size in bytes, without the check sequence
@@ -145,8 +146,8 @@ pub struct Args {
     /// Number of guests
     #[arg(long, default_value_t = 2)]
     pub guests: usize,
-    /// tput: a window of frames in flight; rtt: one frame, there and back; open:RATE: so many frames a
-    /// second from each sender
+    /// tput: a window of frames in flight; rtt: one frame, there and back; open:RATE: so many
+    /// frames a second from each sender
     #[arg(long, default_value = "tput")]
     pub mode: Mode,
     /// Who sends to whom
@@ -250,7 +251,8 @@ extern "C" fn interrupt(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c
 /// Runs the command; `start` starts a switch where none is attached to. Returns the exit code.
 pub fn run<T>(args: &Args, start: Option<StartSwitch<T>>) -> u8 {
     for signal in [libc::SIGINT, libc::SIGTERM] {
-        // Without the handler Ctrl-C ends the program without a partial result: no reason not to run.
+        // Without the handler Ctrl-C ends the program without a partial result: no reason not to
+        // run.
         let _ = vmm_sys_util::signal::register_signal_handler(signal, interrupt);
     }
     match bench(args, start) {

@@ -1,8 +1,9 @@
-//! A backend that does nothing but copy: moves frames from one guest's transmit ring to another's receive
-//! ring, on the caller's thread and over the same memory.
+//! A backend that does nothing but copy: moves frames from one guest's transmit ring to another's
+//! receive ring, on the caller's thread and over the same memory.
 //!
-//! It exists to measure the client, and to test it without a socket. It trusts the driver completely, expects
-//! one descriptor in each chain as the client posts them, and must not be mistaken for a device.
+//! It exists to measure the client, and to test it without a socket. It trusts the driver
+//! completely, expects one descriptor in each chain as the client posts them, and must not be
+//! mistaken for a device.
 
 use std::sync::atomic::Ordering;
 
@@ -13,8 +14,8 @@ use crate::virtio::driver::{DESC_SIZE, RingAreas};
 /// VIRTQ_DESC_F_AVAIL and VIRTQ_DESC_F_USED.
 const AVAIL: u64 = 1 << 7;
 const USED: u64 = 1 << 15;
-/// VIRTQ_USED_F_NO_NOTIFY, the first word of a split ring's used area, and RING_EVENT_FLAGS_DISABLE, the second word of
-/// a packed ring's.
+/// VIRTQ_USED_F_NO_NOTIFY, the first word of a split ring's used area, and
+/// RING_EVENT_FLAGS_DISABLE, the second word of a packed ring's.
 const NO_KICKS: u16 = 1;
 const EVENT_FLAGS: usize = 2;
 /// Offset of the index and of the first entry in a split ring's areas.
@@ -168,7 +169,8 @@ impl NullPeer<'_> {
         let mut buffers = 0u16;
         while done < frame.len {
             if usize::from(buffers) == room {
-                // Taken back as a whole: nothing has been given back yet when the first buffer is missing.
+                // Taken back as a whole: nothing has been given back yet when the first buffer is
+                // missing.
                 assert!(buffers == 0, "frames need a window that fits the ring");
                 self.from.0.taken -= 1;
                 return false;

@@ -293,8 +293,8 @@ impl Plan {
         }
     }
 
-    /// Frames of one flow that fit when the switch puts all flows to a guest into one of its queues, which it
-    /// may.
+    /// Frames of one flow that fit when the switch puts all flows to a guest into one of its
+    /// queues, which it may.
     fn fitting_window(&self) -> usize {
         usize::from(self.ring_size) / self.buffers_per_frame() / self.flows_into_one()
     }

@@ -1,4 +1,5 @@
-//! Line charts as SVG, just enough for sweeps and comparisons: panels over a common abscissa, one or more lines in each.
+//! Line charts as SVG, just enough for sweeps and comparisons: panels over a common abscissa, one
+//! or more lines in each.
 
 use std::fmt::Write;
 

@@ -134,10 +134,11 @@ pub struct Report {
     pub held_back: u64,
     /// Part of the time in which client threads had work: near 1, the client is the limit.
     pub client_busy_share: f64,
-    /// Processor time of the client threads in the measured time: less than that, other programs took their share.
+    /// Processor time of the client threads in the measured time: less than that, other programs
+    /// took their share.
     pub client_cpu_seconds: f64,
-    /// Share of the measured time that client threads had a CPU. They poll, so that less than all of
-    /// it is what other programs took.
+    /// Share of the measured time that client threads had a CPU. They poll, so that less than all
+    /// of it is what other programs took.
     pub client_cpu_share: f64,
     /// Times for which a client thread stood still.
     pub standstills_seconds: Vec<f64>,

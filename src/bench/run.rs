@@ -116,7 +116,8 @@ pub fn run(
         frontends.push(frontend);
     }
     guests.iter().for_each(Guest::kick_all);
-    // As many threads as there are shares, which may be fewer than asked for: 4 guests on 3 threads are 2 and 2.
+    // As many threads as there are shares, which may be fewer than asked for: 4 guests on 3 threads
+    // are 2 and 2.
     let share = plan.guests.div_ceil(setting.threads.clamp(1, plan.guests));
     let shared = Shared {
         plan,
@@ -139,8 +140,8 @@ pub fn run(
         progress,
     )?;
     let rings: Vec<u32> = (0..2 * plan.queues as u32).collect();
-    // The numbers are in; a backend that does not stop its rings properly cannot spoil them any more, and
-    // closing the connection stops them as well.
+    // The numbers are in; a backend that does not stop its rings properly cannot spoil them any
+    // more, and closing the connection stops them as well.
     frontends.iter().for_each(|frontend| {
         let _ = frontend.stop(&rings);
     });

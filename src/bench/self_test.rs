@@ -1,7 +1,8 @@
 //! What the client itself costs: two guests and a null peer on one thread, timed apart.
 //!
-//! The peer's lines are in this core's cache, so this is the client's own work: the floor under whatever a
-//! measurement shows. Against a backend on another core, fetching its lines comes on top, for every client.
+//! The peer's lines are in this core's cache, so this is the client's own work: the floor under
+//! whatever a measurement shows. Against a backend on another core, fetching its lines comes on
+//! top, for every client.
 
 use std::fmt;
 use std::io;

@@ -178,8 +178,8 @@ impl<'s> Tracker<'s> {
         false
     }
 
-    /// Shows the senders what came. Call it once the buffers are back in the ring: this is what makes room in
-    /// their windows.
+    /// Shows the senders what came. Call it once the buffers are back in the ring: this is what
+    /// makes room in their windows.
     #[inline(always)]
     pub fn settle(&mut self) {
         for flow in self.touched.drain(..) {

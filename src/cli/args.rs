@@ -167,8 +167,8 @@ pub struct RunArgs {
         value_parser = clap::value_parser!(u32).range(64..=1 << 20)
     )]
     pub fdb_size: u32,
-    /// Where the positions of packed rings are kept for the next start of the switch: a directory in memory (tmpfs)
-    /// [default: beside the API socket, its name ending in .rings]
+    /// Where the positions of packed rings are kept for the next start of the switch: a directory
+    /// in memory (tmpfs) [default: beside the API socket, its name ending in .rings]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub ring_state: Option<PathBuf>,
     /// What to log to standard error: off, error, warn, info, debug or trace; or a list such as

@@ -71,7 +71,8 @@ impl Files {
         })
     }
 
-    /// The file of a number: the first has the name that was given, the others end in `.1`, `.2` and so on.
+    /// The file of a number: the first has the name that was given, the others end in `.1`, `.2`
+    /// and so on.
     fn name(&self, number: u64) -> PathBuf {
         let mut name = self.path.clone().into_os_string();
         if number > 0 {

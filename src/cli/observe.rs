@@ -268,7 +268,8 @@ pub(super) fn extcap(client: &Client, args: &ExtcapArgs) -> Result<(), Failure> 
         ));
     }
     let (true, Some(fifo)) = (args.capture, &args.fifo) else {
-        // It asks whether a filter is one: no word is yes, and the capture itself says what is wrong.
+        // It asks whether a filter is one: no word is yes, and the capture itself says what is
+        // wrong.
         return Ok(());
     };
     let port = interface.strip_prefix(PREFIX).unwrap_or(interface);

@@ -98,13 +98,14 @@ impl fmt::Display for IdlePolicy {
     }
 }
 
-/// What poll threads do without work, `busy,adaptive`: one policy for all, or one for each in their order.
+/// What poll threads do without work, `busy,adaptive`: one policy for all, or one for each in their
+/// order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IdleList(pub Vec<IdlePolicy>);
 
 impl IdleList {
-    /// What threads do that have no place in the list. Where each thread has its own policy, none of these is meant for
-    /// others: they have the default.
+    /// What threads do that have no place in the list. Where each thread has its own policy, none
+    /// of these is meant for others: they have the default.
     pub fn of_all(&self) -> IdlePolicy {
         match self.0[..] {
             [all] => all,

@@ -17,13 +17,15 @@ use crate::port::PortShared;
 use crate::sys::thread;
 use crate::vhost_user::{self, SessionEnd, SessionOptions, SessionStatus, Stopper};
 
-/// Frontends accepted on one port in one turn: a storm of connections delays nobody else's commands for long.
+/// Frontends accepted on one port in one turn: a storm of connections delays nobody else's commands
+/// for long.
 const ACCEPTS: u32 = 8;
 /// Time after which a frontend that could not be accepted is tried again.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
-/// How long a frontend waits for one that still looks connected. A VMM that starts a program has for a moment two
-/// processes with its sockets, and if it ends then and comes again its predecessor has not hung up yet.
+/// How long a frontend waits for one that still looks connected. A VMM that starts a program has
+/// for a moment two processes with its sockets, and if it ends then and comes again its predecessor
+/// has not hung up yet.
 const DOUBT: Duration = Duration::from_millis(100);
 /// Why one that waited is let go.
 const SECOND: &str = "a second frontend was refused: one is connected already";
@@ -50,7 +52,8 @@ impl SecondFrontend {
 }
 
 impl PortRecord {
-    /// Counts a second frontend that is refused; the first of a row is told of, for a VMM tries ten times a second.
+    /// Counts a second frontend that is refused; the first of a row is told of, for a VMM tries ten
+    /// times a second.
     fn refuse_second(&mut self, report: &Report, now: Instant) {
         if let Some(second) = &mut self.second {
             second.refused += 1;
@@ -137,8 +140,9 @@ impl Control {
                     let port = record.shared.clone();
                     self.start_session(&port, stream);
                 }
-                // Its predecessor is gone and being cleaned up, or may be about to: it waits. A newer one takes its
-                // place, and one that crowds another out is told of at once: as long as they come, no doubt ends.
+                // Its predecessor is gone and being cleaned up, or may be about to: it waits. A
+                // newer one takes its place, and one that crowds another out is told of at once: as
+                // long as they come, no doubt ends.
                 Some(session) => {
                     record.doubt_until = Some(now + DOUBT);
                     if let Some(crowded_out) = record.waiting.replace(stream) {
@@ -152,7 +156,8 @@ impl Control {
         }
     }
 
-    /// Refuses the frontends that waited while another one is still connected; returns when the next one is due.
+    /// Refuses the frontends that waited while another one is still connected; returns when the
+    /// next one is due.
     pub(super) fn refuse_due(&mut self, now: Instant) -> Option<Instant> {
         let mut next: Option<Instant> = None;
         for record in &mut self.registry.ports {

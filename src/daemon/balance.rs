@@ -1,7 +1,9 @@
-//! How loaded poll threads and queues are, and which queue is better off elsewhere. Plain arithmetic, no threads.
+//! How loaded poll threads and queues are, and which queue is better off elsewhere. Plain
+//! arithmetic, no threads.
 //!
-//! A queue's load is its share of its thread's frames times the thread's busy share: nothing is measured on the data path
-//! for it. Frames of different queues may differ in cost, so it is an estimate; what a move did is measured again.
+//! A queue's load is its share of its thread's frames times the thread's busy share: nothing is
+//! measured on the data path for it. Frames of different queues may differ in cost, so it is an
+//! estimate; what a move did is measured again.
 
 use std::collections::HashMap;
 
@@ -54,7 +56,8 @@ pub(super) fn may(allowed: &[u32], thread: usize) -> bool {
     allowed.is_empty() || allowed.iter().any(|number| *number as usize == thread)
 }
 
-/// The thread with the fewest queues among those allowed, of `node` if it has any; the lowest number of equals.
+/// The thread with the fewest queues among those allowed, of `node` if it has any; the lowest
+/// number of equals.
 pub(super) fn lightest(
     threads: &[ThreadLoad],
     allowed: &[u32],

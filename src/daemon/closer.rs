@@ -1,9 +1,10 @@
 //! Closing what control must not close: sockets that nobody has read to their end.
 //!
-//! Descriptors in a message that was not read are closed with the socket, by whoever closes it, and that may take as
-//! long as their sender likes: they can be sockets that linger, or files on FUSE. A session reads to the end of its
-//! socket before it ends, and only its own port waits. Sockets that no session had come here, to a thread of their own.
-//! Their frontends are hung up on at once; that thread may take as long as it must.
+//! Descriptors in a message that was not read are closed with the socket, by whoever closes it, and
+//! that may take as long as their sender likes: they can be sockets that linger, or files on FUSE.
+//! A session reads to the end of its socket before it ends, and only its own port waits. Sockets
+//! that no session had come here, to a thread of their own. Their frontends are hung up on at once;
+//! that thread may take as long as it must.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -14,14 +15,15 @@ use rustix::net::{Shutdown, shutdown};
 
 use crate::sys::thread;
 
-/// Sockets of one port that may wait to be closed before its frontends wait that would be refused: each holds a
-/// descriptor, as a ring's kick and call do.
+/// Sockets of one port that may wait to be closed before its frontends wait that would be refused:
+/// each holds a descriptor, as a ring's kick and call do.
 const MOST: usize = 16;
 /// The same of all ports, and of ports that have gone.
 const ALL: usize = 256;
 
-/// Counts the sockets of a port that wait to be closed. One that cannot be closed holds up all behind it, of whatever port;
-/// but its own port's next ones soon wait outside, and the others' are hung up on at once all the same.
+/// Counts the sockets of a port that wait to be closed. One that cannot be closed holds up all
+/// behind it, of whatever port; but its own port's next ones soon wait outside, and the others' are
+/// hung up on at once all the same.
 #[derive(Debug, Default)]
 pub(super) struct Unclosed(Arc<()>);
 

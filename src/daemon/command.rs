@@ -47,7 +47,8 @@ pub(super) enum Command {
     PollRemove(usize, Reply<()>),
     PollMove(PollMove, Reply<Moved>),
     PollSet(PollSettingsPatch, Reply<PollSettings>),
-    /// Resolves the ports that an observer names: those it looks at (all, where `None`), and where a mirror sends to.
+    /// Resolves the ports that an observer names: those it looks at (all, where `None`), and where
+    /// a mirror sends to.
     Prospect(Option<Vec<String>>, Option<String>, Reply<Prospect>),
     /// Registers an observer; the answer is its name and the generation from which on it is there.
     Observe(ObserverRecord, Reply<(String, u64)>),
@@ -56,7 +57,8 @@ pub(super) enum Command {
     EndObserver(String, bool, Reply<()>),
     /// Whoever reads from an observer has enough, and why.
     LeaveObserver(Arc<Observer>, &'static str),
-    /// Whoever read from an observer has all of it, or has left: the frames that it got, and what was missed.
+    /// Whoever read from an observer has all of it, or has left: the frames that it got, and what
+    /// was missed.
     ObserverRead(Weak<Observer>, u64, u64),
     /// A poll thread that was removed has ended; its reader is free.
     PollEnded(Reader<Topology>),

@@ -1,6 +1,8 @@
-//! The control thread: listening sockets, reconnect timers, signals, commands, one publication a turn.
+//! The control thread: listening sockets, reconnect timers, signals, commands, one publication a
+//! turn.
 //!
-//! The one owner of the registry. It never waits for a poll thread or a frontend; whoever must, waits on its own thread.
+//! The one owner of the registry. It never waits for a poll thread or a frontend; whoever must,
+//! waits on its own thread.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,8 +32,8 @@ use crate::vhost_user::{MEMORY_LOST, RingRecords};
 pub(super) const RECONNECT: Duration = Duration::from_millis(100);
 /// Time between looks at acknowledgements while something is retired.
 const RETIRE: Duration = Duration::from_millis(1);
-/// Time after which a poll thread that has not acknowledged is reported. Nothing else happens then: it may still use
-/// what was taken from it, so whoever waits for it waits on.
+/// Time after which a poll thread that has not acknowledged is reported. Nothing else happens then:
+/// it may still use what was taken from it, so whoever waits for it waits on.
 pub(super) const OVERDUE: Duration = Duration::from_secs(1);
 /// Time between looks at what changes by itself: ages, broken rings.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
@@ -65,7 +67,8 @@ pub(super) struct Control {
     pub(super) times: OperationTimes,
     /// Session threads, joined when they have ended.
     pub(super) sessions: Vec<std::thread::JoinHandle<()>>,
-    /// Sessions whose ports post more than they may, and when they are served: all with one publication.
+    /// Sessions whose ports post more than they may, and when they are served: all with one
+    /// publication.
     late: Vec<Arc<Link>>,
     late_at: Instant,
     /// It was said that descriptors may run out.
@@ -174,7 +177,8 @@ impl Control {
             .max(Duration::from_millis(1))
     }
 
-    /// Names the poll threads that miss their acknowledgement, once, and once more when they have made it.
+    /// Names the poll threads that miss their acknowledgement, once, and once more when they have
+    /// made it.
     fn watch_acknowledgements(&mut self, now: Instant) {
         let numbers: Vec<usize> = self.registry.polls.threads.keys().copied().collect();
         for index in numbers {
@@ -240,7 +244,8 @@ impl Control {
             let Some(session) = &mut record.session else {
                 continue;
             };
-            // A session that lost its memory is cut off: its frontend comes back with memory that is whole.
+            // A session that lost its memory is cut off: its frontend comes back with memory that
+            // is whole.
             if record
                 .device
                 .as_ref()
@@ -276,7 +281,8 @@ impl Control {
                 let (answer, sockets) =
                     removed.map_or_else(|error| (Err(error), None), |s| (Ok(()), Some(s)));
                 let _ = reply.send(answer);
-                // Behind the answer: the thread that closes may take this one's processor, for milliseconds.
+                // Behind the answer: the thread that closes may take this one's processor, for
+                // milliseconds.
                 sockets
                     .into_iter()
                     .for_each(|sockets| self.close_sockets(sockets));
@@ -349,7 +355,8 @@ impl Control {
         }
     }
 
-    /// A session's newest device: published at the end of this turn, or with those of all ports that post too much.
+    /// A session's newest device: published at the end of this turn, or with those of all ports
+    /// that post too much.
     fn posted(&mut self, link: Arc<Link>) {
         let now = Instant::now();
         let record = self.registry.find_registration(&link.port);
@@ -387,8 +394,8 @@ impl Control {
             }
             self.close_sockets(self.sockets(record));
         }
-        // Sessions wait for acknowledgements, so they go first.
-        // Not for ever: a descriptor that a frontend sent may belong to a file system that does not answer.
+        // Sessions wait for acknowledgements, so they go first. Not for ever: a descriptor that a
+        // frontend sent may belong to a file system that does not answer.
         let deadline = Instant::now() + SHUTDOWN;
         while Instant::now() < deadline && self.sessions.iter().any(|thread| !thread.is_finished())
         {
@@ -426,7 +433,8 @@ impl MutEventSubscriber for Control {
         match events.data() {
             WAKE => {
                 self.wake.drain();
-                // One publication answers all that has come by now; what comes meanwhile is the next turn's.
+                // One publication answers all that has come by now; what comes meanwhile is the
+                // next turn's.
                 for _ in 0..self.commands.len() {
                     let Ok(command) = self.commands.try_recv() else {
                         break;

@@ -1,8 +1,9 @@
-//! Threads that do not poll keep off the CPUs of those that do, where there are others: a poll thread that loses its CPU to
-//! a session is one that stands still for all its guests.
+//! Threads that do not poll keep off the CPUs of those that do, where there are others: a poll
+//! thread that loses its CPU to a session is one that stands still for all its guests.
 //!
-//! The masks are set from outside, for all threads of the process at once: a thread inherits that of its maker, and CPUs
-//! come and go with poll threads. So this is for a process that is nothing but the switch.
+//! The masks are set from outside, for all threads of the process at once: a thread inherits that
+//! of its maker, and CPUs come and go with poll threads. So this is for a process that is nothing
+//! but the switch.
 
 use std::collections::HashSet;
 use std::io;
@@ -10,8 +11,8 @@ use std::path::Path;
 
 use crate::sys::affinity;
 
-/// Listings of the threads until one brings nothing new. A thread that is made during the first by one that was not
-/// looked at yet is in the second.
+/// Listings of the threads until one brings nothing new. A thread that is made during the first by
+/// one that was not looked at yet is in the second.
 const LISTINGS: usize = 8;
 
 /// The CPUs of this process, as they were given to it.
@@ -45,7 +46,8 @@ impl Elsewhere {
         for _ in 0..LISTINGS {
             let mut any = false;
             for thread in threads().filter(|thread| !pinned.contains(thread)) {
-                // It may have ended meanwhile, or somebody has forbidden it those CPUs: then it stays where it is.
+                // It may have ended meanwhile, or somebody has forbidden it those CPUs: then it
+                // stays where it is.
                 if affinity::allowed_cpus_of(thread).is_ok_and(|cpus| cpus != rest) {
                     any |= affinity::restrict(thread, &rest).is_ok();
                 }

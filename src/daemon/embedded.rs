@@ -1,4 +1,5 @@
-//! A switch for `pollux bench`, in the same process, reached over real sockets and real shared memory.
+//! A switch for `pollux bench`, in the same process, reached over real sockets and real shared
+//! memory.
 
 use std::error::Error;
 use std::path::PathBuf;

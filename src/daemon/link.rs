@@ -1,7 +1,8 @@
 //! The mailbox between one session and control.
 //!
-//! A session posts its newest device and goes on; control takes whatever is newest once per turn of its loop. So ten
-//! thousand SET_VRING_ENABLE of one frontend are one publication a turn, and delay nobody.
+//! A session posts its newest device and goes on; control takes whatever is newest once per turn of
+//! its loop. So ten thousand SET_VRING_ENABLE of one frontend are one publication a turn, and delay
+//! nobody.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -20,7 +21,8 @@ use crate::sys::wake::Wake;
 use crate::topology::Topology;
 use crate::vhost_user::{DeviceSink, Gone, SessionEvent, Ticket};
 
-/// How long a session sleeps between looks at the acknowledgements. A busy poll thread acknowledges within microseconds.
+/// How long a session sleeps between looks at the acknowledgements. A busy poll thread acknowledges
+/// within microseconds.
 const LOOK_EVERY: Duration = Duration::from_micros(50);
 /// Looks without sleeping first.
 const QUICK_LOOKS: u32 = 200;
@@ -106,8 +108,8 @@ impl Link {
             }
             std::thread::yield_now();
         }
-        // Past any deadline this goes on: a thread that has not acknowledged may still write into the guest's memory,
-        // so nothing is answered. The stuck thread shows in `poll list`.
+        // Past any deadline this goes on: a thread that has not acknowledged may still write into
+        // the guest's memory, so nothing is answered. The stuck thread shows in `poll list`.
         while !self.acknowledgements.reached(generation) {
             std::thread::sleep(LOOK_EVERY);
         }

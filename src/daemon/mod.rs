@@ -107,14 +107,16 @@ pub enum DaemonError {
     System(io::Error),
 }
 
-/// Installs what must be there before any thread: the SIGBUS fence, and signals as events of the control loop.
+/// Installs what must be there before any thread: the SIGBUS fence, and signals as events of the
+/// control loop.
 pub fn prepare_process() -> io::Result<Signals> {
     raise_descriptor_limit();
     fence::install()?;
     Signals::block()
 }
 
-/// A port with a frontend and one queue pair holds ten descriptors: the usual soft limit of 1024 would be few ports.
+/// A port with a frontend and one queue pair holds ten descriptors: the usual soft limit of 1024
+/// would be few ports.
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -140,7 +142,8 @@ pub fn run(config: DaemonConfig) -> Result<(), DaemonError> {
         }
         None => None,
     };
-    // Control answers only once its loop runs, so the ports of the command line come from a thread of their own.
+    // Control answers only once its loop runs, so the ports of the command line come from a thread
+    // of their own.
     let (outcome, first_error) = crossbeam_channel::bounded(1);
     let ports = config.ports.clone();
     let adder = thread::spawn("start", move || add_first_ports(&handle, ports, &outcome))
@@ -153,7 +156,8 @@ pub fn run(config: DaemonConfig) -> Result<(), DaemonError> {
     }
     let _ = reaper.join();
     match first_error.try_recv() {
-        // A signal that came while ports were being added makes the adding fail: no error of its own.
+        // A signal that came while ports were being added makes the adding fail: no error of its
+        // own.
         Ok(ControlError::Stopping) | Err(_) => ended,
         Ok(error) => Err(DaemonError::Port(error)),
     }
@@ -238,7 +242,8 @@ fn assemble(
     let fdb = Arc::new(Fdb::new(fdb_config)?);
     let (sender, receiver) = unbounded();
     let wake = Arc::new(Wake::new().map_err(DaemonError::System)?);
-    // A reader for every thread that there may ever be: one that no thread has is asleep, and nobody waits for it.
+    // A reader for every thread that there may ever be: one that no thread has is asleep, and
+    // nobody waits for it.
     let since = vec![epoch; MAX_THREADS].into();
     let empty = Topology::build(&[], since, fdb.clone(), |_, _| None);
     let (publisher, readers) = snapshots(empty, MAX_THREADS);

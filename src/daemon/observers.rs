@@ -58,7 +58,8 @@ impl Names {
         present.map(|entry| entry.0).collect()
     }
 
-    /// Every registration that is known, those that are gone among them, in the order in which they came.
+    /// Every registration that is known, those that are gone among them, in the order in which they
+    /// came.
     pub(super) fn all(&self) -> Vec<PortRef> {
         self.entries().iter().map(|entry| entry.0).collect()
     }
@@ -161,7 +162,8 @@ impl Registry {
         })
     }
 
-    /// Registers an observer that is wholly built, in the next view; returns the generation of that.
+    /// Registers an observer that is wholly built, in the next view; returns the generation of
+    /// that.
     pub(super) fn observe(&mut self, record: ObserverRecord) -> Result<u64, ControlError> {
         if self.observers.len() >= MAX_OBSERVERS {
             return Err(ControlError::Conflict {
@@ -196,7 +198,8 @@ impl Registry {
         ports.any(|record| record.shared.reference == port)
     }
 
-    /// Takes out the observers that have nothing to do without `gone`, before the view without it is published.
+    /// Takes out the observers that have nothing to do without `gone`, before the view without it
+    /// is published.
     pub(super) fn observers_of(&mut self, gone: PortRef) -> Vec<ObserverRecord> {
         let ports: Vec<PortRef> = self.ports.iter().map(|p| p.shared.reference).collect();
         let ends =
@@ -277,7 +280,8 @@ impl Control {
         }
     }
 
-    /// An observer was taken out. What a mirror has copied is known; of what is read, the reader knows.
+    /// An observer was taken out. What a mirror has copied is known; of what is read, the reader
+    /// knows.
     pub(super) fn report_end(&mut self, record: &ObserverRecord, why: &str) {
         let ended = Unread {
             observer: Arc::downgrade(&record.observer),

@@ -26,7 +26,8 @@ use crate::vhost_user;
 /// Frontends that are accepted on one port at once, and how often then.
 const ACCEPTS: u32 = 50;
 const ACCEPT_EVERY: Duration = Duration::from_millis(5);
-/// Devices of one port that are published as they come, and how often then: an honest start needs some dozens.
+/// Devices of one port that are published as they come, and how often then: an honest start needs
+/// some dozens.
 const POSTS: u32 = 256;
 const POST_EVERY: Duration = Duration::from_millis(5);
 
@@ -35,7 +36,8 @@ const PORT_DESCRIPTORS: u64 = 6;
 /// A kick and a call for each ring; while they are replaced, both.
 const PAIR_DESCRIPTORS: u64 = 8;
 
-/// A path without what does not matter, such as a slash too many: two such paths are the same if their bytes are.
+/// A path without what does not matter, such as a slash too many: two such paths are the same if
+/// their bytes are.
 fn plain(path: &Path) -> OsString {
     path.components().collect::<PathBuf>().into_os_string()
 }
@@ -148,7 +150,8 @@ impl Control {
         Ok(view)
     }
 
-    /// Says once, before a frontend has to be turned away, that the ports may use more descriptors than there can be.
+    /// Says once, before a frontend has to be turned away, that the ports may use more descriptors
+    /// than there can be.
     fn look_at_descriptors(&mut self) {
         let pairs = |record: &PortRecord| u64::from(record.queues) * PAIR_DESCRIPTORS;
         let ports = self.registry.ports.iter();
@@ -172,7 +175,8 @@ impl Control {
             .unregister(name)
             .ok_or_else(|| ControlError::no_port(name))?;
         if let Door::Listening(listener) = &record.door {
-            // Before the descriptor closes: epoll would report it under a name that means somebody else by then.
+            // Before the descriptor closes: epoll would report it under a name that means somebody
+            // else by then.
             let data = LISTENER + u32::from(record.shared.reference.slot);
             let _ = ops.remove(Events::with_data(listener, data, EventSet::IN));
         }
@@ -193,12 +197,13 @@ impl Control {
         Ok(self.sockets(record))
     }
 
-    /// What frontends of a removed port may still wait in. Its file is gone, and nobody comes any more.
+    /// What frontends of a removed port may still wait in. Its file is gone, and nobody comes any
+    /// more.
     pub(super) fn sockets(&self, record: PortRecord) -> Leftover {
         let mut sockets: Vec<OwnedFd> = Vec::new();
         if let Door::Listening(listener) = record.door {
-            // Those that were not accepted yet would hear of it when the socket is closed, which may take long. Where very many
-            // wait for that already, some do.
+            // Those that were not accepted yet would hear of it when the socket is closed, which
+            // may take long. Where very many wait for that already, some do.
             let waiting = listener.end().take(self.closer.room());
             sockets.extend(waiting.map(OwnedFd::from));
             sockets.push(listener.into_socket().into());

@@ -1,14 +1,17 @@
-//! How often a port may make control, or its session, do something: a burst at once, then one after the other.
+//! How often a port may make control, or its session, do something: a burst at once, then one after
+//! the other.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// Messages of a port's frontends that are taken at once, and how often then. A start of 128 queue pairs and 509 regions is
-/// 3000 messages; QEMU before 8.0, which adds its memory once for each pair, comes to more with dozens of regions.
+/// Messages of a port's frontends that are taken at once, and how often then. A start of 128 queue
+/// pairs and 509 regions is 3000 messages; QEMU before 8.0, which adds its memory once for each
+/// pair, comes to more with dozens of regions.
 pub(super) const MESSAGES: u32 = 16_384;
 pub(super) const MESSAGE_EVERY: Duration = Duration::from_micros(500);
 
-/// Shared by the sessions of a port, one after the other: whoever hangs up and comes back has not earned another burst.
+/// Shared by the sessions of a port, one after the other: whoever hangs up and comes back has not
+/// earned another burst.
 pub(super) type Messages = Arc<Mutex<Pace>>;
 
 /// For a new port.
@@ -123,7 +126,8 @@ mod tests {
 
     #[test]
     fn a_start_with_all_queues_and_regions_is_not_slowed() {
-        // SET_MEM_TABLE or ADD_MEM_REG, then everything about each ring, twice what the longest-winded frontend says.
+        // SET_MEM_TABLE or ADD_MEM_REG, then everything about each ring, twice what the
+        // longest-winded frontend says.
         let start = u32::from(MAX_QUEUE_PAIRS) * 2 * 16 + 509 + 50;
         let mut pace = Pace::new(MESSAGES, MESSAGE_EVERY, Instant::now());
         let now = Instant::now();

@@ -1,10 +1,10 @@
 //! Which poll thread owns which transmit queue, and how a queue changes hands.
 //!
-//! A queue moves in two publications: one in which nobody owns it, and, when every poll thread has acknowledged that,
-//! one in which the new thread does. So it never has two owners, what the old one took is delivered before the new one
-//! takes more (a flow keeps its order), and nothing is lost: for the time between, frames wait
-//! in the guest's ring. A kick that comes meanwhile stays in its eventfd, and wakes the new thread when that adds the
-//! eventfd to its bed.
+//! A queue moves in two publications: one in which nobody owns it, and, when every poll thread has
+//! acknowledged that, one in which the new thread does. So it never has two owners, what the old
+//! one took is delivered before the new one takes more (a flow keeps its order), and nothing is
+//! lost: for the time between, frames wait in the guest's ring. A kick that comes meanwhile stays
+//! in its eventfd, and wakes the new thread when that adds the eventfd to its bed.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,8 +20,9 @@ use crate::api::types::{Moved, PollAdd, PollThreadView};
 use crate::api::{ControlError, What};
 use crate::port::PortShared;
 
-/// Control looks for acknowledgements this long before it goes on with other work: half of them come within about 20 µs, and
-/// the timer that would be waited for instead is a hundred times as long. Nobody's acknowledgement is relied upon.
+/// Control looks for acknowledgements this long before it goes on with other work: half of them
+/// come within about 20 µs, and the timer that would be waited for instead is a hundred times as
+/// long. Nobody's acknowledgement is relied upon.
 const HASTE: Duration = Duration::from_micros(100);
 
 /// Queues on their way to a thread.
@@ -61,8 +62,9 @@ pub(super) fn no_thread(thread: usize) -> ControlError {
 }
 
 impl Registry {
-    /// Poll threads for a port's queue pairs: those that the port is pinned to, or else of `node` where there are any; the
-    /// ones with the fewest queues first, so that neighbours go to different threads.
+    /// Poll threads for a port's queue pairs: those that the port is pinned to, or else of `node`
+    /// where there are any; the ones with the fewest queues first, so that neighbours go to
+    /// different threads.
     pub(super) fn place(&self, allowed: &[u32], node: Option<usize>, pairs: u16) -> Vec<Place> {
         let mut threads = self.thread_loads();
         let mut places = Vec::with_capacity(usize::from(pairs));
@@ -148,8 +150,8 @@ impl Registry {
         self.polls.threads.get(&number)?.node
     }
 
-    /// A port's queues before they run, on threads of the node where the guest's memory is, if they are on others. Nobody
-    /// owns anything yet, so nothing moves. What the operator has said stays.
+    /// A port's queues before they run, on threads of the node where the guest's memory is, if they
+    /// are on others. Nobody owns anything yet, so nothing moves. What the operator has said stays.
     pub(super) fn place_near(&mut self, port: &Arc<PortShared>, node: Option<usize>) {
         let there = |number: usize| node.is_some() && self.node_of(number) == node;
         let Some(at) = self
@@ -237,7 +239,8 @@ impl Registry {
         Ok(())
     }
 
-    /// Sends those of a port's queue pairs that are `wanted` to a thread; `reply` is answered when it owns them.
+    /// Sends those of a port's queue pairs that are `wanted` to a thread; `reply` is answered when
+    /// it owns them.
     pub(super) fn send_queues(
         &mut self,
         port: &Arc<PortShared>,
@@ -343,8 +346,8 @@ impl Registry {
         }
     }
 
-    /// Hands over what the old owners are known to have let go, and ends threads that have nothing left. Returns whether
-    /// something still is under way.
+    /// Hands over what the old owners are known to have let go, and ends threads that have nothing
+    /// left. Returns whether something still is under way.
     pub(super) fn finish_moves(&mut self) -> bool {
         if !self.moves.are_under_way() {
             return false;

@@ -101,8 +101,8 @@ impl PollThreads {
         elsewhere.keep_off(&taken, &pinned);
     }
 
-    /// Starts a thread, pinned to `cpu` if there is one, with a policy of its own or that of all; returns the lowest
-    /// number that is free, which is now its.
+    /// Starts a thread, pinned to `cpu` if there is one, with a policy of its own or that of all;
+    /// returns the lowest number that is free, which is now its.
     pub(super) fn start(
         &mut self,
         cpu: Option<usize>,
@@ -154,8 +154,8 @@ impl PollThreads {
         Some(self.spare.swap_remove(at))
     }
 
-    /// The same as [`PollThreads::start`] for a thread that does not run: a test does with its reader what it would do, and
-    /// when.
+    /// The same as [`PollThreads::start`] for a thread that does not run: a test does with its
+    /// reader what it would do, and when.
     #[cfg(test)]
     pub(super) fn start_scripted(&mut self) -> Reader<Topology> {
         let reader = self.spare_reader().unwrap();
@@ -207,8 +207,9 @@ impl PollThreads {
         }
     }
 
-    /// Wakes the threads that got new work, as [`PollThreads::prepare`] has noted. A thread that is just falling asleep does not look at the topology again,
-    /// so the bell rings whether it sleeps or not.
+    /// Wakes the threads that got new work, as [`PollThreads::prepare`] has noted. A thread that is
+    /// just falling asleep does not look at the topology again, so the bell rings whether it sleeps
+    /// or not.
     pub(super) fn wake(&mut self, topology: &Topology) {
         for (number, thread) in &mut self.threads {
             if !std::mem::take(&mut thread.changed) {
@@ -287,8 +288,9 @@ impl PollThread {
             if self.kicks.contains_key(&key) {
                 continue;
             }
-            // The data is only a name: every wake-up looks at all queues. A descriptor that epoll does not take was
-            // refused when it came (it must be an eventfd), so this fails only for lack of kernel memory.
+            // The data is only a name: every wake-up looks at all queues. A descriptor that epoll
+            // does not take was refused when it came (it must be an eventfd), so this fails only
+            // for lack of kernel memory.
             match sleeper.add_kick(&**kick, key as u64 >> 4) {
                 Ok(()) => drop(self.kicks.insert(key, kick.clone())),
                 Err(error) => tracing::warn!("a kick cannot wake its poll thread: {error}"),
@@ -328,7 +330,8 @@ impl PollThreads {
         shared: io::Result<PollShared>,
     ) -> Result<PollThread, (DaemonError, Option<Reader<Topology>>)> {
         let index = reader.index();
-        // All that may not be had comes first: a thread that cannot start must leave its reader for another one.
+        // All that may not be had comes first: a thread that cannot start must leave its reader for
+        // another one.
         let needs = shared.and_then(|shared| Ok((Arc::new(shared), Caller::new()?)));
         let (shared, caller) = match needs {
             Ok(needs) => needs,

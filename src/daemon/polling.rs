@@ -10,7 +10,8 @@ use crate::api::types::{
 use crate::config::{IdlePolicy, Rebalance};
 
 impl Control {
-    /// Once a second: what is learned about loads, and the move that follows from it, if rebalancing is on.
+    /// Once a second: what is learned about loads, and the move that follows from it, if
+    /// rebalancing is on.
     pub(super) fn rebalance(&mut self) {
         self.registry.look_at_loads();
         if self.rebalance == Rebalance::Off {

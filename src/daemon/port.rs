@@ -91,7 +91,8 @@ impl PortRecord {
         }
     }
 
-    /// The queue pairs from `first` on were placed anew: those of a slow port go where its others are.
+    /// The queue pairs from `first` on were placed anew: those of a slow port go where its others
+    /// are.
     pub(super) fn stay_slow(&mut self, first: usize) {
         if self.slow.is_some()
             && let Some(place) = self.placement.first().copied()

@@ -1,9 +1,10 @@
 //! The registry: which ports exist, and the one publisher of topologies.
 //!
-//! Owned by the control thread. `register` builds everything that can fail first and then publishes; frames may arrive
-//! before it returns. `unregister` publishes a view without the port, frees name and socket path, and returns: it waits
-//! for nobody. From the last acknowledgement of that generation on nobody touches the port's rings and memory, and
-//! their last reference is dropped by the reaper.
+//! Owned by the control thread. `register` builds everything that can fail first and then
+//! publishes; frames may arrive before it returns. `unregister` publishes a view without the port,
+//! frees name and socket path, and returns: it waits for nobody. From the last acknowledgement of
+//! that generation on nobody touches the port's rings and memory, and their last reference is
+//! dropped by the reaper.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -128,7 +129,8 @@ impl Registry {
             .find(|port| port.shared.name() == name)
     }
 
-    /// The record of a port by registration: `None` if it was removed meanwhile, even if its slot or name is in use again.
+    /// The record of a port by registration: `None` if it was removed meanwhile, even if its slot
+    /// or name is in use again.
     pub(super) fn find_registration(&mut self, port: &Arc<PortShared>) -> Option<&mut PortRecord> {
         self.ports
             .iter_mut()
@@ -150,7 +152,8 @@ impl Registry {
         self.publish();
     }
 
-    /// Takes a port out, and returns its record for its session to be ended, and the observers that end with it.
+    /// Takes a port out, and returns its record for its session to be ended, and the observers that
+    /// end with it.
     pub(super) fn unregister(&mut self, name: &str) -> Option<(PortRecord, Vec<ObserverRecord>)> {
         let at = self
             .ports
@@ -171,8 +174,9 @@ impl Registry {
         Some((record, observers))
     }
 
-    /// Takes all ports out, in one view: with one after the other, those that are still there would lose what they send to
-    /// those that are not, where at the end of the switch it should wait in their rings for the next one.
+    /// Takes all ports out, in one view: with one after the other, those that are still there would
+    /// lose what they send to those that are not, where at the end of the switch it should wait in
+    /// their rings for the next one.
     pub(super) fn unregister_all(&mut self) -> Vec<PortRecord> {
         let records = std::mem::take(&mut self.ports);
         let observers = std::mem::take(&mut self.observers);
@@ -193,8 +197,8 @@ impl Registry {
             return;
         };
         let current = self.find_registration(&link.port);
-        // A session that is just enabling its rings cannot bring an unregistered port back, nor can one that was
-        // replaced speak for the port.
+        // A session that is just enabling its rings cannot bring an unregistered port back, nor can
+        // one that was replaced speak for the port.
         let Some(record) = current.filter(|record| record.is_session(link)) else {
             return link.port_gone(self.publisher.generation());
         };
@@ -239,7 +243,8 @@ impl Registry {
         let topology = topology.with_observers(&observers);
         let mut topology = topology.with_detour(self.slow.detour.as_ref());
         self.polls.prepare(before, &topology);
-        // As late as can be: a control thread that loses its processor here is no poll thread's delay.
+        // As late as can be: a control thread that loses its processor here is no poll thread's
+        // delay.
         topology.since = self.waiting_since(Instant::now());
         let generation = self.publisher.publish(topology);
         self.polls.wake(self.publisher.current());
@@ -258,14 +263,16 @@ impl Registry {
         (0..MAX_THREADS).map(since).collect()
     }
 
-    /// Since when a poll thread has not acknowledged what is published; `None` once it has, and while it sleeps.
+    /// Since when a poll thread has not acknowledged what is published; `None` once it has, and
+    /// while it sleeps.
     pub(super) fn unacknowledged(&self, thread: usize) -> Option<Instant> {
         // 0: it is just waking, and what it slept through it had not to acknowledge.
         let seen = self.acknowledgements.of(thread).filter(|seen| *seen > 0)?;
         (seen < self.generation()).then(|| self.publisher.current().since[thread])
     }
 
-    /// Hands what nobody uses any more to the reaper. Returns whether something is still waited for.
+    /// Hands what nobody uses any more to the reaper. Returns whether something is still waited
+    /// for.
     pub(super) fn retire(&mut self) -> bool {
         for retired in self.publisher.retire() {
             // The reaper ends after control; until then it takes everything.
@@ -280,14 +287,16 @@ impl Registry {
         self.publisher.has_retained() || self.fdb_retired.is_some()
     }
 
-    /// The frontend of a port has gone, and with it what is behind the port: its learned addresses are forgotten, as
-    /// Linux' bridge does when a link goes down. Else frames to them would be lost here (`egress_not_ready`) until they
-    /// age, although the station may be behind another port by now, where it only listens. Flooded, they arrive. A
-    /// guest that comes back is known again with its first frame; until then frames to it are flooded, as after
-    /// a start of the switch, which begins with an empty table. Static entries stay: the operator has set them, and may
-    /// not want these frames to be seen anywhere else.
+    /// The frontend of a port has gone, and with it what is behind the port: its learned addresses
+    /// are forgotten, as Linux' bridge does when a link goes down. Else frames to them would be
+    /// lost here (`egress_not_ready`) until they age, although the station may be behind another
+    /// port by now, where it only listens. Flooded, they arrive. A guest that comes back is known
+    /// again with its first frame; until then frames to it are flooded, as after a start of the
+    /// switch, which begins with an empty table. Static entries stay: the operator has set them,
+    /// and may not want these frames to be seen anywhere else.
     ///
-    /// Its session has waited until no poll thread takes frames from its rings any more, so none is learned again.
+    /// Its session has waited until no poll thread takes frames from its rings any more, so none is
+    /// learned again.
     pub(super) fn forget(&mut self, port: PortRef) {
         if self.fdb.learned(port) > 0 {
             self.left.push(port);
@@ -295,8 +304,9 @@ impl Registry {
         }
     }
 
-    /// Forgets what is due; returns when more will be. That takes a walk over the table. Frontends that come and go as
-    /// often as they may get a twentieth of this thread for it, however large the table is, and share the walks.
+    /// Forgets what is due; returns when more will be. That takes a walk over the table. Frontends
+    /// that come and go as often as they may get a twentieth of this thread for it, however large
+    /// the table is, and share the walks.
     pub(super) fn forget_due(&mut self, now: Instant) -> Option<Instant> {
         if !self.left.is_empty() && now >= self.forget_at {
             let began = Instant::now();
@@ -308,7 +318,8 @@ impl Registry {
         (!self.left.is_empty()).then_some(self.forget_at)
     }
 
-    /// Once a second: addresses age. What they leave behind is usable after a view that all threads have taken over.
+    /// Once a second: addresses age. What they leave behind is usable after a view that all threads
+    /// have taken over.
     pub(super) fn age(&mut self) {
         if self.fdb.age(self.now_s()) > 0 {
             self.dirty = true;

@@ -10,8 +10,8 @@ use crate::config::count;
 use crate::port::PortShared;
 use crate::vhost_user::SessionEvent;
 
-/// Lines about one port that may come at once, whatever its frontends do, and how often then. A start of 256 rings says
-/// everything.
+/// Lines about one port that may come at once, whatever its frontends do, and how often then. A
+/// start of 256 rings says everything.
 const LINES: u32 = 700;
 const LINE_EVERY: Duration = Duration::from_millis(250);
 

@@ -1,4 +1,5 @@
-//! A port's socket: listening (server mode) or connecting (client mode), without ever blocking control.
+//! A port's socket: listening (server mode) or connecting (client mode), without ever blocking
+//! control.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -64,8 +65,8 @@ pub(super) enum SocketError {
 }
 
 impl From<SocketError> for ControlError {
-    /// What stands in the way is a conflict, and so is a limit that is reached; what else the system
-    /// has not got is its own fault.
+    /// What stands in the way is a conflict, and so is a limit that is reached; what else the
+    /// system has not got is its own fault.
     fn from(error: SocketError) -> ControlError {
         let text = error.to_string();
         match &error {
@@ -114,7 +115,8 @@ impl Listener {
         })
     }
 
-    /// Lets no more frontends in, and returns those that wait. (Some stay in the socket if no descriptor is left.)
+    /// Lets no more frontends in, and returns those that wait. (Some stay in the socket if no
+    /// descriptor is left.)
     pub(super) fn end(&self) -> impl Iterator<Item = UnixStream> {
         // It cannot fail for a socket that listens.
         let _ = shutdown(&self.listener, Shutdown::Both);
@@ -126,7 +128,8 @@ impl Listener {
         self.listener
     }
 
-    /// The next frontend that waits, if any. An error means that it waits on: no descriptor is left, as a rule.
+    /// The next frontend that waits, if any. An error means that it waits on: no descriptor is
+    /// left, as a rule.
     pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
         loop {
             match self.listener.accept() {
@@ -215,7 +218,8 @@ fn clear_stale(path: &Path) -> Result<(), SocketError> {
     }
 }
 
-/// Connects without waiting: a listener whose backlog is full (a stopped VM) is an error like any other.
+/// Connects without waiting: a listener whose backlog is full (a stopped VM) is an error like any
+/// other.
 pub(super) fn start_connect(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;

@@ -1,7 +1,8 @@
 //! Addresses that move between ports: told of, and counted.
 //!
-//! One that moves once has migrated. One that keeps moving is there twice, and neither of its guests gets all that is
-//! sent to it: that is the port's line in `port show` for as long as it goes on.
+//! One that moves once has migrated. One that keeps moving is there twice, and neither of its
+//! guests gets all that is sent to it: that is the port's line in `port show` for as long as it
+//! goes on.
 
 use std::time::{Duration, Instant};
 
@@ -11,8 +12,8 @@ use crate::api::types::{EventKind, MovingAddress};
 use crate::switch::fdb::Move;
 use crate::wire::Mac;
 
-/// Lines about moves to one port that may come at once, and how often then: an address that is there twice moves with
-/// every other frame, for ever.
+/// Lines about moves to one port that may come at once, and how often then: an address that is
+/// there twice moves with every other frame, for ever.
 const LINES: u32 = 5;
 const LINE_EVERY: Duration = Duration::from_secs(60);
 /// Moves after which an address keeps moving: there, and back, is a migration that was given up.

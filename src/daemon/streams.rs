@@ -1,4 +1,5 @@
-//! What clients read from observers: captures as pcapng, traces as lines; and how observers are made.
+//! What clients read from observers: captures as pcapng, traces as lines; and how observers are
+//! made.
 //!
 //! All of it runs on the API's helper threads. Control only registers and takes out.
 
@@ -24,7 +25,8 @@ use crate::wire;
 
 /// Bytes of records taken at once.
 const CHUNK: usize = 256 * 1024;
-/// How long a start or an end waits for the poll threads. One that stands still is reported elsewhere.
+/// How long a start or an end waits for the poll threads. One that stands still is reported
+/// elsewhere.
 const SETTLED: Duration = Duration::from_secs(2);
 /// Bytes of a traced frame that its line is made from.
 const TRACED_BYTES: u32 = 128;
@@ -206,7 +208,8 @@ impl CaptureStream {
         number
     }
 
-    /// Writes what there is, up to a chunk and up to the count; says whether there may be more at once.
+    /// Writes what there is, up to a chunk and up to the count; says whether there may be more at
+    /// once.
     fn take(&mut self) -> bool {
         let mut bytes = std::mem::take(&mut self.bytes);
         let mut taken = 0;

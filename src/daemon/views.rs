@@ -103,7 +103,8 @@ fn state(record: &PortRecord, snapshot: Option<&StatusSnapshot>) -> (PortState, 
         let reason = unusable.or_else(|| snapshot.memory_refused.clone());
         return (PortState::Running, reason);
     }
-    // A frontend that needs more queue pairs comes and goes many times a second, and has no other reason.
+    // A frontend that needs more queue pairs comes and goes many times a second, and has no other
+    // reason.
     let last = record
         .last_end
         .as_ref()
@@ -137,7 +138,8 @@ fn unusable(region: &Unusable) -> UnusableMemory {
     }
 }
 
-/// Names of virtio feature bits (virtio 1.2 §5.1.3 and §6); a bit without a name here is shown by its number.
+/// Names of virtio feature bits (virtio 1.2 §5.1.3 and §6); a bit without a name here is shown by
+/// its number.
 fn feature_names(features: u64) -> Vec<String> {
     let name = |bit: u32| {
         Some(match bit {

@@ -1,5 +1,6 @@
-//! Arrays of words in guest memory: alignment and length are checked when one is made, so that an access costs one
-//! comparison. Rings are made of them; whatever has its place from a guest goes through a [`Window`].
+//! Arrays of words in guest memory: alignment and length are checked when one is made, so that an
+//! access costs one comparison. Rings are made of them; whatever has its place from a guest goes
+//! through a [`Window`].
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -32,8 +33,8 @@ macro_rules! word {
         impl sealed::Word for $word {
             #[inline(always)]
             unsafe fn load(place: *mut Self, order: Ordering) -> Self {
-                // SAFETY: aligned, mapped, and accessed atomically on our side, as the caller promises; races with the
-                // guest are hardware accesses.
+                // SAFETY: aligned, mapped, and accessed atomically on our side, as the caller
+                // promises; races with the guest are hardware accesses.
                 let word = unsafe { <$atomic>::from_ptr(place) };
                 Self::from_le(word.load(order))
             }
@@ -61,7 +62,8 @@ pub struct PinnedArray<T> {
     words: PhantomData<T>,
 }
 
-// SAFETY: address and length of a place in a region, which is Send and Sync and lives as long; every access is atomic.
+// SAFETY: address and length of a place in a region, which is Send and Sync and lives as long;
+// every access is atomic.
 unsafe impl<T: Word> Send for PinnedArray<T> {}
 // SAFETY: as for Send.
 unsafe impl<T: Word> Sync for PinnedArray<T> {}
@@ -78,7 +80,8 @@ impl<T: Word> PinnedArray<T> {
         })
     }
 
-    /// The array as a value: a loop that stores keeps it in registers, where it would look here again after each store.
+    /// The array as a value: a loop that stores keeps it in registers, where it would look here
+    /// again after each store.
     #[inline(always)]
     pub fn array(&self) -> Array<'_, T> {
         Array {
@@ -127,8 +130,8 @@ impl<T: Word> PinnedArray<T> {
     /// All of it, for accesses of other sizes.
     #[inline(always)]
     pub fn window(&self) -> Window<'_> {
-        // SAFETY: `count` words from `start` on are inside the mapping (`new`), which the borrow keeps; no Rust reference to
-        // guest memory exists anywhere.
+        // SAFETY: `count` words from `start` on are inside the mapping (`new`), which the borrow
+        // keeps; no Rust reference to guest memory exists anywhere.
         unsafe { Window::from_raw(self.start.cast(), self.count * size_of::<T>()) }
     }
 }
@@ -145,7 +148,8 @@ impl<T: Word> Array<'_, T> {
     #[inline(always)]
     fn place(self, index: usize) -> *mut T {
         assert!(index < self.count, "access outside the array");
-        // SAFETY: index < count, so the word is inside the place of `PinnedArray::new`, which the borrow keeps mapped.
+        // SAFETY: index < count, so the word is inside the place of `PinnedArray::new`, which the
+        // borrow keeps mapped.
         unsafe { self.start.as_ptr().add(index) }
     }
 

@@ -25,9 +25,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crossbeam_utils::CachePadded;
 
-/// Places for regions, of all guests together: 96 guests that use all their slots. Each is a mapping, of which a process may
-/// have 65,530 (vm.max_map_count). The rest is for threads and the heap: a thread that is made with its last mappings in use
-/// ends the process.
+/// Places for regions, of all guests together: 96 guests that use all their slots. Each is a
+/// mapping, of which a process may have 65,530 (vm.max_map_count). The rest is for threads and the
+/// heap: a thread that is made with its last mappings in use ends the process.
 pub const CAPACITY: usize = 49_152;
 
 /// What is replaced at once: a page costs 8.4 µs and 2 MiB cost 0.29 ms, but 2 MiB of single pages
@@ -48,8 +48,8 @@ impl FaultMark {
         Arc::default()
     }
 
-    /// Whether memory was lost. Relaxed: the handler runs on the thread whose access failed, so that
-    /// thread sees it at once; others need no order with it.
+    /// Whether memory was lost. Relaxed: the handler runs on the thread whose access failed, so
+    /// that thread sees it at once; others need no order with it.
     #[inline(always)]
     pub fn is_set(&self) -> bool {
         self.faulted.load(Ordering::Relaxed)
@@ -68,8 +68,8 @@ impl FaultMark {
 /// Alone on its line: every poll thread reads it for every queue that has frames.
 static FAULTS: CachePadded<AtomicUsize> = CachePadded::new(AtomicUsize::new(0));
 
-/// A moment, by what had been lost until then: for the many frames during which nothing is, one look at this spares looks
-/// at each sender's mark.
+/// A moment, by what had been lost until then: for the many frames during which nothing is, one
+/// look at this spares looks at each sender's mark.
 #[derive(Clone, Copy, Debug)]
 pub struct Faults(usize);
 
@@ -116,7 +116,8 @@ impl Entry {
         let sequence = self.sequence.load(Ordering::Relaxed);
         self.sequence
             .store(sequence.wrapping_add(1), Ordering::Relaxed);
-        // Pairs with the acquire fence in `find`: who sees one of the stores below sees the odd number.
+        // Pairs with the acquire fence in `find`: who sees one of the stores below sees the odd
+        // number.
         fence(Ordering::Release);
         self.start.store(start, Ordering::Relaxed);
         self.len.store(len, Ordering::Relaxed);
@@ -126,8 +127,9 @@ impl Entry {
             .store(sequence.wrapping_add(2), Ordering::Release);
     }
 
-    /// This entry's region if `addr` is in it. An entry that changes meanwhile is not the one looked
-    /// for: the region of a faulting access is alive, and entries of live regions do not change.
+    /// This entry's region if `addr` is in it. An entry that changes meanwhile is not the one
+    /// looked for: the region of a faulting access is alive, and entries of live regions do not
+    /// change.
     fn find(&self, addr: usize) -> Option<Found> {
         let before = self.sequence.load(Ordering::Acquire);
         let found = Found {
@@ -185,8 +187,8 @@ impl Fenced {
             .get(index)?
             .write(start, len, page_size, Arc::as_ptr(&mark).cast_mut());
         if index == USED.load(Ordering::Relaxed) {
-            // Release: who sees the new end sees the entry. The thread that faults has got the region
-            // from us through some synchronisation after this, so it does see it.
+            // Release: who sees the new end sees the entry. The thread that faults has got the
+            // region from us through some synchronisation after this, so it does see it.
             USED.store(index + 1, Ordering::Release);
         }
         Some(Fenced { index, mark })
@@ -265,7 +267,8 @@ extern "C" fn on_sigbus(
     let saved = unsafe { *errno };
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
     let code = unsafe { (*info).si_code };
-    // Codes up to 0 were sent by somebody and carry no address; an unaligned access is a bug of ours.
+    // Codes up to 0 were sent by somebody and carry no address; an unaligned access is a bug of
+    // ours.
     if code <= 0 || code == libc::BUS_ADRALN || !heal(address(info)) {
         pass_on(signal, info, context);
     }
@@ -287,16 +290,17 @@ fn heal(addr: usize) -> bool {
     let Some(found) = ENTRIES[..used].iter().find_map(|entry| entry.find(addr)) else {
         return false;
     };
-    // The mark first: pages that the guest does not see must never be used unmarked.
-    // SAFETY: the access that failed was to a live region, which holds its `Fenced`, which holds the
-    // mark that the entry points to.
+    // The mark first: pages that the guest does not see must never be used unmarked. SAFETY: the
+    // access that failed was to a live region, which holds its `Fenced`, which holds the mark that
+    // the entry points to.
     unsafe { (*found.mark).set() };
     let (start, len) = hole(&found, addr);
     // Many holes can use up the process's number of mappings; the whole region needs only one.
     replace(start, len) || replace(found.start, found.len)
 }
 
-/// The aligned 2 MiB around `addr`, or its whole huge page (less is EINVAL), as far as the region goes.
+/// The aligned 2 MiB around `addr`, or its whole huge page (less is EINVAL), as far as the region
+/// goes.
 fn hole(found: &Found, addr: usize) -> (usize, usize) {
     let step = found.page_size.max(REPLACED);
     let start = (addr & !(step - 1)).max(found.start);
@@ -308,8 +312,8 @@ fn replace(start: usize, len: usize) -> bool {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
     let place = ptr::with_exposed_provenance_mut::<libc::c_void>(start);
-    // SAFETY: [start, start + len) lies in a live region (`hole` clamps to it), which is mapped shared
-    // memory that no Rust reference points into, so other contents are all that changes.
+    // SAFETY: [start, start + len) lies in a live region (`hole` clamps to it), which is mapped
+    // shared memory that no Rust reference points into, so other contents are all that changes.
     let mapped = unsafe { libc::mmap(place, len, protection, flags, -1, 0) };
     if mapped == libc::MAP_FAILED {
         return false;
@@ -343,7 +347,8 @@ fn pass_on(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::
     }
 }
 
-/// Restores the default action and raises the signal again; it is delivered when the handler returns.
+/// Restores the default action and raises the signal again; it is delivered when the handler
+/// returns.
 fn die(signal: libc::c_int) {
     // SAFETY: all zeroes is a valid sigaction: default action, empty mask.
     let action: libc::sigaction = unsafe { std::mem::zeroed() };

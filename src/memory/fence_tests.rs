@@ -129,8 +129,8 @@ fn huge_pages_are_replaced_whole() {
     assert_eq!(byte(&memory, 4 * MIB - 1), 3);
 }
 
-/// A guest of two huge pages, of which the file lost the second. Needs no page to be reserved: what is
-/// touched is behind the end of the file, and what replaces it are small pages.
+/// A guest of two huge pages, of which the file lost the second. Needs no page to be reserved: what
+/// is touched is behind the end of the file, and what replaces it are small pages.
 fn huge_guest() -> Option<GuestMemory> {
     let file = memfd::create_huge("pollux-test", 4 * MIB).ok()?;
     let memory = guest(&file, 4 * MIB).ok()?;

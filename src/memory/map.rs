@@ -1,7 +1,8 @@
 //! The map of one guest's memory: immutable, looked up by poll threads, replaced by sessions.
 //!
-//! A region whose file cannot be used is in the map, too, without a place: frontends stop at the first region that is
-//! refused, and a guest would have nothing for the sake of one file (`MemoryError::leaves_out`).
+//! A region whose file cannot be used is in the map, too, without a place: frontends stop at the
+//! first region that is refused, and a guest would have nothing for the sake of one file
+//! (`MemoryError::leaves_out`).
 //!
 //! A change makes a new map that shares the regions which did not change. Look-ups need no shared
 //! mutable state (a "last hit" would bounce between poll threads): the four largest regions, which
@@ -34,8 +35,8 @@ impl Span {
         host: NonNull::dangling(),
     };
 
-    /// Offset of `addr` in this span. One comparison: below the start, the subtraction wraps to more
-    /// than any length (e.g. 0x0fff − 0x1000 = 2^64 − 1).
+    /// Offset of `addr` in this span. One comparison: below the start, the subtraction wraps to
+    /// more than any length (e.g. 0x0fff − 0x1000 = 2^64 − 1).
     #[inline(always)]
     fn offset_of(&self, addr: u64) -> Option<u64> {
         let offset = addr.wrapping_sub(self.start);
@@ -133,8 +134,8 @@ impl GuestMemory {
         }
     }
 
-    /// The map after SET_MEM_TABLE: `specs` and nothing else. Memory that both maps have stays mapped
-    /// where it is.
+    /// The map after SET_MEM_TABLE: `specs` and nothing else. Memory that both maps have stays
+    /// mapped where it is.
     pub fn with_table(&self, specs: Vec<RegionSpec>) -> Result<GuestMemory, MemoryError> {
         if specs.is_empty() {
             return Err(MemoryError::NoRegions);
@@ -150,8 +151,8 @@ impl GuestMemory {
 
     /// The map after ADD_MEM_REG.
     ///
-    /// The same region may come again: QEMU before 8.0 adds (and removes) everything once for each queue pair. It goes
-    /// when it has been removed as often.
+    /// The same region may come again: QEMU before 8.0 adds (and removes) everything once for each
+    /// queue pair. It goes when it has been removed as often.
     pub fn with_region(&self, spec: RegionSpec) -> Result<GuestMemory, MemoryError> {
         if let Some(again) = self.added_again(&spec)? {
             return Ok(again);
@@ -205,7 +206,8 @@ impl GuestMemory {
         self.slots.len() == other.slots.len() && self.slots.iter().zip(&other.slots).all(same)
     }
 
-    /// The map with one more claim to a region that it has: same addresses, same place in the same file.
+    /// The map with one more claim to a region that it has: same addresses, same place in the same
+    /// file.
     fn added_again(&self, spec: &RegionSpec) -> Result<Option<GuestMemory>, MemoryError> {
         let is_it = |slot: &Slot| {
             slot.guest_addr == spec.guest_addr
@@ -248,8 +250,8 @@ impl GuestMemory {
         })
     }
 
-    /// The mapping that is there already, or a new one. The file is examined either way: it may have
-    /// shrunk since, and where it did under our hands the old mapping has holes.
+    /// The mapping that is there already, or a new one. The file is examined either way: it may
+    /// have shrunk since, and where it did under our hands the old mapping has holes.
     fn region(&self, spec: &RegionSpec) -> Result<Arc<Region>, MemoryError> {
         let examined = Examined::new(&spec.file, spec.offset, spec.size)?;
         let same =
@@ -300,8 +302,9 @@ impl GuestMemory {
         span.offset_of(guest_addr).map(|offset| (span, offset))
     }
 
-    /// Hands out the places of `[guest_addr, guest_addr + len)` in order, one per region it crosses.
-    /// False if a byte of it is not mapped, or if `each` said so; earlier places were handed out then.
+    /// Hands out the places of `[guest_addr, guest_addr + len)` in order, one per region it
+    /// crosses. False if a byte of it is not mapped, or if `each` said so; earlier places were
+    /// handed out then.
     pub fn windows<'m>(
         &'m self,
         guest_addr: u64,
@@ -440,7 +443,8 @@ impl From<&Slot> for Placed {
 
 /// Whether these regions can be one guest's memory; nothing is mapped before this says so.
 fn check_places(placed: Vec<Placed>) -> Result<(), MemoryError> {
-    // Refused, not left out: a frontend is told the number (GET_MAX_MEM_SLOTS), and the list must have an end.
+    // Refused, not left out: a frontend is told the number (GET_MAX_MEM_SLOTS), and the list must
+    // have an end.
     if placed.len() > MAX_REGIONS {
         return Err(MemoryError::TooManyRegions {
             count: placed.len(),

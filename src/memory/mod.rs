@@ -1,17 +1,17 @@
 //! Guest memory: regions that frontends share, mapped here, and checked places in them.
 //!
 //! A session builds a new immutable [`GuestMemory`] for every SET_MEM_TABLE, ADD_MEM_REG and
-//! REM_MEM_REG; topologies hold it through an `Arc`, so nothing is unmapped under a poll thread, and
-//! the last owner (the reaper) runs the munmap. Regions that did not change are the same mapping in
-//! both maps.
+//! REM_MEM_REG; topologies hold it through an `Arc`, so nothing is unmapped under a poll thread,
+//! and the last owner (the reaper) runs the munmap. Regions that did not change are the same
+//! mapping in both maps.
 //!
 //! Invariants:
 //! * Guest memory never becomes a Rust reference; the only way in is a [`Window`].
 //! * A window cannot outlive its mapping: it borrows from the map, or from a [`PinnedWindow`], and
 //!   both hold the [`Region`].
 //! * Only memory files are mapped (memfd, tmpfs, hugetlbfs): a page fault on FUSE or NFS could
-//!   block a poll thread for ever, and on a disk for as long as it takes to read the page. A region in
-//!   any other file is left out of the map, and the guest goes on with the rest.
+//!   block a poll thread for ever, and on a disk for as long as it takes to read the page. A region
+//!   in any other file is left out of the map, and the guest goes on with the rest.
 //! * Every mapping is known to the SIGBUS [`fence`] from before its first use until just before
 //!   its munmap, because a frontend can truncate the file at any time.
 //!
@@ -42,8 +42,8 @@ pub use words::Words;
 /// Regions one guest may have: what KVM gives a VM, and what GET_MAX_MEM_SLOTS should answer.
 pub const MAX_REGIONS: usize = 509;
 
-/// Address space one guest may take of ours: 4 TiB of the 128 there are. A sparse file costs its owner nothing, so
-/// more would let a few frontends use up what all share.
+/// Address space one guest may take of ours: 4 TiB of the 128 there are. A sparse file costs its
+/// owner nothing, so more would let a few frontends use up what all share.
 pub const MAX_GUEST_BYTES: u64 = 1 << 42;
 
 /// Why a piece of memory was not accepted. The frontend's fault, except for `FenceFull`.
@@ -161,18 +161,20 @@ pub enum MemoryError {
 }
 
 impl MemoryError {
-    /// Whether it is the region's file that cannot be used, or the switch that has no room for it. Such a region is
-    /// accepted and left out; what contradicts itself (addresses, sizes) is refused.
+    /// Whether it is the region's file that cannot be used, or the switch that has no room for it.
+    /// Such a region is accepted and left out; what contradicts itself (addresses, sizes) is
+    /// refused.
     ///
-    /// Frontends cannot go on without a region that is refused: QEMU gives the card up, or adds none behind it. An
-    /// NVDIMM in an ordinary file holds no buffers of most guests.
+    /// Frontends cannot go on without a region that is refused: QEMU gives the card up, or adds
+    /// none behind it. An NVDIMM in an ordinary file holds no buffers of most guests.
     pub(crate) fn leaves_out(&self) -> bool {
         match self {
             MemoryError::NotAFile { .. }
             | MemoryError::WrongFilesystem { .. }
             | MemoryError::TooLarge { .. }
             | MemoryError::FenceFull => true,
-            // No address space left: that passes, and the memory that the guest had before stays in use.
+            // No address space left: that passes, and the memory that the guest had before stays in
+            // use.
             MemoryError::Map { source, .. } => *source != Errno::NOMEM,
             MemoryError::NoRegions
             | MemoryError::TooManyRegions { .. }

@@ -1,5 +1,5 @@
-//! In test builds, a look at memory after every store of this thread: what another process finds if it is killed there. And a
-//! list of the places that it asks for and writes to.
+//! In test builds, a look at memory after every store of this thread: what another process finds if
+//! it is killed there. And a list of the places that it asks for and writes to.
 
 use std::cell::RefCell;
 use std::ops::Range;

@@ -56,7 +56,8 @@ pub(super) struct Examined {
 }
 
 impl Examined {
-    /// Checks kind, file system, alignment and size of `file` for a mapping of `[offset, offset + size)`.
+    /// Checks kind, file system, alignment and size of `file` for a mapping of
+    /// `[offset, offset + size)`.
     pub(super) fn new(file: &File, offset: u64, size: u64) -> Result<Examined, MemoryError> {
         let end = offset.checked_add(size).ok_or(MemoryError::Wraps {
             what: RangeKind::FileOffset,
@@ -122,7 +123,8 @@ pub struct Region {
     unmap_step: usize,
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread, and is accessed through windows only.
+// SAFETY: the mapping belongs to the process, not to a thread, and is accessed through windows
+// only.
 unsafe impl Send for Region {}
 // SAFETY: as for Send; nothing in a region changes between `map` and `drop`.
 unsafe impl Sync for Region {}
@@ -185,7 +187,8 @@ impl Region {
         self.size == 0
     }
 
-    /// Device and inode of its file, which nothing else has while this region lives or its owner does.
+    /// Device and inode of its file, which nothing else has while this region lives or its owner
+    /// does.
     pub fn file_id(&self) -> (u64, u64) {
         (self.identity.device, self.identity.inode)
     }
@@ -216,8 +219,8 @@ impl Drop for Region {
             // Up to the next multiple of the step, so that no huge page is split on the way.
             let to_boundary = self.unmap_step - place.addr() % self.unmap_step;
             let len = to_boundary.min(self.mapped - done);
-            // SAFETY: part of our own mapping; nobody has a window into it, since windows borrow from
-            // an owner of the region. An error leaves it mapped, which harms nobody.
+            // SAFETY: part of our own mapping; nobody has a window into it, since windows borrow
+            // from an owner of the region. An error leaves it mapped, which harms nobody.
             let _ = unsafe { munmap(place.cast(), len) };
             done += len;
         }
@@ -282,8 +285,8 @@ impl PinnedWindow {
     /// The place itself.
     #[inline(always)]
     pub fn window(&self) -> Window<'_> {
-        // SAFETY: inside the region's mapping (`new`, `map`), which `self` keeps alive for the borrow;
-        // no Rust reference to guest memory exists anywhere.
+        // SAFETY: inside the region's mapping (`new`, `map`), which `self` keeps alive for the
+        // borrow; no Rust reference to guest memory exists anywhere.
         unsafe { Window::from_raw(self.ptr, self.len) }
     }
 

@@ -1,9 +1,9 @@
 //! Memory that this process creates to share: the load generator's and the tests' guest memory.
 //!
-//! A frontend owns its guest's memory and passes a file descriptor of it to the backend. [`SharedMemory`]
-//! is that side: a memfd, mapped here for as long as the value lives, handed out as windows. By default
-//! it is sealed against shrinking, as QEMU seals it; cloud-hypervisor does not, and a test that
-//! truncates the file under the backend needs it unsealed.
+//! A frontend owns its guest's memory and passes a file descriptor of it to the backend.
+//! [`SharedMemory`] is that side: a memfd, mapped here for as long as the value lives, handed out
+//! as windows. By default it is sealed against shrinking, as QEMU seals it; cloud-hypervisor does
+//! not, and a test that truncates the file under the backend needs it unsealed.
 
 use std::fs::File;
 use std::io;
@@ -23,7 +23,8 @@ pub struct SharedMemory {
 }
 
 impl SharedMemory {
-    /// Creates `len` bytes of zeroed memory; `sealed` forbids that the file shrinks or grows afterwards.
+    /// Creates `len` bytes of zeroed memory; `sealed` forbids that the file shrinks or grows
+    /// afterwards.
     pub fn create(len: usize, sealed: bool) -> io::Result<Self> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = File::from(rustix::fs::memfd_create("pollux-guest", flags)?);
@@ -65,8 +66,9 @@ impl SharedMemory {
     /// The bytes `[offset, offset + len)`, or `None` where they are not all inside.
     pub fn window(&self, offset: usize, len: usize) -> Option<Window<'_>> {
         let start = NonNull::new(self.region.as_ptr())?;
-        // SAFETY: `region` maps `size()` bytes readable and writable for as long as `self` lives, which the
-        // returned lifetime is bound to; no reference into it is ever made, here or by `MmapRegion`'s users.
+        // SAFETY: `region` maps `size()` bytes readable and writable for as long as `self` lives,
+        // which the returned lifetime is bound to; no reference into it is ever made, here or by
+        // `MmapRegion`'s users.
         let all = unsafe { Window::from_raw(start, self.region.size()) };
         all.sub(offset, len)
     }

@@ -1,8 +1,8 @@
 //! A checked place in memory that the guest shares.
 //!
 //! A [`Window`] is pointer and length in one value, so that an access is always checked against the
-//! length that was validated with the pointer. Guest memory never becomes a Rust reference to plain data: the
-//! guest writes to it at any time, so only copies and atomic accesses are allowed.
+//! length that was validated with the pointer. Guest memory never becomes a Rust reference to plain
+//! data: the guest writes to it at any time, so only copies and atomic accesses are allowed.
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -26,8 +26,8 @@ const LINE: usize = 64;
 /// A piece of guest memory: where it is mapped here, and how many bytes were checked.
 ///
 /// All offsets and lengths are in bytes. An access outside the window is refused by a panic in the
-/// fixed-size accessors (their offsets come from our own code, never from the guest) and by `None` in
-/// [`Window::sub`], which is where offsets from outside go through.
+/// fixed-size accessors (their offsets come from our own code, never from the guest) and by `None`
+/// in [`Window::sub`], which is where offsets from outside go through.
 #[derive(Clone, Copy)]
 pub struct Window<'m> {
     ptr: NonNull<u8>,
@@ -35,8 +35,8 @@ pub struct Window<'m> {
     memory: PhantomData<&'m ()>,
 }
 
-// SAFETY: a window is only an address range; every access through it is a volatile copy or atomic, which
-// any thread may do while the mapping lives ('m, established in `Window::from_raw`).
+// SAFETY: a window is only an address range; every access through it is a volatile copy or atomic,
+// which any thread may do while the mapping lives ('m, established in `Window::from_raw`).
 unsafe impl Send for Window<'_> {}
 // SAFETY: as for Send: no access needs exclusive use.
 unsafe impl Sync for Window<'_> {}
@@ -51,8 +51,8 @@ impl<'m> Window<'m> {
     /// Makes a window of `len` bytes at `ptr`.
     ///
     /// # Safety
-    /// `[ptr, ptr + len)` must stay mapped readable and writable for `'m`, and nobody may hold a Rust
-    /// reference to any byte of it.
+    /// `[ptr, ptr + len)` must stay mapped readable and writable for `'m`, and nobody may hold a
+    /// Rust reference to any byte of it.
     #[inline(always)]
     pub unsafe fn from_raw(ptr: NonNull<u8>, len: usize) -> Self {
         Window {
@@ -92,7 +92,8 @@ impl<'m> Window<'m> {
         if offset > self.len || len > self.len - offset {
             return None;
         }
-        // SAFETY: offset ≤ self.len, so the result stays inside (or one past) the mapping of `from_raw`.
+        // SAFETY: offset ≤ self.len, so the result stays inside (or one past) the mapping of
+        // `from_raw`.
         let ptr = unsafe { self.ptr.add(offset) };
         Some(Window {
             ptr,
@@ -116,9 +117,9 @@ impl<'m> Window<'m> {
         );
         // SAFETY: offset ≤ self.len, checked above.
         let src = unsafe { self.ptr.as_ptr().add(offset) };
-        // SAFETY: source in the mapping (checked above), target a Rust slice: they cannot overlap, since
-        // no Rust reference to guest memory exists (`from_raw`). A guest that writes meanwhile makes the bytes
-        // arbitrary, which is what callers expect of them anyway.
+        // SAFETY: source in the mapping (checked above), target a Rust slice: they cannot overlap,
+        // since no Rust reference to guest memory exists (`from_raw`). A guest that writes
+        // meanwhile makes the bytes arbitrary, which is what callers expect of them anyway.
         unsafe { std::ptr::copy_nonoverlapping(src, to.as_mut_ptr(), to.len()) }
         // What was read is what stays: without this a compiler might copy from guest memory again
         // where the local copy is used.
@@ -142,9 +143,11 @@ impl<'m> Window<'m> {
         super::probe::stored();
     }
 
-    /// Copies the first `len` bytes of `from` to the start of this window. Panics where either is shorter.
+    /// Copies the first `len` bytes of `from` to the start of this window. Panics where either is
+    /// shorter.
     ///
-    /// The two may overlap (a guest may send a buffer to itself through a shared file), so this moves.
+    /// The two may overlap (a guest may send a buffer to itself through a shared file), so this
+    /// moves.
     #[inline(always)]
     pub fn copy_from(&self, from: &Window<'_>, len: usize) {
         assert!(
@@ -159,15 +162,15 @@ impl<'m> Window<'m> {
         super::probe::stored();
     }
 
-    /// All of it as atomics, what does not fill the last one left out: for loops that cannot afford a check an
-    /// access. Panics where the window is not aligned for them.
+    /// All of it as atomics, what does not fill the last one left out: for loops that cannot afford
+    /// a check an access. Panics where the window is not aligned for them.
     pub fn atomics<T: Atomic>(&self) -> &'m [T] {
         assert!(
             self.address().is_multiple_of(align_of::<T>()),
             "unaligned access"
         );
-        // SAFETY: inside the mapping, which lives for 'm, and aligned; atomics may be shared with whoever
-        // else writes to the memory, and any bytes are valid ones.
+        // SAFETY: inside the mapping, which lives for 'm, and aligned; atomics may be shared with
+        // whoever else writes to the memory, and any bytes are valid ones.
         unsafe { std::slice::from_raw_parts(self.ptr.as_ptr().cast(), self.len / size_of::<T>()) }
     }
 
@@ -188,8 +191,8 @@ impl<'m> Window<'m> {
 
     #[inline(always)]
     fn atomic_u16(&self, offset: usize) -> &AtomicU16 {
-        // SAFETY: `place` checked bounds and alignment; the mapping lives for 'm; every access to these
-        // words from our side is atomic, and races with the guest are hardware accesses.
+        // SAFETY: `place` checked bounds and alignment; the mapping lives for 'm; every access to
+        // these words from our side is atomic, and races with the guest are hardware accesses.
         unsafe { AtomicU16::from_ptr(self.place(offset)) }
     }
 
@@ -247,8 +250,8 @@ impl<'m> Window<'m> {
         super::probe::stored();
     }
 
-    /// Writes to every page without changing anything, so that they are all mapped for writing; returns how many there are.
-    /// A page that the file does not have yet is made.
+    /// Writes to every page without changing anything, so that they are all mapped for writing;
+    /// returns how many there are. A page that the file does not have yet is made.
     pub fn touch(&self) -> usize {
         let page = rustix::param::page_size();
         let (mut at, mut pages) = (0, 0);
@@ -257,7 +260,8 @@ impl<'m> Window<'m> {
             let byte = unsafe { self.ptr.as_ptr().add(at) };
             // SAFETY: a byte is always aligned, the mapping lives for 'm, and the access is atomic.
             let byte = unsafe { AtomicU8::from_ptr(byte) };
-            // Counts as a write for the processor whether the byte is 0 or not, and stores what was there.
+            // Counts as a write for the processor whether the byte is 0 or not, and stores what was
+            // there.
             let _ = byte.compare_exchange(0, 0, Ordering::Relaxed, Ordering::Relaxed);
             pages += 1;
             at += page - (self.address() + at) % page;
@@ -265,7 +269,8 @@ impl<'m> Window<'m> {
         pages
     }
 
-    /// Reads a byte of every page, until `go_on` says no. A page that the file does not have yet is made.
+    /// Reads a byte of every page, until `go_on` says no. A page that the file does not have yet is
+    /// made.
     pub fn touch_to_read(&self, mut go_on: impl FnMut() -> bool) {
         let page = rustix::param::page_size();
         let mut at = 0;
@@ -325,15 +330,16 @@ pub(super) fn prefetch_write<T>(place: *const T) {
     #[cfg(test)]
     super::probe::asked(place.addr());
     #[cfg(target_arch = "x86_64")]
-    // The intrinsic becomes a prefetch for reading on the default target. Processors that do not know the instruction
-    // do nothing.
-    // SAFETY: a prefetch has no architectural effect, whatever the address.
+    // The intrinsic becomes a prefetch for reading on the default target. Processors that do not
+    // know the instruction do nothing. SAFETY: a prefetch has no architectural effect, whatever the
+    // address.
     unsafe {
         std::arch::asm!("prefetchw [{}]", in(reg) place, options(nostack, preserves_flags));
     }
 }
 
-/// Several windows, one after the other: the first one, which mostly is the only one, and the others.
+/// Several windows, one after the other: the first one, which mostly is the only one, and the
+/// others.
 #[derive(Clone, Copy, Debug)]
 pub struct Pieces<'a, 'm> {
     first: Window<'m>,

@@ -22,7 +22,8 @@ enum Owner {
     File { _window: PinnedWindow },
 }
 
-// SAFETY: the address of words that are atomic, and of which the owner, Send itself, is never touched.
+// SAFETY: the address of words that are atomic, and of which the owner, Send itself, is never
+// touched.
 unsafe impl Send for Words {}
 // SAFETY: as for Send.
 unsafe impl Sync for Words {}
@@ -38,8 +39,8 @@ impl Words {
         }
     }
 
-    /// The words of a mapped file, which no guest may have mapped: its last bytes, if they are fewer than eight, are left
-    /// out.
+    /// The words of a mapped file, which no guest may have mapped: its last bytes, if they are
+    /// fewer than eight, are left out.
     pub fn mapped(window: PinnedWindow) -> Self {
         let start = window.start().cast();
         assert!(start.is_aligned(), "files are mapped at pages");
@@ -56,8 +57,9 @@ impl Deref for Words {
 
     #[inline(always)]
     fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: `start` is aligned, and `len` words from there on live as long as the owner, which `self` keeps. Whoever
-        // else has the file mapped writes whole words, as we do: atomics are all that is ever made of them.
+        // SAFETY: `start` is aligned, and `len` words from there on live as long as the owner,
+        // which `self` keeps. Whoever else has the file mapped writes whole words, as we do:
+        // atomics are all that is ever made of them.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }

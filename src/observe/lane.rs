@@ -1,4 +1,5 @@
-//! One poll thread's part of an observer: a buffer that it writes and somebody else reads, and counters.
+//! One poll thread's part of an observer: a buffer that it writes and somebody else reads, and
+//! counters.
 
 use std::ops::Add;
 
@@ -68,7 +69,8 @@ pub enum Pen {
 pub struct Counts {
     /// Frames that it kept.
     pub captured: u64,
-    /// Frames that did not fit into its buffer, or whose copy found no room in the destination of a mirror.
+    /// Frames that did not fit into its buffer, or whose copy found no room in the destination of a
+    /// mirror.
     pub missed: u64,
     /// Frames that its filter refused.
     pub filtered: u64,
@@ -144,8 +146,8 @@ impl Lane {
         self.pen.take()
     }
 
-    /// Makes the pages of the buffer, before the lane's poll thread begins: it is to take no page faults here, which
-    /// would look like those of the guest whose frame it writes (`poll::watch`).
+    /// Makes the pages of the buffer, before the lane's poll thread begins: it is to take no page
+    /// faults here, which would look like those of the guest whose frame it writes (`poll::watch`).
     pub fn touch(&self) {
         match self.take().pen.as_deref_mut() {
             // A chunk is cleared when it is made, and nobody sees one that is not committed.
@@ -174,8 +176,8 @@ impl Lane {
         }
     }
 
-    /// Writes a record of a frame: `extra`, then as much of the frame as its head says. Counts it, or counts that there
-    /// was no room.
+    /// Writes a record of a frame: `extra`, then as much of the frame as its head says. Counts it,
+    /// or counts that there was no room.
     pub fn write(&self, pen: &mut Pen, record: &Record, extra: &[u8], content: &Content<'_, '_>) {
         let kept = match pen {
             Pen::Ring(producer) => write_ring(producer, record, extra, content),
@@ -206,7 +208,8 @@ fn write_ring(
     write_whole(producer, [&record.encode(), extra], content, len)
 }
 
-/// Writes `heads` and the first `len` bytes of a frame; `false` where there is no room for all of that.
+/// Writes `heads` and the first `len` bytes of a frame; `false` where there is no room for all of
+/// that.
 pub fn write_whole(
     producer: &mut Producer<u8>,
     heads: [&[u8]; 2],
@@ -216,7 +219,8 @@ pub fn write_whole(
     if producer.slots() < heads.iter().map(|head| head.len()).sum::<usize>() + len {
         return false;
     }
-    // There is room for all of it, so none of the pushes fails; the reader waits until the whole record is there.
+    // There is room for all of it, so none of the pushes fails; the reader waits until the whole
+    // record is there.
     let push = |producer: &mut Producer<u8>, bytes: &[u8]| {
         let _ = producer.push_entire_slice(bytes);
     };
@@ -248,7 +252,8 @@ impl Reader {
         }
     }
 
-    /// Takes the oldest record there is, and its poll thread's number; `bytes` becomes what follows its head.
+    /// Takes the oldest record there is, and its poll thread's number; `bytes` becomes what follows
+    /// its head.
     pub fn next(&mut self, bytes: &mut Vec<u8>) -> Option<(usize, Record)> {
         let mut oldest: Option<(usize, Record)> = None;
         for (thread, (consumer, head)) in self.lanes.iter_mut().enumerate() {

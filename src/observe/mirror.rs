@@ -8,8 +8,8 @@ use crate::switch::PortRef;
 const COPY_BYTES: usize = 256 * 1024;
 /// Copies of one pass.
 const MOST_COPIES: usize = 4096;
-/// Frames of one pass that are told apart; those beyond may be copied twice. Twice as many places, so that looking for one
-/// is short.
+/// Frames of one pass that are told apart; those beyond may be copied twice. Twice as many places,
+/// so that looking for one is short.
 const MOST_FRAMES: usize = 2 * MOST_COPIES;
 const PLACES: usize = 2 * MOST_FRAMES;
 
@@ -43,8 +43,8 @@ impl Met {
         if self.frames.len() == MOST_FRAMES {
             return true;
         }
-        // The upper bits of a product with an odd number near 2^64 divided by the golden ratio: neighbours lie far
-        // apart.
+        // The upper bits of a product with an odd number near 2^64 divided by the golden ratio:
+        // neighbours lie far apart.
         let name = u64::from(frame.0) << 32 | u64::from(frame.1);
         let hash = name.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let mut place = (hash >> (u64::BITS - PLACES.ilog2())) as usize;
@@ -68,8 +68,9 @@ impl Met {
 
 /// Copies that wait for the next pass.
 ///
-/// A frame is copied once for each mirror, where it is first seen in the pass: one that enters through a port and leaves
-/// through another, or is flooded to several, of a mirror's ports is one frame to whoever looks at the copies.
+/// A frame is copied once for each mirror, where it is first seen in the pass: one that enters
+/// through a port and leaves through another, or is flooded to several, of a mirror's ports is one
+/// frame to whoever looks at the copies.
 #[derive(Debug)]
 pub struct Copies {
     bytes: Box<[u8]>,
@@ -79,7 +80,8 @@ pub struct Copies {
 }
 
 impl Copies {
-    /// Room for a pass; all that will ever be used. `touch`: its thread exists, and is to take no page faults here.
+    /// Room for a pass; all that will ever be used. `touch`: its thread exists, and is to take no
+    /// page faults here.
     pub(super) fn new(touch: bool) -> Copies {
         let mut copies = Copies {
             bytes: vec![0; COPY_BYTES].into(),
@@ -98,7 +100,8 @@ impl Copies {
         self.bytes[self.used..].fill(1);
     }
 
-    /// Copies what the record says of a frame, unless it was met already; `false` if there is no room.
+    /// Copies what the record says of a frame, unless it was met already; `false` if there is no
+    /// room.
     pub(super) fn push(&mut self, record: &Record, content: &Content<'_, '_>) -> bool {
         if !self.met.note(record.frame) {
             return true;

@@ -1,23 +1,26 @@
 //! Observers: captures, traces and mirrors, each an object of its own.
 //!
-//! What belongs to a port and what belongs to whoever looks at it are separate: an [`Observer`] has its own filter,
-//! buffers, counters and lifetime. Any number of them (up to `MAX_OBSERVERS`) may look at one port, and none of them
-//! matters to another. They are registered, and taken away, like ports: by publishing a topology with or without them. The
-//! last reference is the reaper's, or that of whoever reads.
+//! What belongs to a port and what belongs to whoever looks at it are separate: an [`Observer`] has
+//! its own filter, buffers, counters and lifetime. Any number of them (up to `MAX_OBSERVERS`) may
+//! look at one port, and none of them matters to another. They are registered, and taken away, like
+//! ports: by publishing a topology with or without them. The last reference is the reaper's, or
+//! that of whoever reads.
 //!
 //! - A poll thread that finds no observer in its topology tests one word a burst.
-//! - Each observer has a [`Lane`] for every poll thread that there can ever be: counters, and a bounded buffer that this
-//!   thread alone writes, without waiting: what does not fit is counted as missed. Buffers are reserved when the
-//!   observer is made, so a poll thread allocates nothing, not even for a thread that is added later.
-//! - A poll thread takes its pens (the writing ends) out of the lanes when it takes a topology over, and puts them back before
-//!   it acknowledges another one: an exchange of one word each, and none a frame.
-//! - `rtrb` makes the buffers: one writer, one reader, wait-free. What is ours, who has the pens and when a reader has seen
-//!   all, is in a file of its own, which is model-checked. That no frame is lost between an observer and its successor
-//!   needs no check: they share nothing.
+//! - Each observer has a [`Lane`] for every poll thread that there can ever be: counters, and a
+//!   bounded buffer that this thread alone writes, without waiting: what does not fit is counted as
+//!   missed. Buffers are reserved when the observer is made, so a poll thread allocates nothing,
+//!   not even for a thread that is added later.
+//! - A poll thread takes its pens (the writing ends) out of the lanes when it takes a topology
+//!   over, and puts them back before it acknowledges another one: an exchange of one word each, and
+//!   none a frame.
+//! - `rtrb` makes the buffers: one writer, one reader, wait-free. What is ours, who has the pens
+//!   and when a reader has seen all, is in a file of its own, which is model-checked. That no frame
+//!   is lost between an observer and its successor needs no check: they share nothing.
 //!
-//! The bytes that an observer sees are read from the sender's memory (but the first 128, of which there is a private copy that
-//! is also what is delivered). A guest that writes to a frame which it has given away makes these two readings
-//! differ, and no third one would tell which is right.
+//! The bytes that an observer sees are read from the sender's memory (but the first 128, of which
+//! there is a private copy that is also what is delivered). A guest that writes to a frame which it
+//! has given away makes these two readings differ, and no third one would tell which is right.
 
 mod filter;
 mod lane;
@@ -100,8 +103,8 @@ pub struct Observer {
 }
 
 impl Observer {
-    /// A capture or trace and its reader. `threads` are the poll threads that there are: their buffers are touched now, so
-    /// that they take no page faults later.
+    /// A capture or trace and its reader. `threads` are the poll threads that there are: their
+    /// buffers are touched now, so that they take no page faults later.
     pub fn with_reader(
         spec: ObserverSpec,
         threads: impl Iterator<Item = usize> + Clone,
@@ -168,8 +171,8 @@ impl Observer {
         self.ending.is_set()
     }
 
-    /// Why it has ended, once nobody writes to it any more: `reached` says whether all poll threads have acknowledged a
-    /// generation.
+    /// Why it has ended, once nobody writes to it any more: `reached` says whether all poll threads
+    /// have acknowledged a generation.
     pub fn settled_end(&self, reached: impl FnOnce(u64) -> bool) -> Option<&str> {
         self.ending.settled(reached)
     }
@@ -203,7 +206,8 @@ pub struct Taps {
 }
 
 impl Taps {
-    /// What poll threads need to know; `None` without observers. At most [`MAX_OBSERVERS`] are looked at.
+    /// What poll threads need to know; `None` without observers. At most [`MAX_OBSERVERS`] are
+    /// looked at.
     pub fn build(
         observers: &[Arc<Observer>],
         ports: impl Iterator<Item = PortRef>,

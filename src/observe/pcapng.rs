@@ -1,4 +1,5 @@
-//! Records as a pcapng section: an interface for each port, blocks with nanoseconds, direction, queue and reason.
+//! Records as a pcapng section: an interface for each port, blocks with nanoseconds, direction,
+//! queue and reason.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -165,7 +166,8 @@ impl Section {
         Ok(())
     }
 
-    /// Ends the section: what each interface has seen and missed, and why it ends. `captured` is by interface.
+    /// Ends the section: what each interface has seen and missed, and why it ends. `captured` is by
+    /// interface.
     pub fn finish(
         &mut self,
         observer: &Observer,
@@ -180,7 +182,8 @@ impl Section {
         let (started, ended) = (halves(self.started), halves(time));
         for (number, port) in self.interfaces.iter().enumerate() {
             let captured = captured.get(number).copied().unwrap_or(0);
-            // Counted by slot: what the slot's earlier ports have missed is said once, with the last of them.
+            // Counted by slot: what the slot's earlier ports have missed is said once, with the
+            // last of them.
             let later = &self.interfaces[number + 1..];
             let missed = match later.iter().any(|other| other.slot == port.slot) {
                 true => 0,
@@ -220,7 +223,8 @@ fn option(body: &mut Vec<u8>, code: u16, value: &[u8]) {
     pad(body, value);
 }
 
-/// A time as the two words, upper half first, that stand in a block of statistics; the crate writes one number.
+/// A time as the two words, upper half first, that stand in a block of statistics; the crate writes
+/// one number.
 fn halves(time: Duration) -> u64 {
     let time = nanoseconds(time);
     if cfg!(target_endian = "little") {

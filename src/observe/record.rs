@@ -1,4 +1,5 @@
-//! What poll threads write into an observer's buffers: a head of fixed size, then bytes of the frame.
+//! What poll threads write into an observer's buffers: a head of fixed size, then bytes of the
+//! frame.
 
 use crate::stats::DropReason;
 use crate::switch::PortRef;
@@ -15,7 +16,8 @@ pub enum What {
     Delivered,
     /// It was dropped, counted at the port.
     Dropped(DropReason),
-    /// The switch has decided where it goes; its bytes begin with a [`Decided`](super::trace::Decided).
+    /// The switch has decided where it goes; its bytes begin with a
+    /// [`Decided`](super::trace::Decided).
     Decided,
 }
 
@@ -34,13 +36,14 @@ pub struct Record {
     pub queue: Option<u16>,
     /// What happened.
     pub what: What,
-    /// Names the frame among those that one poll thread has in hand: the number of its transmit queue in the thread's
-    /// plan, and the low bits of its position there.
+    /// Names the frame among those that one poll thread has in hand: the number of its transmit
+    /// queue in the thread's plan, and the low bits of its position there.
     pub frame: (u16, u32),
 }
 
 impl Record {
-    /// Whether a trace learns of the frame with this record: it was decided upon, or dropped unread before that.
+    /// Whether a trace learns of the frame with this record: it was decided upon, or dropped unread
+    /// before that.
     pub(super) fn begins(&self) -> bool {
         match self.what {
             What::Decided => true,

@@ -127,7 +127,8 @@ pub struct Tracer {
 }
 
 impl Tracer {
-    /// Takes a record of a poll thread, with its bytes. No journey is begun beyond `limit` that are open.
+    /// Takes a record of a poll thread, with its bytes. No journey is begun beyond `limit` that are
+    /// open.
     pub fn take(
         &mut self,
         thread: usize,
@@ -155,7 +156,8 @@ impl Tracer {
         };
         match open.find(same) {
             Some((_, journey, _)) => journey.outcomes.push(record),
-            // Dropped before anything was decided. What else has no beginning began before the trace.
+            // Dropped before anything was decided. What else has no beginning began before the
+            // trace.
             None if record.begins() && has_room => {
                 let journey = Journey {
                     entered: record,

@@ -32,8 +32,8 @@ impl<'t> Context<'t> {
         &self.plan.queues[usize::from(number)]
     }
 
-    /// Whether memory of this sender is gone. Its mark is far away: three places to look at, for every queue of every
-    /// pass.
+    /// Whether memory of this sender is gone. Its mark is far away: three places to look at, for
+    /// every queue of every pass.
     #[inline(always)]
     pub(super) fn faulted(&self, ingress: &Ingress) -> bool {
         self.faults.is_outdated() && ingress.memory.faulted()

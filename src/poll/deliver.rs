@@ -1,7 +1,8 @@
 //! Delivery of a burst's frames into one receive queue: claim, fill, commit, publish.
 //!
-//! Claims are made as late as possible, after decision and lengths, because an open claim of a descheduled thread
-//! delays what that queue's driver sees: at most 32 frames or 64 KiB, one open claim a thread.
+//! Claims are made as late as possible, after decision and lengths, because an open claim of a
+//! descheduled thread delays what that queue's driver sees: at most 32 frames or 64 KiB, one open
+//! claim a thread.
 
 use arrayvec::ArrayVec;
 
@@ -71,7 +72,8 @@ impl<'t> Target<'_, 't> {
         left
     }
 
-    /// The same while the ring is short: sender by sender, each within its share of what is kept back.
+    /// The same while the ring is short: sender by sender, each within its share of what is kept
+    /// back.
     #[cold]
     fn deliver_shares(&mut self, mask: Mask) -> Left {
         let source = |number: usize| {
@@ -120,7 +122,8 @@ impl<'t> Target<'_, 't> {
         }
         Left {
             mask,
-            // Beyond its share a sender is refused at once: what others need is not to be had by asking again.
+            // Beyond its share a sender is refused at once: what others need is not to be had by
+            // asking again.
             hold: within.hold,
             reason: within.reason,
         }
@@ -176,7 +179,8 @@ impl<'t> Target<'_, 't> {
                 break;
             }
         }
-        // A driver that has returned nothing since the last retry failed does not do so within this pass.
+        // A driver that has returned nothing since the last retry failed does not do so within this
+        // pass.
         let worth = mask != 0 && reason != NoClaim::Broken && queue.is_worth_a_retry();
         let hold = if worth { mask } else { 0 };
         (Left { mask, hold, reason }, used)
@@ -226,7 +230,8 @@ fn fill<'t>(
     done
 }
 
-/// Senders' pages may have gone while we copied (see `lose_faulted`): what arrived is not their frames.
+/// Senders' pages may have gone while we copied (see `lose_faulted`): what arrived is not their
+/// frames.
 #[cold]
 fn blank_faulted(context: &Context<'_>, burst: &Burst<'_>, claim: &mut Claim<'_>, done: Mask) {
     for (index, number) in numbers(done).enumerate() {
@@ -259,8 +264,9 @@ fn fill_whole(target: &Window<'_>, header: usize, frame: &Frame<'_>, payload: Pi
     }
 }
 
-/// Bytes of a long copy that are asked for at once: more would be gone again, or on their way still, when they are needed
-/// (frames of 65000 bytes: 1.10 times the rate of asking for all of their lines first).
+/// Bytes of a long copy that are asked for at once: more would be gone again, or on their way
+/// still, when they are needed (frames of 65000 bytes: 1.10 times the rate of asking for all of
+/// their lines first).
 const ASKED: usize = 4096;
 
 /// Fills `place` from the start of `source`, which is as long at least.
@@ -270,9 +276,9 @@ fn copy(place: &Window<'_>, source: &Window<'_>) {
         return copy_in_pieces(place, source);
     }
     if place.len() >= LONG_COPY {
-        // The receiver's core has most of these lines, and a store that waits for one holds up those behind it. As many
-        // requests as the processor can have open, instead: 122 ns in place of 135 for 1500 bytes, and 1.24 times the rate
-        // for 9000 bytes in buffers of 1526.
+        // The receiver's core has most of these lines, and a store that waits for one holds up
+        // those behind it. As many requests as the processor can have open, instead: 122 ns in
+        // place of 135 for 1500 bytes, and 1.24 times the rate for 9000 bytes in buffers of 1526.
         place.prefetch_write_all();
     }
     place.copy_from(source, place.len());

@@ -16,7 +16,8 @@ use crate::topology::detour::{DETOUR_HEAD, Detour, head_of, is_drained, read_hea
 use crate::topology::{Egress, Topology};
 use crate::wire::flow_hash;
 
-/// Frames of one poll thread that are delivered in one pass: its next ones wait while others have their turn.
+/// Frames of one poll thread that are delivered in one pass: its next ones wait while others have
+/// their turn.
 const TURN: usize = 32;
 
 /// A thread's ends of the detour, while it works with one topology.
@@ -71,7 +72,8 @@ impl<'t> Detoured<'t> {
 }
 
 impl<'t> Delivery<'t, '_> {
-    /// Sends frames to a port that has no receive queue for this thread: not ready, or slow to touch.
+    /// Sends frames to a port that has no receive queue for this thread: not ready, or slow to
+    /// touch.
     #[cold]
     #[inline(never)]
     pub(super) fn send_elsewhere(&mut self, burst: &Burst<'t>, port: &'t Egress, mask: Mask) {
@@ -89,8 +91,8 @@ impl<'t> Delivery<'t, '_> {
         self.context.drop_egress(to, reason, burst, mask & !written);
     }
 
-    /// Delivers what other threads have sent to slow ports: some frames of each, as long as `current` says that the topology
-    /// is. Returns whether there were any.
+    /// Delivers what other threads have sent to slow ports: some frames of each, as long as
+    /// `current` says that the topology is. Returns whether there were any.
     pub(super) fn arrive(&mut self, current: &impl Fn() -> bool) -> bool {
         let Some(mut own) = self.detour.take() else {
             return false;

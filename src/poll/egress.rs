@@ -42,7 +42,8 @@ pub(super) struct Tools<'p> {
     pub(super) watch: &'p mut Watch,
 }
 
-/// Receive queues delivered to since calls were last made, and whether their publish is to be repeated.
+/// Receive queues delivered to since calls were last made, and whether their publish is to be
+/// repeated.
 #[derive(Debug, Default)]
 pub(super) struct Touched<'t>(ArrayVec<(&'t EgressQueue, bool), TOUCHED>);
 
@@ -143,8 +144,9 @@ impl<'t, 'p> Delivery<'t, 'p> {
         }
     }
 
-    /// Delivers flooded frames to every port but their own, together with what goes to that port alone: a flow whose
-    /// address was learned within the burst keeps its order. Returns the frames for ports that cannot receive.
+    /// Delivers flooded frames to every port but their own, together with what goes to that port
+    /// alone: a flow whose address was learned within the burst keeps its order. Returns the frames
+    /// for ports that cannot receive.
     fn flood(&mut self, burst: &Burst<'t>, egress: &[u16; BURST_FRAMES], all: Mask) -> Mask {
         let flood = matching(egress, EVERYWHERE);
         let (mut left, mut homeless) = (all & !flood, flood);
@@ -289,7 +291,8 @@ impl<'t, 'p> Delivery<'t, 'p> {
         }
     }
 
-    /// Keeps frames that found no buffer for the end of the pass; drops those that do not fit there.
+    /// Keeps frames that found no buffer for the end of the pass; drops those that do not fit
+    /// there.
     #[cold]
     fn hold(&mut self, burst: &Burst<'t>, (port, pair): (&Egress, u16), left: Left) {
         let mut mask = left.hold;
@@ -328,8 +331,8 @@ impl<'t, 'p> Delivery<'t, 'p> {
         self.notify();
     }
 
-    /// Repeats until nothing of ours waits to be published, and gives up waiting for others: before sleeping and before
-    /// acknowledging.
+    /// Repeats until nothing of ours waits to be published, and gives up waiting for others: before
+    /// sleeping and before acknowledging.
     pub(super) fn settle_wholly(&mut self) {
         self.settle();
         while self.touched.publish() {}
@@ -362,7 +365,8 @@ impl<'t, 'p> Delivery<'t, 'p> {
         }
     }
 
-    /// The one retry of a pass for frames that found no buffer. Whatever it does not place is dropped.
+    /// The one retry of a pass for frames that found no buffer. Whatever it does not place is
+    /// dropped.
     fn retry(&mut self) {
         let slots = std::mem::take(&mut self.held_for);
         self.owed.retried();
@@ -419,7 +423,8 @@ impl<'t, 'p> Delivery<'t, 'p> {
         self.context.drop_egress(to, reason, &self.held, rest.mask);
     }
 
-    /// Signals every driver that asked for it, with one system call; none at all while drivers poll.
+    /// Signals every driver that asked for it, with one system call; none at all while drivers
+    /// poll.
     #[inline(always)]
     fn notify(&mut self) {
         let mut calls: ArrayVec<&'t CallFd, CALLS> = ArrayVec::new();

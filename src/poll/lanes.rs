@@ -9,8 +9,9 @@ use crate::wire::flow_hash;
 
 /// The frames `mask` by the receive queue that each one's flow belongs to.
 ///
-/// A flow is in one queue as long as as many are enabled. Which one the guest would like (it sends the flow's answers from
-/// one, virtio 1.2 §5.1.6.5.5) is not asked: that would take a table of flows, written with every frame.
+/// A flow is in one queue as long as as many are enabled. Which one the guest would like (it sends
+/// the flow's answers from one, virtio 1.2 §5.1.6.5.5) is not asked: that would take a table of
+/// flows, written with every frame.
 pub(super) fn lanes<'t>(
     port: &'t Egress,
     burst: &Burst<'_>,

@@ -1,8 +1,8 @@
 //! What mirrors have copied in one pass goes to their destinations before the next.
 //!
-//! A copy takes the usual way into a receive queue, but it has no sender: nothing is learned from it, no chain waits for it,
-//! it has no share of a ring that is short, and there is no retry. Where there is no room it is the mirror that has missed
-//! a frame, and no port that has dropped one.
+//! A copy takes the usual way into a receive queue, but it has no sender: nothing is learned from
+//! it, no chain waits for it, it has no share of a ring that is short, and there is no retry. Where
+//! there is no room it is the mirror that has missed a frame, and no port that has dropped one.
 
 use crate::frame::{put_header, receive_header};
 use crate::observe::{Kind, Lane, Pen};
@@ -91,8 +91,8 @@ impl<'t> Delivery<'t, '_> {
         delivered
     }
 
-    /// Delivers a frame from private memory; or says why not. What it returns is where the receive queue must be published
-    /// up to for its driver to see the frame.
+    /// Delivers a frame from private memory; or says why not. What it returns is where the receive
+    /// queue must be published up to for its driver to see the frame.
     pub(super) fn put(
         &mut self,
         bytes: &[u8],

@@ -1,9 +1,11 @@
-//! A poll thread: passes over the transmit queues it owns, deliveries into any port, sleep when idle.
+//! A poll thread: passes over the transmit queues it owns, deliveries into any port, sleep when
+//! idle.
 //!
-//! It never blocks: no lock, no allocation, no channel, no log, and no system call but one batch of calls a pass, the
-//! idle sleep, and a look at its own CPU time where that cannot matter: once a second, and after a pass that was long
-//! already. The look tells a long pass from a thread that had no CPU. It borrows the topology, and acknowledges a new one
-//! after the burst that it is at; see `sys::snapshot`.
+//! It never blocks: no lock, no allocation, no channel, no log, and no system call but one batch of
+//! calls a pass, the idle sleep, and a look at its own CPU time where that cannot matter: once a
+//! second, and after a pass that was long already. The look tells a long pass from a thread that
+//! had no CPU. It borrows the topology, and acknowledges a new one after the burst that it is at;
+//! see `sys::snapshot`.
 
 mod context;
 mod deliver;
@@ -90,7 +92,8 @@ impl PollShared {
         self.is_slow
     }
 
-    /// Says what to ring when the thread has found that the memory of a port is slow to touch. Before it begins.
+    /// Says what to ring when the thread has found that the memory of a port is slow to touch.
+    /// Before it begins.
     pub fn report_to(&self, bell: Arc<Wake>) {
         let _ = self.bell.set(bell);
     }
@@ -203,7 +206,8 @@ struct OnCpu {
 
 impl OnCpu {
     fn look(clock: &quanta::Clock) -> Self {
-        // In this order: a CPU lost in between is then missing in the time that it ran, and so is noticed.
+        // In this order: a CPU lost in between is then missing in the time that it ran, and so is
+        // noticed.
         OnCpu {
             at: clock.raw(),
             ran: sched::own_cpu_time(),
@@ -221,10 +225,11 @@ impl OnCpu {
     }
 }
 
-/// Whether a topology that is out of date since a pass that ended at `since` may be let go of: no chain stands behind another
-/// thread's open claim, or some have for too long. A thread that has a CPU closes its claim soon, and is waited for. For one
-/// that has none whole passes go on, of which each may bring new waits. Usually it has not acknowledged either, so that
-/// nobody waits longer for that.
+/// Whether a topology that is out of date since a pass that ended at `since` may be let go of: no
+/// chain stands behind another thread's open claim, or some have for too long. A thread that has a
+/// CPU closes its claim soon, and is waited for. For one that has none whole passes go on, of which
+/// each may bring new waits. Usually it has not acknowledged either, so that nobody waits longer
+/// for that.
 #[inline(always)]
 fn may_leave(pass: &mut Pass<'_, '_>, clock: &quanta::Clock, since: u64) -> bool {
     if !pass.owes() {
@@ -241,7 +246,8 @@ fn may_leave(pass: &mut Pass<'_, '_>, clock: &quanta::Clock, since: u64) -> bool
 }
 
 impl Poller {
-    /// A poller that reads its topologies through `reader`. `epoch` is the zero of the switch's clock.
+    /// A poller that reads its topologies through `reader`. `epoch` is the zero of the switch's
+    /// clock.
     pub fn new(
         shared: Arc<PollShared>,
         reader: Reader<Topology>,
@@ -275,13 +281,14 @@ impl Poller {
         self.reader
     }
 
-    /// Runs until `PollShared::stop`; returns the reader, with nothing borrowed, for another poller to go on with.
+    /// Runs until `PollShared::stop`; returns the reader, with nothing borrowed, for another poller
+    /// to go on with.
     pub fn run(self) -> Reader<Topology> {
         self.run_with(|| {})
     }
 
-    /// The same for tests and measurements: `between` is called before every pass, for guests that are played by this
-    /// thread or in step with it.
+    /// The same for tests and measurements: `between` is called before every pass, for guests that
+    /// are played by this thread or in step with it.
     pub fn run_with(mut self, mut between: impl FnMut()) -> Reader<Topology> {
         let mut take_over = None;
         loop {
@@ -289,8 +296,8 @@ impl Poller {
                 Left::OutOfDate(next) => take_over = Some(next),
                 Left::Stop => break,
                 Left::Idle(nap) => {
-                    // No borrow is held here, so a sleeper keeps nobody's memory alive. The kicks are armed; a topology that
-                    // gives this thread new work rings the bell.
+                    // No borrow is held here, so a sleeper keeps nobody's memory alive. The kicks
+                    // are armed; a topology that gives this thread new work rings the bell.
                     self.reader.sleep();
                     self.shared.stats.sleeps.add(1);
                     self.shared.sleeper.sleep(nap, |_| {});
@@ -302,8 +309,8 @@ impl Poller {
         self.reader
     }
 
-    /// Works on the caller's thread until there is nothing to do, instead of [`Poller::run`]: how the instructions of a
-    /// frame are counted. Needs [`IdlePolicy::Adaptive`].
+    /// Works on the caller's thread until there is nothing to do, instead of [`Poller::run`]: how
+    /// the instructions of a frame are counted. Needs [`IdlePolicy::Adaptive`].
     #[inline(never)]
     pub fn drain(&mut self) {
         self.watch.disable();

@@ -1,4 +1,5 @@
-//! Making calls: one system call for all of a pass, and slow ones for their ports' sessions to make.
+//! Making calls: one system call for all of a pass, and slow ones for their ports' sessions to
+//! make.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;

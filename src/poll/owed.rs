@@ -1,12 +1,15 @@
 //! Completions that must wait.
 //!
-//! A transmit chain goes back to its driver when its frame is *published*, not merely committed: if the process is
-//! killed in between, the guest's next attachment replays the frame instead of losing it. Usually everything is published when the
-//! burst ends. Where another thread's open claim stands in front, or the frame is held for a retry, the chain and all later
-//! ones of its queue wait here (a queue completes in available order), from pass to pass: the thread itself goes on.
+//! A transmit chain goes back to its driver when its frame is *published*, not merely committed: if
+//! the process is killed in between, the guest's next attachment replays the frame instead of
+//! losing it. Usually everything is published when the burst ends. Where another thread's open
+//! claim stands in front, or the frame is held for a retry, the chain and all later ones of its
+//! queue wait here (a queue completes in available order), from pass to pass: the thread itself
+//! goes on.
 //!
-//! Behind a thread that has lost its processor they would wait for as long as that takes, and what their senders have for
-//! others would wait with them. So after [`HOLD_NS`] they are completed all the same.
+//! Behind a thread that has lost its processor they would wait for as long as that takes, and what
+//! their senders have for others would wait with them. So after [`HOLD_NS`] they are completed all
+//! the same.
 
 use arrayvec::ArrayVec;
 
@@ -14,9 +17,11 @@ use crate::frame::BURST_FRAMES;
 use crate::topology::Plan;
 use crate::virtio::ReceiveQueue;
 
-/// Longest wait for another thread's open claim, in nanoseconds: a hundred times what it takes to copy the 64 KiB of one.
+/// Longest wait for another thread's open claim, in nanoseconds: a hundred times what it takes to
+/// copy the 64 KiB of one.
 pub(super) const HOLD_NS: u64 = 1_000_000;
-/// Entries for publication: at most two for each pair of a transmit queue and a receive queue that stands still.
+/// Entries for publication: at most two for each pair of a transmit queue and a receive queue that
+/// stands still.
 pub(super) const ROOM: usize = 192;
 /// All of them: for retries as many more as a burst has frames.
 const OWED: usize = ROOM + BURST_FRAMES;
@@ -63,8 +68,9 @@ pub(super) struct Owed<'t> {
     blocked: ArrayVec<Entry<'t>, OWED>,
     /// Chains are completed although their frames are not published.
     early: bool,
-    /// Queues that were waited for in vain, and where they stood: as long as they stand there, nobody waits again.
-    /// Otherwise senders to such a queue would stand still for a while again and again.
+    /// Queues that were waited for in vain, and where they stood: as long as they stand there,
+    /// nobody waits again. Otherwise senders to such a queue would stand still for a while again
+    /// and again.
     stalled: ArrayVec<(&'t ReceiveQueue, u64), STALLED>,
 }
 
@@ -75,7 +81,8 @@ impl<'t> Owed<'t> {
         !self.blocked.is_empty() || self.early
     }
 
-    /// The chain at `position` waits until `queue` is published up to `end`, which is behind all earlier ends.
+    /// The chain at `position` waits until `queue` is published up to `end`, which is behind all
+    /// earlier ends.
     pub(super) fn until_published(
         &mut self,
         ingress: u16,
@@ -86,8 +93,8 @@ impl<'t> Owed<'t> {
         if self.is_stalled(queue) {
             return;
         }
-        // One entry for a claim is enough, for its first position holds the later ones back; and one for all claims but the
-        // oldest, of which that must not wait for those that come later.
+        // One entry for a claim is enough, for its first position holds the later ones back; and
+        // one for all claims but the oldest, of which that must not wait for those that come later.
         let mut count = 0;
         for entry in &mut self.blocked {
             if entry.ingress == ingress
@@ -103,7 +110,8 @@ impl<'t> Owed<'t> {
             }
         }
         if !self.has_room() {
-            // What they held back is completed at the end of the pass: here frames of the burst are not delivered yet.
+            // What they held back is completed at the end of the pass: here frames of the burst are
+            // not delivered yet.
             self.blocked.retain(|entry| !entry.is_published());
         }
         if self.has_room() {
@@ -127,7 +135,8 @@ impl<'t> Owed<'t> {
         });
     }
 
-    /// The chain at `position` waits for the end of the pass. A burst's worth of frames is held at most.
+    /// The chain at `position` waits for the end of the pass. A burst's worth of frames is held at
+    /// most.
     pub(super) fn until_retry(&mut self, ingress: u16, position: u64) {
         self.push(ingress, position, Wait::Retry);
     }
@@ -137,8 +146,8 @@ impl<'t> Owed<'t> {
         self.blocked.retain(|entry| !entry.is_retry());
     }
 
-    /// Forgets what is published at time `now`, and gives up queues that somebody has waited for since a time that
-    /// `is_late`. Returns whether chains are completed early.
+    /// Forgets what is published at time `now`, and gives up queues that somebody has waited for
+    /// since a time that `is_late`. Returns whether chains are completed early.
     pub(super) fn release(&mut self, now: u64, is_late: impl Fn(u64) -> bool) -> bool {
         self.blocked.retain(|entry| !entry.is_published());
         let mut late = None;

@@ -1,12 +1,14 @@
-//! A producer that is stopped in the middle of a delivery: what its queue's driver does not see meanwhile, and that
-//! nobody else notices.
+//! A producer that is stopped in the middle of a delivery: what its queue's driver does not see
+//! meanwhile, and that nobody else notices.
 //!
-//! Poll thread 0 takes the frames of `A` and delivers them to `X`; it is the one that stops. Poll thread 1 takes those of
-//! `B`, which sends to `X` and `Y` in turn, and of `C`, which sends to `Z`; it also plays all guests. The rates are
-//! compared with a thread 0 that stands still between two passes, so that the machine is equally busy.
+//! Poll thread 0 takes the frames of `A` and delivers them to `X`; it is the one that stops. Poll
+//! thread 1 takes those of `B`, which sends to `X` and `Y` in turn, and of `C`, which sends to `Z`;
+//! it also plays all guests. The rates are compared with a thread 0 that stands still between two
+//! passes, so that the machine is equally busy.
 //!
-//! What is compared is frames a pass, which no other load on the machine changes. `POLLUX_LONG=1` stops thread 0 for a
-//! second, seven times each, and compares frames a second of processor time, which wants a quiet machine.
+//! What is compared is frames a pass, which no other load on the machine changes. `POLLUX_LONG=1`
+//! stops thread 0 for a second, seven times each, and compares frames a second of processor time,
+//! which wants a quiet machine.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -168,7 +170,8 @@ impl Script<'_, '_> {
     }
 }
 
-/// What a run showed: the marks around the quiet time and around the parked one, and the counters of `X`.
+/// What a run showed: the marks around the quiet time and around the parked one, and the counters
+/// of `X`.
 struct Shown {
     quiet: [Mark; 2],
     parked: [Mark; 2],
@@ -176,7 +179,8 @@ struct Shown {
 }
 
 impl Shown {
-    /// The frames that came to `receiver` for each pass of thread 1, or each second that it ran, against the quiet time.
+    /// The frames that came to `receiver` for each pass of thread 1, or each second that it ran,
+    /// against the quiet time.
     fn rate(&self, receiver: usize) -> f64 {
         let rate = |[from, to]: &[Mark; 2]| {
             let frames = to.received[receiver] - from.received[receiver];
@@ -191,7 +195,8 @@ impl Shown {
     }
 }
 
-/// Stops thread 0 at `point` while all others go on; every frame is accounted for when this returns.
+/// Stops thread 0 at `point` while all others go on; every frame is accounted for when this
+/// returns.
 fn park_at(point: Point, closed: bool, packed: bool) -> Shown {
     let plan = Plan {
         size: 64,
@@ -263,7 +268,8 @@ impl Drop for Stop {
 
 const POINTS: [Point; 3] = [Point::Claimed, Point::Filled, Point::Publishing];
 
-/// Parks a producer; nothing comes at its own queue, and only a full ring drops. The rates at `Y` and `Z`.
+/// Parks a producer; nothing comes at its own queue, and only a full ring drops. The rates at `Y`
+/// and `Z`.
 fn rates_beside(point: Point, packed: bool) -> [f64; 2] {
     let shown = park_at(point, false, packed);
     let [from, to] = shown.parked;
@@ -280,7 +286,8 @@ fn rates_beside(point: Point, packed: bool) -> [f64; 2] {
 
 #[test]
 fn a_parked_producer_delays_its_own_queue_and_no_other() {
-    // A single comparison of two seconds on a shared machine is off by a fifth, either way: the median of several.
+    // A single comparison of two seconds on a shared machine is off by a fifth, either way: the
+    // median of several.
     let rounds = if long() { 7 } else { 1 };
     for (point, packed) in POINTS.into_iter().flat_map(|p| [(p, false), (p, true)]) {
         let mut all: Vec<[f64; 2]> = (0..rounds).map(|_| rates_beside(point, packed)).collect();
@@ -301,7 +308,8 @@ fn nobody_loops_or_waits_for_a_parked_producer() {
     for (point, packed) in POINTS.into_iter().flat_map(|p| [(p, false), (p, true)]) {
         let shown = park_at(point, false, packed);
         let ([_, from], [_, to]) = (shown.quiet, shown.parked);
-        // Chains wait for it once, and never again while it stands there; the thread goes on all the time.
+        // Chains wait for it once, and never again while it stands there; the thread goes on all
+        // the time.
         assert_eq!(to.given_up - from.given_up, 1, "{point:?} packed={packed}");
         let most = TRIES_A_PASS * (to.passes - from.passes);
         let claims = to.tries.claims - from.tries.claims;
@@ -316,7 +324,8 @@ fn nobody_loops_or_waits_for_a_parked_producer() {
 #[test]
 fn nothing_is_lost_behind_a_parked_producer() {
     for (point, packed) in POINTS.into_iter().flat_map(|p| [(p, false), (p, true)]) {
-        // `park_at` returns once every frame that was sent has come or was counted as dropped: none was dropped.
+        // `park_at` returns once every frame that was sent has come or was counted as dropped: none
+        // was dropped.
         let shown = park_at(point, true, packed);
         assert_eq!(shown.x.tx_dropped, 0, "{point:?} packed={packed}");
         let [from, to] = shown.parked;

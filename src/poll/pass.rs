@@ -1,7 +1,8 @@
 //! One topology's passes: take, decide, deliver, complete, notify.
 //!
-//! A [`Pass`] lives as long as its thread borrows one topology. Nothing of it survives: [`Pass::settle`] makes retries,
-//! publishes, completes and notifies, so that at an acknowledgement no claim is open and no chain is owed.
+//! A [`Pass`] lives as long as its thread borrows one topology. Nothing of it survives:
+//! [`Pass::settle`] makes retries, publishes, completes and notifies, so that at an acknowledgement
+//! no claim is open and no chain is owed.
 
 use arrayvec::ArrayVec;
 
@@ -20,7 +21,8 @@ use super::watch::Watch;
 
 /// Frames of one queue that are a burst of their own, and whose reading is timed: see `watch`.
 const MANY: usize = 32;
-/// Bytes taken from one queue in one pass, if not one frame alone is longer: about 10 µs of copying.
+/// Bytes taken from one queue in one pass, if not one frame alone is longer: about 10 µs of
+/// copying.
 const QUEUE_BYTES: u32 = 64 * 1024;
 
 /// Queues between asking for a queue's available index and looking at it.
@@ -60,8 +62,8 @@ impl<'t, 'p> Pass<'t, 'p> {
         &self.delivery.context
     }
 
-    /// One turn over all queues of the plan. Returns whether there was work; stops early when `current` says that the
-    /// topology is out of date.
+    /// One turn over all queues of the plan. Returns whether there was work; stops early when
+    /// `current` says that the topology is out of date.
     #[inline(always)]
     pub(super) fn run(&mut self, now_s: u32, current: impl Fn() -> bool) -> bool {
         let queues = &self.context().plan.queues;
@@ -90,15 +92,16 @@ impl<'t, 'p> Pass<'t, 'p> {
             };
             self.delivery.settle();
         } else if self.delivery.is_behind() {
-            // Claims that could not be made visible yet, or chains that wait for others' claims: nothing else may come that
-            // would look at them.
+            // Claims that could not be made visible yet, or chains that wait for others' claims:
+            // nothing else may come that would look at them.
             self.delivery.settle();
         }
         worked
     }
 
-    /// Asks for lines of the queues that come soon. Each line is in the cache of a guest's core, about 100 ns away: waiting
-    /// for one after the other is most of what many queues with a frame each would cost.
+    /// Asks for lines of the queues that come soon. Each line is in the cache of a guest's core,
+    /// about 100 ns away: waiting for one after the other is most of what many queues with a frame
+    /// each would cost.
     #[inline(always)]
     fn ask_ahead(&self, turn: usize) {
         let queues = &self.context().plan.queues;
@@ -181,8 +184,9 @@ impl<'t, 'p> Pass<'t, 'p> {
         true
     }
 
-    /// Takes a chain of several buffers, or what is none. False if there is no chain, or no room for one, or nothing more
-    /// to be read: descriptors of memory that has gone read as zeros, and each further hole would cost a fault.
+    /// Takes a chain of several buffers, or what is none. False if there is no chain, or no room
+    /// for one, or nothing more to be read: descriptors of memory that has gone read as zeros, and
+    /// each further hole would cost a fault.
     #[inline(never)]
     fn take_chain(&mut self, ingress: &'t Ingress, end: u64, from: Origin) -> bool {
         if !self.burst.has_room() {
@@ -211,7 +215,8 @@ impl<'t, 'p> Pass<'t, 'p> {
         self.context().drop_taken(from.ingress, reason, lost);
     }
 
-    /// Drops the frames of the burst from number `count` on, whose buffers in the arena begin at `mark`.
+    /// Drops the frames of the burst from number `count` on, whose buffers in the arena begin at
+    /// `mark`.
     #[cold]
     pub(super) fn lose(&mut self, (count, mark): (usize, usize), reason: DropReason) {
         for frame in &self.burst.frames()[count..] {
@@ -222,8 +227,9 @@ impl<'t, 'p> Pass<'t, 'p> {
         self.burst.cut(count, mark);
     }
 
-    /// Senders' pages may have gone while descriptors and heads were read (a file that was truncated, a full file system):
-    /// zeros came instead. Returns whether frames of others are left.
+    /// Senders' pages may have gone while descriptors and heads were read (a file that was
+    /// truncated, a full file system): zeros came instead. Returns whether frames of others are
+    /// left.
     #[cold]
     #[inline(never)]
     pub(super) fn lose_faulted(&mut self) -> bool {
@@ -266,7 +272,8 @@ impl<'t, 'p> Pass<'t, 'p> {
         self.forward(now_s);
     }
 
-    /// Copies the heads of a burst of one queue. The first wait for a page of a thread that is not alarmed is mostly here.
+    /// Copies the heads of a burst of one queue. The first wait for a page of a thread that is not
+    /// alarmed is mostly here.
     #[inline(never)]
     fn load_timed(&mut self) {
         let ingress = self.context().ingress(self.sources[0]);
@@ -309,7 +316,8 @@ impl<'t, 'p> Pass<'t, 'p> {
         }
     }
 
-    /// Fills in each frame's egress slot; returns whether any is to be flooded. `TRACED`: somebody wants to know why.
+    /// Fills in each frame's egress slot; returns whether any is to be flooded. `TRACED`: somebody
+    /// wants to know why.
     #[inline(always)]
     pub(super) fn decide<const TRACED: bool>(
         &self,
@@ -382,7 +390,8 @@ impl<'t, 'p> Pass<'t, 'p> {
         !self.owes()
     }
 
-    /// Repeats until nothing of ours waits to be published: before sleeping and before acknowledging.
+    /// Repeats until nothing of ours waits to be published: before sleeping and before
+    /// acknowledging.
     pub(super) fn settle(&mut self) {
         // What the last pass has mirrored: its next one may be of a topology without the mirror.
         self.delivery.replay();

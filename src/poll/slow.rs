@@ -1,12 +1,14 @@
-//! Passes of a thread that is alarmed, and of the thread that serves ports whose memory is slow to touch.
+//! Passes of a thread that is alarmed, and of the thread that serves ports whose memory is slow to
+//! touch.
 //!
-//! What they have in common: each transmit queue's frames are a burst of their own, and what it costs to read them is charged
-//! to its port (see `watch`).
+//! What they have in common: each transmit queue's frames are a burst of their own, and what it
+//! costs to read them is charged to its port (see `watch`).
 //!
-//! The thread of slow ports may wait as long as these make it wait, but not while others wait for it. So it copies each
-//! frame whole into private memory before it claims anything in a healthy receiver's queue (an open claim holds up what
-//! everybody delivers there), takes few frames at a time, one queue of each port in a pass, and looks whether its topology
-//! is out of date between them. Slow ports among each other share what this thread can do.
+//! The thread of slow ports may wait as long as these make it wait, but not while others wait for
+//! it. So it copies each frame whole into private memory before it claims anything in a healthy
+//! receiver's queue (an open claim holds up what everybody delivers there), takes few frames at a
+//! time, one queue of each port in a pass, and looks whether its topology is out of date between
+//! them. Slow ports among each other share what this thread can do.
 
 use arrayvec::ArrayVec;
 
@@ -99,7 +101,8 @@ impl<'t> Pass<'t, '_> {
         worked
     }
 
-    /// Takes up to `most` frames of a queue, and touches all of them, at its port's expense. Returns whether there were any.
+    /// Takes up to `most` frames of a queue, and touches all of them, at its port's expense.
+    /// Returns whether there were any.
     fn read(&mut self, ingress: &'t Ingress, number: u16, most: usize, now_s: u32) -> bool {
         let (pages, stats) = (&ingress.shared.pages, self.delivery.tools.stats);
         self.watch().begin();
@@ -120,8 +123,8 @@ impl<'t> Pass<'t, '_> {
         true
     }
 
-    /// Touches what the frames of the burst lie in, page by page: as many as cost no more than their port's budget. Returns
-    /// whether they cost more.
+    /// Touches what the frames of the burst lie in, page by page: as many as cost no more than
+    /// their port's budget. Returns whether they cost more.
     fn touch(&mut self, pages: &PageGuard) -> bool {
         let (burst, stats) = (&self.burst, self.delivery.tools.stats);
         let watch = &mut *self.delivery.tools.watch;

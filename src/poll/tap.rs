@@ -1,7 +1,8 @@
 //! Where observers look at the data path.
 //!
-//! A pass without observers finds `None` in its context and does nothing of this. With some, each step hands over its
-//! frames here: entered, decided, delivered, dropped. All of it writes into the thread's own lanes and waits for nobody.
+//! A pass without observers finds `None` in its context and does nothing of this. With some, each
+//! step hands over its frames here: entered, decided, delivered, dropped. All of it writes into the
+//! thread's own lanes and waits for nobody.
 
 use std::cell::RefCell;
 
@@ -115,7 +116,8 @@ impl<'t> Tap<'t> {
         }
     }
 
-    /// A copy that a mirror has delivered: for captures of its destination. It is neither mirrored again nor traced.
+    /// A copy that a mirror has delivered: for captures of its destination. It is neither mirrored
+    /// again nor traced.
     #[cold]
     pub(super) fn mirrored(&mut self, bytes: &[u8], to: &Egress, pair: u16) {
         let wanted = self.taps.interest(to.reference.slot).tx & !self.taps.mirrors;

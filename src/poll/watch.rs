@@ -1,25 +1,29 @@
 //! Whose memory a poll thread waits for.
 //!
-//! A page fault can keep the thread for as long as whoever owns the page likes (see `sys::pages`), and it
-//! cannot be foreseen: only a system call would tell whether a page is there, and it may go between
-//! question and use. So the thread finds out afterwards, and makes sure that it does not happen again:
+//! A page fault can keep the thread for as long as whoever owns the page likes (see `sys::pages`),
+//! and it cannot be foreseen: only a system call would tell whether a page is there, and it may go
+//! between question and use. So the thread finds out afterwards, and makes sure that it does not
+//! happen again:
 //!
-//! - A pass that was long, and in which there were page faults, *alarms* the thread. This costs nothing
-//!   where passes are short: one look at [`own_usage`] in a place where the thread looks at its CPU time.
-//! - While it is alarmed, each transmit queue's frames are a burst of their own, the sender's pages are
-//!   touched before anything is claimed for them, and each *step* (one queue taken from and read, one port
-//!   delivered to) is timed. A long one with faults is charged to the port whose memory was touched in it.
-//!   Short steps cost two looks at the clock.
-//! - An alarm lasts [`ALARM`] times as long as what caused it, and ends soon where the culprit is found.
-//! - Frames of a queue that has many are a burst of their own always, and the reading of their heads is
-//!   timed. So the first wait of all, long as it may be, is charged as well if it is there: that is where
-//!   frames in a hole are first touched. A wait elsewhere, or for one of the few frames that share a burst
-//!   with others', names nobody: it only alarms, and the second one is charged.
+//! - A pass that was long, and in which there were page faults, *alarms* the thread. This costs
+//!   nothing where passes are short: one look at [`own_usage`] in a place where the thread looks at
+//!   its CPU time.
+//! - While it is alarmed, each transmit queue's frames are a burst of their own, the sender's pages
+//!   are touched before anything is claimed for them, and each *step* (one queue taken from and
+//!   read, one port delivered to) is timed. A long one with faults is charged to the port whose
+//!   memory was touched in it. Short steps cost two looks at the clock.
+//! - An alarm lasts [`ALARM`] times as long as what caused it, and ends soon where the culprit is
+//!   found.
+//! - Frames of a queue that has many are a burst of their own always, and the reading of their
+//!   heads is timed. So the first wait of all, long as it may be, is charged as well if it is
+//!   there: that is where frames in a hole are first touched. A wait elsewhere, or for one of the
+//!   few frames that share a burst with others', names nobody: it only alarms, and the second one
+//!   is charged.
 //!
-//! Faults and waits are counted by thread, and looked at where a step was long: what short steps before it
-//! had is counted in, so a thread that is alarmed looks once at the start of each pass. A step in which the
-//! thread lost its CPU is no wait: what is charged is the time that it ran in the pass, at most, where it
-//! did not go to wait by itself.
+//! Faults and waits are counted by thread, and looked at where a step was long: what short steps
+//! before it had is counted in, so a thread that is alarmed looks once at the start of each pass. A
+//! step in which the thread lost its CPU is no wait: what is charged is the time that it ran in the
+//! pass, at most, where it did not go to wait by itself.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,8 +33,9 @@ use crate::sys::pages::{Pace, PageGuard};
 use crate::sys::sched::{Usage, own_cpu_time, own_usage};
 use crate::sys::wake::Wake;
 
-/// A step longer than this is looked at: more than it takes to make a page for each of 64 frames, 4 µs each. Guests that
-/// download into memory which nobody has used before do that for minutes, and are not to be taken for hostile ones.
+/// A step longer than this is looked at: more than it takes to make a page for each of 64 frames, 4
+/// µs each. Guests that download into memory which nobody has used before do that for minutes, and
+/// are not to be taken for hostile ones.
 const LONG_STEP_NS: u64 = 250_000;
 /// The same in the thread of slow ports: what is slow there does not have to harm anybody.
 const LONG_SLOW_STEP_NS: u64 = 20_000;
@@ -93,13 +98,14 @@ impl Watch {
         self.alarmed.is_some() || self.slow
     }
 
-    /// Ends the watch: no alarm is raised, and nobody is charged. Counts of instructions need that: an
-    /// interpreter makes every pass long.
+    /// Ends the watch: no alarm is raised, and nobody is charged. Counts of instructions need that:
+    /// an interpreter makes every pass long.
     pub(super) fn disable(&mut self) {
         (self.alarmed, self.long_ns) = (None, u64::MAX);
     }
 
-    /// A pass was long, or it is time for a look anyway: raises the alarm if there were page faults in a long one.
+    /// A pass was long, or it is time for a look anyway: raises the alarm if there were page faults
+    /// in a long one.
     #[cold]
     pub(super) fn look(&mut self, long_ns: Option<u64>) {
         let usage = own_usage();
@@ -133,7 +139,8 @@ impl Watch {
     #[inline(always)]
     pub(super) fn take_over(&mut self) {
         if self.marked {
-            // Without the culprit, or the next one is. Who else keeps the thread waiting is found anew.
+            // Without the culprit, or the next one is. Who else keeps the thread waiting is found
+            // anew.
             (self.marked, self.alarmed) = (false, Some((self.clock.raw(), SHORTEST_NS)));
         }
     }
@@ -154,8 +161,8 @@ impl Watch {
         self.began = self.clock.raw();
     }
 
-    /// A step has ended, in which the memory that `pages` guards was touched; the next one begins. Returns whether the port is one
-    /// whose memory this thread must not touch any more.
+    /// A step has ended, in which the memory that `pages` guards was touched; the next one begins.
+    /// Returns whether the port is one whose memory this thread must not touch any more.
     pub(super) fn charge(&mut self, pages: &PageGuard, stats: &ThreadStats) -> bool {
         let now = self.clock.raw();
         let ns = self.clock.delta_as_nanos(self.began, now);
@@ -166,7 +173,8 @@ impl Watch {
         self.avoids(pages)
     }
 
-    /// Within a step that touches page after page: charges it if it is long already. Returns whether to stop.
+    /// Within a step that touches page after page: charges it if it is long already. Returns
+    /// whether to stop.
     pub(super) fn charge_so_far(&mut self, pages: &PageGuard, stats: &ThreadStats) -> bool {
         let now = self.clock.raw();
         let ns = self.clock.delta_as_nanos(self.began, now);
@@ -178,8 +186,8 @@ impl Watch {
         self.avoids(pages)
     }
 
-    /// A step has ended of a thread that is not alarmed: only a wait counts, for how long the thread has run since it last looked is
-    /// not known well enough.
+    /// A step has ended of a thread that is not alarmed: only a wait counts, for how long the
+    /// thread has run since it last looked is not known well enough.
     #[inline(always)]
     pub(super) fn charge_wait(&mut self, pages: &PageGuard, stats: &ThreadStats) -> bool {
         let ns = self.clock.delta_as_nanos(self.began, self.clock.raw());

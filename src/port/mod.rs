@@ -1,9 +1,10 @@
 //! A port: what outlives its users, and what only poll threads may reach.
 //!
-//! Two halves. [`PortShared`] is name and counters: statistics readers, captures and API requests may hold it as long as
-//! they like; after removal control finds no port of that registration any more, and answers "gone". [`Device`] is guest
-//! memory, rings and file descriptors of one session: reachable only from a topology, so that its last reference is
-//! dropped on the reaper and no other thread ever runs an munmap.
+//! Two halves. [`PortShared`] is name and counters: statistics readers, captures and API requests
+//! may hold it as long as they like; after removal control finds no port of that registration any
+//! more, and answers "gone". [`Device`] is guest memory, rings and file descriptors of one session:
+//! reachable only from a topology, so that its last reference is dropped on the reaper and no other
+//! thread ever runs an munmap.
 
 use std::fmt;
 use std::io;

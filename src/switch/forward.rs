@@ -70,8 +70,8 @@ impl Decision {
     }
 }
 
-/// The station that was looked up last, for the other frames of a burst: many guests often send to one. A move that
-/// another thread sees meanwhile counts from the next burst on.
+/// The station that was looked up last, for the other frames of a burst: many guests often send to
+/// one. A move that another thread sees meanwhile counts from the next burst on.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Found(Option<(Mac, PortRef)>);
 
@@ -91,8 +91,8 @@ impl Found {
 
 /// Decides where `view` goes that came from `ingress`, and learns from it.
 ///
-/// `found` is of the same burst, begun empty. `ports` tells the generation of the port in a slot of the
-/// current topology, `None` if the slot is empty. `now_s` is a monotonic clock in seconds.
+/// `found` is of the same burst, begun empty. `ports` tells the generation of the port in a slot of
+/// the current topology, `None` if the slot is empty. `now_s` is a monotonic clock in seconds.
 #[inline]
 pub fn decide(
     view: &FrameHead,

@@ -3,7 +3,8 @@
 use std::io;
 use std::path::Path;
 
-/// Highest CPU number we deal in, plus one; the kernel's own limit on the largest x86-64 builds is 8192.
+/// Highest CPU number we deal in, plus one; the kernel's own limit on the largest x86-64 builds is
+/// 8192.
 pub const MAX_CPUS: usize = 4096;
 
 const WORDS: usize = MAX_CPUS / 64;

@@ -1,13 +1,14 @@
 //! Signalling call eventfds without ever sleeping.
 //!
-//! A `write` to a frontend's eventfd blocks for ever if the frontend filled it and cleared O_NONBLOCK,
-//! and no check before it closes that race. The kernel's asynchronous I/O signals an eventfd when a
-//! request completes, and that never sleeps: a full one just stays full, which wakes its reader, too.
-//! So a batch of one-byte writes to /dev/null, which complete at once, is a batch of calls; one
-//! `io_submit` for all of a pass (about 300 ns each, against 145 to 180 for a bare `write`).
+//! A `write` to a frontend's eventfd blocks for ever if the frontend filled it and cleared
+//! O_NONBLOCK, and no check before it closes that race. The kernel's asynchronous I/O signals an
+//! eventfd when a request completes, and that never sleeps: a full one just stays full, which wakes
+//! its reader, too. So a batch of one-byte writes to /dev/null, which complete at once, is a batch
+//! of calls; one `io_submit` for all of a pass (about 300 ns each, against 145 to 180 for a bare
+//! `write`).
 //!
-//! A [`Caller`] belongs to one thread at a time. After `new` it allocates nothing, blocks nowhere, and a
-//! descriptor that is refused costs nothing but its own call.
+//! A [`Caller`] belongs to one thread at a time. After `new` it allocates nothing, blocks nowhere,
+//! and a descriptor that is refused costs nothing but its own call.
 //!
 //! Completions pile up in a ring that the kernel shares with us. Nobody needs them, so they are
 //! discarded by moving the head to the tail: the documented user-space side of that ring. Where its
@@ -79,13 +80,14 @@ static BYTE: u8 = 0;
 const FEW: usize = 8;
 /// Most callers that are kept for later.
 const KEPT: usize = 8;
-/// Callers that no thread uses at the moment, each in a place of its own: a thread that loses its processor with one
-/// locked must not stop all others.
+/// Callers that no thread uses at the moment, each in a place of its own: a thread that loses its
+/// processor with one locked must not stop all others.
 static SPARE: [Mutex<Option<Caller>>; KEPT] = [const { Mutex::new(None) }; KEPT];
 
-/// Lets `work` make calls, for a thread that does so now and then. Such threads share: a context each would count against
-/// `aio-max-nr`, and takes the kernel milliseconds to end. Nobody waits for another one's calls. Once it has worked, and
-/// while no more than one thread at a time calls it, it does not fail any more.
+/// Lets `work` make calls, for a thread that does so now and then. Such threads share: a context
+/// each would count against `aio-max-nr`, and takes the kernel milliseconds to end. Nobody waits
+/// for another one's calls. Once it has worked, and while no more than one thread at a time calls
+/// it, it does not fail any more.
 pub fn with_spare<R>(work: impl FnOnce(&mut Caller) -> R) -> io::Result<R> {
     let taken = SPARE.iter().find_map(|place| place.try_lock().ok()?.take());
     let mut caller = match taken {
@@ -124,7 +126,8 @@ pub struct Caller {
     pointers: Box<[*mut Iocb]>,
 }
 
-// SAFETY: context and ring belong to the process; a `Caller` is used by one thread at a time (&mut self).
+// SAFETY: context and ring belong to the process; a `Caller` is used by one thread at a time (&mut
+// self).
 unsafe impl Send for Caller {}
 
 impl std::fmt::Debug for Caller {
@@ -193,8 +196,8 @@ impl Caller {
         }
     }
 
-    /// Submits the first `count` requests. The kernel stops at the first one it refuses: it says how
-    /// many it took before that, and the reason when that one is the first of a call.
+    /// Submits the first `count` requests. The kernel stops at the first one it refuses: it says
+    /// how many it took before that, and the reason when that one is the first of a call.
     fn submit(&mut self, count: usize, mut refused: impl FnMut(usize, Errno)) -> usize {
         // Anew each time, since the requests were written through another pointer since.
         let base = self.iocbs.as_mut_ptr();
@@ -252,8 +255,8 @@ impl Caller {
         let Some(ring) = self.ring else {
             return self.reap_by_call();
         };
-        // SAFETY: mapped by the kernel until io_destroy in `drop`; both fields are accessed atomically
-        // only, and the kernel accesses them as hardware does.
+        // SAFETY: mapped by the kernel until io_destroy in `drop`; both fields are accessed
+        // atomically only, and the kernel accesses them as hardware does.
         let ring = unsafe { ring.as_ref() };
         // Acquire pairs with the kernel's write barrier between event and tail; release keeps the
         // kernel from reusing the entries before this (it reads the head when it runs out of room).

@@ -1,10 +1,11 @@
 //! Calls to drivers, and who pays for slow ones.
 //!
-//! Signalling an eventfd takes as long as waking all that wait on it, and a frontend can hang twenty thousand waiters
-//! on its own (0.65 ms a signal). So poll threads time their batches. After a slow one its ports are suspects, whose
-//! calls are made one by one for a while, timed by the thread's CPU clock: being descheduled is nobody's fault. A port
-//! with one slow call has its calls *deferred*: poll threads ring the bell of its session, and that thread signals,
-//! until eight in a row were fast. Once its slow calls have cost poll threads more than [`BUDGET_US`] that is no way
+//! Signalling an eventfd takes as long as waking all that wait on it, and a frontend can hang
+//! twenty thousand waiters on its own (0.65 ms a signal). So poll threads time their batches. After
+//! a slow one its ports are suspects, whose calls are made one by one for a while, timed by the
+//! thread's CPU clock: being descheduled is nobody's fault. A port with one slow call has its calls
+//! *deferred*: poll threads ring the bell of its session, and that thread signals, until eight in a
+//! row were fast. Once its slow calls have cost poll threads more than [`BUDGET_US`] that is no way
 //! back any more: only a minute without a slow signal makes good for everything.
 
 use std::fs::File;
@@ -19,7 +20,8 @@ use super::wake::Wake;
 
 /// A signal that takes longer is slow.
 pub const SLOW: Duration = Duration::from_micros(50);
-/// What each signal of several that are made at once may take, beside [`SLOW`] for all: it wakes somebody.
+/// What each signal of several that are made at once may take, beside [`SLOW`] for all: it wakes
+/// somebody.
 const EACH: Duration = Duration::from_micros(3);
 
 /// Whether so many signals, made at once, were slow.
@@ -27,10 +29,11 @@ pub fn are_slow(signals: u32, cost: Duration) -> bool {
     cost > SLOW.saturating_add(EACH.saturating_mul(signals))
 }
 
-/// What a port's slow signals may cost poll threads, in microseconds, before its session makes them for good.
+/// What a port's slow signals may cost poll threads, in microseconds, before its session makes them
+/// for good.
 pub const BUDGET_US: u32 = 500;
-/// Fast signals of the session in a row after which poll threads try again. A processor that was busy with something
-/// else while it counted our time makes a signal look slow, too.
+/// Fast signals of the session in a row after which poll threads try again. A processor that was
+/// busy with something else while it counted our time makes a signal look slow, too.
 const PROBATION: u32 = 8;
 /// Time without a slow signal after which everything is forgiven.
 const CALM: Duration = Duration::from_secs(60);
@@ -129,7 +132,8 @@ impl CallGuard {
     /// The session made `calls` calls at once, which cost this much CPU time together.
     pub fn made_deferred(&self, calls: u64, cost: Duration) {
         if self.way() == Way::Batch {
-            // Of rings that have started. Whether the port's calls are slow is found out where somebody pays for it.
+            // Of rings that have started. Whether the port's calls are slow is found out where
+            // somebody pays for it.
             return;
         }
         self.deferred.fetch_add(calls, Ordering::Relaxed);
@@ -181,12 +185,14 @@ impl CallFd {
         &self.guard
     }
 
-    /// Leaves the call to the session. Returns the bell to signal, unless it has been rung for an earlier call.
+    /// Leaves the call to the session. Returns the bell to signal, unless it has been rung for an
+    /// earlier call.
     pub fn defer(&self) -> Option<BorrowedFd<'_>> {
         (!self.owed.swap(true, Ordering::AcqRel)).then(|| self.guard.bell.as_fd())
     }
 
-    /// Notes a call that the session owes itself: of a ring that has started, or because the descriptor is a new one.
+    /// Notes a call that the session owes itself: of a ring that has started, or because the
+    /// descriptor is a new one.
     pub fn owe(&self) {
         self.owed.store(true, Ordering::Release);
     }

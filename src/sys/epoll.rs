@@ -50,7 +50,8 @@ impl Sleeper {
         Ok(Sleeper { epoll, bell })
     }
 
-    /// Lets `kick` wake the thread; `token` (anything but `u64::MAX`) is what `sleep` hands out then.
+    /// Lets `kick` wake the thread; `token` (anything but `u64::MAX`) is what `sleep` hands out
+    /// then.
     ///
     /// A kick that came before is handed out, too, at the next sleep.
     pub fn add_kick(&self, kick: impl AsFd, token: u64) -> io::Result<()> {
@@ -71,7 +72,8 @@ impl Sleeper {
         self.bell.wake();
     }
 
-    /// Sleeps until a kick, the bell, or the end of `timeout` (`None`: no end). A signal ends it too.
+    /// Sleeps until a kick, the bell, or the end of `timeout` (`None`: no end). A signal ends it
+    /// too.
     pub fn sleep(&self, timeout: Option<Duration>, mut kicked: impl FnMut(u64)) -> Woken {
         let timeout = timeout.map(|t| Timespec {
             // Longer than the kernel can count is as good as for ever.

@@ -3,15 +3,16 @@
 //! The protocol would allow pipes and anything else. Only eventfds are taken: a call is signalled
 //! through kernel AIO, which knows nothing else, and a pipe's reader could stall us. They stay the
 //! frontend's: it holds the same file description, and may fill it or make it blocking at any time.
-//! So nobody reads or writes one directly. A call ([`super::call`]) is signalled by [`super::aio::Caller`], and a kick
-//! is watched by [`super::epoll::Sleeper`].
+//! So nobody reads or writes one directly. A call ([`super::call`]) is signalled by
+//! [`super::aio::Caller`], and a kick is watched by [`super::epoll::Sleeper`].
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 
-/// What the kernel calls an eventfd. Paths of real files start with a slash, so nothing else has it.
+/// What the kernel calls an eventfd. Paths of real files start with a slash, so nothing else has
+/// it.
 const EVENTFD: &[u8] = b"anon_inode:[eventfd]";
 
 /// Why a descriptor is not taken for notifications.
@@ -39,7 +40,8 @@ pub(super) fn eventfd(file: File) -> Result<OwnedFd, NotEventFd> {
     let target = rustix::fs::readlink(format!("/proc/self/fd/{fd}"), Vec::new())
         .map_err(|source| NotEventFd::Unknown { fd, source })?;
     if target.as_bytes() == EVENTFD {
-        // As received it would be open in a child process. A failure leaves it at that: there is none.
+        // As received it would be open in a child process. A failure leaves it at that: there is
+        // none.
         let _ = rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::CLOEXEC);
         Ok(file.into())
     } else {
@@ -63,7 +65,8 @@ impl KickFd {
         Ok(KickFd { fd, first })
     }
 
-    /// Whether the driver is known to have kicked since the descriptor came. Nobody takes kicks out, so they add up.
+    /// Whether the driver is known to have kicked since the descriptor came. Nobody takes kicks
+    /// out, so they add up.
     pub fn was_kicked(&self) -> bool {
         self.first
             .is_some_and(|first| count(&self.fd).is_some_and(|count| count > first))
@@ -85,7 +88,8 @@ fn count(fd: &OwnedFd) -> Option<u64> {
     u64::from_str_radix(count.trim(), 16).ok()
 }
 
-/// Makes descriptor `to` a copy of `from`, whatever it was: a test's way to pass off one kind for another.
+/// Makes descriptor `to` a copy of `from`, whatever it was: a test's way to pass off one kind for
+/// another.
 #[cfg(test)]
 pub(crate) fn dup_over(from: i32, to: i32) -> i32 {
     // SAFETY: both descriptors are open and the test's own.

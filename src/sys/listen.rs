@@ -1,9 +1,10 @@
 //! A listening unix socket whose file is what it should be before anybody can connect.
 //!
-//! Mode and group of the file are set between `bind` and `listen`, when a connection is still refused, so there is no
-//! moment at which it is open to all; the umask, which belongs to the whole process, stays as it is. They are set
-//! through a descriptor of the file that was bound: whoever may write the directory could put a link in its place at any
-//! moment, and a change by path would follow it, to a file of the attacker's choice.
+//! Mode and group of the file are set between `bind` and `listen`, when a connection is still
+//! refused, so there is no moment at which it is open to all; the umask, which belongs to the whole
+//! process, stays as it is. They are set through a descriptor of the file that was bound: whoever
+//! may write the directory could put a link in its place at any moment, and a change by path would
+//! follow it, to a file of the attacker's choice.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -34,7 +35,8 @@ fn failed(what: &'static str) -> impl Fn(rustix::io::Errno) -> ListenError {
     }
 }
 
-/// The file of a socket that this process bound; removed on drop, unless another one stands in its place by then.
+/// The file of a socket that this process bound; removed on drop, unless another one stands in its
+/// place by then.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
@@ -43,8 +45,8 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
-    /// Listens on `path`, without ever blocking. Without a mode the umask decides; without a group the directory or
-    /// the process does.
+    /// Listens on `path`, without ever blocking. Without a mode the umask decides; without a group
+    /// the directory or the process does.
     pub fn listen(
         path: &Path,
         mode: Option<u32>,
@@ -82,7 +84,8 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     Some((data.dev(), data.ino()))
 }
 
-/// Sets group and mode of a socket file of our own. A link, somebody else's file and one with a second name are refused.
+/// Sets group and mode of a socket file of our own. A link, somebody else's file and one with a
+/// second name are refused.
 fn set_access(path: &Path, mode: Option<u32>, group: Option<u32>) -> Result<(), ListenError> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = open(path, flags, Mode::empty()).map_err(failed("look at"))?;
@@ -102,7 +105,8 @@ fn set_access(path: &Path, mode: Option<u32>, group: Option<u32>) -> Result<(), 
         chownat(&file, "", None, group, AtFlags::EMPTY_PATH).map_err(failed("set the group of"))?;
     }
     if let Some(mode) = mode {
-        // A descriptor that is only a place takes no fchmod; its name in /proc leads to the very file.
+        // A descriptor that is only a place takes no fchmod; its name in /proc leads to the very
+        // file.
         let place = format!("/proc/self/fd/{}", file.as_raw_fd());
         chmod(place, Mode::from_raw_mode(mode)).map_err(failed("set the mode of"))?;
     }

@@ -3,13 +3,14 @@
 /// Most pages that are asked about at once.
 pub const MAX_PAGES: usize = 16;
 
-/// The node of the first of these pages that any memory stands behind; `None` where none does, and on kernels without
-/// NUMA. Touches and moves nothing.
+/// The node of the first of these pages that any memory stands behind; `None` where none does, and
+/// on kernels without NUMA. Touches and moves nothing.
 pub fn node_of(pages: &[usize]) -> Option<usize> {
     let count = pages.len().min(MAX_PAGES);
     let mut status = [-1_i32; MAX_PAGES];
-    // SAFETY: with no nodes given the call only reports (move_pages(2)). It reads `count` addresses, which it looks up
-    // without accessing what they point to, and writes as many statuses; both arrays are that long.
+    // SAFETY: with no nodes given the call only reports (move_pages(2)). It reads `count`
+    // addresses, which it looks up without accessing what they point to, and writes as many
+    // statuses; both arrays are that long.
     let result = unsafe {
         libc::syscall(
             libc::SYS_move_pages,

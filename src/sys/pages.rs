@@ -1,19 +1,19 @@
 //! What touching the memory of a port's guests costs, and who pays for that.
 //!
-//! A frontend can make its guest's memory slow to touch: a hole that it punches keeps whoever touches a
-//! page inside waiting until the whole hole is punched (0.7 s for 4 GiB), and pages that do not exist
-//! (yet, or again) are made on the thread that touches them first (0.1 ms and more for a huge one). So
-//! poll threads notice page faults in passes that were long, find out whose memory it was
-//! (`poll::watch`), and charge it here. A port whose memory has cost more than [`BUDGET_US`] is *slow*:
-//! a thread that only such ports share touches its memory from then on.
+//! A frontend can make its guest's memory slow to touch: a hole that it punches keeps whoever
+//! touches a page inside waiting until the whole hole is punched (0.7 s for 4 GiB), and pages that
+//! do not exist (yet, or again) are made on the thread that touches them first (0.1 ms and more for
+//! a huge one). So poll threads notice page faults in passes that were long, find out whose memory
+//! it was (`poll::watch`), and charge it here. A port whose memory has cost more than [`BUDGET_US`]
+//! is *slow*: a thread that only such ports share touches its memory from then on.
 //!
-//! - The budget is cost, not faults: a guest's first use of each page is a fault of a microsecond or
-//!   four. What a frame costs that lies in one such page is not charged at all (`poll::watch`), and
-//!   [`REFILL_US`] a second are forgiven, for guests that go on to new pages now and then.
+//! - The budget is cost, not faults: a guest's first use of each page is a fault of a microsecond
+//!   or four. What a frame costs that lies in one such page is not charged at all (`poll::watch`),
+//!   and [`REFILL_US`] a second are forgiven, for guests that go on to new pages now and then.
 //! - Only a minute without a slow touch ends it. The last of those is kept over sessions.
-//! - A port that stays slow and makes the switch touch ever new pages, more than `LAPS` times all that
-//!   its guest has, punches holes again and again; its session is ended. What it can make the switch use
-//!   up is the size of its memory at most, which it can use up by itself, too.
+//! - A port that stays slow and makes the switch touch ever new pages, more than `LAPS` times all
+//!   that its guest has, punches holes again and again; its session is ended. What it can make the
+//!   switch use up is the size of its memory at most, which it can use up by itself, too.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -113,7 +113,8 @@ impl PageGuard {
         u64::try_from(self.made.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// A thread has waited so long for so many page faults. Whether the port is marked because of this.
+    /// A thread has waited so long for so many page faults. Whether the port is marked because of
+    /// this.
     pub fn charge(&self, cost: Duration, faults: u64) -> bool {
         let cost_us = u32::try_from(cost.as_micros()).unwrap_or(u32::MAX);
         self.faults.fetch_add(faults, Ordering::Relaxed);
@@ -155,7 +156,8 @@ impl PageGuard {
         u128::from(calm) >= CALM.as_millis()
     }
 
-    /// Whether a guest with so many bytes of memory has made the switch touch more new pages than there can be.
+    /// Whether a guest with so many bytes of memory has made the switch touch more new pages than
+    /// there can be.
     pub fn is_endless(&self, bytes: u64) -> bool {
         let page = rustix::param::page_size() as u64;
         let faults = self.faults()

@@ -74,8 +74,8 @@ pub fn supplementary_groups(socket: impl AsFd) -> io::Result<Vec<u32>> {
     }
 }
 
-/// The number of a group, or `None` where there is none of that name. A number stands for itself unless a group has it
-/// for a name, as with `chgrp`.
+/// The number of a group, or `None` where there is none of that name. A number stands for itself
+/// unless a group has it for a name, as with `chgrp`.
 pub fn group_id(name: &str) -> io::Result<Option<u32>> {
     let found = look_up(name, |name, buffer| {
         // SAFETY: all zeroes is a valid group (null pointers, gid 0).

@@ -1,4 +1,5 @@
-//! What the system refuses, in an operator's words: what was asked for, why not, and which limit to raise.
+//! What the system refuses, in an operator's words: what was asked for, why not, and which limit to
+//! raise.
 
 use std::io;
 

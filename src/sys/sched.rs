@@ -1,7 +1,7 @@
 //! How much a thread ran, and how long it waited for its CPU.
 //!
-//! A poll thread that waits was not alone on its CPU: its guests see that as latency, so the control
-//! thread watches it.
+//! A poll thread that waits was not alone on its CPU: its guests see that as latency, so the
+//! control thread watches it.
 
 use std::io;
 use std::time::Duration;

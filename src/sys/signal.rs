@@ -1,7 +1,7 @@
 //! Signals as events of the control loop.
 //!
-//! SIGTERM and SIGINT are blocked in `main` before any thread starts, so every thread inherits that,
-//! and read from a signalfd. SIGBUS stays unblocked everywhere (see `memory::fence`).
+//! SIGTERM and SIGINT are blocked in `main` before any thread starts, so every thread inherits
+//! that, and read from a signalfd. SIGBUS stays unblocked everywhere (see `memory::fence`).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -15,8 +15,8 @@ pub enum Signal {
     Interrupt,
 }
 
-/// Makes both signals wait, for the calling thread and all that it starts from now on, until [`Signals::block`] has a place
-/// to read them from: for threads that are there before that.
+/// Makes both signals wait, for the calling thread and all that it starts from now on, until
+/// [`Signals::block`] has a place to read them from: for threads that are there before that.
 pub fn hold() -> io::Result<()> {
     block().map(drop)
 }
@@ -85,8 +85,8 @@ impl AsRawFd for Signals {
     }
 }
 
-/// Writing to a socket whose peer is gone is an error, not the end of the process. Rust's runtime does
-/// this for programs, but not for a library in somebody else's.
+/// Writing to a socket whose peer is gone is an error, not the end of the process. Rust's runtime
+/// does this for programs, but not for a library in somebody else's.
 fn ignore_sigpipe() -> io::Result<()> {
     // SAFETY: ignoring a signal runs no code of ours.
     let before = unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };

@@ -1,14 +1,16 @@
 //! Publish, acknowledge, retire: how control hands immutable views to the poll threads.
 //!
-//! One publisher, a fixed number of readers. A reader *borrows* the current view for as long as it likes and
-//! acknowledges the generation stored inside the view it borrowed; it clones nothing, drops nothing and waits for
-//! nobody. The publisher keeps every view until each reader has acknowledged a newer one or sleeps, so a reader
-//! is never the last owner. This is read-copy-update with `Arc` as the reference count.
+//! One publisher, a fixed number of readers. A reader *borrows* the current view for as long as it
+//! likes and acknowledges the generation stored inside the view it borrowed; it clones nothing,
+//! drops nothing and waits for nobody. The publisher keeps every view until each reader has
+//! acknowledged a newer one or sleeps, so a reader is never the last owner. This is
+//! read-copy-update with `Arc` as the reference count.
 //!
-//! A sleeping reader counts as acknowledged: it drops its borrow *before* it stores `ASLEEP` (or a dead guest's
-//! memory would stay mapped for hours). When it wakes, it stores "awake", then a full barrier, then loads the view; the
-//! publisher stores the view, then a full barrier, then loads the reader's word. So either the publisher sees the
-//! reader awake and waits for it, or the reader sees the new view.
+//! A sleeping reader counts as acknowledged: it drops its borrow *before* it stores `ASLEEP` (or a
+//! dead guest's memory would stay mapped for hours). When it wakes, it stores "awake", then a full
+//! barrier, then loads the view; the publisher stores the view, then a full barrier, then loads the
+//! reader's word. So either the publisher sees the reader awake and waits for it, or the reader
+//! sees the new view.
 //!
 //! The atomics come from `crate::sync`, so that the model checker runs this file as it stands.
 
@@ -64,7 +66,8 @@ pub struct Borrowed<'r, T> {
     shared: &'r Shared<T>,
 }
 
-/// A view that nobody borrows any more; dropping it may free a lot, so do that where time does not matter.
+/// A view that nobody borrows any more; dropping it may free a lot, so do that where time does not
+/// matter.
 pub struct Retired<T>(#[allow(dead_code, reason = "held to be dropped")] Arc<View<T>>);
 
 impl<T> std::fmt::Debug for Publisher<T> {
@@ -149,8 +152,8 @@ impl<T: Send + Sync> Publisher<T> {
     pub fn publish(&mut self, value: T) -> u64 {
         let generation = self.generation() + 1;
         let view = Arc::new(View { generation, value });
-        // Release: a reader that loads the pointer sees the view complete. The generation follows, so that a
-        // reader which sees it finds at least this view.
+        // Release: a reader that loads the pointer sees the view complete. The generation follows,
+        // so that a reader which sees it finds at least this view.
         self.shared
             .current
             .store(Arc::as_ptr(&view).cast_mut(), Ordering::Release);
@@ -185,7 +188,8 @@ impl<T: Send + Sync> Publisher<T> {
 }
 
 fn oldest_acknowledged<T>(shared: &Shared<T>) -> u64 {
-    // Pairs with the release of each acknowledgement: what the reader did with older views happened before.
+    // Pairs with the release of each acknowledgement: what the reader did with older views happened
+    // before.
     shared
         .acknowledged
         .iter()
@@ -230,8 +234,9 @@ impl<T: Send + Sync> Reader<T> {
         self.index
     }
 
-    /// Borrows the current view and acknowledges it. The exclusive borrow of the reader makes sure that no older view is
-    /// held: acknowledging before letting go of the old view does not compile.
+    /// Borrows the current view and acknowledges it. The exclusive borrow of the reader makes sure
+    /// that no older view is held: acknowledging before letting go of the old view does not
+    /// compile.
     pub fn borrow(&mut self) -> Borrowed<'_, T> {
         if self.word().load(Ordering::Relaxed) == ASLEEP {
             self.word().store(AWAKE, Ordering::Relaxed);
@@ -239,9 +244,10 @@ impl<T: Send + Sync> Reader<T> {
             fence(Ordering::SeqCst);
         }
         let current = self.shared.current.load(Ordering::Acquire);
-        // SAFETY: `current` points into an Arc<View> that the publisher retains until this reader's word is
-        // greater than its generation. The word is at most the generation acknowledged below while the borrow lives
-        // (`&mut self` forbids another borrow or a sleep meanwhile), or AWAKE until then.
+        // SAFETY: `current` points into an Arc<View> that the publisher retains until this reader's
+        // word is greater than its generation. The word is at most the generation acknowledged
+        // below while the borrow lives (`&mut self` forbids another borrow or a sleep meanwhile),
+        // or AWAKE until then.
         let view = unsafe { &*current };
         self.word().store(view.generation, Ordering::Release);
         Borrowed {
@@ -250,7 +256,8 @@ impl<T: Send + Sync> Reader<T> {
         }
     }
 
-    /// Says that this reader holds no view and will not for a while. The next [`Reader::borrow`] ends it.
+    /// Says that this reader holds no view and will not for a while. The next [`Reader::borrow`]
+    /// ends it.
     pub fn sleep(&mut self) {
         self.word().store(ASLEEP, Ordering::Release);
     }
@@ -265,8 +272,8 @@ impl<T> Drop for Reader<T> {
 }
 
 impl<T> Drop for Publisher<T> {
-    /// A reader that is left may still borrow the current view, so it is leaked rather than freed under it. Whoever owns
-    /// both ends the readers first.
+    /// A reader that is left may still borrow the current view, so it is leaked rather than freed
+    /// under it. Whoever owns both ends the readers first.
     fn drop(&mut self) {
         if self.shared.readers.load(Ordering::Acquire) != 0 {
             self.retained.drain(..).for_each(std::mem::forget);

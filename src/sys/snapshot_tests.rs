@@ -1,4 +1,5 @@
-//! Unit tests of `snapshot`, in a file of their own: `tests/models` includes `snapshot.rs` as it stands.
+//! Unit tests of `snapshot`, in a file of their own: `tests/models` includes `snapshot.rs` as it
+//! stands.
 
 use std::sync::Arc;
 

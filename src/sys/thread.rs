@@ -5,8 +5,8 @@ use std::thread::{Builder, JoinHandle};
 
 use super::refused::{Wanted, refused};
 
-/// Starts a thread that has a name. Where none is to be had, that is an answer: nothing panics, and what `body` owns is
-/// dropped here.
+/// Starts a thread that has a name. Where none is to be had, that is an answer: nothing panics, and
+/// what `body` owns is dropped here.
 pub fn spawn<T: Send + 'static>(
     name: impl Into<String>,
     body: impl FnOnce() -> T + Send + 'static,

@@ -1,15 +1,17 @@
 //! The way of frames to ports whose memory is slow to touch.
 //!
-//! Only the thread that serves such ports touches their memory. A poll thread that has frames for one copies them, from
-//! their healthy sender, into a bounded buffer of its own, and is done with them: it completes their chains at once. The
-//! thread of slow ports delivers from there. What does not fit is a counted drop. A buffer is a queue, so frames of one
-//! poll thread, and so of one sender, keep their order.
+//! Only the thread that serves such ports touches their memory. A poll thread that has frames for
+//! one copies them, from their healthy sender, into a bounded buffer of its own, and is done with
+//! them: it completes their chains at once. The thread of slow ports delivers from there. What does
+//! not fit is a counted drop. A buffer is a queue, so frames of one poll thread, and so of one
+//! sender, keep their order.
 //!
-//! A port that is not slow any more goes on receiving by this way from each poll thread until that one finds its buffer
-//! empty: what comes directly then is behind all that came before.
+//! A port that is not slow any more goes on receiving by this way from each poll thread until that
+//! one finds its buffer empty: what comes directly then is behind all that came before.
 //!
-//! Who has which end of a buffer is as with the pens of observers (`observe::pen`): a poll thread takes its own when it
-//! takes over a topology, and the thread of slow ports takes all the reading ends.
+//! Who has which end of a buffer is as with the pens of observers (`observe::pen`): a poll thread
+//! takes its own when it takes over a topology, and the thread of slow ports takes all the reading
+//! ends.
 
 use rtrb::{Consumer, Producer, RingBuffer};
 
@@ -17,8 +19,8 @@ use crate::observe::pen::{Held, Place};
 use crate::stats::{Counter, MAX_POLL_THREADS};
 use crate::switch::PortRef;
 
-/// Bytes of a buffer: 700 frames of 1500 bytes. A poll thread that waits for nobody fills it in a millisecond; more would
-/// only be memory that a guest which is slow can use up.
+/// Bytes of a buffer: 700 frames of 1500 bytes. A poll thread that waits for nobody fills it in a
+/// millisecond; more would only be memory that a guest which is slow can use up.
 const BYTES: usize = 1 << 20;
 /// Bytes in front of each frame.
 pub const DETOUR_HEAD: usize = 10;
@@ -63,7 +65,8 @@ impl Detour {
         self.lanes[thread].writer.take()
     }
 
-    /// The reading ends by poll thread, for the thread of slow ports while it works with a topology.
+    /// The reading ends by poll thread, for the thread of slow ports while it works with a
+    /// topology.
     pub fn readers(&self) -> impl Iterator<Item = Held<'_, Consumer<u8>>> {
         self.lanes.iter().map(|lane| lane.reader.take())
     }
@@ -78,7 +81,8 @@ impl Detour {
         self.lanes[thread].done.add(1);
     }
 
-    /// Whether nothing is under way. For control: once every poll thread knows that ports return, it stays so for them.
+    /// Whether nothing is under way. For control: once every poll thread knows that ports return,
+    /// it stays so for them.
     pub fn is_empty(&self) -> bool {
         let mut lanes = self.lanes.iter();
         lanes.all(|lane| lane.done.get() >= lane.written.get())

@@ -1,9 +1,10 @@
 //! What a driver commands (virtio 1.2 §5.1.6.5), and whether it holds.
 //!
-//! A command is answered with OK where what it asks for is so afterwards, and with an error where it is not. Filters are
-//! best effort in virtio: a device may pass more than its driver asked for (notes in §5.1.6.5.1 to §5.1.6.5.3). A
-//! port passes whatever is sent to it: it learns addresses and looks at no VLAN of a frame. So each mode that
-//! lets more pass holds, and each filter is obeyed as far as a driver may rely on it.
+//! A command is answered with OK where what it asks for is so afterwards, and with an error where
+//! it is not. Filters are best effort in virtio: a device may pass more than its driver asked for
+//! (notes in §5.1.6.5.1 to §5.1.6.5.3). A port passes whatever is sent to it: it learns addresses
+//! and looks at no VLAN of a frame. So each mode that lets more pass holds, and each filter is
+//! obeyed as far as a driver may rely on it.
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET, VIRTIO_NET_CTRL_MAC_TABLE_SET,
@@ -31,7 +32,8 @@ pub(super) enum Change {
     Pairs(u16),
 }
 
-/// Reads a command of a driver that has acknowledged these features and knows of so many pairs; `None` is an error.
+/// Reads a command of a driver that has acknowledged these features and knows of so many pairs;
+/// `None` is an error.
 pub(super) fn read(command: &[u8], features: u64, pairs: u16) -> Option<Change> {
     let (&[class, kind], data) = command.split_first_chunk()?;
     let has = |feature: u32| (features & (1 << feature) != 0).then_some(());
@@ -49,8 +51,9 @@ pub(super) fn read(command: &[u8], features: u64, pairs: u16) -> Option<Change> 
         }
         (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET) => {
             has(VIRTIO_NET_F_CTRL_MAC_ADDR)?;
-            // Frames to the address come once it was learned, and before. But where the driver reads its address in
-            // the device's configuration it would have to be the new one, and that is the frontend's.
+            // Frames to the address come once it was learned, and before. But where the driver
+            // reads its address in the device's configuration it would have to be the new one, and
+            // that is the frontend's.
             let unicast = matches!(data, [first, ..] if first & 1 == 0);
             let can = data.len() == ADDRESS && unicast && has(VIRTIO_NET_F_MAC).is_none();
             can.then_some(Change::None)

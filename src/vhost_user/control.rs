@@ -1,9 +1,9 @@
 //! When a session looks for commands of its guest's driver.
 //!
-//! No poll thread ever does: a command may wait for all of them. The kick descriptor is watched as theirs are, by edges
-//! in an epoll and without reading it, which its other owners could make block. A driver that kicks or commands
-//! without end waits for itself: so many turns at once, one a millisecond from then on, a few commands each, and the
-//! frontend's messages in between.
+//! No poll thread ever does: a command may wait for all of them. The kick descriptor is watched as
+//! theirs are, by edges in an epoll and without reading it, which its other owners could make
+//! block. A driver that kicks or commands without end waits for itself: so many turns at once, one
+//! a millisecond from then on, a few commands each, and the frontend's messages in between.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -40,7 +40,8 @@ impl Control {
         }
     }
 
-    /// Answers commands, if there may be any. Returns how long to leave the rest alone, if there may be more.
+    /// Answers commands, if there may be any. Returns how long to leave the rest alone, if there
+    /// may be more.
     pub(super) fn serve(
         &mut self,
         device: &mut DeviceState,
@@ -61,7 +62,8 @@ impl Control {
         Ok(self.due.then_some(Duration::ZERO))
     }
 
-    /// What becomes readable when the driver kicks. Nobody listens while commands wait for their turn.
+    /// What becomes readable when the driver kicks. Nobody listens while commands wait for their
+    /// turn.
     pub(super) fn bell(&self) -> Option<BorrowedFd<'_>> {
         let (_, sleeper) = self.watched.as_ref().filter(|_| !self.due)?;
         Some(sleeper.as_fd())

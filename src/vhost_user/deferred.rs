@@ -1,8 +1,8 @@
-//! Calls that the session makes: those that poll threads leave to it, because signalling them is slow, and one for each
-//! ring that starts, which no poll thread's other guests need wait for.
+//! Calls that the session makes: those that poll threads leave to it, because signalling them is
+//! slow, and one for each ring that starts, which no poll thread's other guests need wait for.
 //!
-//! By kernel AIO here, too: a `write` that blocks would pin session and port. What the frontend makes slow, it
-//! waits for itself: nobody else is called by this thread.
+//! By kernel AIO here, too: a `write` that blocks would pin session and port. What the frontend
+//! makes slow, it waits for itself: nobody else is called by this thread.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,8 +39,8 @@ impl Deferred {
         self.guard.bell()
     }
 
-    /// Makes the calls that were left to it. Returns how long to do nothing then, and whether they are still owed: the kernel
-    /// has no context for them.
+    /// Makes the calls that were left to it. Returns how long to do nothing then, and whether they
+    /// are still owed: the kernel has no context for them.
     pub(super) fn make(&mut self, device: &mut DeviceState) -> (Duration, bool) {
         self.look(device);
         let made = with_spare(|caller| {

@@ -1,9 +1,10 @@
 //! What a frontend has set up so far, and the [`Device`] that follows from it.
 //!
-//! Every change ends in [`DeviceState::update`]: rings that can start now are started, and a new device is posted.
-//! Every change that takes something away goes through [`DeviceState::stop`] first: rings are taken out,
-//! the device without them is posted and settled, and only then do they hand over their position and disappear.
-//! Rings that a change does not concern stay the same queue objects in the next device.
+//! Every change ends in [`DeviceState::update`]: rings that can start now are started, and a new
+//! device is posted. Every change that takes something away goes through [`DeviceState::stop`]
+//! first: rings are taken out, the device without them is posted and settled, and only then do they
+//! hand over their position and disappear. Rings that a change does not concern stay the same queue
+//! objects in the next device.
 
 mod controlq;
 mod features;
@@ -43,8 +44,8 @@ pub(super) struct DeviceState {
     /// GET_QUEUE_NUM was answered.
     pub(super) queues_asked: bool,
     begun: Instant,
-    /// Rings whose position the answer to the message at hand tells, or that it resets: their records are forgotten when
-    /// it is on its way.
+    /// Rings whose position the answer to the message at hand tells, or that it resets: their
+    /// records are forgotten when it is on its way.
     handed_over: Vec<RingName>,
     /// Index of the controlq, where one may be in use.
     controlq: Option<usize>,
@@ -140,8 +141,8 @@ impl DeviceState {
         self.start(true);
     }
 
-    /// A running ring has another call descriptor. A call by the one before may not have reached the driver: once nobody
-    /// uses that any more, a spare one is owed.
+    /// A running ring has another call descriptor. A call by the one before may not have reached
+    /// the driver: once nobody uses that any more, a spare one is owed.
     pub(super) fn replaced_call(&mut self, index: u8) {
         let posted = self.start(true);
         if let Some(ring) = self.rings.get_mut(usize::from(index)) {
@@ -227,7 +228,8 @@ impl DeviceState {
             packed,
             base,
         });
-        // A packed ring's base has two halves, of which one counts; a split ring knows better than any.
+        // A packed ring's base has two halves, of which one counts; a split ring knows better than
+        // any.
         let counts = if packed { u32::MAX } else { 0xffff };
         if let Some(asked) = asked.filter(|asked| *asked & counts != base) {
             self.event(SessionEvent::BaseDiffers {
@@ -253,7 +255,8 @@ impl DeviceState {
         }
     }
 
-    /// The answer to the last message is on its way: the frontend knows where its rings stand, or does not want to know.
+    /// The answer to the last message is on its way: the frontend knows where its rings stand, or
+    /// does not want to know.
     pub(super) fn answered(&mut self) {
         let rings = self.handed_over.drain(..);
         if let Some(records) = &self.options.records {
@@ -273,9 +276,10 @@ impl DeviceState {
                 if ring.name.is_receiveq() {
                     pair.receive = ring.receive(enabled && !ring.left_out);
                 } else if enabled || ring.enable == Some(false) {
-                    // Frames on a disabled ring are discarded (vhost-user, "Ring states"). But frontends start rings
-                    // before they enable them for the first time, and what a guest had in its ring when its last
-                    // backend died must not get lost in between: until then the ring waits.
+                    // Frames on a disabled ring are discarded (vhost-user, "Ring states"). But
+                    // frontends start rings before they enable them for the first time, and what a
+                    // guest had in its ring when its last backend died must not get lost in
+                    // between: until then the ring waits.
                     pair.transmit = ring.transmit(enabled);
                 }
             }
@@ -306,8 +310,8 @@ impl DeviceState {
         }
     }
 
-    /// Stops the running rings that `which` selects. When this returns, nobody touches them any more, and each
-    /// ring's base is where it stands.
+    /// Stops the running rings that `which` selects. When this returns, nobody touches them any
+    /// more, and each ring's base is where it stands.
     fn stop(&mut self, which: impl Fn(&Vring) -> bool) -> Result<(), Gone> {
         let mut stopped: Vec<(usize, Running)> = Vec::new();
         for (at, ring) in self
@@ -335,8 +339,9 @@ impl DeviceState {
 
     // ---- messages --------------------------------------------------------------------------------
 
-    /// A new map: all rings stop, move over to it, and go on where they stood. One that is not in it any more
-    /// stays stopped. The same map again stops none: frames that come meanwhile would be lost for nothing.
+    /// A new map: all rings stop, move over to it, and go on where they stood. One that is not in
+    /// it any more stays stopped. The same map again stops none: frames that come meanwhile would
+    /// be lost for nothing.
     pub(super) fn set_memory(&mut self, memory: GuestMemory) -> Result<(), SessionError> {
         if memory.is_laid_out_like(&self.memory) {
             self.memory = Arc::new(memory);
@@ -354,7 +359,8 @@ impl DeviceState {
     }
 
     pub(super) fn set_size(&mut self, index: u32, size: u32) -> Result<(), SessionError> {
-        // Before SET_FEATURES it may still become a packed ring, whose size need not be a power of two.
+        // Before SET_FEATURES it may still become a packed ring, whose size need not be a power of
+        // two.
         let packed = ring_features(self.features.unwrap_or(self.options.offered())).packed;
         let ring = self.ring(index)?;
         let name = ring.name;
@@ -368,8 +374,8 @@ impl DeviceState {
         Ok(())
     }
 
-    /// SET_VRING_ADDR. QEMU sends it again while rings run; the same addresses change nothing, and others restart
-    /// the ring there.
+    /// SET_VRING_ADDR. QEMU sends it again while rings run; the same addresses change nothing, and
+    /// others restart the ring there.
     pub(super) fn set_addresses(
         &mut self,
         index: u32,
@@ -381,7 +387,8 @@ impl DeviceState {
             return Ok(());
         }
         let name = ring.name;
-        // Where everything is known already, a wrong address is an error; else it is found when the ring starts.
+        // Where everything is known already, a wrong address is an error; else it is found when the
+        // ring starts.
         if let (Some(size), Some(features), true) = (ring.size, features, memory.len_bytes() > 0) {
             let places = addresses.places(&memory, size, ring_features(features));
             if places.is_none() && addresses.refusal(&memory) == Refusal::NotMapped {
@@ -415,7 +422,8 @@ impl DeviceState {
         Ok(base)
     }
 
-    /// SET_VRING_ENABLE, which may come before anything else. Disabled means that nobody delivers any more.
+    /// SET_VRING_ENABLE, which may come before anything else. Disabled means that nobody delivers
+    /// any more.
     pub(super) fn enable(&mut self, index: u32, value: u32) -> Result<(), SessionError> {
         let enable = match value {
             0 => false,
@@ -424,8 +432,8 @@ impl DeviceState {
         };
         let ring = self.ring(index)?;
         let running = ring.running.is_some();
-        // A ring that does not run is disabled as it is. DPDK's virtio-user in server mode says so first of all on every
-        // new connection, and means to enable the ring once it has started.
+        // A ring that does not run is disabled as it is. DPDK's virtio-user in server mode says so
+        // first of all on every new connection, and means to enable the ring once it has started.
         let told = (enable || running).then_some(enable);
         let before = std::mem::replace(&mut ring.enable, told);
         if before == told {
@@ -444,7 +452,8 @@ impl DeviceState {
         Ok(())
     }
 
-    /// RESET_DEVICE: rings stop and everything about them but the call descriptors is forgotten; memory stays.
+    /// RESET_DEVICE: rings stop and everything about them but the call descriptors is forgotten;
+    /// memory stays.
     pub(super) fn reset(&mut self) -> Result<(), SessionError> {
         self.stop(|_| true)?;
         self.handed_over
@@ -455,8 +464,8 @@ impl DeviceState {
         Ok(())
     }
 
-    /// How a frontend left that never set features: QEMU, where it is to have more queue pairs than are offered, asks for their
-    /// number and gives up, and tries again at once.
+    /// How a frontend left that never set features: QEMU, where it is to have more queue pairs than
+    /// are offered, asks for their number and gives up, and tries again at once.
     pub(super) fn gave_up(&self, now: Instant) -> bool {
         let short = now.saturating_duration_since(self.begun) < GAVE_UP_WITHIN;
         self.queues_asked && self.features.is_none() && short
@@ -467,7 +476,8 @@ impl DeviceState {
     /// Lets go of rings and memory, whatever happened before.
     pub(super) fn release(&mut self) -> Result<(), Gone> {
         let stopped = self.stop(|_| true);
-        // A stop that failed has taken the rings out all the same, and the port is gone with its topology.
+        // A stop that failed has taken the rings out all the same, and the port is gone with its
+        // topology.
         self.memory = Arc::new(GuestMemory::new(Arc::clone(self.memory.fault_mark())));
         self.rings.clear();
         self.controlq = None;

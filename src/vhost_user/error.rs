@@ -189,7 +189,8 @@ pub const ASKED_FOR_QUEUES: &str =
 pub enum SessionEnd {
     /// The frontend hung up, or the session was stopped from outside.
     Disconnected,
-    /// The frontend hung up after it had asked for the number of queue pairs: it needs more of them.
+    /// The frontend hung up after it had asked for the number of queue pairs: it needs more of
+    /// them.
     AskedForQueues {
         /// How many are offered.
         pairs: u16,

@@ -14,7 +14,8 @@ use crate::virtio::Broken;
 pub const MEMORY_LOST: &str =
     "guest memory is lost: its file was truncated, or its file system is full";
 
-/// A ring by its vring index: receiveq `2n`, transmitq `2n + 1`, and one for commands (virtio 1.2 §5.1.2).
+/// A ring by its vring index: receiveq `2n`, transmitq `2n + 1`, and one for commands (virtio 1.2
+/// §5.1.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingName {
     /// The index.
@@ -99,8 +100,9 @@ pub enum SessionEvent {
         /// Position it starts at, as GET_VRING_BASE would answer it.
         base: u32,
     },
-    /// A ring does not start where SET_VRING_BASE said: a split ring starts at its used index, a packed ring where
-    /// both halves of its base should have said (virtio-user's upper half is always 0).
+    /// A ring does not start where SET_VRING_BASE said: a split ring starts at its used index, a
+    /// packed ring where both halves of its base should have said (virtio-user's upper half is
+    /// always 0).
     BaseDiffers {
         /// Which.
         ring: RingName,

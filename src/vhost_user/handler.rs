@@ -1,7 +1,7 @@
 //! The crate's requests, turned into changes of the device state.
 //!
-//! Only what is offered does anything; the crate gates most of the rest by the negotiated features, and
-//! what it lets through is refused here.
+//! Only what is offered does anything; the crate gates most of the rest by the negotiated features,
+//! and what it lets through is refused here.
 
 use std::fs::File;
 
@@ -85,8 +85,8 @@ fn spec(region: &VhostUserMemoryRegion, file: File) -> RegionSpec {
 }
 
 impl VhostUserBackendReqHandlerMut for DeviceState {
-    // A backend without INFLIGHT or a second connection has no use for ownership; both are tolerated at any time,
-    // as the specification recommends for RESET_OWNER.
+    // A backend without INFLIGHT or a second connection has no use for ownership; both are
+    // tolerated at any time, as the specification recommends for RESET_OWNER.
     fn set_owner(&mut self) -> CrateResult<()> {
         Ok(())
     }
@@ -167,7 +167,8 @@ impl VhostUserBackendReqHandlerMut for DeviceState {
         self.told(result)
     }
 
-    /// The descriptor is closed: it is the frontend's to be stalled with, and frontends only log what it says.
+    /// The descriptor is closed: it is the frontend's to be stalled with, and frontends only log
+    /// what it says.
     fn set_vring_err(&mut self, index: u8, _file: Option<File>) -> CrateResult<()> {
         let result = self.ring(index.into()).map(|_| ());
         self.told(result)

@@ -1,9 +1,10 @@
 //! Messages before the crate sees them.
 //!
-//! The crate reads a header and then a body with one call each, and takes half a body for an error. So each header is
-//! peeked at first, and nothing is read before the whole message has arrived. It must arrive within a deadline
-//! from its first byte on; between messages a frontend may be silent for ever. What the crate does not
-//! know is read here, which also makes the kernel close any descriptor that came with it.
+//! The crate reads a header and then a body with one call each, and takes half a body for an error.
+//! So each header is peeked at first, and nothing is read before the whole message has arrived. It
+//! must arrive within a deadline from its first byte on; between messages a frontend may be silent
+//! for ever. What the crate does not know is read here, which also makes the kernel close any
+//! descriptor that came with it.
 
 use std::io::{ErrorKind, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -33,8 +34,8 @@ pub(super) struct Arrived {
     pub(super) request: Request,
     flags: u32,
     pub(super) size: u32,
-    /// It carries file descriptors. Unknown, and said to be false, where the sender wrote more than this message at
-    /// once.
+    /// It carries file descriptors. Unknown, and said to be false, where the sender wrote more than
+    /// this message at once.
     pub(super) has_files: bool,
 }
 
@@ -83,7 +84,8 @@ pub(super) enum Waited {
     Kick,
 }
 
-/// Waits for the next message, for the bell or for a kick. With `idle`, returns after that time without any.
+/// Waits for the next message, for the bell or for a kick. With `idle`, returns after that time
+/// without any.
 pub(super) fn wait(
     stream: &UnixStream,
     bell: &Wake,
@@ -121,8 +123,8 @@ pub(super) fn wait(
     }
 }
 
-/// Waits until a reply can be sent without blocking. A socket is writable with at most a quarter of its
-/// buffer in use, and no reply is as long as the rest.
+/// Waits until a reply can be sent without blocking. A socket is writable with at most a quarter of
+/// its buffer in use, and no reply is as long as the rest.
 pub(super) fn wait_writable(stream: &UnixStream, deadline: Duration) -> Result<(), SessionError> {
     if ready(stream, PollFlags::OUT, Some(deadline))? {
         Ok(())
@@ -140,9 +142,9 @@ pub(super) fn take(mut stream: &UnixStream, arrived: &Arrived) -> Result<Vec<u8>
     Ok(bytes.split_off(HEADER))
 }
 
-/// Ends the conversation, and reads what nobody will look at, so that descriptors in it are closed here. Else whoever
-/// is the last to close the socket would close them, and that may take as long as their sender likes: they can be
-/// sockets that linger, or files on FUSE.
+/// Ends the conversation, and reads what nobody will look at, so that descriptors in it are closed
+/// here. Else whoever is the last to close the socket would close them, and that may take as long
+/// as their sender likes: they can be sockets that linger, or files on FUSE.
 pub(super) fn discard(mut stream: &UnixStream) {
     // Fails only where the peer has gone already. Nothing comes from here on.
     let _ = stream.shutdown(Shutdown::Both);
@@ -172,8 +174,8 @@ pub(super) fn acknowledge(
     Ok(stream.write_all(&bytes)?)
 }
 
-/// What there is to do first. The bell goes before messages, or a chatty frontend would have no calls; a kick goes behind
-/// them, for a driver must not keep its frontend waiting.
+/// What there is to do first. The bell goes before messages, or a chatty frontend would have no
+/// calls; a kick goes behind them, for a driver must not keep its frontend waiting.
 enum Ready {
     Bell,
     Kick,
@@ -201,8 +203,8 @@ fn first_ready(
     })
 }
 
-/// Polls for one event; false when the time is over. Errors and hang-ups count as events: the call after this one
-/// finds them.
+/// Polls for one event; false when the time is over. Errors and hang-ups count as events: the call
+/// after this one finds them.
 fn ready(
     stream: &UnixStream,
     events: PollFlags,
@@ -230,7 +232,8 @@ fn timespec(duration: Duration) -> Timespec {
     }
 }
 
-/// Sleeps a little; an error once the deadline is over or the peer has gone without having sent more than `seen` bytes.
+/// Sleeps a little; an error once the deadline is over or the peer has gone without having sent
+/// more than `seen` bytes.
 fn wait_for_more(
     stream: &UnixStream,
     begun: Instant,
@@ -256,11 +259,12 @@ fn queued(stream: &UnixStream) -> Result<usize, SessionError> {
 
 /// Whether the message of `len` bytes, which is there as a whole, carries descriptors.
 ///
-/// Refuses more of them than the crate has room for: it would take the message for not received, and wait for it again.
-/// Peeking with room makes copies of them, closed with the buffer.
+/// Refuses more of them than the crate has room for: it would take the message for not received,
+/// and wait for it again. Peeking with room makes copies of them, closed with the buffer.
 ///
-/// A peek goes on to what was sent next, even where it has all the bytes it asked for, and stops only behind what
-/// carries descriptors. So it asks for a byte more than the message has: with that byte, they are the next message's.
+/// A peek goes on to what was sent next, even where it has all the bytes it asked for, and stops
+/// only behind what carries descriptors. So it asks for a byte more than the message has: with that
+/// byte, they are the next message's.
 fn own_files(stream: &UnixStream, len: usize) -> Result<bool, SessionError> {
     // One more, for alignment may leave room for it.
     let mut space =

@@ -12,13 +12,16 @@
 //!
 //! Rules:
 //! * Everything a frontend sends is hostile. Nothing here panics, nothing waits for ever on half a
-//!   message or on a peer that reads no replies, and no descriptor is kept that the message should not have had.
+//!   message or on a peer that reads no replies, and no descriptor is kept that the message should
+//!   not have had.
 //! * Memory and rings are let go in one place (`DeviceState::stop`): first the sink gets a device
 //!   without them, then everybody has acknowledged it, then they are dropped.
-//! * A refused message is answered with a non-zero acknowledgement where the frontend asked for one, and
-//!   ends the session otherwise. Settings that merely do not work yet are kept: real frontends send them in any order.
+//! * A refused message is answered with a non-zero acknowledgement where the frontend asked for
+//!   one, and ends the session otherwise. Settings that merely do not work yet are kept: real
+//!   frontends send them in any order.
 //!
-//! Left out: dirty logging, in-flight descriptors, vIOMMU, postcopy, device configuration space. None is offered.
+//! Left out: dirty logging, in-flight descriptors, vIOMMU, postcopy, device configuration space.
+//! None is offered.
 
 mod command;
 mod control;
@@ -73,7 +76,8 @@ pub trait DeviceSink: Send + Sync {
     /// Who makes the port's calls.
     fn calls(&self) -> Arc<CallGuard>;
 
-    /// How long the session leaves the message that has just come alone: none of an honest frontend waits.
+    /// How long the session leaves the message that has just come alone: none of an honest frontend
+    /// waits.
     fn pace(&self) -> Duration;
 
     /// Something worth a line in the log.

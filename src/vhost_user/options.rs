@@ -34,26 +34,28 @@ pub const OFFERED_FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
     // For legacy drivers. Their headers may share a buffer with the frame anyway.
     | bit(VIRTIO_F_ANY_LAYOUT)
     | bit(VIRTIO_F_NOTIFY_ON_EMPTY)
-    // Cloud-hypervisor shows its guest what it and the backend have in common, and MQ needs CTRL_VQ. Receive modes,
-    // VLANs and the address are best effort in virtio (§5.1.6.5): a port that passes more than was asked for obeys.
+    // Cloud-hypervisor shows its guest what it and the backend have in common, and MQ needs
+    // CTRL_VQ. Receive modes, VLANs and the address are best effort in virtio (§5.1.6.5): a port
+    // that passes more than was asked for obeys.
     | CTRL_VQ
     | bit(VIRTIO_NET_F_CTRL_RX)
     | bit(VIRTIO_NET_F_CTRL_VLAN)
     | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
     | PROTOCOL_FEATURES;
 
-/// Bits that a frontend may acknowledge although they are not offered. Each speaks of the device's configuration, which
-/// is the frontend's own: what it tells its guest there asks nothing of a backend and changes no byte of a ring.
-/// Dragonball acknowledges MTU and MAC, and DPDK's backend takes the first. Every other bit could change what
-/// the guest writes or reads, and ends the session.
+/// Bits that a frontend may acknowledge although they are not offered. Each speaks of the device's
+/// configuration, which is the frontend's own: what it tells its guest there asks nothing of a
+/// backend and changes no byte of a ring. Dragonball acknowledges MTU and MAC, and DPDK's backend
+/// takes the first. Every other bit could change what the guest writes or reads, and ends the
+/// session.
 const CONFIGURATION: u64 = bit(VIRTIO_NET_F_MTU)
     | bit(VIRTIO_NET_F_MAC)
     | bit(VIRTIO_NET_F_STATUS)
     | bit(VIRTIO_NET_F_STANDBY)
     | bit(VIRTIO_NET_F_SPEED_DUPLEX);
 
-/// What is offered to frontends that pass a reset of one ring on, which QEMU 7.2 does not: it tells the driver yes, and
-/// the backend nothing, which then serves a ring that is no more.
+/// What is offered to frontends that pass a reset of one ring on, which QEMU 7.2 does not: it tells
+/// the driver yes, and the backend nothing, which then serves a ring that is no more.
 pub const RING_RESET: u64 = bit(VIRTIO_F_RING_RESET);
 
 /// Everything that may be offered.
@@ -95,8 +97,8 @@ impl SessionOptions {
         self.queue_pairs.clamp(1, MAX_PAIRS)
     }
 
-    /// Virtio features as GET_FEATURES answers them: MQ where there is more than one pair, and no feature without
-    /// those that it needs, whatever was asked for.
+    /// Virtio features as GET_FEATURES answers them: MQ where there is more than one pair, and no
+    /// feature without those that it needs, whatever was asked for.
     pub(super) fn offered(&self) -> u64 {
         let several = if self.pairs() > 1 { MQ } else { 0 };
         without_unmet((self.features & SUPPORTED_FEATURES & !MQ) | several | PROTOCOL_FEATURES)
@@ -107,15 +109,16 @@ impl SessionOptions {
         self.offered() | CONFIGURATION
     }
 
-    /// The answer to GET_QUEUE_NUM. QEMU compares it with its queue pairs and cloud-hypervisor with its
-    /// rings; crosvm and libkrun make as many rings, of which a driver needs the third for its commands.
+    /// The answer to GET_QUEUE_NUM. QEMU compares it with its queue pairs and cloud-hypervisor with
+    /// its rings; crosvm and libkrun make as many rings, of which a driver needs the third for its
+    /// commands.
     pub(super) fn queue_num(&self) -> u16 {
         let controlled = self.offered() & CTRL_VQ != 0;
         self.pairs().max(if controlled { 3 } else { 2 })
     }
 
-    /// Rings that can be configured: pairs of whatever GET_QUEUE_NUM answered, and one for commands behind them. Those of
-    /// pairs that are not offered are remembered and never started.
+    /// Rings that can be configured: pairs of whatever GET_QUEUE_NUM answered, and one for commands
+    /// behind them. Those of pairs that are not offered are remembered and never started.
     pub(super) fn rings(&self) -> u16 {
         (2 * self.queue_num() + 1).min(MAX_RINGS)
     }

@@ -1,16 +1,20 @@
-//! Where the records of packed rings are kept ([`crate::virtio::redo`]): one small file a ring, in a directory in memory.
+//! Where the records of packed rings are kept ([`crate::virtio::redo`]): one small file a ring, in
+//! a directory in memory.
 //!
-//! Why files, and not INFLIGHT_SHMFD, which was made for this: nobody asks for it here. QEMU uses it for its block devices
-//! and not for vhost-user-net, DPDK's virtio-user not at all, and cloud-hypervisor's guests have no packed rings. A
-//! descriptor that the frontend kept would also be memory that a frontend can write.
+//! Why files, and not INFLIGHT_SHMFD, which was made for this: nobody asks for it here. QEMU uses
+//! it for its block devices and not for vhost-user-net, DPDK's virtio-user not at all, and
+//! cloud-hypervisor's guests have no packed rings. A descriptor that the frontend kept would also
+//! be memory that a frontend can write.
 //!
-//! A record is believed only for the very same ring: the same memory file (its inode lives as long as its VM), the same
-//! addresses, size and features, and the same SET_VRING_BASE. A frontend that has lost its backend says again what it
-//! said at the last start; one whose guest has reset its device says slot 0. What is left, a guest that reset a device
-//! which had started at slot 0 and has its new ring in the old place, shows in the ring, which its driver cleared.
+//! A record is believed only for the very same ring: the same memory file (its inode lives as long
+//! as its VM), the same addresses, size and features, and the same SET_VRING_BASE. A frontend that
+//! has lost its backend says again what it said at the last start; one whose guest has reset its
+//! device says slot 0. What is left, a guest that reset a device which had started at slot 0 and
+//! has its new ring in the old place, shows in the ring, which its driver cleared.
 //!
-//! A record is forgotten when a position was handed over (GET_VRING_BASE), after RESET_DEVICE, and with its port. Not before
-//! the answer is on its way: a process that is killed in between would leave a ring whose position nobody knows.
+//! A record is forgotten when a position was handed over (GET_VRING_BASE), after RESET_DEVICE, and
+//! with its port. Not before the answer is on its way: a process that is killed in between would
+//! leave a ring whose position nobody knows.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
@@ -70,8 +74,8 @@ impl RingRecords {
         self.dir.join(format!("{}.{}", self.port, ring.index))
     }
 
-    /// The record of a packed ring that is about to start: the one that is there, if it is this ring's, or a new one.
-    /// `asked` is what the frontend said at the ring's first start.
+    /// The record of a packed ring that is about to start: the one that is there, if it is this
+    /// ring's, or a new one. `asked` is what the frontend said at the ring's first start.
     pub(super) fn open(
         &self,
         ring: RingName,

@@ -1,8 +1,8 @@
 //! One vring: what the frontend said about it, and the queue once it runs.
 //!
-//! A ring runs when its size, its addresses, a kick descriptor (or the word that there is none), the features
-//! and the memory are known, whatever the order they came in, until GET_VRING_BASE. QEMU, cloud-hypervisor
-//! and DPDK agree on none of that order.
+//! A ring runs when its size, its addresses, a kick descriptor (or the word that there is none),
+//! the features and the memory are known, whatever the order they came in, until GET_VRING_BASE.
+//! QEMU, cloud-hypervisor and DPDK agree on none of that order.
 
 use std::sync::Arc;
 
@@ -187,15 +187,18 @@ pub(super) struct Vring {
     pub(super) size: Option<u16>,
     pub(super) addresses: Option<Addresses>,
     pub(super) base: Option<u32>,
-    /// What the frontend was last told, or told us: what it will say again should it lose its connection.
+    /// What the frontend was last told, or told us: what it will say again should it lose its
+    /// connection.
     pub(super) asked: u32,
     /// SET_VRING_KICK came since the ring last stopped, with a descriptor or without.
     pub(super) kicked: bool,
     pub(super) kick: Option<Arc<KickFd>>,
     pub(super) call: Option<Arc<CallFd>>,
-    /// The post with which the call descriptor replaced another one that poll threads may have used until then.
+    /// The post with which the call descriptor replaced another one that poll threads may have used
+    /// until then.
     pub(super) spare_after: Option<Ticket>,
-    /// SET_VRING_ENABLE, once it has come; that the ring is disabled counts while it runs, and until it is stopped.
+    /// SET_VRING_ENABLE, once it has come; that the ring is disabled counts while it runs, and
+    /// until it is stopped.
     pub(super) enable: Option<bool>,
     pub(super) running: Option<Running>,
     /// Why it does not run, found at the last try.
@@ -243,7 +246,8 @@ impl Vring {
         self.running.as_ref().and(self.node)
     }
 
-    /// Everything but the call descriptor is forgotten: a frontend that resets sends the rest again.
+    /// Everything but the call descriptor is forgotten: a frontend that resets sends the rest
+    /// again.
     pub(super) fn reset(&mut self) {
         let call = self.call.take();
         *self = Vring {
@@ -268,12 +272,13 @@ impl Vring {
         self.kick = None;
         // What a driver sends before the next start is for whom the ring is enabled then.
         self.enable = self.enable.filter(|enabled| *enabled);
-        // A frontend that passes the reset of one ring on starts it again without another call descriptor.
+        // A frontend that passes the reset of one ring on starts it again without another call
+        // descriptor.
         if !features.is_some_and(has_ring_reset) {
             self.call = None;
         }
-        // A frontend saves the answer and restores it as it is: of a packed ring that never ran it must be a place in
-        // the first lap.
+        // A frontend saves the answer and restores it as it is: of a packed ring that never ran it
+        // must be a place in the first lap.
         let packed = features.is_some_and(|features| ring_features(features).packed);
         self.asked = self.base.unwrap_or(first_base(packed));
         self.asked
@@ -331,7 +336,8 @@ impl Vring {
         Ok(base)
     }
 
-    /// The one call that every start owes its driver, which may sleep on work that was finished before.
+    /// The one call that every start owes its driver, which may sleep on work that was finished
+    /// before.
     pub(super) fn call_started(&self) {
         let Some(call) = &self.call else {
             // The first descriptor of a running ring is called for being new.
@@ -348,8 +354,8 @@ impl Vring {
         }
     }
 
-    /// Takes the page faults of a receiveq's first buffers, so that no poll thread has to. A driver may post them after
-    /// its ring has started: then at a later call.
+    /// Takes the page faults of a receiveq's first buffers, so that no poll thread has to. A driver
+    /// may post them after its ring has started: then at a later call.
     pub(super) fn touch(&mut self) {
         if let Some(Running::Receive(queue)) = &self.running
             && !self.touched
@@ -384,7 +390,8 @@ impl Vring {
     }
 }
 
-/// Whether a ring may have this many entries; `packed` where the ring is or may become a packed one.
+/// Whether a ring may have this many entries; `packed` where the ring is or may become a packed
+/// one.
 pub(super) fn size_possible(size: u32, packed: bool) -> Option<u16> {
     let possible = (1..=MAX_RING_SIZE).contains(&size) && (packed || size.is_power_of_two());
     u16::try_from(size).ok().filter(|_| possible)

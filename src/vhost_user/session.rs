@@ -20,7 +20,8 @@ use crate::sys::call::CallFd;
 
 /// For the rest of a message whose first byte came, and for a frontend to read our replies.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// How often a session looks whether poll threads have let go of a call descriptor: mostly they have by then.
+/// How often a session looks whether poll threads have let go of a call descriptor: mostly they
+/// have by then.
 const LOOK_SOON: Duration = Duration::from_millis(1);
 /// How often it tries to make calls that the kernel had no means for.
 const TRY_AGAIN: Duration = Duration::from_millis(50);
@@ -35,7 +36,8 @@ impl Stopper {
         stream.try_clone().map(Stopper)
     }
 
-    /// Makes [`serve`] return [`SessionEnd::Disconnected`] soon. May be called at any time and several times.
+    /// Makes [`serve`] return [`SessionEnd::Disconnected`] soon. May be called at any time and
+    /// several times.
     pub fn stop(&self) {
         // Fails only where the peer has gone already.
         let _ = self.0.shutdown(Shutdown::Both);
@@ -44,8 +46,8 @@ impl Stopper {
 
 /// Converses with one frontend until it goes or must go: the whole life of a session thread.
 ///
-/// However it ends, the sink has been told and has settled before this returns, and before the frontend sees the
-/// socket closed (unless it closed it, or a [`Stopper`] did).
+/// However it ends, the sink has been told and has settled before this returns, and before the
+/// frontend sees the socket closed (unless it closed it, or a [`Stopper`] did).
 pub fn serve(
     stream: UnixStream,
     options: SessionOptions,
@@ -67,7 +69,8 @@ pub(super) fn serve_with(
     let end = match Session::new(&stream, Arc::clone(&device), deadline) {
         Ok(mut session) => {
             let end = SessionEnd::from(session.run());
-            // While the socket is open: a frontend may take its end for "nobody uses the memory any more".
+            // While the socket is open: a frontend may take its end for "nobody uses the memory any
+            // more".
             finish(&device, end)
         }
         Err(error) => finish(&device, error.into()),
@@ -172,7 +175,8 @@ impl<'s> Session<'s> {
         }
     }
 
-    /// Makes the calls that are due, then what takes longer. Returns when to look again, if nothing comes.
+    /// Makes the calls that are due, then what takes longer. Returns when to look again, if nothing
+    /// comes.
     fn call(&mut self) -> Option<Duration> {
         let mut device = lock(&self.device);
         let later = device.owe_spare_calls();
@@ -208,8 +212,8 @@ impl<'s> Session<'s> {
             };
         };
         let failure = device.take_failure();
-        // The crate acknowledges what the handler refused, but not what it refused itself, except a table that it
-        // has read and found wrong.
+        // The crate acknowledges what the handler refused, but not what it refused itself, except a
+        // table that it has read and found wrong.
         let wrong_table =
             code == FrontendReq::SET_MEM_TABLE && matches!(source, CrateError::InvalidMessage);
         let acknowledged = failure.is_some() || wrong_table;
@@ -270,7 +274,8 @@ impl<'s> Session<'s> {
         self.answer(arrived, Err(error))
     }
 
-    /// Acknowledges a message that the crate did not see, or ends the session where it cannot be refused.
+    /// Acknowledges a message that the crate did not see, or ends the session where it cannot be
+    /// refused.
     fn answer(
         &mut self,
         arrived: &Arrived,
@@ -334,8 +339,8 @@ fn wants_value(code: FrontendReq) -> bool {
     )
 }
 
-/// Refusals after which nothing can work: the crate has noted features that we did not accept, or a value was asked
-/// for and there is none.
+/// Refusals after which nothing can work: the crate has noted features that we did not accept, or a
+/// value was asked for and there is none.
 fn ends_session(code: FrontendReq) -> bool {
     matches!(
         code,

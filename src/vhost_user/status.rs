@@ -1,7 +1,7 @@
 //! What `port show` tells of a session.
 //!
-//! Shared between the session and whoever asks. Queues are referred to, so that positions are those of the moment,
-//! but never handed out: the asking thread cannot become their last owner.
+//! Shared between the session and whoever asks. Queues are referred to, so that positions are those
+//! of the moment, but never handed out: the asking thread cannot become their last owner.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -30,7 +30,8 @@ pub struct RingStatus {
     pub refusal: Option<Refusal>,
     /// What the driver did that is impossible.
     pub broken: Option<Broken>,
-    /// A receiveq that is enabled, never had a buffer, and is not delivered into while others have some.
+    /// A receiveq that is enabled, never had a buffer, and is not delivered into while others have
+    /// some.
     pub left_out: bool,
     /// Why a restart of the switch would lose its position.
     pub no_record: Option<Arc<str>>,
@@ -211,7 +212,8 @@ impl Inner {
                     memory-backend-memfd,share=on (QEMU) or shared=on (cloud-hypervisor)"
                 .into();
         }
-        // A broken ring matters most, then what the first pair lacks, then rings the driver tried in vain.
+        // A broken ring matters most, then what the first pair lacks, then rings the driver tried
+        // in vain.
         let broken = rings.iter().find(|ring| ring.broken.is_some());
         let first = rings
             .iter()

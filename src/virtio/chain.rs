@@ -1,8 +1,9 @@
 //! Descriptors and the walk along a chain of them (virtio 1.2 §2.7.5, §2.7.5.3, §2.8.5 to §2.8.7).
 //!
-//! Everything here comes from a hostile driver. Each descriptor is read once into a local copy; every
-//! address is checked against the memory map with its length; every loop is bounded by the table's size.
-//! A walk that fails is an error value, never a shorter chain and never "nothing there".
+//! Everything here comes from a hostile driver. Each descriptor is read once into a local copy;
+//! every address is checked against the memory map with its length; every loop is bounded by the
+//! table's size. A walk that fails is an error value, never a shorter chain and never "nothing
+//! there".
 
 use std::ops::Deref;
 use std::sync::atomic::Ordering;
@@ -21,9 +22,10 @@ pub const F_INDIRECT: u16 = 4;
 pub const DESCRIPTOR_SIZE: usize = 16;
 /// Most descriptors of one chain, most pieces of memory, and most entries of one indirect table.
 ///
-/// A chain may be as long as its ring (virtio 1.2 §2.7.5.3.1). Rings of virtual machines have up to 1024
-/// entries, as many as QEMU takes in a chain. Linux sends at most 19 pieces, Windows' driver 256, DPDK's
-/// applications 256. Without a bound a ring of 32768 would be a chain that every sender waits for.
+/// A chain may be as long as its ring (virtio 1.2 §2.7.5.3.1). Rings of virtual machines have up to
+/// 1024 entries, as many as QEMU takes in a chain. Linux sends at most 19 pieces, Windows' driver
+/// 256, DPDK's applications 256. Without a bound a ring of 32768 would be a chain that every sender
+/// waits for.
 pub const MAX_CHAIN: usize = 1024;
 
 /// One descriptor, copied out of guest memory.
@@ -71,10 +73,12 @@ pub enum ChainError {
     /// A buffer is in a region of guest memory that the switch cannot map.
     #[error("a buffer at {0:#x} is in guest memory that cannot be used")]
     Unusable(u64),
-    /// A device-writable buffer in a transmitq, a device-readable one in a receiveq or behind a writable one.
+    /// A device-writable buffer in a transmitq, a device-readable one in a receiveq or behind a
+    /// writable one.
     #[error("a buffer has the wrong direction")]
     Direction,
-    /// Indirect descriptors were not negotiated, are nested, combined with NEXT, or the table's length is wrong.
+    /// Indirect descriptors were not negotiated, are nested, combined with NEXT, or the table's
+    /// length is wrong.
     #[error("an indirect table is not allowed here or has a bad length")]
     Indirect,
     /// The sum of the lengths exceeds 32 bits.
@@ -99,8 +103,8 @@ impl<'m, const N: usize> Windows<'m, N> {
         }
     }
 
-    /// Descriptors read since all was last forgotten, those included that gave no piece: empty ones, and those of
-    /// chains that cannot be used. Never fewer than there are pieces.
+    /// Descriptors read since all was last forgotten, those included that gave no piece: empty
+    /// ones, and those of chains that cannot be used. Never fewer than there are pieces.
     #[inline(always)]
     pub fn read(&self) -> u32 {
         self.read
@@ -167,8 +171,8 @@ impl Descriptor {
         }
     }
 
-    /// Its buffer, where that is a chain of its own, of the right direction and in one region: how most are. Anything else,
-    /// and any error, is for the walk. `flags` are `third` or `fourth`.
+    /// Its buffer, where that is a chain of its own, of the right direction and in one region: how
+    /// most are. Anything else, and any error, is for the walk. `flags` are `third` or `fourth`.
     #[inline(always)]
     pub fn alone<'m>(
         &self,
@@ -187,12 +191,14 @@ impl Descriptor {
     }
 }
 
-/// Reads descriptor `index` of `table` once. The index is checked by the caller against the table's entries.
+/// Reads descriptor `index` of `table` once. The index is checked by the caller against the table's
+/// entries.
 #[inline(always)]
 pub fn read_descriptor(table: &Window<'_>, index: usize) -> Descriptor {
     let offset = index * DESCRIPTOR_SIZE;
-    // Two atomic loads, so that no compiler can turn one read into two (check one value, use another). Ring
-    // tables are 16-byte aligned (checked at ring start); an indirect table lies where the driver likes.
+    // Two atomic loads, so that no compiler can turn one read into two (check one value, use
+    // another). Ring tables are 16-byte aligned (checked at ring start); an indirect table lies
+    // where the driver likes.
     let (addr, rest) = if table.address().is_multiple_of(8) {
         (
             table.load_u64(offset, Ordering::Relaxed),
@@ -296,7 +302,8 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
         self.add(addr, len, flags)
     }
 
-    /// Of a command that was walked: where in its windows the room for the answer begins, if there is any.
+    /// Of a command that was walked: where in its windows the room for the answer begins, if there
+    /// is any.
     pub fn answer(&self) -> Option<usize> {
         self.answer
     }
@@ -423,8 +430,8 @@ pub fn walk_packed_table<const N: usize>(
         }
         let mut flags = entry.fourth;
         if collector.direction == Direction::Read {
-            // DPDK's driver leaves WRITE on the header and on some pieces of a frame of several. Nothing is written
-            // there, whatever the flag says.
+            // DPDK's driver leaves WRITE on the header and on some pieces of a frame of several.
+            // Nothing is written there, whatever the flag says.
             flags &= !F_WRITE;
         }
         collector.add(entry.addr, entry.len, flags)?;

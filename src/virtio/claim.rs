@@ -1,22 +1,24 @@
 //! Claim, fill, commit, publish: how several threads deliver into one receive queue without a lock.
 //!
-//! This file holds the protocol's private atomics and nothing else, so that a model checker can run it
-//! as it stands (`tests/models`). What the protocol needs of the ring in guest memory is the two calls of
-//! [`Publish`].
+//! This file holds the protocol's private atomics and nothing else, so that a model checker can run
+//! it as it stands (`tests/models`). What the protocol needs of the ring in guest memory is the two
+//! calls of [`Publish`].
 //!
-//! A *position* counts ring entries (split) or descriptors (packed) from the start of the ring, in 64 bits;
-//! it never wraps and never comes from guest memory. Every claim takes the positions `[p, p + n)`, and
-//! those are the used positions too: DPDK's vectorised driver ignores `used.id`, and QEMU resumes at
-//! `used.idx` after a crash, so used entries must stand in available order.
+//! A *position* counts ring entries (split) or descriptors (packed) from the start of the ring, in
+//! 64 bits; it never wraps and never comes from guest memory. Every claim takes the positions
+//! `[p, p + n)`, and those are the used positions too: DPDK's vectorised driver ignores `used.id`,
+//! and QEMU resumes at `used.idx` after a crash, so used entries must stand in available order.
 //!
 //! What it costs: a thread that is descheduled between [`Claims::try_claim`] and the end of
-//! [`Claims::try_publish`] delays what this one queue's driver sees. Nobody waits for it, nobody loops.
+//! [`Claims::try_publish`] delays what this one queue's driver sees. Nobody waits for it, nobody
+//! loops.
 //!
-//! Rejected simpler forms: a boolean per slot (a late reset wipes the next lap's flag; hence tags with the
-//! position), releasing the token with a store (a loser's claim can be missed; hence the subtraction), one
-//! publish round (whoever loses the token after the last look would be forgotten; hence `Again`), and looking for filled
-//! claims without knowing that there are any (the look takes the line of a tag from the thread that is about to write it:
-//! two threads with claims of 8 were a third slower; hence the count beside the token).
+//! Rejected simpler forms: a boolean per slot (a late reset wipes the next lap's flag; hence tags
+//! with the position), releasing the token with a store (a loser's claim can be missed; hence the
+//! subtraction), one publish round (whoever loses the token after the last look would be forgotten;
+//! hence `Again`), and looking for filled claims without knowing that there are any (the look takes
+//! the line of a tag from the thread that is about to write it: two threads with claims of 8 were a
+//! third slower; hence the count beside the token).
 
 use crossbeam_utils::CachePadded;
 
@@ -24,20 +26,20 @@ use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 /// What the publisher does to the ring in guest memory. Called by the holder of the token only.
 pub trait Publish {
-    /// Makes the used entries of positions `[from, to)` visible to the driver, with release ordering:
-    /// a driver that sees the entries must see the data (virtio 1.2 §2.7.8.2).
+    /// Makes the used entries of positions `[from, to)` visible to the driver, with release
+    /// ordering: a driver that sees the entries must see the data (virtio 1.2 §2.7.8.2).
     fn publish(&self, from: u64, to: u64);
 
-    /// Whether the driver asked to be called for any position in `[from, to)`, read after a full barrier
-    /// (virtio 1.2 §2.7.7, §2.8.10).
+    /// Whether the driver asked to be called for any position in `[from, to)`, read after a full
+    /// barrier (virtio 1.2 §2.7.7, §2.8.10).
     fn wants_call(&self, from: u64, to: u64) -> bool;
 }
 
 /// How a try to publish ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Published {
-    /// Everything that was complete is visible, or another thread will make it so: the token's holder, or one whose
-    /// claim stood open before the others and that has still to count it.
+    /// Everything that was complete is visible, or another thread will make it so: the token's
+    /// holder, or one whose claim stood open before the others and that has still to count it.
     Clean,
     /// Work was still visible after the last round: try again before the pass ends, and until clean
     /// before sleeping or acknowledging a topology.
@@ -61,7 +63,8 @@ pub struct Claims {
     claim: CachePadded<AtomicU64>,
     /// Every position before this one is visible to the driver.
     published: CachePadded<AtomicU64>,
-    /// Bit 0 is the token: taken by whoever publishes. The rest counts the claims that are filled and not visible yet.
+    /// Bit 0 is the token: taken by whoever publishes. The rest counts the claims that are filled
+    /// and not visible yet.
     turn: CachePadded<AtomicU64>,
     /// The driver wants a call; swapped by every thread that delivered, at the end of its pass.
     call_wanted: CachePadded<AtomicBool>,
@@ -100,8 +103,8 @@ impl Claims {
 
     /// The position that the next claim would start at.
     ///
-    /// Acquire, so that the available index which is then compared with it is read later: an older index beside a newer
-    /// position would look like an impossible ring.
+    /// Acquire, so that the available index which is then compared with it is read later: an older
+    /// index beside a newer position would look like an impossible ring.
     #[inline(always)]
     pub fn next(&self) -> u64 {
         self.claim.load(Ordering::Acquire)
@@ -117,9 +120,9 @@ impl Claims {
 
     /// How many positions from `p` on may be claimed without lapping what is not published yet.
     ///
-    /// The driver's available index alone is not enough: a guest may raise it without waiting for used
-    /// entries, two open claims would share a tag, and the queue would stick. Acquire (in `published`) orders the
-    /// publisher's reading of a tag before our writing of it one lap later.
+    /// The driver's available index alone is not enough: a guest may raise it without waiting for
+    /// used entries, two open claims would share a tag, and the queue would stick. Acquire (in
+    /// `published`) orders the publisher's reading of a tag before our writing of it one lap later.
     #[inline(always)]
     pub fn room(&self, p: u64) -> u64 {
         (self.published() + self.size()).saturating_sub(p)
@@ -136,23 +139,25 @@ impl Claims {
             .is_ok()
     }
 
-    /// Declares the claim `[p, p + n)` filled. The release pairs with the publisher's acquire of the tag. To be followed
-    /// by [`Claims::try_publish`].
+    /// Declares the claim `[p, p + n)` filled. The release pairs with the publisher's acquire of
+    /// the tag. To be followed by [`Claims::try_publish`].
     #[inline(always)]
     pub fn commit(&self, p: u64, n: u16) {
         self.tag(p).store(tag_of(p, n), Ordering::Release);
-        // Behind the tag: whoever has counted the claim finds it, unless another one before it is still open.
+        // Behind the tag: whoever has counted the claim finds it, unless another one before it is
+        // still open.
         self.turn.fetch_add(FILLED, Ordering::Release);
     }
 
-    /// Makes every filled claim visible that nothing unfilled stands before, unless another thread is at it.
+    /// Makes every filled claim visible that nothing unfilled stands before, unless another thread
+    /// is at it.
     ///
     /// At most two rounds: with more, one thread could be kept publishing for the others for ever.
     #[inline(always)]
     pub fn try_publish(&self, ring: &impl Publish) -> Published {
         for _ in 0..2 {
-            // A loser may leave: it has counted its claim before this, so the holder's release below finds the count, and
-            // by it the tag.
+            // A loser may leave: it has counted its claim before this, so the holder's release
+            // below finds the count, and by it the tag.
             let turn = self.turn.fetch_or(HELD, Ordering::AcqRel);
             if turn & HELD != 0 {
                 return Published::Clean;
@@ -162,18 +167,21 @@ impl Claims {
             if end != old {
                 ring.publish(old, end);
                 self.published.store(end, Ordering::Release);
-                // Full barrier between the used index and the driver's event word: the driver stores its event, then
-                // looks at the index (virtio 1.2 §2.7.7.2); without the barrier both sides may miss the other.
+                // Full barrier between the used index and the driver's event word: the driver
+                // stores its event, then looks at the index (virtio 1.2 §2.7.7.2); without the
+                // barrier both sides may miss the other.
                 fence(Ordering::SeqCst);
                 if ring.wants_call(old, end) {
-                    // An RMW, so that whoever takes the wish has acquired every publication before it, whichever
-                    // publisher's write it finds. (A store would do, as all are made under the token, but only by an
-                    // argument that the model checker cannot follow.) The call itself costs far more.
+                    // An RMW, so that whoever takes the wish has acquired every publication before
+                    // it, whichever publisher's write it finds. (A store would do, as all are made
+                    // under the token, but only by an argument that the model checker cannot
+                    // follow.) The call itself costs far more.
                     self.call_wanted.swap(true, Ordering::AcqRel);
                 }
             }
             let left = self.release(claims);
-            // What is counted and not filled here stands behind an open claim, whose thread will find it.
+            // What is counted and not filled here stands behind an open claim, whose thread will
+            // find it.
             if left == 0 || self.filled_from(end, 1).1 == 0 {
                 return Published::Clean;
             }
@@ -183,9 +191,9 @@ impl Claims {
 
     /// Gives the token back after `claims` claims have become visible; returns how many are left.
     ///
-    /// A claim may become visible before its own thread has counted it, in place of one behind it that is counted: no more
-    /// than were counted ever do, so this does not go below zero, and that thread looks after the other one when it has
-    /// counted.
+    /// A claim may become visible before its own thread has counted it, in place of one behind it
+    /// that is counted: no more than were counted ever do, so this does not go below zero, and that
+    /// thread looks after the other one when it has counted.
     #[inline(always)]
     fn release(&self, claims: u64) -> u64 {
         self.turn
@@ -194,7 +202,8 @@ impl Claims {
             - claims
     }
 
-    /// The end of the unbroken run of at most so many filled claims from `from` on, and how many they are.
+    /// The end of the unbroken run of at most so many filled claims from `from` on, and how many
+    /// they are.
     #[inline(always)]
     fn filled_from(&self, from: u64, most: u64) -> (u64, u64) {
         let (mut end, mut claims) = (from, 0);
@@ -226,7 +235,7 @@ impl Claims {
 
 #[inline(always)]
 fn tag_of(position: u64, count: u16) -> u64 {
-    // The position keeps its low 48 bits: equal tags are 2^48 positions apart, a month at 100 Mpps, and no
-    // thread stands still across a whole lap of them.
+    // The position keeps its low 48 bits: equal tags are 2^48 positions apart, a month at 100 Mpps,
+    // and no thread stands still across a whole lap of them.
     ((position + 1) << COUNT_BITS) | u64::from(count)
 }

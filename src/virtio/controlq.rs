@@ -1,7 +1,8 @@
-//! A controlq (virtio 1.2 §5.1.6.5): commands that the driver made available, each returned with its answer.
+//! A controlq (virtio 1.2 §5.1.6.5): commands that the driver made available, each returned with
+//! its answer.
 //!
-//! Its session alone takes and completes, one command after the other. Its state is atomic for those who
-//! ask where it stands.
+//! Its session alone takes and completes, one command after the other. Its state is atomic for
+//! those who ask where it stands.
 
 use std::iter::once;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,8 +15,8 @@ use super::{Broken, BrokenMark, FullBarrier, Head, Ring, RingSetup, SetupError};
 #[derive(Clone, Copy, Debug)]
 pub struct Command {
     head: Head,
-    /// Of its windows the first so many are what is commanded, the others room for the answer. `None`: the chain
-    /// cannot be read, or has no such room, and there is no answer.
+    /// Of its windows the first so many are what is commanded, the others room for the answer.
+    /// `None`: the chain cannot be read, or has no such room, and there is no answer.
     pub asked: Option<usize>,
     /// The chain begins with room to write: no command does, but every buffer of a receiveq.
     pub is_room: bool,
@@ -47,7 +48,8 @@ impl ControlQueue {
         self.next.load(Ordering::Relaxed)
     }
 
-    /// The next command, which stays where it is until [`ControlQueue::complete`]; its buffers are in `windows`.
+    /// The next command, which stays where it is until [`ControlQueue::complete`]; its buffers are
+    /// in `windows`.
     pub fn take<'m, const N: usize>(&'m self, windows: &mut Windows<'m, N>) -> Option<Command> {
         windows.clear();
         if self.broken.is_set() {

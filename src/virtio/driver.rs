@@ -1,17 +1,18 @@
 //! Virtqueues from the *driver's* side: what a guest's virtio driver does with its rings.
 //!
-//! `pollux bench` sends and receives through these, and the tests of the device side use them as a mock
-//! driver. A buffer is posted with a token of the caller's, published, and comes back with its token and
-//! the number of bytes that the device wrote. One [`DriverRing`] serves one queue and one thread.
+//! `pollux bench` sends and receives through these, and the tests of the device side use them as a
+//! mock driver. A buffer is posted with a token of the caller's, published, and comes back with its
+//! token and the number of bytes that the device wrote. One [`DriverRing`] serves one queue and one
+//! thread.
 //!
-//! - Split rings follow virtio 1.2 §2.7, packed rings §2.8. Indices and free lists are private: what
-//!   the device writes is only ever compared with them, so a device that returns what it was not
-//!   given is found out ([`RingFault`]) and corrupts nothing here.
-//! - Free descriptors (packed: buffer ids) are a first-in first-out list. Used in order they come back in
-//!   order, so that descriptors are taken in ring order, as VIRTIO_F_IN_ORDER demands, without a second
-//!   mechanism, and four consecutive ones share a cache line.
-//! - Descriptors are written anew for each buffer, as real drivers do: a device must pay for fetching
-//!   them here as it would there.
+//! - Split rings follow virtio 1.2 §2.7, packed rings §2.8. Indices and free lists are private:
+//!   what the device writes is only ever compared with them, so a device that returns what it was
+//!   not given is found out ([`RingFault`]) and corrupts nothing here.
+//! - Free descriptors (packed: buffer ids) are a first-in first-out list. Used in order they come
+//!   back in order, so that descriptors are taken in ring order, as VIRTIO_F_IN_ORDER demands,
+//!   without a second mechanism, and four consecutive ones share a cache line.
+//! - Descriptors are written anew for each buffer, as real drivers do: a device must pay for
+//!   fetching them here as it would there.
 //! - Nothing posted is visible before [`DriverRing::publish`], for packed rings too: the first
 //!   descriptor's flags are held back until then.
 
@@ -83,8 +84,8 @@ impl Buffer {
 pub struct Used {
     /// What the chain was posted with.
     pub token: u32,
-    /// Bytes that the device says it wrote. With VIRTIO_F_IN_ORDER a device may return several chains with
-    /// one entry; then only the last one's length means anything.
+    /// Bytes that the device says it wrote. With VIRTIO_F_IN_ORDER a device may return several
+    /// chains with one entry; then only the last one's length means anything.
     pub len: u32,
 }
 
@@ -237,8 +238,8 @@ impl<'m> DriverRing<'m> {
         either!(self, post_one(buffer, token))
     }
 
-    /// Posts chains of one buffer each, with their tokens, as long as the ring has room; returns how many. Cheaper than
-    /// one at a time.
+    /// Posts chains of one buffer each, with their tokens, as long as the ring has room; returns
+    /// how many. Cheaper than one at a time.
     #[inline(always)]
     pub fn post_burst(&mut self, chains: &[(Buffer, u32)]) -> usize {
         either!(self, post_burst(chains))
@@ -249,8 +250,8 @@ impl<'m> DriverRing<'m> {
         either!(self, post(buffers, token))
     }
 
-    /// Posts a chain through the indirect table `table`, which the device finds at `address`; false where
-    /// the ring is full or the table too short for `buffers`.
+    /// Posts a chain through the indirect table `table`, which the device finds at `address`; false
+    /// where the ring is full or the table too short for `buffers`.
     pub fn post_indirect(
         &mut self,
         table: &Window<'_>,
@@ -279,7 +280,8 @@ impl<'m> DriverRing<'m> {
         either!(self, reap())
     }
 
-    /// Takes back chains that the device has finished with, until `burst` is full; cheaper than one at a time.
+    /// Takes back chains that the device has finished with, until `burst` is full; cheaper than one
+    /// at a time.
     #[inline(always)]
     pub fn reap_burst<const N: usize>(&mut self, burst: &mut ArrayVec<Used, N>) {
         match self {
@@ -298,15 +300,15 @@ impl<'m> DriverRing<'m> {
         either!(self, suppress_calls());
     }
 
-    /// Asks the device to call at the next used chain; true where one is already there, and no call may come
-    /// for it.
+    /// Asks the device to call at the next used chain; true where one is already there, and no call
+    /// may come for it.
     #[must_use]
     pub fn enable_calls(&mut self) -> bool {
         either!(self, enable_calls())
     }
 
-    /// What to tell a backend with SET_VRING_BASE at the start, and what a stop should answer once everything
-    /// posted has been used.
+    /// What to tell a backend with SET_VRING_BASE at the start, and what a stop should answer once
+    /// everything posted has been used.
     pub fn base(&self) -> u32 {
         either!(self, base())
     }
@@ -314,9 +316,10 @@ impl<'m> DriverRing<'m> {
 
 /// virtio 1.2 §2.7.10: whether moving an index from `old` to `new` passes the `event` index.
 ///
-/// Worked example: old 65534, new 2 (four entries: 65534, 65535, 0, 1). Event 0 asks for a notification when entry
-/// 0 was added: 2 − 0 − 1 = 1 < 2 − 65534 = 4 (modulo 65536), so yes. Event 2 has not been reached:
-/// 2 − 2 − 1 = 65535, no. The tempting `old <= event && event < new` fails at the wrap.
+/// Worked example: old 65534, new 2 (four entries: 65534, 65535, 0, 1). Event 0 asks for a
+/// notification when entry 0 was added: 2 − 0 − 1 = 1 < 2 − 65534 = 4 (modulo 65536), so yes. Event
+/// 2 has not been reached: 2 − 2 − 1 = 65535, no. The tempting `old <= event && event < new` fails
+/// at the wrap.
 #[inline(always)]
 pub fn passes_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)

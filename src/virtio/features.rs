@@ -1,8 +1,9 @@
 //! Feature bits that need others (virtio 1.2 §2.2.1, §5.1.3.1).
 //!
-//! A device must not offer a feature without those that it needs, and a driver that finds such an offer
-//! refuses the card: Linux checks it in `virtnet_validate_features`. So one table serves the session, which
-//! offers nothing that breaks it, and every guest of ours, which goes no further where an offer does.
+//! A device must not offer a feature without those that it needs, and a driver that finds such an
+//! offer refuses the card: Linux checks it in `virtnet_validate_features`. So one table serves the
+//! session, which offers nothing that breaks it, and every guest of ours, which goes no further
+//! where an offer does.
 
 use std::fmt;
 
@@ -38,7 +39,8 @@ const GUEST_CSUM: &[u32] = &[VIRTIO_NET_F_GUEST_CSUM];
 const GUEST_TSO: &[u32] = &[VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6];
 const HOST_TSO: &[u32] = &[VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6];
 
-/// §5.1.3.1, and what Linux checks beyond it: whatever is commanded needs the ring that commands come by.
+/// §5.1.3.1, and what Linux checks beyond it: whatever is commanded needs the ring that commands
+/// come by.
 const RULES: [Rule; 23] = [
     rule(VIRTIO_NET_F_GUEST_TSO4, "GUEST_TSO4", GUEST_CSUM),
     rule(VIRTIO_NET_F_GUEST_TSO6, "GUEST_TSO6", GUEST_CSUM),
@@ -91,7 +93,8 @@ impl fmt::Display for Unmet {
     }
 }
 
-/// The first feature of a set that lacks what it needs; a driver refuses a device that offers such a set.
+/// The first feature of a set that lacks what it needs; a driver refuses a device that offers such
+/// a set.
 pub fn unmet(features: u64) -> Option<Unmet> {
     let has = |bit: &u32| features & (1 << bit) != 0;
     let rule = RULES

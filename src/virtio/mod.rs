@@ -14,9 +14,10 @@
 //! | [`Claim`] | what one thread has claimed of it, until it commits |
 //! | [`driver`] | the other side of both rings, for the load generator and tests |
 //!
-//! All of it reads memory that a hostile guest writes at the same time: values are read once into locals, checked
-//! there, and used from there. Three classes of trouble: a *malformed chain* is returned with length 0 and counted,
-//! and the ring goes on; an *impossible ring* ([`Broken`]) stops this ring until its next start; nothing is ever fatal.
+//! All of it reads memory that a hostile guest writes at the same time: values are read once into
+//! locals, checked there, and used from there. Three classes of trouble: a *malformed chain* is
+//! returned with length 0 and counted, and the ring goes on; an *impossible ring* ([`Broken`])
+//! stops this ring until its next start; nothing is ever fatal.
 
 /// In test builds, whether the calling thread makes a deliberate mistake here (`mutants`).
 #[cfg(test)]
@@ -118,7 +119,8 @@ pub struct RingSetup {
     pub used: PinnedWindow,
     /// Negotiated features.
     pub features: RingFeatures,
-    /// The value of SET_VRING_BASE, as sent. A split ring starts at its own `used.idx` all the same.
+    /// The value of SET_VRING_BASE, as sent. A split ring starts at its own `used.idx` all the
+    /// same.
     pub base: u32,
     /// The guest's memory, for the addresses in descriptors.
     pub memory: Arc<GuestMemory>,
@@ -143,7 +145,8 @@ pub enum SetupError {
     Base(u32),
 }
 
-/// Why a ring is broken: something that no driver may do and that cannot be answered. It heals with the ring's next start.
+/// Why a ring is broken: something that no driver may do and that cannot be answered. It heals with
+/// the ring's next start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Broken {
     /// The available index is further ahead than the ring has entries.
@@ -266,11 +269,13 @@ impl Ring {
         }
     }
 
-    /// The end of what is available from `position` on, at most `end`. Not for every claim: a packed ring is searched.
+    /// The end of what is available from `position` on, at most `end`. Not for every claim: a
+    /// packed ring is searched.
     pub fn free_to(&self, position: u64, end: u64) -> u64 {
         let available = match self.available_to(position) {
             Ok(u64::MAX) => {
-                // Drivers make descriptors available in order; for one that does not, this is just a number.
+                // Drivers make descriptors available in order; for one that does not, this is just
+                // a number.
                 let (mut free, mut beyond) = (position, end);
                 while free < beyond {
                     let middle = free + (beyond - free) / 2;
@@ -296,7 +301,8 @@ impl Ring {
         }
     }
 
-    /// Whether nothing was ever written to the driver's part of the ring: its first descriptors, and its index or event.
+    /// Whether nothing was ever written to the driver's part of the ring: its first descriptors,
+    /// and its index or event.
     pub fn is_blank(&self) -> bool {
         match self {
             Ring::Split(ring) => ring.is_blank(),
@@ -304,8 +310,8 @@ impl Ring {
         }
     }
 
-    /// The chain at a position before [`Ring::available_to`], where it is available and one usable buffer: how most
-    /// are. Anything else is for [`Ring::read_chain`].
+    /// The chain at a position before [`Ring::available_to`], where it is available and one usable
+    /// buffer: how most are. Anything else is for [`Ring::read_chain`].
     #[inline(always)]
     pub fn single(&self, position: u64, direction: Direction) -> Option<(Head, Window<'_>)> {
         match self {
@@ -340,8 +346,8 @@ impl Ring {
         }
     }
 
-    /// Reads the command at a position before [`Ring::available_to`], and where in `windows` the room for its answer
-    /// begins; `None` if it is not available.
+    /// Reads the command at a position before [`Ring::available_to`], and where in `windows` the
+    /// room for its answer begins; `None` if it is not available.
     fn read_command<'m, const N: usize>(
         &'m self,
         position: u64,

@@ -1,7 +1,8 @@
-//! Deliberate mistakes in the code of packed rings and their records, of which the tests must find every single one: a
-//! simulation of killed processes that does not find them proves nothing.
+//! Deliberate mistakes in the code of packed rings and their records, of which the tests must find
+//! every single one: a simulation of killed processes that does not find them proves nothing.
 //!
-//! It exists under `cfg(test)` only; in a production build [`mutant!`](super) is the constant `false`.
+//! It exists under `cfg(test)` only; in a production build [`mutant!`](super) is the constant
+//! `false`.
 
 use std::cell::Cell;
 

@@ -113,8 +113,8 @@ impl<'m> Claim<'m> {
 
     /// Hands over the windows of frame `index` in order, each with the bytes that go there.
     ///
-    /// Not an iterator: one through buffers and their windows is taken apart for each of them (965 instructions in place of
-    /// 916 for 1500 bytes in two buffers).
+    /// Not an iterator: one through buffers and their windows is taken apart for each of them (965
+    /// instructions in place of 916 for 1500 bytes in two buffers).
     #[inline(always)]
     pub fn each_piece(&self, index: usize, mut piece: impl FnMut(Window<'m>, usize)) {
         let (first, count) = self.frames[index];
@@ -159,8 +159,9 @@ impl<'m> Claim<'m> {
         head.first.sub(0, len)
     }
 
-    /// After a memory fault of the sender: what follows the header of frame `index` becomes zero, and each of its
-    /// buffers shrinks to header and 60 bytes. Length 0 instead would make DPDK's vectorised driver compute 65,524.
+    /// After a memory fault of the sender: what follows the header of frame `index` becomes zero,
+    /// and each of its buffers shrinks to header and 60 bytes. Length 0 instead would make DPDK's
+    /// vectorised driver compute 65,524.
     #[cold]
     pub fn blank(&mut self, index: usize) {
         let (first, count) = self.frames[index];

@@ -1,9 +1,10 @@
 //! The packed virtqueue as the device sees it (virtio 1.2 §2.8).
 //!
-//! Beside [`super::split::SplitRing`] this is the only place that knows the difference. A position counts
-//! descriptors; its slot is `position % size`, its wrap counter 1 in even laps and 0 in odd ones. Used elements are not
-//! written while a claim is filled (the slots behind an earlier, unpublished claim still belong to it in the driver's
-//! eyes): they are noted in the ring's [record](Redo), and the publisher writes a whole run.
+//! Beside [`super::split::SplitRing`] this is the only place that knows the difference. A position
+//! counts descriptors; its slot is `position % size`, its wrap counter 1 in even laps and 0 in odd
+//! ones. Used elements are not written while a claim is filled (the slots behind an earlier,
+//! unpublished claim still belong to it in the driver's eyes): they are noted in the ring's
+//! [record](Redo), and the publisher writes a whole run.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
@@ -38,8 +39,9 @@ const EVENT_DESCRIPTOR: u16 = 2;
 /// Bytes of an event suppression structure.
 const EVENT_SIZE: u64 = 4;
 
-/// Most descriptors of a chain that are read in search of its end, where the id stands that it is returned by:
-/// 64 KiB of them, some 10 µs. A longer one, of a ring that is longer still, breaks it.
+/// Most descriptors of a chain that are read in search of its end, where the id stands that it is
+/// returned by: 64 KiB of them, some 10 µs. A longer one, of a ring that is longer still, breaks
+/// it.
 const LONGEST_WALK: u16 = 4 * MAX_CHAIN as u16;
 
 /// Sizes in bytes of descriptor ring, driver area and device area of a packed virtqueue (§2.8).
@@ -59,7 +61,8 @@ pub struct PackedRing {
     device_event: PinnedWindow,
     memory: Arc<GuestMemory>,
     size: u16,
-    /// The bit of a position that changes from lap to lap, for sizes that are a power of two; else 0.
+    /// The bit of a position that changes from lap to lap, for sizes that are a power of two; else
+    /// 0.
     lap_bit: u64,
     event_idx: bool,
     indirect: bool,
@@ -68,11 +71,11 @@ pub struct PackedRing {
 }
 
 impl PackedRing {
-    /// Checks the geometry, and returns the ring with the position where its record says that an earlier process left it,
-    /// else the one that SET_VRING_BASE names.
+    /// Checks the geometry, and returns the ring with the position where its record says that an
+    /// earlier process left it, else the one that SET_VRING_BASE names.
     ///
-    /// The low half of the base is the next available slot with its wrap counter in bit 15; the used half is taken to be
-    /// equal (virtio-user sends `0x8000` alone).
+    /// The low half of the base is the next available slot with its wrap counter in bit 15; the
+    /// used half is taken to be equal (virtio-user sends `0x8000` alone).
     pub fn start(setup: &RingSetup) -> Result<(Self, u64), SetupError> {
         if setup.size == 0 || u32::from(setup.size) > super::MAX_RING_SIZE {
             return Err(SetupError::Size(setup.size));
@@ -124,11 +127,13 @@ impl PackedRing {
         Ok((ring, position))
     }
 
-    /// Where the record says that an earlier process left this ring, with the run finished that it was publishing.
+    /// Where the record says that an earlier process left this ring, with the run finished that it
+    /// was publishing.
     ///
-    /// `None` without a record, and where the driver has started anew since: it has cleared its ring then, and no
-    /// process of ours has written that it is polling, or where it wants a kick. (Where the frontend knows of that
-    /// start it has said so by another base, and the record is not this ring's.)
+    /// `None` without a record, and where the driver has started anew since: it has cleared its
+    /// ring then, and no process of ours has written that it is polling, or where it wants a kick.
+    /// (Where the frontend knows of that start it has said so by another base, and the record is
+    /// not this ring's.)
     fn resume(&self) -> Option<u64> {
         let cleared = self.device_event.window().load_u32(0, Ordering::Acquire) == 0;
         if !self.redo.resumes() || cleared && !mutant!(ClearedBelieved) {
@@ -149,7 +154,8 @@ impl PackedRing {
         Some(if mutant!(RunForgotten) { from } else { to })
     }
 
-    /// Whether the notes of `[from, to)` are those of whole elements: a record that we did not write is not believed.
+    /// Whether the notes of `[from, to)` are those of whole elements: a record that we did not
+    /// write is not believed.
     fn has_notes(&self, from: u64, to: u64) -> bool {
         let mut position = from;
         while position < to {
@@ -178,7 +184,8 @@ impl PackedRing {
         slot as u16 | lap & F_USED
     }
 
-    /// The slot of a position, and the flags of used elements in its lap: these stand for its wrap counter everywhere here.
+    /// The slot of a position, and the flags of used elements in its lap: these stand for its wrap
+    /// counter everywhere here.
     #[inline(always)]
     fn place(&self, position: u64) -> (usize, u16) {
         let flags = |wrap| if wrap { USED_LAP } else { 0 };
@@ -200,8 +207,8 @@ impl PackedRing {
 
     /// Whether the descriptor at `position` is available.
     ///
-    /// Acquire pairs with the driver's barrier before it writes the head's flags, last of a chain (§2.8.21): the
-    /// rest of the chain and the buffers are visible.
+    /// Acquire pairs with the driver's barrier before it writes the head's flags, last of a chain
+    /// (§2.8.21): the rest of the chain and the buffers are visible.
     #[inline(always)]
     pub fn is_available(&self, position: u64) -> bool {
         let (slot, lap) = self.place(position);
@@ -365,7 +372,8 @@ impl PackedRing {
         self.redo.set_note(slot, note.0);
     }
 
-    /// Asks the driver for kicks from `position` on, or to leave them out. The caller looks once more afterwards.
+    /// Asks the driver for kicks from `position` on, or to leave them out. The caller looks once
+    /// more afterwards.
     pub fn want_kicks(&self, wanted: bool, position: u64) {
         let event = self.device_event.window();
         if wanted && self.event_idx {
@@ -386,14 +394,15 @@ fn is_available(flags: u16, lap: u16) -> bool {
     flags & USED_LAP == lap ^ F_USED
 }
 
-/// A used element before its turn: the second word of its descriptor as the driver will find it, but for the flags of the
-/// lap, which the publisher has for a whole run, and for two of ours.
+/// A used element before its turn: the second word of its descriptor as the driver will find it,
+/// but for the flags of the lap, which the publisher has for a whole run, and for two of ours.
 #[derive(Clone, Copy)]
 struct Note(u64);
 
 /// There is a note.
 const NOTED: u64 = (F_INDIRECT as u64) << FLAGS_SHIFT;
-/// The chain is of several descriptors: the note of its second one, which no element will be written to, says how many.
+/// The chain is of several descriptors: the note of its second one, which no element will be
+/// written to, says how many.
 const LONG: u64 = (F_NEXT as u64) << FLAGS_SHIFT;
 
 impl Note {
@@ -424,8 +433,8 @@ impl Note {
         if slot + 1 == notes.len() { 0 } else { slot + 1 }
     }
 
-    /// The word as the driver will find it, in a lap of these flags. Whatever a note says: a chain that reaches past the
-    /// end of what its driver may have in flight overwrites another one's.
+    /// The word as the driver will find it, in a lap of these flags. Whatever a note says: a chain
+    /// that reaches past the end of what its driver may have in flight overwrites another one's.
     #[inline(always)]
     fn used(self, lap: u64) -> u64 {
         const KEPT: u64 = (F_WRITE as u64) << FLAGS_SHIFT | ((1 << FLAGS_SHIFT) - 1);
@@ -434,8 +443,8 @@ impl Note {
 }
 
 impl Publish for PackedRing {
-    /// Writes the run's elements, each with one store, the first one last: the driver looks there, and finding it used
-    /// must find the whole run used (§2.8.21), a mergeable frame included.
+    /// Writes the run's elements, each with one store, the first one last: the driver looks there,
+    /// and finding it used must find the whole run used (§2.8.21), a mergeable frame included.
     fn publish(&self, from: u64, to: u64) {
         self.redo.begin(self.word(from), (to - from) as u16);
         let size = usize::from(self.size);
@@ -462,7 +471,8 @@ impl Publish for PackedRing {
             let (begin, end) = (slot, size.min(slot + left));
             while slot < end {
                 let note = Note::load(notes, slot);
-                // Release, not relaxed: a driver may look at a later element's flags when a first run ends inside a batch.
+                // Release, not relaxed: a driver may look at a later element's flags when a first
+                // run ends inside a batch.
                 descriptors.store(2 * slot + 1, note.used(lap), Ordering::Release);
                 slot += note.span(notes, slot);
             }
@@ -472,8 +482,8 @@ impl Publish for PackedRing {
         self.redo.end(self.word(to));
     }
 
-    /// The test is against the whole newly visible run, never a thread's own claim: another thread's claim may have
-    /// become visible with this one, and the driver may be armed inside it.
+    /// The test is against the whole newly visible run, never a thread's own claim: another
+    /// thread's claim may have become visible with this one, and the driver may be armed inside it.
     fn wants_call(&self, from: u64, to: u64) -> bool {
         let event = self.driver_event.window();
         let flags = event.load_u16(EVENT_FLAGS, Ordering::Acquire);
@@ -482,8 +492,9 @@ impl Publish for PackedRing {
             EVENT_DESCRIPTOR if self.event_idx => {
                 let word = event.load_u16(0, Ordering::Relaxed);
                 let (slot, wrap) = (u64::from(word & 0x7fff), word & 0x8000 != 0);
-                // The armed position lies in the lap of `from` or the one after, whichever has its wrap counter. A
-                // stale event may look like the next lap's: a spare call, never a missing one.
+                // The armed position lies in the lap of `from` or the one after, whichever has its
+                // wrap counter. A stale event may look like the next lap's: a spare call, never a
+                // missing one.
                 let size = u64::from(self.size);
                 let lap = from / size;
                 let lap = if (lap & 1 == 0) == wrap { lap } else { lap + 1 };

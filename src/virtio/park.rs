@@ -1,5 +1,5 @@
-//! Hooks of tests: stop a producer at a chosen point of a delivery, let another one forestall it, and count what its
-//! thread tries.
+//! Hooks of tests: stop a producer at a chosen point of a delivery, let another one forestall it,
+//! and count what its thread tries.
 //!
 //! It exists under `cfg(test)` only; a production build has not one instruction of it.
 
@@ -101,7 +101,8 @@ pub(super) fn claims() {
     });
 }
 
-/// From now on the calling thread runs `rival` between reading where it would claim and claiming there.
+/// From now on the calling thread runs `rival` between reading where it would claim and claiming
+/// there.
 pub(crate) fn set_rival(rival: Option<Rival>) {
     RIVAL.set(rival);
 }
@@ -115,7 +116,8 @@ pub(super) fn planned() {
     });
 }
 
-/// A receive ring whose publishers can be stopped. (Transmit rings publish, too, but have one owner.)
+/// A receive ring whose publishers can be stopped. (Transmit rings publish, too, but have one
+/// owner.)
 pub(super) struct Watched<'r, R>(&'r R);
 
 impl<'r, R: Publish> Watched<'r, R> {

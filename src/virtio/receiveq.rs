@@ -1,8 +1,8 @@
 //! A receiveq: buffers that the driver made available, claimed by any poll thread at any time.
 //!
-//! The protocol is `claim.rs`; here it meets the ring. A [`Claim`] is one thread's open claim: which frames of a
-//! burst got which buffers. Its buffers were read before the swap that won the positions (once, into private
-//! copies; a lost swap discards them).
+//! The protocol is `claim.rs`; here it meets the ring. A [`Claim`] is one thread's open claim:
+//! which frames of a burst got which buffers. Its buffers were read before the swap that won the
+//! positions (once, into private copies; a lost swap discards them).
 
 use super::chain::{ChainError, Direction, MAX_CHAIN, Windows};
 use super::claim::{Claims, Published};
@@ -13,12 +13,13 @@ use crate::memory::Window;
 
 /// Most bytes of one claim, unless one frame alone is longer.
 pub const CLAIM_BYTES: u32 = 64 * 1024;
-/// A buffer must hold the header and so many bytes of a frame, or it goes back unused: one that holds nothing would block
-/// a queue without mergeable buffers for ever.
+/// A buffer must hold the header and so many bytes of a frame, or it goes back unused: one that
+/// holds nothing would block a queue without mergeable buffers for ever.
 pub(super) const MIN_FRAME: usize = 60;
 /// Bytes of the longest frame with its header, rounded up to whole pages.
 const LONGEST: u32 = 68 * 1024;
-/// Most pages of receive buffers that are touched ahead: 16 MiB, about a ring of 256 buffers for the longest frames.
+/// Most pages of receive buffers that are touched ahead: 16 MiB, about a ring of 256 buffers for
+/// the longest frames.
 const TOUCHED_PAGES: usize = 4096;
 /// Swaps tried before a claim counts as lost.
 const CLAIM_TRIES: usize = 4;
@@ -30,7 +31,8 @@ pub enum NoClaim {
     Full,
     /// Lost to other threads until the bound. Harmless.
     Contended,
-    /// The first frame fits no buffer (not mergeable), or needs more buffers than a claim or the ring has.
+    /// The first frame fits no buffer (not mergeable), or needs more buffers than a claim or the
+    /// ring has.
     TooLong,
     /// The ring is broken.
     Broken,
@@ -67,9 +69,11 @@ impl ReceiveQueue {
         })
     }
 
-    /// Claims buffers for as many of the frames (lengths in bytes, without header) as there are buffers and limits allow.
+    /// Claims buffers for as many of the frames (lengths in bytes, without header) as there are
+    /// buffers and limits allow.
     ///
-    /// On `Ok`, `claim` holds at least one frame or at least one malformed chain that is to be returned.
+    /// On `Ok`, `claim` holds at least one frame or at least one malformed chain that is to be
+    /// returned.
     #[inline(always)]
     pub fn claim<'m>(
         &'m self,
@@ -99,8 +103,9 @@ impl ReceiveQueue {
             match self.plan(position, lengths.clone(), leave, claim) {
                 Ok(None) => {}
                 Ok(Some(reason)) if claim.span == 0 => {
-                    // What another thread has claimed since `position` was read, and published, is no longer available in
-                    // a packed ring: that says nothing about what stands behind it.
+                    // What another thread has claimed since `position` was read, and published, is
+                    // no longer available in a packed ring: that says nothing about what stands
+                    // behind it.
                     if self.claims.next() == position {
                         return Err(reason);
                     }
@@ -108,7 +113,8 @@ impl ReceiveQueue {
                 }
                 Ok(Some(_)) => {}
                 Err(broken) => {
-                    // A thread that was descheduled after reading `position` sees an honest ring too far ahead.
+                    // A thread that was descheduled after reading `position` sees an honest ring
+                    // too far ahead.
                     if self.claims.next() == position {
                         self.broken.set(broken);
                         return Err(NoClaim::Broken);
@@ -168,7 +174,8 @@ impl ReceiveQueue {
         Ok(None)
     }
 
-    /// Reads a buffer for a frame of `len` bytes with header, in the usual case that one of one piece holds it.
+    /// Reads a buffer for a frame of `len` bytes with header, in the usual case that one of one
+    /// piece holds it.
     #[inline(always)]
     fn plan_single<'m>(&'m self, len: u32, end: u64, claim: &mut Claim<'m>) -> bool {
         let position = claim.position + u64::from(claim.span);
@@ -183,8 +190,8 @@ impl ReceiveQueue {
         placed
     }
 
-    /// Adds the buffer at `position` to the claim, for `left` bytes of a frame, if it is of one piece and holds `least`.
-    /// The `first` buffer of a frame gets the header.
+    /// Adds the buffer at `position` to the claim, for `left` bytes of a frame, if it is of one
+    /// piece and holds `least`. The `first` buffer of a frame gets the header.
     #[inline(always)]
     fn add_single<'m>(
         &'m self,
@@ -227,7 +234,8 @@ impl ReceiveQueue {
         let mut left = len;
         while left > 0 {
             let position = claim.position + u64::from(claim.span);
-            // Too long only if this frame alone fills a claim, which has room for the longest chain then.
+            // Too long only if this frame alone fills a claim, which has room for the longest chain
+            // then.
             let (enough, full) = match first {
                 0 => (CLAIM_PIECES + MAX_CHAIN, NoClaim::TooLong),
                 _ => (CLAIM_PIECES, NoClaim::Full),
@@ -254,7 +262,8 @@ impl ReceiveQueue {
                         continue;
                     }
                     Added::Returned => {
-                        // A malformed chain is never inside a frame: what was read for this one before it is returned too.
+                        // A malformed chain is never inside a frame: what was read for this one
+                        // before it is returned too.
                         self.give_up_heads(first, claim);
                         return self.restart_frame(len, end, claim);
                     }
@@ -291,7 +300,8 @@ impl ReceiveQueue {
         }
     }
 
-    /// Adds the buffer at `position` to the claim, for `left` bytes of a frame, `header` of them of its header.
+    /// Adds the buffer at `position` to the claim, for `left` bytes of a frame, `header` of them of
+    /// its header.
     #[inline(always)]
     fn add_buffer<'m>(
         &'m self,
@@ -301,8 +311,8 @@ impl ReceiveQueue {
         claim: &mut Claim<'m>,
     ) -> Result<Added, Broken> {
         let first = claim.windows.len();
-        // Never fewer than make a buffer usable: the walk stops at the bytes wanted, and a chain whose first pieces hold
-        // the rest of a frame would be taken for one of that length.
+        // Never fewer than make a buffer usable: the walk stops at the bytes wanted, and a chain
+        // whose first pieces hold the rest of a frame would be taken for one of that length.
         let least = (self.header + MIN_FRAME) as u32;
         let wanted = left.max(least);
         let chain =
@@ -349,11 +359,12 @@ impl ReceiveQueue {
         })
     }
 
-    /// Touches the pages of the buffers that are available, up to `TOUCHED_PAGES`, without changing them; says whether
-    /// there were any.
+    /// Touches the pages of the buffers that are available, up to `TOUCHED_PAGES`, without changing
+    /// them; says whether there were any.
     ///
-    /// The first write to a page of a mapping is a page fault, about 2 µs. A ring that has just started would make a poll
-    /// thread take one for nearly every frame, and all its guests wait; the caller is a thread that may wait.
+    /// The first write to a page of a mapping is a page fault, about 2 µs. A ring that has just
+    /// started would make a poll thread take one for nearly every frame, and all its guests wait;
+    /// the caller is a thread that may wait.
     pub fn touch_buffers(&self) -> bool {
         let position = self.claims.next();
         let (mut at, end) = (position, self.end_of_free());
@@ -441,12 +452,13 @@ impl ReceiveQueue {
     }
 }
 
-/// Asks for the first lines of a buffer of which the first `written` bytes will be, and the first `header` of these are of
-/// the header: the receiver's core has read them last, see `Burst::note`.
+/// Asks for the first lines of a buffer of which the first `written` bytes will be, and the first
+/// `header` of these are of the header: the receiver's core has read them last, see `Burst::note`.
 ///
-/// Asked for as readers do, each would be asked for again by the store: on a Xeon of the Granite Rapids class, 64-byte
-/// frames have 1.12 times the rate for it, 1.42 where the header has a line of its own. That one mostly is not written
-/// (`frame::put_header`), so it is asked for to be read, and last: if it is the frame's too, it comes for writing.
+/// Asked for as readers do, each would be asked for again by the store: on a Xeon of the Granite
+/// Rapids class, 64-byte frames have 1.12 times the rate for it, 1.42 where the header has a line
+/// of its own. That one mostly is not written (`frame::put_header`), so it is asked for to be read,
+/// and last: if it is the frame's too, it comes for writing.
 #[inline(always)]
 fn prefetch(buffer: &Window<'_>, header: usize, written: usize) {
     buffer.prefetch_write(header);
@@ -455,7 +467,8 @@ fn prefetch(buffer: &Window<'_>, header: usize, written: usize) {
     buffer.prefetch(0);
 }
 
-/// The same for a buffer of several pieces. A header that has the first one for itself is followed by the frame in the next.
+/// The same for a buffer of several pieces. A header that has the first one for itself is followed
+/// by the frame in the next.
 #[inline(never)]
 fn prefetch_pieces(pieces: &[Window<'_>], mut header: usize, mut written: usize) {
     for piece in pieces.iter().take(2) {

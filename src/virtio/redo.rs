@@ -1,8 +1,9 @@
 //! What a packed ring needs to go on after its process was killed.
 //!
-//! Nothing in a packed ring says where the device stands, and a used element overwrites only the first slot of its chain:
-//! the others go on looking available. So the position cannot be found again by looking, and QEMU, which knows only where
-//! the ring started, cannot tell it either. This record can:
+//! Nothing in a packed ring says where the device stands, and a used element overwrites only the
+//! first slot of its chain: the others go on looking available. So the position cannot be found
+//! again by looking, and QEMU, which knows only where the ring started, cannot tell it either. This
+//! record can:
 //!
 //! ```text
 //! words 0..8    whose record it is (vhost_user: ring, memory, what SET_VRING_BASE said)
@@ -11,11 +12,13 @@
 //!               descriptors, how many
 //! ```
 //!
-//! 128 bytes and 8 a slot. It has no lap or sequence number of its own: the flags in the ring, which the driver sees, too,
-//! say which of the three cases below it is, and the identity takes the place of one for a ring that is another.
+//! 128 bytes and 8 a slot. It has no lap or sequence number of its own: the flags in the ring,
+//! which the driver sees, too, say which of the three cases below it is, and the identity takes the
+//! place of one for a ring that is another.
 //!
-//! The notes are what a packed ring needs anyway, because the publisher writes the elements of others. What the record
-//! adds to the data path is two stores of one word a run: before the first store to the ring, and after the last.
+//! The notes are what a packed ring needs anyway, because the publisher writes the elements of
+//! others. What the record adds to the data path is two stores of one word a run: before the first
+//! store to the ring, and after the last.
 //!
 //! A process that is killed stops between two of its stores. Then, for the run of the record:
 //!
@@ -25,14 +28,16 @@
 //! | a run | still available | its flags come last: the driver has seen nothing of the run | writes it again, from the same notes |
 //! | a run | used, or reused by the driver | the whole run is visible | goes on behind it |
 //!
-//! Writing a run again is the same as writing it once, as nobody touches its slots before its first flags are there. Its
-//! frames were copied before it was committed. Frames in claims that were not published are lost here and sent again by
-//! their senders, whose chains are completed later than that.
+//! Writing a run again is the same as writing it once, as nobody touches its slots before its first
+//! flags are there. Its frames were copied before it was committed. Frames in claims that were not
+//! published are lost here and sent again by their senders, whose chains are completed later than
+//! that.
 //!
-//! `redo_tests` kills at each of these stores, and makes deliberate mistakes that it must find (`mutants`). Two things no
-//! record can tell, and then the ring stands still until its driver resets the device: that there is none (no memory for
-//! the file), and that a driver which started anew while no process was there left the ring's memory as it was. No
-//! driver known does: a ring is made of zeros.
+//! `redo_tests` kills at each of these stores, and makes deliberate mistakes that it must find
+//! (`mutants`). Two things no record can tell, and then the ring stands still until its driver
+//! resets the device: that there is none (no memory for the file), and that a driver which started
+//! anew while no process was there left the ring's memory as it was. No driver known does: a ring
+//! is made of zeros.
 
 use std::sync::atomic::{AtomicU64, Ordering, compiler_fence};
 
@@ -75,8 +80,9 @@ impl Redo {
         }
     }
 
-    /// A new record in `words`, of which there are [`Redo::words`], of a ring that is to start at this slot and wrap
-    /// counter: a process that is killed before it has started the ring leaves its record, too.
+    /// A new record in `words`, of which there are [`Redo::words`], of a ring that is to start at
+    /// this slot and wrap counter: a process that is killed before it has started the ring leaves
+    /// its record, too.
     pub fn new(words: Words, identity: &[u64; IDENTITY], place: u16) -> Self {
         for (word, value) in words.iter().zip(identity) {
             word.store(*value, Ordering::Relaxed);
@@ -123,8 +129,9 @@ impl Redo {
             () => (place, len),
         };
         let word = u64::from(place) | u64::from(len) << 16;
-        // Release: not before the notes. The fence: not after the ring. A process is killed between two instructions, so that
-        // the order of instructions is the order that counts, and only the compiler may change it.
+        // Release: not before the notes. The fence: not after the ring. A process is killed between
+        // two instructions, so that the order of instructions is the order that counts, and only
+        // the compiler may change it.
         self.words[RUN].store(word, Ordering::Release);
         #[cfg(test)]
         crate::memory::probe::stored();
@@ -151,8 +158,8 @@ impl Redo {
         &self.words[NOTES..]
     }
 
-    /// Notes a used element. Relaxed: the tag's release (receiveq) or the single owner (transmitq) orders it before the publisher's
-    /// load.
+    /// Notes a used element. Relaxed: the tag's release (receiveq) or the single owner (transmitq)
+    /// orders it before the publisher's load.
     #[inline(always)]
     pub(super) fn set_note(&self, slot: usize, note: u64) {
         #[cfg(test)]

@@ -1,4 +1,5 @@
-//! Processes that are killed after every single store to a packed ring or its record, and what the next one makes of it.
+//! Processes that are killed after every single store to a packed ring or its record, and what the
+//! next one makes of it.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -119,7 +120,8 @@ impl Place {
         }
     }
 
-    /// Runs something, and returns what it leaves behind if it is killed after each of its stores, and before the first.
+    /// Runs something, and returns what it leaves behind if it is killed after each of its stores,
+    /// and before the first.
     fn killed<R>(&self, run: impl FnOnce() -> R) -> (R, Vec<Image>) {
         let images = Rc::new(RefCell::new(vec![self.image()]));
         let look = {
@@ -255,8 +257,9 @@ enum Meanwhile {
     Posts,
 }
 
-/// The next process serves the driver, from what the killed one left in memory: every chain once, in order; and goes on
-/// doing so. Of the run that was being published, which is `run`, the driver finds all or nothing.
+/// The next process serves the driver, from what the killed one left in memory: every chain once,
+/// in order; and goes on doing so. Of the run that was being published, which is `run`, the driver
+/// finds all or nothing.
 fn serve<Q: Queue>(place: &Place, driver: &Posted<'_>, run: &[Used], meanwhile: Meanwhile) {
     let mut driver = driver.clone();
     let mut came = driver.reap();
@@ -282,8 +285,8 @@ fn serve<Q: Queue>(place: &Place, driver: &Posted<'_>, run: &[Used], meanwhile: 
     }
 }
 
-/// Restarts from every image: with the driver that was there, again after the next process was killed too, and with a
-/// driver that has started anew meanwhile.
+/// Restarts from every image: with the driver that was there, again after the next process was
+/// killed too, and with a driver that has started anew meanwhile.
 fn survive<Q: Queue>(place: &Place, driver: &Posted<'_>, images: &[Image], run: &[Used]) {
     let now = place.image();
     for image in images {
@@ -327,7 +330,8 @@ const RINGS: [(u16, bool); 6] = [
     (8, false),
 ];
 
-/// A receiveq whose process is killed at every store of `turns` commits, with other claims open, filled or not.
+/// A receiveq whose process is killed at every store of `turns` commits, with other claims open,
+/// filled or not.
 fn check_receiveq(size: u16, event_idx: bool, turns: u32) -> usize {
     let mut runs = 0;
     let mut random = Random(0x9e37_79b9 + u64::from(size));
@@ -358,7 +362,8 @@ fn check_receiveq(size: u16, event_idx: bool, turns: u32) -> usize {
     runs
 }
 
-/// A transmitq whose process is killed at every store of its completions, and while it goes to sleep and awakes.
+/// A transmitq whose process is killed at every store of its completions, and while it goes to
+/// sleep and awakes.
 fn check_transmitq(size: u16, event_idx: bool, turns: u32) {
     let mut random = Random(0x1234_5678 + u64::from(size));
     let place = Place::new(size, event_idx);
@@ -380,8 +385,8 @@ fn check_transmitq(size: u16, event_idx: bool, turns: u32) {
     }
 }
 
-/// A process that is killed after it has made a record and before it has started the ring, which another one had left
-/// elsewhere: its frontend knows where, as it asked.
+/// A process that is killed after it has made a record and before it has started the ring, which
+/// another one had left elsewhere: its frontend knows where, as it asked.
 fn check_new_record(size: u16) {
     for at in 0..2 * u64::from(size) {
         let place = Place::new(size, true);
@@ -409,7 +414,8 @@ fn check_new_record(size: u16) {
     }
 }
 
-/// A record that names a run, but not its elements: the ring starts where its frontend says, and nothing is written.
+/// A record that names a run, but not its elements: the ring starts where its frontend says, and
+/// nothing is written.
 fn check_notes() {
     let place = Place::new(8, true);
     let mut driver = Posted::new(place.driver());

@@ -1,13 +1,14 @@
 //! Shares of a receive ring that is short of buffers.
 //!
-//! First come, first served lets one sender that floods a slow receiver take every buffer the moment it is free, and
-//! a sender of one frame now and then finds none. So for two laps after a ring had no buffer for somebody, its
-//! last eighth is kept back, and each sending port draws from that at most one part in 32 of what the ring
-//! delivers. What it draws is counted in positions of the ring, which is the clock here: a slower receiver means smaller shares,
-//! and an idle one costs nobody anything. Rings that were never full know nothing of this.
+//! First come, first served lets one sender that floods a slow receiver take every buffer the
+//! moment it is free, and a sender of one frame now and then finds none. So for two laps after a
+//! ring had no buffer for somebody, its last eighth is kept back, and each sending port draws from
+//! that at most one part in 32 of what the ring delivers. What it draws is counted in positions of
+//! the ring, which is the clock here: a slower receiver means smaller shares, and an idle one costs
+//! nobody anything. Rings that were never full know nothing of this.
 //!
-//! Everything is relaxed and approximate: two threads that count at the same time may lose one of the counts, and ports
-//! whose slots are equal modulo [`SOURCES`] share a share.
+//! Everything is relaxed and approximate: two threads that count at the same time may lose one of
+//! the counts, and ports whose slots are equal modulo [`SOURCES`] share a share.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -20,13 +21,15 @@ const SOURCES: usize = 256;
 const KEPT: u64 = 8;
 /// The part of what a ring delivers that a sender may draw from that.
 const SHARE: u64 = 32;
-/// Laps for which a sender can save its share: no more than what is kept back, for frames that come in clumps.
+/// Laps for which a sender can save its share: no more than what is kept back, for frames that come
+/// in clumps.
 const SAVED: u64 = SHARE / KEPT;
-/// A ring without any progress for so long gives up what it keeps: its driver posts fewer buffers than it once did, or
-/// stands still. More is kept again when more is free at once.
+/// A ring without any progress for so long gives up what it keeps: its driver posts fewer buffers
+/// than it once did, or stands still. More is kept again when more is free at once.
 const STUCK: Duration = Duration::from_millis(100);
-/// Longest time between two refusals that counts as that. In more, it may be the poll thread that made no progress: it was
-/// without its processor, and found the ring as it had left it. Not less, or a sender of a frame now and then waits long.
+/// Longest time between two refusals that counts as that. In more, it may be the poll thread that
+/// made no progress: it was without its processor, and found the ring as it had left it. Not less,
+/// or a sender of a frame now and then waits long.
 const WATCHED: Duration = Duration::from_millis(20);
 
 /// The state of one receive queue's shares.
@@ -35,10 +38,11 @@ pub(super) struct Shares {
     size: u64,
     /// The ring is short while its position is before this one; 0 if it is not.
     short_until: AtomicU64,
-    /// Most buffers that were free at once. A packed ring does not tell, and is taken to be full at first.
+    /// Most buffers that were free at once. A packed ring does not tell, and is taken to be full at
+    /// first.
     most: AtomicU32,
-    /// Position at the last refusal while buffers were kept back, when that was (nanoseconds after `made`), and for how
-    /// long it has been the position.
+    /// Position at the last refusal while buffers were kept back, when that was (nanoseconds after
+    /// `made`), and for how long it has been the position.
     stuck_at: AtomicU64,
     refused_at: AtomicU64,
     stuck_for: AtomicU64,
@@ -177,7 +181,8 @@ impl ReceiveQueue {
     #[cold]
     pub fn refused(&self) {
         let position = self.claims.next();
-        // Behind an open claim the driver sees nothing, and returns nothing: that is a poll thread's doing.
+        // Behind an open claim the driver sees nothing, and returns nothing: that is a poll
+        // thread's doing.
         let open = self.published() != position;
         let free = if open {
             0

@@ -1,8 +1,8 @@
 //! The split virtqueue as the device sees it (virtio 1.2 §2.7).
 //!
 //! Only what touches the ring in guest memory; positions, claims and completions are kept by
-//! [`super::ReceiveQueue`] and [`super::TransmitQueue`]. Our own `used.idx` is read once, at ring start: a guest
-//! can rewrite it, so the 64-bit position is kept privately.
+//! [`super::ReceiveQueue`] and [`super::TransmitQueue`]. Our own `used.idx` is read once, at ring
+//! start: a guest can rewrite it, so the 64-bit position is kept privately.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -49,9 +49,9 @@ pub struct SplitRing {
 }
 
 impl SplitRing {
-    /// Checks the geometry, and returns the ring with the position it starts at: `used.idx` as found in memory,
-    /// whatever SET_VRING_BASE said. That is exact for QEMU, for cloud-hypervisor with IN_ORDER (it sends `avail_idx`)
-    /// and for DPDK's virtio-user (it sends 0).
+    /// Checks the geometry, and returns the ring with the position it starts at: `used.idx` as
+    /// found in memory, whatever SET_VRING_BASE said. That is exact for QEMU, for cloud-hypervisor
+    /// with IN_ORDER (it sends `avail_idx`) and for DPDK's virtio-user (it sends 0).
     pub fn start(setup: &RingSetup) -> Result<(Self, u64), SetupError> {
         if !setup.size.is_power_of_two() {
             return Err(SetupError::Size(setup.size));
@@ -92,8 +92,9 @@ impl SplitRing {
 
     /// The position up to which buffers are available, seen from `position`.
     ///
-    /// Acquire pairs with the driver's write barrier before it stores `avail.idx` (§2.7.13.3): entries and
-    /// descriptors behind the index are visible. Read once a burst, not once a frame: the line is the driver's.
+    /// Acquire pairs with the driver's write barrier before it stores `avail.idx` (§2.7.13.3):
+    /// entries and descriptors behind the index are visible. Read once a burst, not once a frame:
+    /// the line is the driver's.
     #[inline(always)]
     pub fn available_to(&self, position: u64) -> Result<u64, Broken> {
         let idx = self.available.load(IDX, Ordering::Acquire);
@@ -107,7 +108,8 @@ impl SplitRing {
         Ok(position + u64::from(ahead))
     }
 
-    /// Whether the driver has written nothing: neither to the first descriptors nor to the available index.
+    /// Whether the driver has written nothing: neither to the first descriptors nor to the
+    /// available index.
     pub fn is_blank(&self) -> bool {
         let words = 2 * usize::from(self.size).min(BLANK_DESCRIPTORS);
         let word = |at: usize| self.descriptors.load(at, Ordering::Relaxed);
@@ -120,9 +122,11 @@ impl SplitRing {
         self.available.prefetch(IDX);
     }
 
-    /// Asks for the descriptor of `position`, if that is available, and for its place in the used ring, to be written.
+    /// Asks for the descriptor of `position`, if that is available, and for its place in the used
+    /// ring, to be written.
     ///
-    /// Only then: a driver that waits looks at the used index all the time, and would lose the line each time.
+    /// Only then: a driver that waits looks at the used index all the time, and would lose the line
+    /// each time.
     #[inline(always)]
     pub fn prefetch_next(&self, position: u64) {
         if self.available.load(IDX, Ordering::Relaxed) != position as u16 {
@@ -142,7 +146,8 @@ impl SplitRing {
         self.available.load(ENTRIES + slot, Ordering::Relaxed)
     }
 
-    /// The chain at `position`, which [`SplitRing::available_to`] said is available, if it is one usable buffer.
+    /// The chain at `position`, which [`SplitRing::available_to`] said is available, if it is one
+    /// usable buffer.
     #[inline(always)]
     pub fn single(&self, position: u64, direction: Direction) -> Option<(Head, Window<'_>)> {
         self.single_at(self.slot(position), direction)
@@ -208,7 +213,8 @@ impl SplitRing {
         &self.memory
     }
 
-    /// Writes the used elements of `position` and behind; the driver sees them after the next publish.
+    /// Writes the used elements of `position` and behind; the driver sees them after the next
+    /// publish.
     #[inline(always)]
     pub fn write_used(&self, position: u64, heads: impl Iterator<Item = (Head, u32)>) {
         let (mut slot, mask) = (self.slot(position), usize::from(self.size) - 1);
@@ -225,13 +231,15 @@ impl SplitRing {
             .store_two(ELEMENTS + 2 * slot, element, Ordering::Relaxed);
     }
 
-    /// Asks the driver for kicks (when about to sleep) or to leave them out (while polling), from `position` on.
+    /// Asks the driver for kicks (when about to sleep) or to leave them out (while polling), from
+    /// `position` on.
     ///
-    /// The caller looks for available buffers once more after asking: the full barrier pairs with the driver's between
-    /// its index and its look at our word (§2.7.13.4.1).
+    /// The caller looks for available buffers once more after asking: the full barrier pairs with
+    /// the driver's between its index and its look at our word (§2.7.13.4.1).
     pub fn want_kicks(&self, wanted: bool, position: u64) {
         if self.event_idx {
-            // Only the event counts; without one in reach the driver does not kick. Flags must be 0 (§2.7.10.1).
+            // Only the event counts; without one in reach the driver does not kick. Flags must be 0
+            // (§2.7.10.1).
             if wanted {
                 let event = ENTRIES + 4 * usize::from(self.size);
                 self.used.store(event, position as u16, Ordering::Relaxed);
@@ -258,8 +266,8 @@ impl Publish for SplitRing {
             return true;
         }
         if self.event_idx {
-            // §2.7.7.2: call when the event lies in [from, to). Both sides of the comparison are distances back from
-            // `to` in 16 bits, so that it holds across the wrap:
+            // §2.7.7.2: call when the event lies in [from, to). Both sides of the comparison are
+            // distances back from `to` in 16 bits, so that it holds across the wrap:
             //
             //     from = 65534, to = 2 (wrapped), event = 65535:  2 - 65535 - 1 = 2  <  2 - 65534 = 4   call
             //     from = 65534, to = 2,           event = 65533:  2 - 65533 - 1 = 4  <  4               no call

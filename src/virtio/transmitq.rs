@@ -1,7 +1,9 @@
-//! A transmitq: chains that the driver made available, taken and completed by one poll thread at a time.
+//! A transmitq: chains that the driver made available, taken and completed by one poll thread at a
+//! time.
 //!
-//! Its state is relaxed atomics, not fields behind `&mut`: the queue moves between poll threads by two
-//! topology publications (without an owner, acknowledged, then with the new one), whose barriers order it.
+//! Its state is relaxed atomics, not fields behind `&mut`: the queue moves between poll threads by
+//! two topology publications (without an owner, acknowledged, then with the new one), whose
+//! barriers order it.
 
 use std::iter::once;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -25,9 +27,10 @@ pub enum Taken {
     Malformed(ChainError),
 }
 
-/// A full barrier that was made: behind used indices, before looks at drivers' event words. The driver stores its event, then
-/// looks at the index (virtio 1.2 §2.7.7.2, §2.8.10); without the barrier both sides may miss the other. One serves any
-/// number of queues; one for each would wait for each one's lines alone.
+/// A full barrier that was made: behind used indices, before looks at drivers' event words. The
+/// driver stores its event, then looks at the index (virtio 1.2 §2.7.7.2, §2.8.10); without the
+/// barrier both sides may miss the other. One serves any number of queues; one for each would wait
+/// for each one's lines alone.
 #[derive(Debug)]
 pub struct FullBarrier(());
 
@@ -46,7 +49,8 @@ impl Default for FullBarrier {
     }
 }
 
-/// A started transmitq. Alone on its lines: its owner writes to it for every chain, and the neighbour may be anybody's.
+/// A started transmitq. Alone on its lines: its owner writes to it for every chain, and the
+/// neighbour may be anybody's.
 #[derive(Debug)]
 #[repr(align(128))]
 pub struct TransmitQueue {
@@ -55,7 +59,8 @@ pub struct TransmitQueue {
     next: AtomicU64,
     /// Positions before this one are returned to the driver.
     completed: AtomicU64,
-    /// Positions before this one were completed when the driver's wish for a call was last looked at.
+    /// Positions before this one were completed when the driver's wish for a call was last looked
+    /// at.
     asked: AtomicU64,
     size: u16,
     /// A call that is owed whatever the driver says: its ring has started.
@@ -95,8 +100,8 @@ impl TransmitQueue {
 
     /// The end of what is available now: one acquire load of the driver's line, once a burst.
     ///
-    /// At most one ring beyond what is completed, or a driver that raises its index without waiting for
-    /// used entries would make us forget chains in flight.
+    /// At most one ring beyond what is completed, or a driver that raises its index without waiting
+    /// for used entries would make us forget chains in flight.
     #[inline(always)]
     pub fn available_to(&self) -> u64 {
         let next = self.position();
@@ -112,8 +117,8 @@ impl TransmitQueue {
         }
     }
 
-    /// Whether so many chains are known to be available before `end`, which [`TransmitQueue::available_to`]
-    /// gave. Of a packed ring that is never known.
+    /// Whether so many chains are known to be available before `end`, which
+    /// [`TransmitQueue::available_to`] gave. Of a packed ring that is never known.
     #[inline(always)]
     pub fn surely_holds(&self, chains: u64, end: u64) -> bool {
         end - self.position() >= chains && self.ring.knows_its_end()
@@ -125,13 +130,15 @@ impl TransmitQueue {
         self.ring.prefetch_available(self.position());
     }
 
-    /// Asks for what taking and completing the next chain will need, if there is one; a little later.
+    /// Asks for what taking and completing the next chain will need, if there is one; a little
+    /// later.
     #[inline(always)]
     pub fn prefetch_next(&self) {
         self.ring.prefetch_next(self.position());
     }
 
-    /// Takes the next chain before `end` (from [`TransmitQueue::available_to`]) if it is one usable buffer: how most are.
+    /// Takes the next chain before `end` (from [`TransmitQueue::available_to`]) if it is one usable
+    /// buffer: how most are.
     #[inline(always)]
     pub fn take_single(&self, end: u64) -> Option<Window<'_>> {
         let position = self.position();
@@ -143,8 +150,9 @@ impl TransmitQueue {
         Some(window)
     }
 
-    /// Takes the next chain before `end`, whatever it is, appending its buffers. `windows` should have room for
-    /// [`MAX_CHAIN`](super::chain::MAX_CHAIN), or a chain may be malformed for want of it.
+    /// Takes the next chain before `end`, whatever it is, appending its buffers. `windows` should
+    /// have room for [`MAX_CHAIN`](super::chain::MAX_CHAIN), or a chain may be malformed for want
+    /// of it.
     pub fn take<'m, const N: usize>(&'m self, end: u64, windows: &mut Windows<'m, N>) -> Taken {
         let position = self.position();
         if position >= end {
@@ -170,8 +178,8 @@ impl TransmitQueue {
         }
     }
 
-    /// The chain at `position` is taken, and its used element written: a lap earlier its place is published, see
-    /// [`TransmitQueue::available_to`].
+    /// The chain at `position` is taken, and its used element written: a lap earlier its place is
+    /// published, see [`TransmitQueue::available_to`].
     #[inline(always)]
     fn taken(&self, position: u64, head: Head) {
         // A packed chain may reach past the `end` of a take, which counts descriptors.
@@ -185,8 +193,8 @@ impl TransmitQueue {
         self.completed.load(Ordering::Relaxed)
     }
 
-    /// Returns every chain before `end`, which is the end of one, to the driver: in available order, with one store of the
-    /// used index. Says whether there were any.
+    /// Returns every chain before `end`, which is the end of one, to the driver: in available
+    /// order, with one store of the used index. Says whether there were any.
     #[inline(always)]
     pub fn complete(&self, end: u64) -> bool {
         let start = self.completed();
@@ -198,14 +206,16 @@ impl TransmitQueue {
         true
     }
 
-    /// Whether the driver is to be called now, for what was completed before the barrier or because the ring has started.
+    /// Whether the driver is to be called now, for what was completed before the barrier or because
+    /// the ring has started.
     #[inline(always)]
     pub fn take_call_wanted(&self, _after: &FullBarrier) -> bool {
         let (from, to) = (self.asked.load(Ordering::Relaxed), self.completed());
         let mut wanted = false;
         if from != to {
             self.asked.store(to, Ordering::Relaxed);
-            // Without a call descriptor nobody asks, for many laps, and the driver's event has 16 bits.
+            // Without a call descriptor nobody asks, for many laps, and the driver's event has 16
+            // bits.
             let from = from.max(to.saturating_sub(self.size.into()));
             wanted = self.ring.wants_call(from, to);
         }
@@ -238,7 +248,8 @@ impl TransmitQueue {
         self.ring.want_kicks(false, self.position());
     }
 
-    /// Whether a chain is available that was not taken yet. A ring that is impossible counts as used.
+    /// Whether a chain is available that was not taken yet. A ring that is impossible counts as
+    /// used.
     pub fn has_available(&self) -> bool {
         self.ring.has_available(self.position()).unwrap_or(true)
     }

@@ -1,11 +1,12 @@
 //! Flows: which frames must stay in order, told from a frame's first bytes.
 //!
-//! A flow is what has the same addresses, protocol and ports; a port with several receive queues gets all frames
-//! of a flow in one of them. What two machines exchange through a tunnel would be one flow for the whole tunnel, so
-//! the hash goes on into the inner headers of VXLAN (RFC 7348), Geneve (RFC 8926), GRE (RFC 2784, 2890), and IP in IP.
+//! A flow is what has the same addresses, protocol and ports; a port with several receive queues
+//! gets all frames of a flow in one of them. What two machines exchange through a tunnel would be
+//! one flow for the whole tunnel, so the hash goes on into the inner headers of VXLAN (RFC 7348),
+//! Geneve (RFC 8926), GRE (RFC 2784, 2890), and IP in IP.
 //!
-//! All lengths and offsets in a frame are its sender's: whatever does not fit the bytes at hand ends the walk, and the
-//! hash is of what was read until then. Every frame has a hash.
+//! All lengths and offsets in a frame are its sender's: whatever does not fit the bytes at hand
+//! ends the walk, and the hash is of what was read until then. Every frame has a hash.
 
 use super::HEADER_LEN;
 
@@ -43,8 +44,9 @@ enum Layer {
 
 /// The hash of the flow that a frame with these first bytes belongs to; all 32 bits are well mixed.
 ///
-/// The outermost addresses, protocol and ports count, and those of every tunnel inside that is visible. A
-/// frame that is neither IPv4 nor IPv6 is told from others by its MAC addresses and EtherType.
+/// The outermost addresses, protocol and ports count, and those of every tunnel inside that is
+/// visible. A frame that is neither IPv4 nor IPv6 is told from others by its MAC addresses and
+/// EtherType.
 pub fn flow_hash(head: &[u8]) -> u32 {
     let mut hash = Hash(0x9e37_79b9_7f4a_7c15);
     let mut at = 0;
@@ -90,7 +92,8 @@ fn number(head: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes([bytes[0], bytes[1]]))
 }
 
-/// A MAC header. Its addresses count only where nothing else tells flows apart: two routers' addresses say nothing.
+/// A MAC header. Its addresses count only where nothing else tells flows apart: two routers'
+/// addresses say nothing.
 fn ethernet(head: &[u8], at: usize, hash: &mut Hash) -> Option<(Layer, usize)> {
     let kind = number(head, at + 12)?;
     if !is_walked(kind) {
@@ -114,7 +117,8 @@ fn network(head: &[u8], at: usize, kind: u16, hash: &mut Hash) -> Option<(Layer,
             let (len, protocol) = (usize::from(first & 15) * 4, *head.get(at + 9)?);
             hash.add(bytes(head, at + 12, 8)?);
             hash.add(&[protocol]);
-            // More fragments, or an offset: the ports are in the first fragment only, and all belong together.
+            // More fragments, or an offset: the ports are in the first fragment only, and all
+            // belong together.
             let fragment = number(head, at + 6)? & 0x3fff != 0;
             let whole = first >> 4 == 4 && len >= 20 && !fragment;
             whole.then_some((Layer::Transport(protocol), len))
@@ -167,7 +171,8 @@ fn transport(head: &[u8], at: usize, protocol: u8, hash: &mut Hash) -> Option<(L
         }
         PROTOCOL_GRE => {
             let flags = number(head, at)?;
-            // Checksum, key, sequence number (RFC 2890); source routes and versions are not walked through.
+            // Checksum, key, sequence number (RFC 2890); source routes and versions are not walked
+            // through.
             let field = |bit: u16| if flags & bit != 0 { 4 } else { 0 };
             let key = at + 4 + field(0x8000);
             if flags & 0x2000 != 0 {

@@ -10,8 +10,8 @@ use etherparse::{
 
 use super::Mac;
 
-/// The headers of a frame of `len` bytes that begins with `head`, as far as they are there: tags, addresses, protocol,
-/// ports, flags.
+/// The headers of a frame of `len` bytes that begins with `head`, as far as they are there: tags,
+/// addresses, protocol, ports, flags.
 pub fn summary(head: &[u8], len: u32) -> String {
     let mut text = String::new();
     let Ok(packet) = LaxSlicedPacket::from_ethernet(head) else {

@@ -29,7 +29,8 @@ pub(crate) enum Backend {
 pub(crate) struct Carried {
     /// Frames in each direction.
     pub(crate) frames: u64,
-    /// Descriptors that its driver used for what it sent: with indirect descriptors, and without them.
+    /// Descriptors that its driver used for what it sent: with indirect descriptors, and without
+    /// them.
     pub(crate) sent: [u64; 2],
     /// Descriptors of the buffers that it received in.
     pub(crate) received: u64,
@@ -51,8 +52,9 @@ impl Carried {
     }
 }
 
-/// Whether so many chains, or descriptors, have passed in the rings of a direction, as far as their positions tell: those
-/// of split rings count chains up to 65536, those of packed rings descriptors up to two laps.
+/// Whether so many chains, or descriptors, have passed in the rings of a direction, as far as their
+/// positions tell: those of split rings count chains up to 65536, those of packed rings descriptors
+/// up to two laps.
 fn have_passed(rings: &[Value], direction: &str, chains: u64, descriptors: u64) -> bool {
     let (mut passed, mut wanted, mut end) = (0, 0, 1);
     for ring in rings.iter().filter(|ring| ring["direction"] == direction) {
@@ -180,8 +182,9 @@ impl Backend {
         }
     }
 
-    /// Pollux counted so many frames in and out of each port, no drop and no unusable buffer; it took and gave back
-    /// each buffer once, as far as the positions of rings tell. Other backends are not asked.
+    /// Pollux counted so many frames in and out of each port, no drop and no unusable buffer; it
+    /// took and gave back each buffer once, as far as the positions of rings tell. Other backends
+    /// are not asked.
     pub(crate) fn assert_carried(&self, carried: &Carried) {
         self.assert_no_drops();
         let Backend::Pollux(daemon) = self else {
@@ -209,7 +212,8 @@ impl Backend {
         for n in 0..daemon.sockets().len() {
             let name = format!("p{n}");
             let statistics = &daemon.port(&name)["statistics"];
-            // Reasons that never occurred are left out, but the object they would stand in is there.
+            // Reasons that never occurred are left out, but the object they would stand in is
+            // there.
             for direction in ["rx", "tx"] {
                 assert!(statistics[direction]["drops"].is_object(), "{statistics}");
             }

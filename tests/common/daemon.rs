@@ -168,10 +168,11 @@ impl Daemon {
         drops[reason].as_u64().unwrap_or(0)
     }
 
-    /// Waits until every poll thread works with everything that frontends have asked for so far: an attachment is
-    /// answered before that.
+    /// Waits until every poll thread works with everything that frontends have asked for so far: an
+    /// attachment is answered before that.
     pub(crate) fn settle(&self) {
-        // What is answered first comes after the frontends' messages, and before its own turn's publication.
+        // What is answered first comes after the frontends' messages, and before its own turn's
+        // publication.
         self.ports();
         super::wait_for("the poll threads", || {
             let threads = self.poll_threads();
@@ -220,7 +221,8 @@ impl Daemon {
         self.process.err.text()
     }
 
-    /// Waits until the daemon has logged this: its log comes through a pipe, later than what it did.
+    /// Waits until the daemon has logged this: its log comes through a pipe, later than what it
+    /// did.
     pub(crate) fn assert_logged(&self, text: &str) {
         wait_for(text, || self.log().contains(text));
     }
@@ -277,8 +279,8 @@ impl Daemon {
     pub(crate) fn stop_by(mut self, signal: Signal) {
         self.assert_alive();
         self.process.signal(signal);
-        // It takes milliseconds. But io_destroy(2), at the end of each poll thread, waits for the kernel's grace period: for
-        // seconds where a dozen threads want a CPU.
+        // It takes milliseconds. But io_destroy(2), at the end of each poll thread, waits for the
+        // kernel's grace period: for seconds where a dozen threads want a CPU.
         let status = self.process.wait(Duration::from_secs(20));
         let words = self.process.words();
         let status = status.unwrap_or_else(|| panic!("still there long after {signal:?}{words}"));
@@ -299,8 +301,9 @@ impl Daemon {
     }
 }
 
-/// The program as another user, whose these directories are from now on; in the first is a copy of it that this user can
-/// reach. (`cp` makes it: a file that one of our own threads writes may be open in a child of another one.)
+/// The program as another user, whose these directories are from now on; in the first is a copy of
+/// it that this user can reach. (`cp` makes it: a file that one of our own threads writes may be
+/// open in a child of another one.)
 fn as_user(user: u32, [dir, records]: [&Path; 2]) -> Command {
     let program = dir.join("pollux");
     let copied = Command::new("cp").arg(BINARY).arg(&program).status();

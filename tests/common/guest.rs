@@ -1,9 +1,9 @@
 //! A scripted guest: memory, one queue pair and its driver, and a frontend that attaches them.
 //!
-//! It does what a VMM and a virtio-net driver do, one step at a time, so that a test decides what happens when.
-//! Rings keep their state over a disconnection, as those of a running guest do, and an attachment resumes them by the
-//! rules of the VMM whose message order it follows: QEMU sends the used index that it finds in memory,
-//! cloud-hypervisor the available index.
+//! It does what a VMM and a virtio-net driver do, one step at a time, so that a test decides what
+//! happens when. Rings keep their state over a disconnection, as those of a running guest do, and
+//! an attachment resumes them by the rules of the VMM whose message order it follows: QEMU sends
+//! the used index that it finds in memory, cloud-hypervisor the available index.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -414,8 +414,9 @@ impl<'m> Guest<'m> {
         self.areas[which]
     }
 
-    /// Posts a chain of these buffers to the transmitq, whatever they are. `spoil` may rewrite the ring's memory before
-    /// the device sees it; it is told the chain's head, which means something in a split ring.
+    /// Posts a chain of these buffers to the transmitq, whatever they are. `spoil` may rewrite the
+    /// ring's memory before the device sees it; it is told the chain's head, which means something
+    /// in a split ring.
     pub(crate) fn post_raw(
         &mut self,
         buffers: &[Buffer],
@@ -475,8 +476,8 @@ impl<'m> Guest<'m> {
         }
     }
 
-    /// From now on calls come to nothing: their eventfds are full, and without O_NONBLOCK, so that whoever writes to one
-    /// sleeps for ever.
+    /// From now on calls come to nothing: their eventfds are full, and without O_NONBLOCK, so that
+    /// whoever writes to one sleeps for ever.
     pub(crate) fn block_calls(&self) {
         for call in &self.calls {
             // The switch may write in between.
@@ -494,8 +495,8 @@ impl<'m> Guest<'m> {
 
     // ---- other drivers ---------------------------------------------------------------------------
 
-    /// The driver goes, and another one comes: QEMU stops the rings that run, and starts those of the new driver over the
-    /// same connection.
+    /// The driver goes, and another one comes: QEMU stops the rings that run, and starts those of
+    /// the new driver over the same connection.
     pub(crate) fn reboot(&mut self, options: GuestOptions) {
         let mut frontend = self.frontend.take().expect("attached");
         for which in [RECEIVE, TRANSMIT] {
@@ -510,8 +511,8 @@ impl<'m> Guest<'m> {
         self.frontend = Some(frontend);
     }
 
-    /// The driver resets one ring (virtio 1.2 §2.6.1), and starts it with so many entries. The frontend stops it and starts it
-    /// again; it keeps the call descriptor.
+    /// The driver resets one ring (virtio 1.2 §2.6.1), and starts it with so many entries. The
+    /// frontend stops it and starts it again; it keeps the call descriptor.
     pub(crate) fn reset_ring(&mut self, which: usize, entries: u16) {
         let frontend = self.frontend.take().expect("attached");
         let stopped = frontend.get_vring_base(which as u32);
@@ -543,7 +544,8 @@ impl<'m> Guest<'m> {
         self.frontend = Some(frontend);
     }
 
-    /// Where a ring that was started and then used `chains` single buffers must be, as GET_VRING_BASE has it.
+    /// Where a ring that was started and then used `chains` single buffers must be, as
+    /// GET_VRING_BASE has it.
     pub(crate) fn base_after(&self, which: usize, chains: u64) -> u32 {
         if !self.options.packed {
             return (chains % (1 << 16)) as u32;

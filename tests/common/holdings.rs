@@ -58,7 +58,8 @@ pub(crate) fn descriptors(daemon: &Daemon) -> BTreeSet<u64> {
         .collect()
 }
 
-/// Connections of the API that the daemon has not closed yet; it closes them some time after their clients have ended.
+/// Connections of the API that the daemon has not closed yet; it closes them some time after their
+/// clients have ended.
 pub(crate) fn api_connections(daemon: &Daemon) -> usize {
     // Flag of a socket that listens, `__SO_ACCEPTCON`.
     const LISTENS: &str = "00010000";

@@ -1,6 +1,7 @@
-//! Journeys: numbered frames from pcap files go in at one virtio-user port and come out at another, into pcap files,
-//! in both directions at once; then the files are compared. Each frame once, unchanged, in order within its flow. Each
-//! transmit queue has flows of its own, and a flow must come out of one receive queue.
+//! Journeys: numbered frames from pcap files go in at one virtio-user port and come out at another,
+//! into pcap files, in both directions at once; then the files are compared. Each frame once,
+//! unchanged, in order within its flow. Each transmit queue has flows of its own, and a flow must
+//! come out of one receive queue.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -23,11 +24,12 @@ pub(crate) struct Journey {
     pub(crate) port: VirtioUser,
     /// The lengths to draw from.
     pub(crate) sizes: Vec<usize>,
-    /// Frames in each direction that may be on their way without overrunning a receive ring; the next batch starts
-    /// when all have arrived.
+    /// Frames in each direction that may be on their way without overrunning a receive ring; the
+    /// next batch starts when all have arrived.
     pub(crate) batch: u32,
     pub(crate) batches: u32,
-    /// Descriptors that the sender uses: what waits in a transmit queue must fit into the receive queue behind it.
+    /// Descriptors that the sender uses: what waits in a transmit queue must fit into the receive
+    /// queue behind it.
     pub(crate) txd: u16,
     /// Frames that testpmd takes and gives in one turn.
     pub(crate) burst: u16,
@@ -120,7 +122,8 @@ impl Journey {
         dir.join(format!("{name}{port}-{turn}-{queue}.pcap"))
     }
 
-    /// testpmd with both virtio ports and a pcap port for each of them and each batch, attached to a backend.
+    /// testpmd with both virtio ports and a pcap port for each of them and each batch, attached to
+    /// a backend.
     fn start(&self, files: &Path) -> (Testpmd, Backend) {
         let dir = short_tempdir();
         let sockets = [0, 1].map(|n| socket_path(dir.path(), n));
@@ -139,7 +142,8 @@ impl Journey {
             }
         }
         let mut args = vec![format!("--burst={}", self.burst)];
-        // The command line could ask for scattering on all ports only, and pcap has no such offload.
+        // The command line could ask for scattering on all ports only, and pcap has no such
+        // offload.
         args.push("--disable-device-start".into());
         if let Some(size) = self.mbuf_size {
             args.push(format!("--mbuf-size={size}"));
@@ -214,7 +218,8 @@ impl Journey {
     }
 }
 
-/// Which ports are virtio-user's and which are pcap's, by their names: DPDK numbers them in the order it likes.
+/// Which ports are virtio-user's and which are pcap's, by their names: DPDK numbers them in the
+/// order it likes.
 fn port_numbers(testpmd: &mut Testpmd) -> (Vec<usize>, Vec<usize>) {
     let summary = testpmd.command("show port summary all");
     let of = |driver: &str| -> Vec<usize> {

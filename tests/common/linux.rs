@@ -17,7 +17,8 @@ pub(crate) const LINUX_IP: [u8; 4] = [10, 0, 0, 1];
 pub(crate) const OUR_IP: [u8; 4] = [10, 0, 0, 2];
 /// Ethernet, IP, ICMP echo.
 pub(crate) const HEADERS: usize = 42;
-/// Addresses that pings come from, in turn: a flow each, so that several receive queues of Linux are used.
+/// Addresses that pings come from, in turn: a flow each, so that several receive queues of Linux
+/// are used.
 const FLOWS: u64 = 16;
 /// QEMU's own event for a buffer that it has used.
 const THROWN_AWAY: &str = "virtqueue_fill";
@@ -42,7 +43,8 @@ pub(crate) struct LinuxOptions {
     pub(crate) entries: u16,
     /// Its firmware loads it from the network; it may reboot.
     pub(crate) netboot: bool,
-    /// Its backend will be away: it is not told that its link goes then, and what QEMU throws away is counted.
+    /// Its backend will be away: it is not told that its link goes then, and what QEMU throws away
+    /// is counted.
     pub(crate) lone: bool,
     /// Its card is one from before virtio 1.0.
     pub(crate) legacy: bool,
@@ -75,7 +77,8 @@ pub(crate) fn name(mac: [u8; 6]) -> String {
 }
 
 impl Linux {
-    /// Starts one, with `dir` to talk to it through; it is not ready yet. `QEMU` names another program than the system's.
+    /// Starts one, with `dir` to talk to it through; it is not ready yet. `QEMU` names another
+    /// program than the system's.
     pub(crate) fn start(dir: &Path, socket: &Path, options: &LinuxOptions) -> Linux {
         Linux::start_with(dir, socket, options, &[])
     }
@@ -185,8 +188,8 @@ impl Linux {
         (0..).map_while(of).collect()
     }
 
-    /// Frames of the guest that QEMU has taken itself, and thrown away: it does so while it has no backend ("discard the tx
-    /// queue data when link down", since 2.10).
+    /// Frames of the guest that QEMU has taken itself, and thrown away: it does so while it has no
+    /// backend ("discard the tx queue data when link down", since 2.10).
     pub(crate) fn thrown_away(&self) -> u64 {
         let log = std::fs::read_to_string(self.dir.join("vmm.log")).expect("QEMU's log");
         let taken = log.lines().filter(|line| line.contains(THROWN_AWAY));
@@ -214,12 +217,14 @@ impl Linux {
     }
 }
 
-/// Numbered pings of a scripted guest, of which each must be answered, in order within its flow, with what it said.
+/// Numbered pings of a scripted guest, of which each must be answered, in order within its flow,
+/// with what it said.
 #[derive(Debug)]
 pub(crate) struct Echo<'m> {
     pub(crate) guest: Guest<'m>,
     size: usize,
-    /// Pings on their way at most. Linux drops answers beyond what its ICMP socket may hold, about ten of 9000 bytes.
+    /// Pings on their way at most. Linux drops answers beyond what its ICMP socket may hold, about
+    /// ten of 9000 bytes.
     window: u64,
     pub(crate) sent: u64,
     pub(crate) answered: u64,
@@ -282,8 +287,8 @@ impl<'m> Echo<'m> {
         self.exchange(0);
     }
 
-    /// After the daemon was away: pings whose answer does not come, as QEMU has [thrown it away](Linux::thrown_away), are
-    /// sent again.
+    /// After the daemon was away: pings whose answer does not come, as QEMU has
+    /// [thrown it away](Linux::thrown_away), are sent again.
     pub(crate) fn recover(&mut self) {
         let mut quiet = Instant::now();
         while self.answered < self.sent && quiet.elapsed() < Duration::from_secs(1) {
@@ -334,7 +339,8 @@ impl<'m> Echo<'m> {
             assert!(frame.len() >= HEADERS, "{frame:02x?}");
             let flow = usize::from(frame[33].wrapping_sub(OUR_IP[3]));
             let next = self.next.get_mut(flow).expect("one of our addresses");
-            // Its number, from the sixteen bits that an answer has: the next one's, or that of one before it.
+            // Its number, from the sixteen bits that an answer has: the next one's, or that of one
+            // before it.
             let before = (*next as u16).wrapping_sub(u16::from_be_bytes([frame[40], frame[41]]));
             let number = next.checked_sub(u64::from(before));
             let number = number.unwrap_or_else(|| panic!("ping {next} is lost: {frame:02x?}"));
@@ -391,8 +397,8 @@ pub(crate) fn echo_request(size: usize, number: u64) -> Vec<u8> {
     ip_frame(1, our_ip(number), LINUX_IP, &icmp)
 }
 
-/// What Linux must answer to `request`: the addresses change places, the kind of message and its sum change. The IP
-/// header's number and time to live are its own affair.
+/// What Linux must answer to `request`: the addresses change places, the kind of message and its
+/// sum change. The IP header's number and time to live are its own affair.
 fn reply_to(request: &[u8], answer: &[u8]) -> Vec<u8> {
     let mut reply = request.to_vec();
     reply[..6].copy_from_slice(&OURS);

@@ -1,5 +1,6 @@
-//! A scripted guest with many queue pairs, over split rings: it sends and receives on each of them, one step at a time,
-//! and enables and disables them as a driver does whose number of queues is changed.
+//! A scripted guest with many queue pairs, over split rings: it sends and receives on each of them,
+//! one step at a time, and enables and disables them as a driver does whose number of queues is
+//! changed.
 
 use std::collections::VecDeque;
 use std::path::Path;

@@ -6,8 +6,10 @@
 //!   `benches/backends`;
 //! - [`testpmd`]: DPDK's virtio-user driver, an independent frontend that needs no VM;
 //! - [`process`]: what they share; [`park`]: a thread of a daemon, stopped;
-//! - [`guest`], [`many`], [`traffic`]: scripted guests, also with many queues, and numbered frames between them in closed loops;
-//! - [`linux`], [`netboot`]: a guest of QEMU, pings in a closed loop with it, and what its firmware loads it from;
+//! - [`guest`], [`many`], [`traffic`]: scripted guests, also with many queues, and numbered frames
+//!   between them in closed loops;
+//! - [`linux`], [`netboot`]: a guest of QEMU, pings in a closed loop with it, and what its firmware
+//!   loads it from;
 //! - [`scene`]: bystanders that must notice nothing of what is done to a fourth port;
 //! - [`waiters`]: what makes a call slow; [`user`]: somebody who is not root;
 //! - [`events`], [`holdings`]: what the daemon tells of itself, and what it holds of the system;

@@ -1,5 +1,5 @@
-//! What a network card's firmware needs to load Linux: addresses (DHCP, RFC 2131) and files (TFTP, RFC 1350, with the
-//! options of RFC 2347 to 2349). One client, whose frames go nowhere else.
+//! What a network card's firmware needs to load Linux: addresses (DHCP, RFC 2131) and files (TFTP,
+//! RFC 1350, with the options of RFC 2347 to 2349). One client, whose frames go nowhere else.
 
 use super::linux::{LINUX, LINUX_IP, OUR_IP, OURS, ip_frame};
 
@@ -95,7 +95,8 @@ impl BootServer {
         println!("firmware: DHCP message, answered by one of kind {kind}");
         let mut reply = vec![0; 240];
         reply[..4].copy_from_slice(&[2, 1, 6, 0]);
-        // Transaction, and flags; address of the client, of the server; its card; the file; the cookie.
+        // Transaction, and flags; address of the client, of the server; its card; the file; the
+        // cookie.
         reply[4..12].copy_from_slice(&request[4..12]);
         reply[16..20].copy_from_slice(&LINUX_IP);
         reply[20..24].copy_from_slice(&OUR_IP);

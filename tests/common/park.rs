@@ -4,7 +4,8 @@ use std::io;
 
 use super::daemon::Daemon;
 
-/// A thread that stands still as long as this lives. To be made and dropped by one thread, its tracer.
+/// A thread that stands still as long as this lives. To be made and dropped by one thread, its
+/// tracer.
 #[derive(Debug)]
 pub(crate) struct Parked {
     thread: libc::pid_t,

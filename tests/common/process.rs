@@ -149,7 +149,8 @@ impl Process {
         let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = self.ended() {
-                // Its last words are read by other threads. Somebody whom it leaves behind may hold a stream open.
+                // Its last words are read by other threads. Somebody whom it leaves behind may hold
+                // a stream open.
                 let soon = Instant::now() + Duration::from_secs(2);
                 self.out.wait_end(soon);
                 self.err.wait_end(soon);

@@ -1,4 +1,5 @@
-//! A listener between a frontend and a backend, which passes everything on and writes down the frontend's messages.
+//! A listener between a frontend and a backend, which passes everything on and writes down the
+//! frontend's messages.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::Shutdown;
@@ -83,7 +84,8 @@ impl Recorder {
 
     /// Whether there was one.
     fn pass_message(&self, frontend: &UnixStream, backend: &UnixStream) -> io::Result<bool> {
-        // QEMU sends each whole message by one call, descriptors and all: so it comes in whole, too.
+        // QEMU sends each whole message by one call, descriptors and all: so it comes in whole,
+        // too.
         let mut header = pass(frontend, backend, HEADER)?;
         while !header.is_empty() && header.len() < HEADER {
             let rest = pass(frontend, backend, HEADER - header.len())?;
@@ -169,7 +171,8 @@ fn pass(from: &UnixStream, to: &UnixStream, limit: usize) -> io::Result<Vec<u8>>
     Ok(bytes)
 }
 
-/// A message by the specification's name, with the ring that it is about, and whether that is enabled.
+/// A message by the specification's name, with the ring that it is about, and whether that is
+/// enabled.
 fn name(request: u32, payload: &[u8]) -> String {
     let Ok(known) = FrontendReq::try_from(request) else {
         return format!("request {request}");

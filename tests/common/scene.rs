@@ -1,4 +1,5 @@
-//! A daemon with two bystanders that exchange frames all the time, a victim's port, and its correspondent's.
+//! A daemon with two bystanders that exchange frames all the time, a victim's port, and its
+//! correspondent's.
 
 use std::path::Path;
 use std::time::Duration;
@@ -86,7 +87,8 @@ impl Scene {
         });
     }
 
-    /// The bystanders have lost nothing, and the daemon ends well and without having reported an error of its own.
+    /// The bystanders have lost nothing, and the daemon ends well and without having reported an
+    /// error of its own.
     pub(crate) fn finish(mut self) {
         self.bystanders.go_on(100);
         self.bystanders.finish();

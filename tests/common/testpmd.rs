@@ -128,7 +128,8 @@ impl Testpmd {
         for vdev in &options.vdevs {
             command.arg("--vdev").arg(vdev);
         }
-        // Which paths the driver takes, and why not others; those with AVX-512 want to be asked for.
+        // Which paths the driver takes, and why not others; those with AVX-512 want to be asked
+        // for.
         command.arg("--log-level=pmd.net.virtio.*:info");
         command.arg("--force-max-simd-bitwidth=512");
         // Frames that wait in a ring at a start belong to the test: no flushing.
@@ -186,7 +187,8 @@ impl Testpmd {
         answer
     }
 
-    /// Whether the driver has chosen vectorised paths to receive and to send, by its own words; the same on all ports.
+    /// Whether the driver has chosen vectorised paths to receive and to send, by its own words; the
+    /// same on all ports.
     pub(crate) fn vectorized(&self) -> [bool; 2] {
         let log = self.process.out.text() + &self.process.err.text();
         ["Rx", "Tx"].map(|direction| {
@@ -202,8 +204,8 @@ impl Testpmd {
         })
     }
 
-    /// Closes all ports, and checks that every mbuf is free again: the rings gave back each once, or have it still, and
-    /// then the driver takes it out of them.
+    /// Closes all ports, and checks that every mbuf is free again: the rings gave back each once,
+    /// or have it still, and then the driver takes it out of them.
     pub(crate) fn close_ports(&mut self) {
         self.command("port stop all");
         self.command("port close all");

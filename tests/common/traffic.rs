@@ -1,4 +1,5 @@
-//! Numbered frames between scripted guests in closed loops: every one must arrive, intact and in order.
+//! Numbered frames between scripted guests in closed loops: every one must arrive, intact and in
+//! order.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -242,7 +243,8 @@ impl<'m> Exchange<'m> {
         });
     }
 
-    /// Sends on every flow until something arrives there: an attachment is answered before it carries frames.
+    /// Sends on every flow until something arrives there: an attachment is answered before it
+    /// carries frames.
     pub(crate) fn meet(&mut self) {
         let mut silent: Vec<usize> = (0..self.flows.len()).collect();
         wait_for("the first frames", || {
@@ -296,8 +298,8 @@ pub(crate) fn attach_to<'m>(
         .collect()
 }
 
-/// Bystanders on the first two ports, and on the next two guests in these memories that know each other: `mac(3)` and
-/// `mac(4)`. Nothing is on its way.
+/// Bystanders on the first two ports, and on the next two guests in these memories that know each
+/// other: `mac(3)` and `mac(4)`. Nothing is on its way.
 pub(crate) fn acquainted<'m>(
     daemon: &Daemon,
     rams: [&'m Ram; 2],
@@ -316,7 +318,8 @@ pub(crate) fn acquainted<'m>(
     (bystanders, exchange.guests.pop().expect("the first"), other)
 }
 
-/// Two guests on a thread of their own that exchange frames for as long as they live, and must not lose one.
+/// Two guests on a thread of their own that exchange frames for as long as they live, and must not
+/// lose one.
 #[derive(Debug)]
 pub(crate) struct Bystanders {
     stop: Arc<AtomicBool>,

@@ -40,7 +40,8 @@ pub(crate) fn blocks(path: &Path) -> Vec<Block> {
     for (number, line) in (1..).zip(text.lines()) {
         if let Some(fence) = line.strip_prefix("```") {
             match language.take() {
-                // Whoever adds a block says what it is; commands that nobody runs would else look like a drawing.
+                // Whoever adds a block says what it is; commands that nobody runs would else look
+                // like a drawing.
                 None => {
                     assert!(
                         ["sh", "xml", "text", "json"].contains(&fence),

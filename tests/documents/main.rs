@@ -1,7 +1,8 @@
-//! What the documents say can be done is done: every command of `README.md`, `docs/*.md` and `qemu/README.md`, as it stands
-//! there but for its paths and its length, with a daemon and guests where it wants some. A command ends by itself unless the
-//! table here says otherwise; one that cannot be run here is listed with the reason. And the scripts, as somebody meets
-//! them who has just cloned the repository.
+//! What the documents say can be done is done: every command of `README.md`, `docs/*.md` and
+//! `qemu/README.md`, as it stands there but for its paths and its length, with a daemon and guests
+//! where it wants some. A command ends by itself unless the table here says otherwise; one that
+//! cannot be run here is listed with the reason. And the scripts, as somebody meets them who has
+//! just cloned the repository.
 
 #![allow(
     clippy::unwrap_used,
@@ -178,7 +179,8 @@ fn the_commands_of_the_documentation_work() {
     assert_all_run(&all);
 }
 
-/// The sections that another program writes are its own affair; what measures by itself is to be run by hand.
+/// The sections that another program writes are its own affair; what measures by itself is to be
+/// run by hand.
 #[test]
 fn the_benchmarks_that_the_results_name_work() {
     let mut all = of("benches/RESULTS.md");

@@ -1,4 +1,5 @@
-//! Where the commands of one block are run: a directory in place of `/run/pollux`, a daemon with ports, and what is beside.
+//! Where the commands of one block are run: a directory in place of `/run/pollux`, a daemon with
+//! ports, and what is beside.
 
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -54,8 +55,8 @@ impl Scene {
         self.run_dir().join(format!("{port}.sock"))
     }
 
-    /// The command as it can be run here: the paths of a system are those of the scene, and what takes long or wants a large
-    /// machine is made smaller.
+    /// The command as it can be run here: the paths of a system are those of the scene, and what
+    /// takes long or wants a large machine is made smaller.
     pub(crate) fn adapt(&self, text: &str) -> String {
         let (first, second) = cpus();
         let group = rustix::process::getegid().as_raw();
@@ -236,7 +237,8 @@ impl Drop for Scene {
     }
 }
 
-/// A shell that Ctrl-C ends, also where whoever started the tests ignores it, as `&` in a script does.
+/// A shell that Ctrl-C ends, also where whoever started the tests ignores it, as `&` in a script
+/// does.
 pub(crate) fn shell() -> Command {
     let mut command = Command::new("env");
     command.args(["--default-signal=INT,QUIT", "bash"]);

@@ -1,5 +1,6 @@
-//! The scripts as a newcomer runs them: from a directory with a space, with the path that Debian gives an ordinary user, and
-//! without a terminal; what is missing is said at once, and Ctrl-C ends everything in one sentence.
+//! The scripts as a newcomer runs them: from a directory with a space, with the path that Debian
+//! gives an ordinary user, and without a terminal; what is missing is said at once, and Ctrl-C ends
+//! everything in one sentence.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -54,7 +55,8 @@ impl Clone {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     }
 
-    /// Starts a script, as a shell with a terminal does: as a process group of its own, but without the terminal.
+    /// Starts a script, as a shell with a terminal does: as a process group of its own, but without
+    /// the terminal.
     fn spawn(&self, path: &str, text: &str) -> Process {
         let mut command = shell();
         command
@@ -139,7 +141,8 @@ fn everything_that_is_missing_is_said_at_once_and_before_the_build() {
         symlink(found, programs.join(name)).unwrap();
     }
     let text = fs::read_to_string(clone.root().join("qemu/lib.sh")).unwrap();
-    // It adds system directories to the path, where this machine has what is to be missing; and only root would install it.
+    // It adds system directories to the path, where this machine has what is to be missing; and
+    // only root would install it.
     let text = text.replace("PATH=$PATH:/usr/sbin:/sbin", "");
     let text = text.replace("$EUID -ne 0", "1 -eq 1");
     fs::write(clone.root().join("qemu/lib.sh"), text).unwrap();

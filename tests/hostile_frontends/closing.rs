@@ -1,5 +1,5 @@
-//! Descriptors whose closing takes as long as their sender likes. Files on FUSE are of that kind; so is a TCP socket that
-//! lingers and has sent more than its peer reads.
+//! Descriptors whose closing takes as long as their sender likes. Files on FUSE are of that kind;
+//! so is a TCP socket that lingers and has sent more than its peer reads.
 
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
@@ -14,7 +14,8 @@ use super::*;
 /// Much longer than any of these tests should take.
 const LINGER: Duration = Duration::from_secs(120);
 
-/// A socket whose closing takes [`LINGER`], or until the other one is closed, which nobody must read from.
+/// A socket whose closing takes [`LINGER`], or until the other one is closed, which nobody must
+/// read from.
 fn lingering() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     // Connections inherit it.
@@ -37,7 +38,8 @@ fn is_being_closed(port: u16) -> bool {
     })
 }
 
-/// The daemon alone has a socket that lingers: it came as a part of `bytes`. Returns when it is being closed.
+/// The daemon alone has a socket that lingers: it came as a part of `bytes`. Returns when it is
+/// being closed.
 fn send_lingering(scene: &Scene, stream: &UnixStream, bytes: &[u8]) -> TcpStream {
     let (socket, peer) = lingering();
     let port = socket.local_addr().unwrap().port();
@@ -114,8 +116,9 @@ fn a_descriptor_that_cannot_be_closed_behind_the_last_message_holds_up_nobody() 
     });
 }
 
-/// Two frontends that are refused beside the victim's, each with a descriptor that cannot be closed, and more of them
-/// than may wait to be closed: not all are let in. Nothing is closed until what this returns is.
+/// Two frontends that are refused beside the victim's, each with a descriptor that cannot be
+/// closed, and more of them than may wait to be closed: not all are let in. Nothing is closed until
+/// what this returns is.
 fn refusals(scene: &Scene) -> (Vec<TcpStream>, Vec<UnixStream>) {
     let call = message(FrontendReq::SET_VRING_CALL, &[0; 8]);
     // One crowds the other out.

@@ -1,8 +1,8 @@
 //! Frontends that mean harm, or are broken or frozen, on a running daemon with bystanders.
 //!
-//! What a session makes of each message is tested beside its code; here is what comes of it: the session ends or goes
-//! on as it should, nothing of it stays behind, the next frontend is served, and bystanders lose nothing.
-//! `POLLUX_LONG=1` takes the times and counts of the acceptance.
+//! What a session makes of each message is tested beside its code; here is what comes of it: the
+//! session ends or goes on as it should, nothing of it stays behind, the next frontend is served,
+//! and bystanders lose nothing. `POLLUX_LONG=1` takes the times and counts of the acceptance.
 
 #![allow(
     clippy::unwrap_used,

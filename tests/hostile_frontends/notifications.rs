@@ -1,4 +1,5 @@
-//! Notification descriptors that change while poll threads use them, or are not there, and kicks without end.
+//! Notification descriptors that change while poll threads use them, or are not there, and kicks
+//! without end.
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -37,7 +38,8 @@ fn eventfds(daemon: &Daemon) -> usize {
         .count()
 }
 
-/// A busy guest and a quiet one replace their descriptors in turn, so that the numbers of the one's are the other's next.
+/// A busy guest and a quiet one replace their descriptors in turn, so that the numbers of the one's
+/// are the other's next.
 fn replace_under_traffic(busy: GuestOptions) {
     let scene = Scene::with(&DaemonOptions {
         ports: 5,
@@ -64,7 +66,8 @@ fn replace_under_traffic(busy: GuestOptions) {
             let mut last: Vec<EventFd> = Vec::new();
             for turn in 0..if long() { 20_000 } else { 300 } {
                 let [busy, quiet] = replace_calls(&frontends);
-                // One because it is new, which the descriptor before may not have had, and those for frames.
+                // One because it is new, which the descriptor before may not have had, and those
+                // for frames.
                 busy.iter().for_each(|call| assert!(calls(call, 3) >= 3));
                 quiet.iter().for_each(|call| assert_eq!(calls(call, 1), 1));
                 let stray = last.iter().filter(|call| call.read().is_ok()).count();
@@ -131,8 +134,8 @@ fn call_and_kick_descriptors_are_replaced_under_traffic_and_none_is_left() {
                 stop.store(true, Ordering::Relaxed);
                 frontend
             });
-            // Kicks are for the descriptor that was there first: the ring is polled while it has traffic, and the
-            // last of its frames needs none behind another port's.
+            // Kicks are for the descriptor that was there first: the ring is polled while it has
+            // traffic, and the last of its frames needs none behind another port's.
             while !stop.load(Ordering::Relaxed) {
                 sent += u64::from(guest.try_send(&frame(mac(4), mac(3), sent, 100)));
                 while sink.try_receive().is_some() {}

@@ -107,7 +107,8 @@ fn notification_words_that_flip_stall_nobody() {
     }
 }
 
-/// Ways to stop rings in the middle of a burst; when they are answered, guest memory is the guest's alone.
+/// Ways to stop rings in the middle of a burst; when they are answered, guest memory is the guest's
+/// alone.
 #[derive(Clone, Copy, Debug)]
 enum StopBy {
     GetVringBase,

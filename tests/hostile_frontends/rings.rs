@@ -78,7 +78,8 @@ fn both_rings_in_one_place_harm_nobody() {
             }
             guest.frontend = Some(frontend);
             for number in 0..300 {
-                // What comes of it is the guest's own affair; it looks at nothing of what comes back.
+                // What comes of it is the guest's own affair; it looks at nothing of what comes
+                // back.
                 if number < 100 {
                     guest.send_blindly(&frame(mac(4), mac(3), number, 100), &[]);
                 }

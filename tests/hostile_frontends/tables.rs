@@ -1,4 +1,5 @@
-//! Memory that must not be taken, tables that change under load, and memory for which there is no address space left.
+//! Memory that must not be taken, tables that change under load, and memory for which there is no
+//! address space left.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -333,7 +334,8 @@ fn change_tables_under_load(options: GuestOptions) {
         talks.iter_mut().all(|talk| talk.guest.in_flight() == 0)
     });
     talks.iter_mut().for_each(Talk::take);
-    // The victim's frames waited in its ring. Those to it were lost while it had none, and each was counted.
+    // The victim's frames waited in its ring. Those to it were lost while it had none, and each was
+    // counted.
     let [victim, other_one] = talks;
     assert_eq!(other_one.came, victim.sent);
     let lost = drops_into(&daemon);

@@ -26,7 +26,8 @@ enum Impossible {
 }
 
 impl Impossible {
-    /// Does it to a ring all of whose chains are with the driver (transmitq), or with the device (receiveq).
+    /// Does it to a ring all of whose chains are with the driver (transmitq), or with the device
+    /// (receiveq).
     fn commit(self, guest: &Guest<'_>, which: usize) {
         let ring = guest.areas(which);
         let (available, size) = (ring.available, ring.size);
@@ -127,7 +128,8 @@ fn breaks_and_heals(options: GuestOptions, which: usize, how: Impossible, by: Cu
     wait_for("the transmit buffers", || guest.in_flight() == 0);
     how.commit(&guest, which);
     if which == RECEIVE {
-        // It is looked at when a frame comes. Flooded frames count nowhere, so the first one may pass.
+        // It is looked at when a frame comes. Flooded frames count nowhere, so the first one may
+        // pass.
         sink.send(&frame(mac(3), mac(4), 1, 100));
     }
     wait_for("the port to be broken", || {

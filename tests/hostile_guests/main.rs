@@ -1,7 +1,7 @@
 //! Guests that misuse their rings, attached to a running daemon.
 //!
-//! What a ring makes of each misdeed is tested in `hostile_rings`; here is what comes of it: one counter moves, the
-//! buffer comes back, the next good frame passes, and bystanders lose nothing.
+//! What a ring makes of each misdeed is tested in `hostile_rings`; here is what comes of it: one
+//! counter moves, the buffer comes back, the next good frame passes, and bystanders lose nothing.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,7 +1,7 @@
 //! Chains and indirect tables that no driver may post, in a packed transmitq.
 //!
-//! The driver is `packed_reference`'s, which writes what it is told: the load generator's holds the head of a chain back
-//! until it is published, and nobody could spoil that.
+//! The driver is `packed_reference`'s, which writes what it is told: the load generator's holds the
+//! head of a chain back until it is published, and nobody could spoil that.
 
 use std::sync::atomic::Ordering;
 

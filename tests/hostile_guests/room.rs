@@ -7,8 +7,8 @@ use crate::common::wait_for;
 use crate::{counters, packed, split};
 use pollux::bench::frontend::Region;
 
-/// A guest attached with its memory in three regions, which meet inside its first transmit buffer and its second receive
-/// buffer.
+/// A guest attached with its memory in three regions, which meet inside its first transmit buffer
+/// and its second receive buffer.
 fn attach_in_regions(guest: &mut Guest<'_>, scene: &Scene) {
     let whole = guest.region();
     let memory = guest.memory().address() as u64;
@@ -56,7 +56,8 @@ fn frames_pass_through_buffers_that_lie_in_two_regions() {
         let mut guest = Guest::new(&ram);
         attach_in_regions(&mut guest, &scene);
         scene.wait_until_running(VICTIM);
-        // `next` looks at every byte. The first transmit buffer is cut, and the second receive buffer.
+        // `next` looks at every byte. The first transmit buffer is cut, and the second receive
+        // buffer.
         guest.send(&frame(mac(4), mac(3), 1, 4000));
         assert_eq!(next(&mut sink, 3), 1);
         for number in 2..5 {

@@ -207,7 +207,8 @@ fn bad_links(guest: &Guest<'_>) -> Vec<Misdeed> {
     ]
 }
 
-/// Each chain comes back with length 0, moves its counter and no other, and the frame behind it passes.
+/// Each chain comes back with length 0, moves its counter and no other, and the frame behind it
+/// passes.
 fn chains_cost_nobody(options: GuestOptions, misdeeds: fn(&Guest<'_>) -> Vec<Misdeed>) {
     let scene = Scene::new();
     let rams = [Ram::new(split()), Ram::new(options)];

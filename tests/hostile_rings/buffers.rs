@@ -59,7 +59,8 @@ const COUNTS: [usize; 13] = [
     2, 19, 63, 64, 65, 66, 100, 128, 200, 255, 256, 1023, MAX_CHAIN,
 ];
 
-/// Where `count` pieces of one chain lie and how long they are: the header is the first one, or cut at `cut`; no two touch.
+/// Where `count` pieces of one chain lie and how long they are: the header is the first one, or cut
+/// at `cut`; no two touch.
 fn places(count: usize, cut: usize) -> Vec<(u64, u32)> {
     let rest = (FRAME + HEADER - cut) / (count - 1);
     let len = |n| match n {
@@ -407,7 +408,8 @@ fn reserved_descriptor_flags_are_ignored() {
 fn the_length_of_a_short_buffer_counts_all_its_pieces() {
     for packed in KINDS {
         for mergeable in [false, true] {
-            // The first piece holds header and frame, but is shorter than the shortest buffer that is used.
+            // The first piece holds header and frame, but is shorter than the shortest buffer that
+            // is used.
             let features = RingFeatures {
                 mergeable,
                 ..features(packed)

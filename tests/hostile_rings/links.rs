@@ -2,7 +2,8 @@
 
 use super::*;
 
-/// Posts a prepared split chain in both directions; `link` gives flags and next of its last descriptor.
+/// Posts a prepared split chain in both directions; `link` gives flags and next of its last
+/// descriptor.
 fn bad_link(error: ChainError, lens: &[u32], link: fn(&Guest) -> (u16, u16)) {
     for write in [false, true] {
         let guest = Guest::new(SIZE, features(false));

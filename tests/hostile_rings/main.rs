@@ -1,8 +1,9 @@
 //! Drivers that misbehave, one misdeed a test, against the device side of both kinds of ring.
 //!
-//! Every test asserts the outcome, that each chain the device took comes back exactly once with the right length (the
-//! drivers in `support/guest.rs` panic at a second return), and that the next good chain passes where the ring lives on.
-//! An impossible ring is [`Broken`] instead: nothing more is taken from it, and what was taken still comes back.
+//! Every test asserts the outcome, that each chain the device took comes back exactly once with the
+//! right length (the drivers in `support/guest.rs` panic at a second return), and that the next
+//! good chain passes where the ring lives on. An impossible ring is [`Broken`] instead: nothing
+//! more is taken from it, and what was taken still comes back.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[path = "../support/guest.rs"]
@@ -82,8 +83,8 @@ fn start_receive(guest: &Guest) -> ReceiveQueue {
     ReceiveQueue::start(&guest.setup(0x8000)).unwrap()
 }
 
-/// Posts a chain and a good one behind it: the first is found to be `expected`, the second passes, both come back once
-/// with length 0, and so does a whole further lap.
+/// Posts a chain and a good one behind it: the first is found to be `expected`, the second passes,
+/// both come back once with length 0, and so does a whole further lap.
 fn check_transmit(guest: &Guest, expected: Taken, pieces: &[Piece]) {
     let packed = guest.features.packed;
     let queue = start_transmit(guest);
@@ -119,8 +120,8 @@ fn transmit_refuses(features: RingFeatures, error: ChainError, pieces: &[Piece])
     check_transmit(&guest, Taken::Malformed(error), pieces);
 }
 
-/// Posts a chain that no frame may use, then a good buffer: a frame goes into the second, the first comes back with
-/// length 0 in its turn.
+/// Posts a chain that no frame may use, then a good buffer: a frame goes into the second, the first
+/// comes back with length 0 in its turn.
 fn check_receive(guest: &Guest, pieces: &[Piece]) {
     let len = 300;
     let queue = start_receive(guest);

@@ -17,8 +17,8 @@ fn write_desc(driver: &mut Driver<'_>, slot: u16, id: u16, flags: u16) {
 #[test]
 fn descriptors_of_the_other_lap_are_not_available() {
     let guest = Guest::new(SIZE, features(true));
-    // Both set is used in laps of wrap counter 1 and fresh in the others, neither the other way round; one alone is
-    // available in its lap.
+    // Both set is used in laps of wrap counter 1 and fresh in the others, neither the other way
+    // round; one alone is available in its lap.
     for (base, other) in [(0x8000, USED), (0, AVAIL)] {
         let mut driver = guest.driver_at(base);
         let setup = guest.setup(base.into());

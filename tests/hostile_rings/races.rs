@@ -187,7 +187,8 @@ impl Race {
             area.load_u32(at, Ordering::Relaxed)
         };
         if self.packed {
-            // A chain's other descriptors stay as they are: only the first one's element is sure to be there.
+            // A chain's other descriptors stay as they are: only the first one's element is sure to
+            // be there.
             let flags = areas.descriptors.load_u16(14, Ordering::Relaxed);
             let lap = if self.base == 0 { 0 } else { AVAIL | USED };
             assert_eq!(flags & (AVAIL | USED), lap, "used in its lap");
@@ -352,8 +353,9 @@ fn check_elements(guest: &Guest, from: u64, to: u64, len: u32) {
     }
 }
 
-/// Runs `pass` on a ring whose available index another thread moves to and fro, until it has moved a thousand buffers and
-/// found the ring broken ten times; `pass` says how many it moved, and whether the ring is broken.
+/// Runs `pass` on a ring whose available index another thread moves to and fro, until it has moved
+/// a thousand buffers and found the ring broken ten times; `pass` says how many it moved, and
+/// whether the ring is broken.
 fn oscillating_index(write: bool, mut pass: impl FnMut(&Guest, bool) -> (u64, bool)) {
     let guest = Guest::new(SIZE, features(false));
     fill_split_ring(&guest, write);

@@ -1,4 +1,5 @@
-//! A cell of `pollux bench`: its two guests fill each other's rings with frames of each length in turn, and check them.
+//! A cell of `pollux bench`: its two guests fill each other's rings with frames of each length in
+//! turn, and check them.
 
 use std::process::Command;
 
@@ -78,7 +79,8 @@ fn exchange(cell: &Cell, daemon: &Daemon, size: usize) {
         let after = counters(daemon);
         [0, 1, 2].map(|n| after[n] - before[n])
     };
-    // Beside the frames that it counts, each guest announces itself once a queue, perhaps to nobody yet.
+    // Beside the frames that it counts, each guest announces itself once a queue, perhaps to nobody
+    // yet.
     let announced = 2 * u64::from(cell.queues);
     wait_for("the counters", || moved()[0] == exchanged + announced);
     let [came, went, nowhere] = moved();

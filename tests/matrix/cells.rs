@@ -168,8 +168,9 @@ pub(crate) fn cells(driver: Driver) -> Vec<Cell> {
     cells
 }
 
-/// A few of the cells that the driver does not refuse, in which every two values of different dimensions that occur
-/// together in any of them do. `seed` decides between cells that are equally good.
+/// A few of the cells that the driver does not refuse, in which every two values of different
+/// dimensions that occur together in any of them do. `seed` decides between cells that are equally
+/// good.
 pub(crate) fn cover(cells: &[Cell], seed: u64) -> Vec<Cell> {
     let mut candidates = shuffled(cells, seed);
     candidates.retain(|cell| cell.refusal().is_none());

@@ -21,9 +21,10 @@ pub(crate) fn run(cell: &Cell) {
     journey(cell).run(|testpmd, backend| attached(cell, testpmd, backend));
 }
 
-/// Frames stream where what waits in the sender's rings and what testpmd adds in two turns fit one of the receiver's: then
-/// none can be dropped, however late the switch is and however flows are spread. With few entries they go in batches that
-/// fit the ring; so they do where a frame may take several buffers, of which testpmd takes fewer in a turn than it sends.
+/// Frames stream where what waits in the sender's rings and what testpmd adds in two turns fit one
+/// of the receiver's: then none can be dropped, however late the switch is and however flows are
+/// spread. With few entries they go in batches that fit the ring; so they do where a frame may take
+/// several buffers, of which testpmd takes fewer in a turn than it sends.
 fn journey(cell: &Cell) -> Journey {
     let (entries, queues) = (cell.entries, cell.queues);
     let (batch, batches) = match cell.refusal() {

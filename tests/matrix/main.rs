@@ -1,15 +1,17 @@
 //! The matrix: every kind of ring, buffer and attachment, with every driver at hand.
 //!
-//! Each cell ([`cells::Cell`]) is one attachment of a pair of guests, and frames of all lengths in both directions
-//! through it. It checks what was negotiated (nothing is silently replaced), that every frame arrives once, unchanged
-//! and in order, that buffers are conserved, and that the counters of Pollux and of the driver agree. What a driver
-//! refuses is listed and checked to be refused.
+//! Each cell ([`cells::Cell`]) is one attachment of a pair of guests, and frames of all lengths in
+//! both directions through it. It checks what was negotiated (nothing is silently replaced), that
+//! every frame arrives once, unchanged and in order, that buffers are conserved, and that the
+//! counters of Pollux and of the driver agree. What a driver refuses is listed and checked to be
+//! refused.
 //!
-//! Every run tries a cover of all pairs, and a refused cell for each reason, chosen by the seed in `POLLUX_MATRIX_SEED`
-//! (1 unless it is set); the ignored test tries all cells (`tests/run --matrix`) and writes `tests/MATRIX.md`, or with
-//! `POLLUX_MATRIX_PART=1/8` the first of eight parts of them, and writes nothing. An empty `POLLUX_MATRIX_GUESTS` leaves
-//! out the cells that need QEMU (`tests/run --quick`), and `POLLUX_MATRIX_DRIVER=qemu` all others: `tests/run` tries those
-//! again with the QEMU that `QEMU` names.
+//! Every run tries a cover of all pairs, and a refused cell for each reason, chosen by the seed in
+//! `POLLUX_MATRIX_SEED` (1 unless it is set); the ignored test tries all cells
+//! (`tests/run --matrix`) and writes `tests/MATRIX.md`, or with `POLLUX_MATRIX_PART=1/8` the first
+//! of eight parts of them, and writes nothing. An empty `POLLUX_MATRIX_GUESTS` leaves out the cells
+//! that need QEMU (`tests/run --quick`), and `POLLUX_MATRIX_DRIVER=qemu` all others: `tests/run`
+//! tries those again with the QEMU that `QEMU` names.
 
 #![allow(
     clippy::unwrap_used,
@@ -81,7 +83,8 @@ fn assert_negotiated(cell: &Cell, port: &Value) {
     }
 }
 
-/// Runs all, one after the other, each also after a failure; fails if any did. Whether none was left out.
+/// Runs all, one after the other, each also after a failure; fails if any did. Whether none was
+/// left out.
 fn run_all(cells: &[Cell]) -> bool {
     let (mut failed, mut left_out) = (Vec::new(), false);
     for (n, cell) in cells.iter().enumerate() {

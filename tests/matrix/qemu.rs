@@ -1,4 +1,5 @@
-//! A cell of Linux in QEMU: it answers numbered pings of a scripted guest, and floods it with pktgen's frames.
+//! A cell of Linux in QEMU: it answers numbered pings of a scripted guest, and floods it with
+//! pktgen's frames.
 
 use serde_json::Value;
 
@@ -127,8 +128,8 @@ impl Arrivals {
     }
 }
 
-/// pktgen in Linux towards the scripted guest. Returns what it sent, and what the switch dropped since the scripted guest
-/// was too slow; all else has arrived, in order.
+/// pktgen in Linux towards the scripted guest. Returns what it sent, and what the switch dropped
+/// since the scripted guest was too slow; all else has arrived, in order.
 fn flood(linux: &Linux, guest: &mut Guest<'_>, daemon: &Daemon) -> (u64, u64) {
     let mut arrivals = Arrivals::default();
     let text = std::thread::scope(|scope| {

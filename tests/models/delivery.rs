@@ -1,7 +1,9 @@
-//! (a) Producers deliver through `Claims` into a model ring; a driver consumes, arms its event, and sleeps.
+//! (a) Producers deliver through `Claims` into a model ring; a driver consumes, arms its event, and
+//! sleeps.
 //!
-//! Checked: no slot lost or doubled; the used index never goes back; no entry visible before its data; a claim
-//! visible as a whole; no call missed; everything published when all are done. Included once for every `claim.rs`.
+//! Checked: no slot lost or doubled; the used index never goes back; no entry visible before its
+//! data; a claim visible as a whole; no call missed; everything published when all are done.
+//! Included once for every `claim.rs`.
 
 use std::sync::Arc;
 
@@ -11,7 +13,8 @@ use super::claim::{Claims, Publish, Published};
 use crate::delivery_models::{Fault, Kind, Scenario};
 use crate::sync::Shared;
 
-/// What stands at a position once it is filled: first position and length of its claim, and the frame's number.
+/// What stands at a position once it is filled: first position and length of its claim, and the
+/// frame's number.
 #[derive(Clone, Copy, Default)]
 struct Entry {
     first: u64,
@@ -148,7 +151,8 @@ impl Publish for Ring {
     }
 }
 
-/// One poll thread: claims for each of `frames` (numbers of buffers), then settles and calls. Returns what was delivered.
+/// One poll thread: claims for each of `frames` (numbers of buffers), then settles and calls.
+/// Returns what was delivered.
 fn produce(claims: &Claims, ring: &Ring, frames: &[u64], name: u64) -> Vec<u64> {
     let mut delivered = Vec::new();
     let mut last = Published::Clean;

@@ -1,5 +1,5 @@
-//! Model checking of the lock-free parts with loom: every interleaving, and every value that the memory model allows
-//! a load to see, up to a stated number of preemptions.
+//! Model checking of the lock-free parts with loom: every interleaving, and every value that the
+//! memory model allows a load to see, up to a stated number of preemptions.
 //!
 //! | file | what |
 //! |---|---|
@@ -10,15 +10,17 @@
 //! | `observers.rs` | (e) an observer comes, is written to and read, and goes; its client is killed; poll threads change |
 //! | `mutants.rs` | the same models with a deliberate error, each of which must be found |
 //!
-//! Production code is what `production.rs` names, and nothing else. What surrounds it is modelled: in (a) the ring in guest
-//! memory, so what `virtio/split.rs` and `virtio/packed.rs` do to publish and to look at the driver's event (their bytes and
-//! their order are compared with other implementations in `tests/oracle`), and the tries of `ReceiveQueue` to claim; in
-//! (b) to (e) the loops of poll threads, of sessions and of control, with the lock around the mailbox.
+//! Production code is what `production.rs` names, and nothing else. What surrounds it is modelled:
+//! in (a) the ring in guest memory, so what `virtio/split.rs` and `virtio/packed.rs` do to publish
+//! and to look at the driver's event (their bytes and their order are compared with other
+//! implementations in `tests/oracle`), and the tries of `ReceiveQueue` to claim; in (b) to (e) the
+//! loops of poll threads, of sessions and of control, with the lock around the mailbox.
 //!
-//! No RUSTFLAGS: the included files take their atomics from `crate::sync`, which is loom's here. A model is exhaustive within
-//! its bound of preemptions, the first argument of `explore`: 1 for three producers, 3 for two with a driver, of either kind
-//! of ring as for the mutants of the same model, 2 where they go round the ring, 2 to 4 for views. One or two claims a
-//! producer. `cargo test --release --test models` takes two to three minutes on two cores.
+//! No RUSTFLAGS: the included files take their atomics from `crate::sync`, which is loom's here. A
+//! model is exhaustive within its bound of preemptions, the first argument of `explore`: 1 for
+//! three producers, 3 for two with a driver, of either kind of ring as for the mutants of the same
+//! model, 2 where they go round the ring, 2 to 4 for views. One or two claims a producer.
+//! `cargo test --release --test models` takes two to three minutes on two cores.
 #![allow(unreachable_pub, reason = "modules of a test target")]
 #![allow(clippy::unwrap_used, reason = "test code")]
 #![allow(

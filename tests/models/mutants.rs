@@ -1,7 +1,8 @@
 //! The same models with one deliberate error each: a model that does not find it proves nothing.
 //!
 //! Errors in the production files are copies under `mutants/` that differ in one place;
-//! [`copies_differ_in_one_place_only`] keeps them from drifting (`POLLUX_WRITE_MUTANTS=1` writes them anew).
+//! [`copies_differ_in_one_place_only`] keeps them from drifting (`POLLUX_WRITE_MUTANTS=1` writes
+//! them anew).
 
 use crate::delivery_models::{Fault, HASTY, Scenario, TWO, packed};
 use crate::explore;
@@ -312,7 +313,8 @@ found_in_both!(
     "nobody called",
     "nobody called"
 );
-// Two open claims share a tag, and the queue sticks; or the elements of one are written while the other is filled.
+// Two open claims share a tag, and the queue sticks; or the elements of one are written while the
+// other is filled.
 found_in_both!(
     claims_beyond_what_is_published,
     no_room,

@@ -1,9 +1,11 @@
-//! (e) An observer comes with a view and goes with another one, while poll threads write into its lanes, a client reads
-//! from them or is killed, queues change hands and poll threads end. Included once for every `pen.rs` and `snapshot.rs`.
+//! (e) An observer comes with a view and goes with another one, while poll threads write into its
+//! lanes, a client reads from them or is killed, queues change hands and poll threads end. Included
+//! once for every `pen.rs` and `snapshot.rs`.
 //!
-//! Checked: a lane has one writer; every frame that a poll thread saw with the observer in its view is captured or missed,
-//! and a client that reads to the end has read each captured one, once and in order, and knows the final counts; nobody
-//! reaches the observer after the acknowledgement; each end of a ring is dropped once, and none on a poll thread.
+//! Checked: a lane has one writer; every frame that a poll thread saw with the observer in its view
+//! is captured or missed, and a client that reads to the end has read each captured one, once and
+//! in order, and knows the final counts; nobody reaches the observer after the acknowledgement;
+//! each end of a ring is dropped once, and none on a poll thread.
 //!
 //! The ring of a lane is a model of `rtrb`'s, with room for one frame.
 
@@ -205,7 +207,8 @@ struct View {
     observer: Option<User>,
 }
 
-/// A poll thread: each turn is `Poller::serve` with one frame of each queue. Returns how many frames were observed.
+/// A poll thread: each turn is `Poller::serve` with one frame of each queue. Returns how many
+/// frames were observed.
 fn poll(reader: &mut Reader<View>, scene: &Scene) -> u64 {
     scene
         .poll_threads

@@ -1,10 +1,11 @@
-//! (d) A session that enables or disables its rings against the removal of its port. Included once for every
-//! `mailbox.rs`; the lock around it stands here as in `daemon/link.rs`.
+//! (d) A session that enables or disables its rings against the removal of its port. Included once
+//! for every `mailbox.rs`; the lock around it stands here as in `daemon/link.rs`.
 //!
-//! The rule: sessions post devices into a mailbox, under its lock, and only while the port is registered; control is one
-//! thread, owns the publisher, and takes posts out under the same lock. `unregister` publishes the view without the port,
-//! then marks the mailbox gone and empties it in one step. So from the acknowledgement of that view on, no later one has
-//! the port again, and a session that was answered knows that nobody touches its rings.
+//! The rule: sessions post devices into a mailbox, under its lock, and only while the port is
+//! registered; control is one thread, owns the publisher, and takes posts out under the same lock.
+//! `unregister` publishes the view without the port, then marks the mailbox gone and empties it in
+//! one step. So from the acknowledgement of that view on, no later one has the port again, and a
+//! session that was answered knows that nobody touches its rings.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};

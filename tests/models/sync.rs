@@ -1,6 +1,6 @@
-//! What the production files find under `crate::sync`: loom's atomics, and an `Arc` that runs destructors in time
-//! but gives memory back only when the next iteration starts, so that a mutant which looks at a retired view fails a
-//! check instead of reading freed memory.
+//! What the production files find under `crate::sync`: loom's atomics, and an `Arc` that runs
+//! destructors in time but gives memory back only when the next iteration starts, so that a mutant
+//! which looks at a retired view fails a check instead of reading freed memory.
 
 use std::cell::RefCell;
 use std::ops::Deref;
@@ -38,7 +38,8 @@ pub fn start_iteration() {
 }
 
 fn free<T>(memory: *mut u8) {
-    // SAFETY: `memory` came from `Box::into_raw` in `Arc::new`; the value was dropped when the count became 0.
+    // SAFETY: `memory` came from `Box::into_raw` in `Arc::new`; the value was dropped when the
+    // count became 0.
     drop(unsafe { Box::from_raw(memory.cast::<Counted<std::mem::MaybeUninit<T>>>()) });
 }
 
@@ -85,8 +86,9 @@ impl<T> Drop for Arc<T> {
     }
 }
 
-/// crossbeam's cell for values of one word: its `take` and its `store` of a value that needs a destructor are swaps, with
-/// acquire and release. The mutex is not looked at by loom, and never contended: threads change in loom's operations only.
+/// crossbeam's cell for values of one word: its `take` and its `store` of a value that needs a
+/// destructor are swaps, with acquire and release. The mutex is not looked at by loom, and never
+/// contended: threads change in loom's operations only.
 pub struct AtomicCell<T> {
     word: atomic::AtomicU64,
     value: std::sync::Mutex<T>,
@@ -143,7 +145,8 @@ impl<T> OnceLock<T> {
     }
 }
 
-/// A plain value that threads hand to each other: loom fails the model if two accesses are not ordered.
+/// A plain value that threads hand to each other: loom fails the model if two accesses are not
+/// ordered.
 pub struct Shared<T>(loom::cell::Cell<T>);
 
 // SAFETY: loom runs one thread at a time and fails the model when accesses race.

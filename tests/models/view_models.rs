@@ -1,4 +1,5 @@
-//! (b), (c) Scenarios of publish, acknowledge, retire and of a moving transmit queue; see `views.rs`.
+//! (b), (c) Scenarios of publish, acknowledge, retire and of a moving transmit queue; see
+//! `views.rs`.
 
 use crate::explore;
 use crate::production::views;
@@ -7,7 +8,8 @@ use crate::production::views;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum ReadFault {
     None,
-    /// It looks at its view after it stored that it sleeps. (Safe code cannot: the borrow is exclusive.)
+    /// It looks at its view after it stored that it sleeps. (Safe code cannot: the borrow is
+    /// exclusive.)
     KeepsItsBorrow,
 }
 

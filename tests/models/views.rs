@@ -1,5 +1,6 @@
-//! (b) Views are published, acknowledged and retired while readers fall asleep and wake; (c) a transmit queue goes
-//! from one poll thread to another as control hands it over. Included once for every `snapshot.rs` and `handover.rs`.
+//! (b) Views are published, acknowledged and retired while readers fall asleep and wake; (c) a
+//! transmit queue goes from one poll thread to another as control hands it over. Included once for
+//! every `snapshot.rs` and `handover.rs`.
 
 use std::sync::Arc;
 
@@ -13,7 +14,8 @@ use crate::view_models::{MoveFault, ReadFault};
 
 /// What a view refers to: guest memory, say.
 struct Object {
-    /// Cleared by the destructor; loom fails the model if a reader's look is not ordered before that.
+    /// Cleared by the destructor; loom fails the model if a reader's look is not ordered before
+    /// that.
     alive: Shared<bool>,
     /// Written by the guest once the acknowledgement was reached.
     rings: Shared<u64>,
@@ -57,7 +59,8 @@ fn read(mut reader: Reader<Handle>, fault: ReadFault, borrows: usize) -> Reader<
         if turn % 2 == 0 {
             reader.sleep();
             if fault == ReadFault::KeepsItsBorrow {
-                // SAFETY: retired views stay valid memory until the next iteration (`crate::sync::Arc`).
+                // SAFETY: retired views stay valid memory until the next iteration
+                // (`crate::sync::Arc`).
                 look(unsafe { &*kept });
             }
         }
@@ -86,7 +89,8 @@ pub fn publish_and_retire(readers: usize, publications: usize, fault: ReadFault)
     for handle in handles {
         let generation = publisher.publish(handle);
         if publisher.acknowledgements().reached(generation) {
-            // What a session answers then: the guest may reuse its rings. Races with a reader that still looks.
+            // What a session answers then: the guest may reuse its rings. Races with a reader that
+            // still looks.
             for object in &objects[..generation as usize - 1] {
                 object.rings.set(generation);
             }
@@ -173,14 +177,16 @@ fn poll(reader: &mut Reader<Plan>, queue: &Queue, fault: MoveFault) {
             reader.sleep();
             return;
         }
-        // The view is stored before its generation: until both are, there is nothing to do but to look again.
+        // The view is stored before its generation: until both are, there is nothing to do but to
+        // look again.
         thread::yield_now();
     }
 }
 
-/// Control orders the queue from the first poll thread to each of `targets` in turn, each order before the one before it
-/// is carried out, as `Registry::move_queues`, `publish` and `finish_moves` do. The second poll thread wakes once meanwhile, for
-/// some other reason. In the end the bell wakes whoever owns the queue.
+/// Control orders the queue from the first poll thread to each of `targets` in turn, each order
+/// before the one before it is carried out, as `Registry::move_queues`, `publish` and
+/// `finish_moves` do. The second poll thread wakes once meanwhile, for some other reason. In the
+/// end the bell wakes whoever owns the queue.
 pub fn hand_over(fault: MoveFault, targets: &[usize]) {
     let queue = Arc::new(Queue {
         next: Shared::new(0),

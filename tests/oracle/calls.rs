@@ -8,8 +8,8 @@ use pollux::virtio::{Claim, FullBarrier, ReceiveQueue, RingFeatures, Taken, Tran
 use crate::guest::*;
 use crate::packed_reference::{self, EVENT_DESC};
 
-/// Two claims; the later one is committed first and stays hidden behind the other. Says whether the driver was called
-/// when both became visible together.
+/// Two claims; the later one is committed first and stays hidden behind the other. Says whether the
+/// driver was called when both became visible together.
 fn called_for_both(queue: &ReceiveQueue, first: usize, second: usize) -> bool {
     let lengths = |count| std::iter::repeat_n(60, count);
     let (mut one, mut two) = (Claim::new(), Claim::new());
@@ -92,7 +92,8 @@ fn a_driver_armed_inside_another_threads_claim_on_a_split_ring_is_called() {
 /// The first word of the available ring: the driver wants no calls.
 const NO_INTERRUPT: u16 = 1;
 
-/// VIRTIO_F_NOTIFY_ON_EMPTY, of legacy drivers: a call when everything available is used, whatever else was asked for.
+/// VIRTIO_F_NOTIFY_ON_EMPTY, of legacy drivers: a call when everything available is used, whatever
+/// else was asked for.
 #[test]
 fn a_legacy_driver_is_called_when_its_ring_is_empty_if_it_wants_that() {
     for (notify_on_empty, event_idx) in [(false, false), (false, true), (true, false), (true, true)]

@@ -1,11 +1,14 @@
 //! Random operations on rings of both kinds, against independent implementations of them.
 //!
-//! * Transmit queues, split: `virtio_queue::Queue` on memory with the same bytes. Packed: `packed_reference`. The same
-//!   driver works on both memories; chains, used elements, positions and wishes for calls and kicks must be equal.
-//! * Receive queues: a list of buffers that frames are poured into, which says what comes back and with which content; the
-//!   same other implementations return that on rings that must have the same bytes.
+//! * Transmit queues, split: `virtio_queue::Queue` on memory with the same bytes. Packed:
+//!   `packed_reference`. The same driver works on both memories; chains, used elements, positions
+//!   and wishes for calls and kicks must be equal.
+//! * Receive queues: a list of buffers that frames are poured into, which says what comes back and
+//!   with which content; the same other implementations return that on rings that must have the
+//!   same bytes.
 //! * Restarts, and garbage in place of a ring.
-//! * Events of a whole newly visible run, exhaustively for small rings; several producers on one receive queue.
+//! * Events of a whole newly visible run, exhaustively for small rings; several producers on one
+//!   receive queue.
 //!
 //! Every test prints its seed; `POLLUX_SEED` repeats it.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]

@@ -1,5 +1,6 @@
-//! Receive queues of both kinds, against a list of buffers that frames are poured into, and another implementation of
-//! the device, which returns the buffers that this list says on a ring with the same bytes.
+//! Receive queues of both kinds, against a list of buffers that frames are poured into, and another
+//! implementation of the device, which returns the buffers that this list says on a ring with the
+//! same bytes.
 
 use std::collections::VecDeque;
 
@@ -62,7 +63,8 @@ impl<'g> ReceiveModel<'g> {
         let Some(place) = (free > 0).then(|| self.places.pop()).flatten() else {
             return;
         };
-        // A long buffer may be in pieces; short ones are not, or a frame would need more pieces than a claim keeps.
+        // A long buffer may be in pieces; short ones are not, or a frame would need more pieces
+        // than a claim keeps.
         let (len, most) = match random.below(12) {
             0 => (random.between(1, 71), 1),
             1..=4 => (random.between(72, 300), 1),
@@ -95,8 +97,8 @@ impl<'g> ReceiveModel<'g> {
         });
     }
 
-    /// The buffers that the frame ends up in and those returned unused on the way, with what is written to each; whether
-    /// it is delivered at all.
+    /// The buffers that the frame ends up in and those returned unused on the way, with what is
+    /// written to each; whether it is delivered at all.
     fn pour(&mut self, frame_len: usize) -> (Vec<(Posted, u32)>, bool) {
         let mut back = Vec::new();
         'again: loop {
@@ -153,8 +155,8 @@ impl<'g> ReceiveModel<'g> {
         self.complete_theirs(&lens);
     }
 
-    /// The reference returns as many buffers with these lengths: its ring has the same bytes, and its driver is called
-    /// when ours is.
+    /// The reference returns as many buffers with these lengths: its ring has the same bytes, and
+    /// its driver is called when ours is.
     fn complete_theirs(&mut self, lens: &[u32]) {
         for _ in lens {
             self.reference.take(self.theirs).unwrap();
@@ -249,7 +251,8 @@ fn packed_receive_queues_fill_buffers_like_the_model() {
     });
 }
 
-/// All descriptors of a ring are claimed at once, and become visible in one run: the first claim is committed last.
+/// All descriptors of a ring are claimed at once, and become visible in one run: the first claim is
+/// committed last.
 fn a_whole_ring(size: u16, base: u16, random: &mut Random) {
     const LEN: u64 = 128;
     let guest = Guest::new(size, features(true));

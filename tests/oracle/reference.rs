@@ -1,4 +1,5 @@
-//! Another implementation of the device: `virtio_queue::Queue` for split rings, `packed_reference` for packed ones.
+//! Another implementation of the device: `virtio_queue::Queue` for split rings, `packed_reference`
+//! for packed ones.
 
 use std::collections::VecDeque;
 
@@ -149,7 +150,8 @@ pub(crate) fn set_event(guest: &Guest, drivers: &mut [Driver<'_>; 2], random: &m
     }
 }
 
-/// Both drivers post the same chain: in a packed ring with any buffer id, in a split one at any descriptors.
+/// Both drivers post the same chain: in a packed ring with any buffer id, in a split one at any
+/// descriptors.
 pub(crate) fn post_both(
     drivers: &mut [Driver<'_>; 2],
     pieces: &[Piece],
@@ -175,8 +177,9 @@ pub(crate) fn post_both(
     }
 }
 
-/// The bytes of a ring that both devices write alike, without what ours notes ahead: used elements of chains that are
-/// not returned yet (split), and the area where it asks for kicks (packed; the reference never does).
+/// The bytes of a ring that both devices write alike, without what ours notes ahead: used elements
+/// of chains that are not returned yet (split), and the area where it asks for kicks (packed; the
+/// reference never does).
 pub(crate) fn common_bytes(guest: &Guest, unreturned: std::ops::Range<u64>) -> Vec<u8> {
     let mut bytes = guest.ring_bytes();
     if guest.features.packed {

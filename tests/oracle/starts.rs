@@ -11,8 +11,8 @@ use crate::guest::*;
 use crate::packed_reference::Place;
 use crate::{Random, with_seeds};
 
-/// Delivers, stops and starts again several times over the same ring; `base` makes of the answer to GET_VRING_BASE what a
-/// frontend sends at the next start.
+/// Delivers, stops and starts again several times over the same ring; `base` makes of the answer to
+/// GET_VRING_BASE what a frontend sends at the next start.
 fn restarts(size: u16, packed: bool, base: impl Fn(u32) -> u32) {
     let guest = Guest::new(size, features(packed));
     let mut driver = guest.driver();
@@ -40,7 +40,8 @@ fn restarts(size: u16, packed: bool, base: impl Fn(u32) -> u32) {
     }
 }
 
-/// Sends, stops in the middle of a burst and starts again: chains that were taken and not returned are there once more.
+/// Sends, stops in the middle of a burst and starts again: chains that were taken and not returned
+/// are there once more.
 fn transmit_restarts(size: u16, packed: bool, base: impl Fn(u32) -> u32) {
     let guest = Guest::new(size, features(packed));
     let mut driver = guest.driver();

@@ -1,4 +1,5 @@
-//! Transmit queues of both kinds, against another implementation of the device on a memory with the same bytes.
+//! Transmit queues of both kinds, against another implementation of the device on a memory with the
+//! same bytes.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -110,8 +111,8 @@ impl<'g> Twins<'g> {
         self.expected.push_back(Expected::Good);
     }
 
-    /// Posts a packed chain that no driver may post. The reference checks neither addresses nor directions, and takes
-    /// every table as it comes.
+    /// Posts a packed chain that no driver may post. The reference checks neither addresses nor
+    /// directions, and takes every table as it comes.
     fn post_malformed_packed(&mut self, random: &mut Random) {
         let good = readable(DATA, 64);
         let mut pieces = vec![good; random.between(1, 3) as usize];
@@ -159,8 +160,8 @@ impl<'g> Twins<'g> {
         }
     }
 
-    /// Posts a split chain that no driver may post. `virtio_queue` checks neither addresses nor directions, and shortens
-    /// a chain at its first impossible link.
+    /// Posts a split chain that no driver may post. `virtio_queue` checks neither addresses nor
+    /// directions, and shortens a chain at its first impossible link.
     fn post_malformed(&mut self, random: &mut Random) {
         if self.ours.features.packed {
             return self.post_malformed_packed(random);
@@ -202,7 +203,8 @@ impl<'g> Twins<'g> {
         self.expected.push_back(expected);
     }
 
-    /// A chain whose one descriptor is its own successor: the reference takes it as many times as the ring is long.
+    /// A chain whose one descriptor is its own successor: the reference takes it as many times as
+    /// the ring is long.
     fn post_loop(&mut self) {
         let head = self.drivers[0].split().next_head();
         let empty = [readable(DATA, 0)];

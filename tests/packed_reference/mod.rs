@@ -1,8 +1,10 @@
-//! The packed virtqueue of virtio 1.2 §2.8 as simply as it can be written: both sides, one step after the other.
+//! The packed virtqueue of virtio 1.2 §2.8 as simply as it can be written: both sides, one step
+//! after the other.
 //!
-//! An independent reading of the specification. It shares no arithmetic with `src/virtio`: a place in the ring is a
-//! slot and a wrap counter that move one descriptor at a time, never a position that is divided, and whether a
-//! notification is due is answered by looking at every place of the run.
+//! An independent reading of the specification. It shares no arithmetic with `src/virtio`: a place
+//! in the ring is a slot and a wrap counter that move one descriptor at a time, never a position
+//! that is divided, and whether a notification is due is answered by looking at every place of the
+//! run.
 
 #![allow(
     dead_code,
@@ -291,7 +293,8 @@ impl<'m> Device<'m> {
         panic!("a chain without an end");
     }
 
-    /// Returns chains (id, span, length) in this order; says whether the driver wants a call for one of them.
+    /// Returns chains (id, span, length) in this order; says whether the driver wants a call for
+    /// one of them.
     pub(crate) fn complete(&mut self, chains: &[(u16, u16, u32)], event_idx: bool) -> bool {
         let old = self.used;
         let mut moved = 0;

@@ -1,7 +1,8 @@
 //! A guest's memory with one ring in it, and a driver for either kind that may misbehave.
 //!
-//! Two regions touch in guest addresses but not in the host's (the file has them in the other order); behind the
-//! second one is a hole. The drivers share nothing with `pollux::virtio::driver`.
+//! Two regions touch in guest addresses but not in the host's (the file has them in the other
+//! order); behind the second one is a hole. The drivers share nothing with
+//! `pollux::virtio::driver`.
 #![allow(
     dead_code,
     reason = "several test programs include this, each uses a part"
@@ -366,7 +367,8 @@ impl<'m> Driver<'m> {
         }
     }
 
-    /// The next chain that came back, with the length written; panics if the device did not have it.
+    /// The next chain that came back, with the length written; panics if the device did not have
+    /// it.
     pub(crate) fn reap(&mut self) -> Option<(u16, u32)> {
         match self {
             Driver::Split(driver) => driver.reap(),

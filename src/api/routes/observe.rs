@@ -85,8 +85,9 @@ pub(super) async fn mirror_remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Frames as they pass, or as they are dropped: one pcapng section, until the count, the time, or the observer of the
-/// name in the answer's `pollux-observer` header is over. Blocks of statistics at its end say what was missed.
+/// Frames as they pass, or as they are dropped: one pcapng section, until the count, the time, or
+/// the observer of the name in the answer's `pollux-observer` header is over. Blocks of statistics
+/// at its end say what was missed.
 #[utoipa::path(
     get,
     path = "/v1/capture",

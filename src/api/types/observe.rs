@@ -46,7 +46,8 @@ pub struct ObserverView {
 pub struct ObserverStatistics {
     /// Frames kept; of a trace, frames that have entered; of a mirror, copies delivered.
     pub captured: u64,
-    /// Frames that it had no room for; of a trace, steps of frames; of a mirror, also copies that its destination had no room for.
+    /// Frames that it had no room for; of a trace, steps of frames; of a mirror, also copies that
+    /// its destination had no room for.
     pub missed: u64,
     /// Frames that its filter refused.
     pub filtered: u64,
@@ -145,10 +146,12 @@ pub struct TraceFrame {
     pub length: u32,
     /// Its headers, in words.
     pub summary: String,
-    /// What its source address has taught: `new`, `known`, `moved`, or why nothing (`full`, `quota`…).
+    /// What its source address has taught: `new`, `known`, `moved`, or why nothing (`full`,
+    /// `quota`…).
     #[serde(default)]
     pub learned: Option<String>,
-    /// The port that its destination address is behind, which may be its own; null if that is unknown or nobody asks.
+    /// The port that its destination address is behind, which may be its own; null if that is
+    /// unknown or nobody asks.
     #[serde(default)]
     pub lookup: Option<String>,
     /// `unicast`, `flood` or `drop`.
@@ -160,7 +163,8 @@ pub struct TraceFrame {
 /// What became of one copy of a frame.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct TraceOutcome {
-    /// The port it left through or should have left through, or the ingress of a frame that got no further.
+    /// The port it left through or should have left through, or the ingress of a frame that got no
+    /// further.
     pub port: String,
     /// Queue pair.
     #[serde(default)]

@@ -48,7 +48,8 @@ pub struct PollThreadView {
     pub overdue_seconds: Option<f64>,
     /// Turns of the poll loop.
     pub passes: u64,
-    /// Time spent in passes that found work, since it started: what frames cost, whatever time was left.
+    /// Time spent in passes that found work, since it started: what frames cost, whatever time was
+    /// left.
     #[serde(default)]
     pub busy_seconds: f64,
     /// Share of the time spent on frames since it started, 0 to 1.
@@ -66,11 +67,13 @@ pub struct PollThreadView {
     pub acknowledged_generation: u64,
     /// Transmit queues it owns.
     pub queues: Vec<QueueRef>,
-    /// Time without a CPU in passes of more than 50 µs and in those that took over a new view of the switch.
+    /// Time without a CPU in passes of more than 50 µs and in those that took over a new view of
+    /// the switch.
     pub off_cpu_seconds: f64,
     /// How long its passes take that find work, without the time counted as `off_cpu_seconds`.
     pub pass_length: Option<Latency>,
-    /// The same of passes that began with taking over a new view of the switch; `pass_length` has the others.
+    /// The same of passes that began with taking over a new view of the switch; `pass_length` has
+    /// the others.
     pub takeover_length: Option<Latency>,
     /// How long it takes to acknowledge a publication.
     pub acknowledge_latency: Option<Latency>,
@@ -129,7 +132,8 @@ pub struct PollSettings {
     /// Number of the thread that the change was for; absent if it was for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub thread: Option<u32>,
-    /// Policy of `thread`, or of threads that were told nothing else: `busy`, or `adaptive:` and microseconds.
+    /// Policy of `thread`, or of threads that were told nothing else: `busy`, or `adaptive:` and
+    /// microseconds.
     #[serde(default)]
     #[schema(value_type = String, example = "adaptive:50")]
     pub idle: IdlePolicy,
@@ -164,7 +168,8 @@ pub struct Latency {
     pub p999_seconds: f64,
     /// The longest.
     pub max_seconds: f64,
-    /// How many there were of each length, ascending; lengths that did not occur are left out. Eight to a power of two.
+    /// How many there were of each length, ascending; lengths that did not occur are left out.
+    /// Eight to a power of two.
     #[serde(default)]
     pub buckets: Vec<LatencyBucket>,
 }

@@ -1,8 +1,8 @@
 //! Messages of the vhost-user protocol on a stream, from the frontend's side.
 //!
-//! Not `vhost::vhost_user::Frontend`: that one retries for ever when a receive times out, so that a silent
-//! backend would hang the client, and its SET_VRING_BASE has 16 bits where packed rings need 32. Request
-//! numbers and message bodies are the crate's.
+//! Not `vhost::vhost_user::Frontend`: that one retries for ever when a receive times out, so that a
+//! silent backend would hang the client, and its SET_VRING_BASE has 16 bits where packed rings need 32
+//! bits. Request numbers and message bodies are the crate's.
 
 use std::io::{self, Read};
 use std::os::fd::RawFd;
@@ -63,7 +63,8 @@ pub(super) fn send(
     let sent = stream
         .send_with_fds(&[&message[..]], fds)
         .map_err(|error| failed(request, error.into()))?;
-    // A socket buffer holds many such messages; one that takes half of one is not being read at all.
+    // A socket buffer holds many such messages; one that takes half of one is not being read at
+    // all.
     if sent < message.len() {
         return Err(WireError::Silent(request));
     }

@@ -19,8 +19,8 @@ pub(super) struct Outgoing {
     pub(super) blocked: Option<(u64, u64)>,
 }
 
-/// What is left of the flows' windows in one burst. With one flow, the usual case, the receiver's counter is
-/// read once.
+/// What is left of the flows' windows in one burst. With one flow, the usual case, the receiver's
+/// counter is read once.
 #[derive(Debug)]
 pub(super) struct Budget {
     /// The flow asked for last, and what is left for it.
@@ -53,8 +53,9 @@ impl Budget {
             self.at = at;
             self.left = self.look(window, flow, counters, now_ns);
         }
-        // Not `left -= u64::from(left != 0)`: LLVM 22 (rustc 1.95) then lets a loop of its own bound run past an empty
-        // budget, and more is sent than the receiver has buffers for. The test below fails with it at `opt-level` 3.
+        // Not `left -= u64::from(left != 0)`: LLVM 22 (rustc 1.95) then lets a loop of its own
+        // bound run past an empty budget, and more is sent than the receiver has buffers for. The
+        // test below fails with it at `opt-level` 3.
         if self.left == 0 {
             return false;
         }

@@ -15,10 +15,12 @@ pub struct CaptureArgs {
     /// What to look at.
     #[command(flatten)]
     pub watch: WatchArgs,
-    /// Write pcapng into this file, or to standard output (-), instead of printing a line for each frame
+    /// Write pcapng into this file, or to standard output (-), instead of printing a line for each
+    /// frame
     #[arg(long, short, value_name = "FILE|-", value_hint = ValueHint::FilePath)]
     pub write: Option<PathBuf>,
-    /// Begin the next file, FILE.1, FILE.2 and so on, before one has more bytes than this; K, M and G may follow
+    /// Begin the next file, FILE.1, FILE.2 and so on, before one has more bytes than this; K, M and
+    /// G may follow
     #[arg(long, value_name = "BYTES", requires = "write", value_parser = parse_bytes)]
     pub rotate: Option<u64>,
     /// Keep only so many of these files, the newest
@@ -57,9 +59,10 @@ pub struct WatchArgs {
         value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_SNAPLEN))
     )]
     pub snaplen: u32,
-    /// Only frames that match, such as "tcp port 80 and not host 10.0.0.1": host, net, port, portrange, ether host,
-    /// ether proto, ip, ip6, arp, icmp, icmp6, tcp, udp, sctp, vlan, broadcast, multicast, less, greater, with src and
-    /// dst, joined by and, or, not and parentheses
+    /// Only frames that match, such as "tcp port 80 and not host 10.0.0.1": host, net, port,
+    /// portrange, ether host, ether proto, ip, ip6, arp, icmp, icmp6, tcp, udp, sctp, vlan,
+    /// broadcast, multicast, less, greater, with src and dst, joined by and, or, not and
+    /// parentheses
     #[arg(long, value_name = "EXPR")]
     pub filter: Option<String>,
 }

@@ -20,7 +20,8 @@ fn order() -> MirrorAdd {
     }
 }
 
-/// A handle of the daemon that does something before it asks for the observers: what is added is there then.
+/// A handle of the daemon that does something before it asks for the observers: what is added is
+/// there then.
 fn interrupted(daemon: &Daemon, meanwhile: impl Fn(&Handle) + Send + 'static) -> Handle {
     let (commands, taken) = unbounded();
     let own = Handle {

@@ -1,8 +1,9 @@
-//! The registry under random operations, against lists of ports, queues and views (`model`): what is published, who owns
-//! which queue, which answers come when, and that every device goes when nobody can reach it any more, on the reaper.
+//! The registry under random operations, against lists of ports, queues and views (`model`): what
+//! is published, who owns which queue, which answers come when, and that every device goes when
+//! nobody can reach it any more, on the reaper.
 //!
-//! Poll threads are scripted: the test takes views over and falls asleep in their place. Every run prints its seed;
-//! `POLLUX_SEED` repeats it, and `POLLUX_LONG=1` takes more.
+//! Poll threads are scripted: the test takes views over and falls asleep in their place. Every run
+//! prints its seed; `POLLUX_SEED` repeats it, and `POLLUX_LONG=1` takes more.
 
 mod mirrors;
 mod model;

@@ -57,7 +57,8 @@ pub(super) struct Port {
     pub(super) mac: u64,
 }
 
-/// Queues that were ordered to a thread; an answer is due when all poll threads have taken this generation over.
+/// Queues that were ordered to a thread; an answer is due when all poll threads have taken this
+/// generation over.
 #[derive(Debug)]
 pub(super) struct Move {
     pub(super) port: PortRef,
@@ -242,8 +243,9 @@ impl Model {
         self.dirty = true;
     }
 
-    /// Gives the queues whose time has come to their new owners. Returns the orders that are carried out, each with the number
-    /// of queues that arrived by it, or `None` where the port has gone.
+    /// Gives the queues whose time has come to their new owners. Returns the orders that are
+    /// carried out, each with the number of queues that arrived by it, or `None` where the port has
+    /// gone.
     pub(super) fn arrive(&mut self) -> Vec<(Option<usize>, Option<u32>)> {
         let (done, waiting) = std::mem::take(&mut self.moves)
             .into_iter()
@@ -279,7 +281,8 @@ impl Model {
         answers
     }
 
-    /// No ring has two owners: neither in the views that threads have, nor with the newest, which any may take over now.
+    /// No ring has two owners: neither in the views that threads have, nor with the newest, which
+    /// any may take over now.
     pub(super) fn assert_one_owner(&self, at: &str) {
         let mut owners: HashMap<usize, usize> = HashMap::new();
         let newest = self.newest();

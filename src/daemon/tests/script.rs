@@ -402,7 +402,8 @@ impl Script {
         )
     }
 
-    /// A session posts what it has now, be it the port's or not: rings come, go, restart, are enabled and disabled.
+    /// A session posts what it has now, be it the port's or not: rings come, go, restart, are
+    /// enabled and disabled.
     fn post(&mut self) {
         let sessions: Vec<usize> = self.sessions.keys().copied().collect();
         if sessions.is_empty() {

@@ -1,4 +1,5 @@
-//! Poll threads of the script: they take views over, fall asleep, come and go, and queues change hands between them.
+//! Poll threads of the script: they take views over, fall asleep, come and go, and queues change
+//! hands between them.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -125,7 +126,8 @@ impl Script {
 
     // ---- control's turn --------------------------------------------------------------------------
 
-    /// Control takes what was posted, publishes, hands over and retires. Returns whether something is under way still.
+    /// Control takes what was posted, publishes, hands over and retires. Returns whether something
+    /// is under way still.
     pub(super) fn turn(&mut self) -> bool {
         while let Ok(command) = self.commands.1.try_recv() {
             let Command::Posted(link) = command else {
@@ -192,7 +194,8 @@ impl Script {
         }
     }
 
-    /// What nobody can reach goes to the reaper, and nothing else; what it refers to goes there and not before.
+    /// What nobody can reach goes to the reaper, and nothing else; what it refers to goes there and
+    /// not before.
     fn retire(&mut self) -> bool {
         let waiting = self.registry.retire();
         let retired: Vec<_> = self.reaper.try_iter().collect();
@@ -210,7 +213,8 @@ impl Script {
         waiting
     }
 
-    /// Every thread takes over what is published, until nothing is under way: then all that was asked for is done.
+    /// Every thread takes over what is published, until nothing is under way: then all that was
+    /// asked for is done.
     pub(super) fn settle(&mut self) {
         for _ in 0..TURNS {
             for (number, reader) in &mut self.threads {

@@ -1,7 +1,7 @@
 //! What a filter looks at, read from a frame's first bytes.
 //!
-//! The walk over tags, IP headers and extension headers is `etherparse`'s, in its lax form: what is cut off or wrong ends
-//! it, and what was read until then counts.
+//! The walk over tags, IP headers and extension headers is `etherparse`'s, in its lax form: what is
+//! cut off or wrong ends it, and what was read until then counts.
 
 use etherparse::{LaxLinkExtSlice, LaxNetSlice, LaxSlicedPacket, LinkSlice};
 
@@ -29,7 +29,8 @@ pub(super) enum Network {
     Other,
 }
 
-/// The header fields that filters know; `None` and [`Network::Other`] where a frame has no such thing.
+/// The header fields that filters know; `None` and [`Network::Other`] where a frame has no such
+/// thing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Headers {
     pub(super) source: Option<[u8; 6]>,

@@ -1,9 +1,10 @@
 //! Filter expressions: a part of tcpdump's language, compiled when the observer is made.
 //!
-//! No well-kept library compiles tcpdump's language without libpcap, so the part that operators use most stands here
-//! (`docs/observers.md` lists it). An expression becomes a list of tests, each with where to go on if it holds and if it
-//! does not; every step leads to one with a lower number, so a frame takes at most as many tests as there are. It
-//! looks at the private copy of a frame's first bytes and allocates nothing.
+//! No well-kept library compiles tcpdump's language without libpcap, so the part that operators use
+//! most stands here (`docs/observers.md` lists it). An expression becomes a list of tests, each
+//! with where to go on if it holds and if it does not; every step leads to one with a lower number,
+//! so a frame takes at most as many tests as there are. It looks at the private copy of a frame's
+//! first bytes and allocates nothing.
 
 mod headers;
 mod parse;

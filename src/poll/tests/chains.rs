@@ -77,7 +77,8 @@ fn a_receiver_of_buffers_of_nothing_costs_a_pass_a_few_of_them() {
     }
 }
 
-/// Frames of as many pieces as there may be, from a sender and into buffers of such, with others in between.
+/// Frames of as many pieces as there may be, from a sender and into buffers of such, with others in
+/// between.
 #[test]
 fn frames_of_the_most_pieces_pass_in_their_order_with_others_between_them() {
     for packed in [false, true] {

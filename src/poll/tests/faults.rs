@@ -32,8 +32,8 @@ fn received(vm: &mut Vm<'_>) -> Vec<u8> {
     bytes
 }
 
-/// Of one burst, frames whose payload was gone when it was copied, short ones and some over several buffers, between
-/// frames of another sender.
+/// Of one burst, frames whose payload was gone when it was copied, short ones and some over several
+/// buffers, between frames of another sender.
 #[test]
 fn frames_whose_payload_has_gone_arrive_as_zeros_and_those_of_others_whole() {
     fence::install().unwrap();

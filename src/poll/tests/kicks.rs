@@ -44,7 +44,8 @@ impl<'m> Wish<'m> {
         self.area.load_u16(at, Ordering::SeqCst)
     }
 
-    /// No kicks. A split ring with the event index has no such flag: it is silent once its event has passed.
+    /// No kicks. A split ring with the event index has no such flag: it is silent once its event
+    /// has passed.
     fn is_silent(&self) -> bool {
         match (self.features.packed, self.features.event_idx) {
             (false, false) => self.word(0) == 1,

@@ -29,7 +29,8 @@ fn header_forms() -> impl Iterator<Item = RingFeatures> {
     })
 }
 
-/// A header right before its frame, in a line of its own; in a buffer of its own; and in two, one of which goes on.
+/// A header right before its frame, in a line of its own; in a buffer of its own; and in two, one
+/// of which goes on.
 fn ways_to_lie(header: usize, start: usize, len: usize) -> [Vec<Piece>; 3] {
     let apart = start - 8 * LINE;
     [
@@ -92,7 +93,8 @@ struct Pair<'m, 't, 'p> {
 }
 
 impl Pair<'_, '_, '_> {
-    /// Sends a frame from pieces of memory into buffers of others; what the switch touched meanwhile.
+    /// Sends a frame from pieces of memory into buffers of others; what the switch touched
+    /// meanwhile.
     fn send(&mut self, sent: &[Piece], received: &[Vec<Piece>]) -> Touched {
         let [sender, receiver] = &mut self.vms[..] else {
             unreachable!("two guests");
@@ -155,7 +157,8 @@ impl Pair<'_, '_, '_> {
         self.check_asked(&[first, second], [&payload, &filled], header, &what);
     }
 
-    /// What was asked for of both memories, but for the rings, is of lines that are read or written.
+    /// What was asked for of both memories, but for the rings, is of lines that are read or
+    /// written.
     fn check_asked(
         &self,
         touched: &[Touched; 2],

@@ -1,4 +1,5 @@
-//! Passes one at a time, between scripted guests in this process: what happens when is the test's choice.
+//! Passes one at a time, between scripted guests in this process: what happens when is the test's
+//! choice.
 
 mod chains;
 mod faults;
@@ -154,7 +155,8 @@ impl<'m> Vm<'m> {
         }
     }
 
-    /// Posts frames of `len` bytes to the guest on `to`, as long as there is room; returns how many.
+    /// Posts frames of `len` bytes to the guest on `to`, as long as there is room; returns how
+    /// many.
     fn send(&mut self, to: u16, len: u32, frames: usize) -> usize {
         while self.transmit.reap().is_some() {}
         assert_eq!(self.transmit.fault(), None);
@@ -262,7 +264,8 @@ fn receive_buffer(token: u32) -> Buffer {
     Buffer::writable(address, BUFFER as u32)
 }
 
-/// The switch of these guests, each known by its address; the port in slot `n` belongs to the poll thread `owner(n)`.
+/// The switch of these guests, each known by its address; the port in slot `n` belongs to the poll
+/// thread `owner(n)`.
 fn topology(vms: &[Vm<'_>], threads: usize, owner: impl Fn(u16) -> usize) -> Topology {
     let fdb = Arc::new(Fdb::new(FdbConfig::with_capacity(1024)).unwrap());
     let entries: Vec<PortEntry> = vms

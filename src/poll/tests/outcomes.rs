@@ -42,7 +42,8 @@ fn a_receiver_that_returns_nothing_does_not_take_the_places_of_another_one() {
     let topology = topology(&vms, 1, |_| 0);
     let mut tools = Threads::new(1);
     let mut passes = tools.passes(&topology);
-    // Both are full; for one of them frames were dropped. Twelve passes: the next one begins with the first guest.
+    // Both are full; for one of them frames were dropped. Twelve passes: the next one begins with
+    // the first guest.
     for (to, bursts) in [(1, 8), (2, 4)] {
         for _ in 0..bursts {
             vms[0].send(to, 60, 64);
@@ -100,9 +101,9 @@ fn every_outcome_has_a_counter_of_its_own() {
     assert_eq!(vms[1].queue().broken(), None);
 }
 
-/// Where a frame goes is decided and done in one view of the switch. One that is published in between, in which its port is
-/// disabled or gone, counts from the next burst on: then the frame is lost to that port alone, or for a station that nobody
-/// knows.
+/// Where a frame goes is decided and done in one view of the switch. One that is published in
+/// between, in which its port is disabled or gone, counts from the next burst on: then the frame is
+/// lost to that port alone, or for a station that nobody knows.
 #[test]
 fn a_port_that_goes_before_a_delivery_is_told_apart_from_one_without_room() {
     let rams = rams::<4>();
@@ -159,7 +160,8 @@ fn a_sender_that_was_marked_before_the_thread_came_is_not_taken_from() {
     assert_eq!((vms[1].from[0], vms[0].transmit.outstanding()), (0, 5));
 }
 
-/// A poll thread is about to claim, eight times, and each time another one has claimed and published before it does.
+/// A poll thread is about to claim, eight times, and each time another one has claimed and
+/// published before it does.
 #[test]
 fn a_claim_that_another_poll_thread_always_wins_is_counted_and_harms_nothing() {
     for packed in [false, true] {
@@ -202,8 +204,8 @@ fn a_claim_that_another_poll_thread_always_wins_is_counted_and_harms_nothing() {
             first.run(0, || true);
             park::set_rival(None);
         });
-        // Four tries of a claim, and four at the end of the pass. One may have ended before it came to the swap: the other
-        // thread had gone past it while it read.
+        // Four tries of a claim, and four at the end of the pass. One may have ended before it came
+        // to the swap: the other thread had gone past it while it read.
         assert_eq!(park::tries().claims - before, 8);
         assert!((1..=8).contains(&lost.load(Ordering::Relaxed)));
         // Undisturbed, its frames arrive.

@@ -47,7 +47,8 @@ fn chains_wait_from_pass_to_pass_until_their_frames_are_published() {
         let mut tools = Threads::new(1);
         let mut passes = tools.passes(&topology);
         let pass = &mut passes[0];
-        // Of each claim of another thread one burst is behind; of the third one also what came later.
+        // Of each claim of another thread one burst is behind; of the third one also what came
+        // later.
         let mut claims = Vec::new();
         for (behind, frames) in [(1, 3), (2, 4), (3, 5), (3, 6)] {
             if claims.len() < behind {
@@ -61,7 +62,8 @@ fn chains_wait_from_pass_to_pass_until_their_frames_are_published() {
             assert_eq!((vms[1].take(1), completed(&mut vms[0])), (0, 0));
             assert!(pass.owes());
         }
-        // The oldest wait for no more than they must, the others for all that was behind a claim then.
+        // The oldest wait for no more than they must, the others for all that was behind a claim
+        // then.
         for (claim, (came, back)) in claims.iter().zip([(4, 3), (5, 0), (12, 15)]) {
             assert!(!pass.run(0, || true), "waiting is no work");
             assert_eq!(completed(&mut vms[0]), 0);
@@ -161,9 +163,9 @@ fn one_queue_that_stands_still_is_given_up_and_no_other() {
     assert_eq!(tools.stats[0].completed_early.get(), 1);
 }
 
-/// 199 senders have a frame each behind another thread's claim. Where it `ends` amid the pass, two bursts are behind it, and
-/// behind a second one all that follow. Returns how many chains come back in that pass and after it, and how often some did
-/// early.
+/// 199 senders have a frame each behind another thread's claim. Where it `ends` amid the pass, two
+/// bursts are behind it, and behind a second one all that follow. Returns how many chains come back
+/// in that pass and after it, and how often some did early.
 fn many_senders(ends: bool) -> ([usize; 2], u64) {
     let rams: Vec<SharedMemory> = (0..200).map(|_| ram()).collect();
     let mut vms = vms(&rams, false);
@@ -207,7 +209,8 @@ fn room_is_made_of_waits_that_have_ended() {
 
 // ---- what else waits for them ------------------------------------------------------------------------
 
-/// A poll thread is asked for something while chains of its wait for a claim, which is committed then, or is not.
+/// A poll thread is asked for something while chains of its wait for a claim, which is committed
+/// then, or is not.
 fn asked_while_chains_wait(stops: bool, commits: bool) {
     let rams = rams::<2>();
     let mut vms = vms(&rams, false);

@@ -137,7 +137,8 @@ fn memory_that_is_slow_is_charged_to_its_port_and_then_avoided() {
     }
     assert!(faults > 10, "one of many");
     assert!(vms[0].port.pages.faults() > 100);
-    // Faults are counted by thread: one in memory of our own may fall into a long step of another port's.
+    // Faults are counted by thread: one in memory of our own may fall into a long step of another
+    // port's.
     assert!(vms[1].port.pages.faults() < vms[0].port.pages.faults() / 10);
     assert_eq!(vms[1].port.pages.pace(), Pace::Normal);
     // It is left alone, in either direction, until control has taken it away.

@@ -144,8 +144,8 @@ impl Fdb {
         done
     }
 
-    /// Addresses that have moved from port to port since this was last asked: the last move of each, and of very many
-    /// at once some.
+    /// Addresses that have moved from port to port since this was last asked: the last move of
+    /// each, and of very many at once some.
     pub fn take_moves(&self) -> Vec<Move> {
         self.moves.take()
     }

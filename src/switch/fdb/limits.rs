@@ -117,7 +117,8 @@ impl Limits {
             (!is_after(generation, port.generation))
                 .then(|| pack(port.generation.wrapping_add(1), 0))
         });
-        // A thread that was admitted just before may count a move of the last tenant's for the next one.
+        // A thread that was admitted just before may count a move of the last tenant's for the next
+        // one.
         limits.moved.store(0, Relaxed);
     }
 

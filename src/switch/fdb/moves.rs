@@ -1,8 +1,8 @@
 //! Addresses that have moved from port to port: how many, and what they were.
 //!
-//! Poll threads note, control takes. A thread that finds a cell in use by somebody else notes nothing and goes on: all
-//! moves are counted, and of those that come faster than control looks some are told. An address that did not move
-//! costs nothing here.
+//! Poll threads note, control takes. A thread that finds a cell in use by somebody else notes
+//! nothing and goes on: all moves are counted, and of those that come faster than control looks
+//! some are told. An address that did not move costs nothing here.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -66,8 +66,8 @@ impl Default for Moves {
 }
 
 impl Moves {
-    /// Notes a move. `bucket` is of the key's hash, which nobody outside can predict: a port that invents moves cannot
-    /// aim at the cell of another one's.
+    /// Notes a move. `bucket` is of the key's hash, which nobody outside can predict: a port that
+    /// invents moves cannot aim at the cell of another one's.
     pub(super) fn note(&self, bucket: usize, key: Key, from: Value, to: Value) {
         self.count.fetch_add(1, Relaxed);
         self.cells[bucket % CELLS].with(|cell| {

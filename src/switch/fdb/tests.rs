@@ -598,7 +598,8 @@ fn random_operations_agree_with_a_hash_map() {
 /// Generations of one slot that a thread may still believe in.
 const TENANTS: u64 = 3;
 
-/// A key is taught only at the two slots that follow from it, so a look-up shows whose value it got.
+/// A key is taught only at the two slots that follow from it, so a look-up shows whose value it
+/// got.
 fn taught_at(key: u64, port: PortRef) -> bool {
     let base = key % 50 * 2;
     (base..base + 2).contains(&u64::from(port.slot))

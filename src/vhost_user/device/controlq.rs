@@ -1,10 +1,11 @@
 //! The controlq: which ring it is, and what its driver commands.
 //!
-//! QEMU, cloud-hypervisor and DPDK answer commands themselves and hand no controlq over. crosvm and libkrun do. With
-//! MQ it is the ring behind all pairs that the guest knows of, whose number the frontend never says: so it is the last
-//! ring that the frontend has told of, as long as there is no transmitq for it to be the receiveq of. While a
-//! frontend sets up one ring after the other that holds for each receiveq for a moment; so the ring starts with its
-//! first command, and buffers to receive into are none.
+//! QEMU, cloud-hypervisor and DPDK answer commands themselves and hand no controlq over. crosvm and
+//! libkrun do. With MQ it is the ring behind all pairs that the guest knows of, whose number the
+//! frontend never says: so it is the last ring that the frontend has told of, as long as there is
+//! no transmitq for it to be the receiveq of. While a frontend sets up one ring after the other
+//! that holds for each receiveq for a moment; so the ring starts with its first command, and
+//! buffers to receive into are none.
 
 use std::sync::Arc;
 
@@ -21,7 +22,8 @@ use crate::virtio::chain::Windows;
 
 /// Most pieces of memory of one command. Linux' longest has four.
 const PIECES: usize = 64;
-/// Most bytes of one command that are read: a table of more than a thousand addresses. A longer one fails.
+/// Most bytes of one command that are read: a table of more than a thousand addresses. A longer one
+/// fails.
 const BYTES: usize = 8192;
 
 impl DeviceState {
@@ -59,9 +61,10 @@ impl DeviceState {
         self.pairs_in_use = None;
     }
 
-    /// Whether the driver wants frames in this receiveq (virtio 1.2 §5.1.6.5.5): not before it has commanded so many pairs.
-    /// A controlq that was not handed over says nothing, and neither does one that was in use before the switch
-    /// was started: then every queue that is enabled gets frames.
+    /// Whether the driver wants frames in this receiveq (virtio 1.2 §5.1.6.5.5): not before it has
+    /// commanded so many pairs. A controlq that was not handed over says nothing, and neither does
+    /// one that was in use before the switch was started: then every queue that is enabled gets
+    /// frames.
     pub(super) fn is_in_use(&self, ring: RingName) -> bool {
         let pairs = self.pairs_in_use.filter(|_| self.controlq.is_some());
         !ring.is_receiveq() || pairs.is_none_or(|pairs| ring.pair() < pairs)

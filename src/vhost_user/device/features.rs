@@ -14,14 +14,14 @@ impl DeviceState {
         self.protocol & Features::REPLY_ACK.bits() != 0
     }
 
-    /// Whether the crate leaves that to the session: it does not believe that a frontend knows of acknowledgements which
-    /// has not asked for the features. Such a frontend would wait for ever.
+    /// Whether the crate leaves that to the session: it does not believe that a frontend knows of
+    /// acknowledgements which has not asked for the features. Such a frontend would wait for ever.
     pub(in crate::vhost_user) fn acknowledges_alone(&self) -> bool {
         self.acknowledges() && !self.features_read
     }
 
-    /// SET_FEATURES. While rings run, only bits that do not concern rings may change; the new set is posted. Rings that
-    /// the frontend has disabled are given up where it says otherwise.
+    /// SET_FEATURES. While rings run, only bits that do not concern rings may change; the new set
+    /// is posted. Rings that the frontend has disabled are given up where it says otherwise.
     pub(in crate::vhost_user) fn set_features(
         &mut self,
         features: u64,
@@ -60,10 +60,11 @@ impl DeviceState {
         Ok(())
     }
 
-    /// Before a message that a running ring cannot take. libkrun's reset disables its rings, asks for no base, and
-    /// then sends everything anew. Nothing is delivered to a ring that its frontend has disabled, so that what says how to
-    /// start it again says that it has stopped: it stops here, as for GET_VRING_BASE, until the next kick
-    /// descriptor comes. A ring in use is not taken from under its driver: that message is refused.
+    /// Before a message that a running ring cannot take. libkrun's reset disables its rings, asks
+    /// for no base, and then sends everything anew. Nothing is delivered to a ring that its
+    /// frontend has disabled, so that what says how to start it again says that it has stopped: it
+    /// stops here, as for GET_VRING_BASE, until the next kick descriptor comes. A ring in use is
+    /// not taken from under its driver: that message is refused.
     pub(super) fn give_up_idle(
         &mut self,
         index: u32,

@@ -220,7 +220,8 @@ fn eight_pairs_are_commanded_by_the_seventeenth_ring() {
     vm.peer.leave();
 }
 
-/// crosvm has no configuration to tell its guest how many pairs there are: Linux uses one, and the third ring.
+/// crosvm has no configuration to tell its guest how many pairs there are: Linux uses one, and the
+/// third ring.
 #[test]
 fn a_guest_that_knows_of_one_pair_commands_by_the_third_ring() {
     let mut vm = Vm::new(8, false);

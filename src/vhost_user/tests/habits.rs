@@ -2,7 +2,8 @@
 
 use super::*;
 
-/// Dragonball acknowledges MTU or MAC, which are not offered: what the device's configuration says is its own.
+/// Dragonball acknowledges MTU or MAC, which are not offered: what the device's configuration says
+/// is its own.
 #[test]
 fn features_of_the_configuration_are_taken_as_dragonball_sends_them() {
     for more in [1 << 3, 1 << 3 | 1 << 17, 1 << 5] {
@@ -30,7 +31,8 @@ fn acknowledgements_come_without_get_features() {
     assert_eq!(ack(FrontendReq::SET_PROTOCOL_FEATURES, &protocol), Some(0));
     assert_eq!(ack(FrontendReq::SET_OWNER, &[]), Some(0));
     let ring = |index: u32, value: u32| [index, value].map(u32::to_ne_bytes).concat();
-    // What the crate reads and what the session reads, taken and refused; and a value, which stands for itself.
+    // What the crate reads and what the session reads, taken and refused; and a value, which stands
+    // for itself.
     assert_eq!(ack(FrontendReq::SET_VRING_NUM, &ring(0, 256)), Some(0));
     assert_eq!(ack(FrontendReq::SET_VRING_NUM, &ring(0, 0)), Some(1));
     assert_eq!(ack(FrontendReq::SET_VRING_ENABLE, &ring(0, 1)), Some(0));
@@ -90,7 +92,8 @@ fn disabled_rings_are_set_up_anew_as_libkrun_does() {
     }
 }
 
-/// Only what the frontend has disabled is given up for such a message, and all of it for other features.
+/// Only what the frontend has disabled is given up for such a message, and all of it for other
+/// features.
 #[test]
 fn rings_in_use_are_not_set_up_anew() {
     let mut peer = Peer::up(false);

@@ -167,7 +167,8 @@ fn ring_features_do_not_change_under_a_ring() {
 
 #[test]
 fn a_legacy_driver_is_served() {
-    // VIRTIO_F_NOTIFY_ON_EMPTY and VIRTIO_F_ANY_LAYOUT, which later versions of virtio do not name any more.
+    // VIRTIO_F_NOTIFY_ON_EMPTY and VIRTIO_F_ANY_LAYOUT, which later versions of virtio do not name
+    // any more.
     let legacy = 1 << 24 | 1 << 27;
     let mut peer = Peer::new();
     peer.send(FrontendReq::GET_FEATURES as u32, 0, &[]);
@@ -233,7 +234,8 @@ fn a_configuration_space_is_not_offered_and_not_answered() {
     );
     assert_eq!(peer.reply(), Some(1));
     assert!(peer.refused().contains("features 0x"));
-    // In the space, empty, too long, across its end, and far behind it; of which no bytes may come back.
+    // In the space, empty, too long, across its end, and far behind it; of which no bytes may come
+    // back.
     for (offset, size) in [(0, 12), (0, 0), (0, 257), (8, 12), (u32::MAX, 256)] {
         for request in [FrontendReq::GET_CONFIG, FrontendReq::SET_CONFIG] {
             let mut peer = Peer::new();

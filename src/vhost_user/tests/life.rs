@@ -251,7 +251,8 @@ fn reset_forgets_rings_and_keeps_memory() {
     peer.leave();
 }
 
-/// No descriptor means that both sides poll; without the protocol feature bit all rings are enabled.
+/// No descriptor means that both sides poll; without the protocol feature bit all rings are
+/// enabled.
 #[test]
 fn rings_without_descriptors_and_without_enable() {
     for packed in [false, true] {
@@ -392,7 +393,8 @@ fn a_transmitq_waits_for_its_first_enable_and_is_discarded_from_only_when_disabl
     peer.leave();
 }
 
-/// DPDK's virtio-user in server mode: ENABLE 0 and GET_VRING_BASE of each ring first, ENABLE 1 last.
+/// DPDK's virtio-user in server mode: ENABLE 0 and GET_VRING_BASE of each ring first, ENABLE 1
+/// last.
 #[test]
 fn a_transmitq_that_was_disabled_while_it_did_not_run_waits_all_the_same() {
     let mut peer = Peer::new();
@@ -429,7 +431,8 @@ fn a_transmitq_that_was_disabled_while_it_did_not_run_waits_all_the_same() {
     peer.leave();
 }
 
-/// virtio 1.2 §2.8.1, vhost-user "GET_VRING_BASE": slot and wrap counter of what is available, then of what is used.
+/// virtio 1.2 §2.8.1, vhost-user "GET_VRING_BASE": slot and wrap counter of what is available, then
+/// of what is used.
 #[test]
 fn both_halves_of_a_packed_base() {
     let start = |base: u32| {
@@ -450,7 +453,8 @@ fn both_halves_of_a_packed_base() {
         }
         peer
     };
-    // As virtio-user says it, with the wrap counter of what is used left out; and slot 5 in a later lap.
+    // As virtio-user says it, with the wrap counter of what is used left out; and slot 5 in a later
+    // lap.
     for (asked, found) in [
         (0x8000, 0x8000_8000),
         (5, 0x0005_0005),

@@ -362,7 +362,8 @@ fn tables_that_change_a_thousand_times_leave_nothing_behind() {
         peer.share_memory();
         let (main, extra) = (peer.region(0, 0, SIZE), peer.region(4 * SIZE, SIZE, SIZE));
         for turn in 0..1000 {
-            // Another table, the first one again, a region more and less, one that is none, and that of the rings.
+            // Another table, the first one again, a region more and less, one that is none, and
+            // that of the rings.
             match turn % 4 {
                 0 => drop(peer.frontend.set_mem_table(&[main, extra]).unwrap()),
                 1 => drop(peer.frontend.add_mem_region(&extra).unwrap()),

@@ -1,4 +1,5 @@
-//! A scripted frontend on one end of a socket pair, a session with a test double behind it on the other.
+//! A scripted frontend on one end of a socket pair, a session with a test double behind it on the
+//! other.
 
 mod answers;
 mod control;
@@ -129,8 +130,8 @@ impl Peer {
         }
     }
 
-    /// GET and SET_PROTOCOL_FEATURES and what comes before; every message is acknowledged from then on.
-    /// Returns what a driver with split rings takes of the features.
+    /// GET and SET_PROTOCOL_FEATURES and what comes before; every message is acknowledged from then
+    /// on. Returns what a driver with split rings takes of the features.
     fn negotiate(&mut self) -> u64 {
         let features = self.frontend.get_features().unwrap();
         assert_eq!(unmet(features), None, "a driver would refuse the card");
@@ -186,7 +187,8 @@ impl Peer {
 
     fn start_ring(&self, ring: usize, base: u32) {
         self.frontend.set_vring_num(ring, ENTRIES).unwrap();
-        // 32 bits, of which the crate's frontend sends only 16. Whether it was taken shows in the next answer.
+        // 32 bits, of which the crate's frontend sends only 16. Whether it was taken shows in the
+        // next answer.
         self.send_ring(FrontendReq::SET_VRING_BASE, 0, ring as u32, base);
         self.frontend
             .set_vring_addr(ring, &Peer::addresses(ring))

@@ -147,7 +147,8 @@ fn rings_that_are_misplaced_do_not_start() {
 
 #[test]
 fn rings_may_end_where_their_region_ends() {
-    // With the event indexes behind the last entries, as they are negotiated; packed rings have but four bytes.
+    // With the event indexes behind the last entries, as they are negotiated; packed rings have but
+    // four bytes.
     for (packed, available, used) in [(false, 6 + 2 * 256, 6 + 8 * 256), (true, 4, 4)] {
         let places: [&dyn Fn(&mut VringConfigData); 3] = [
             &|at| at.desc_table_addr = USER + SIZE - DESCRIPTORS,

@@ -78,13 +78,14 @@ pub struct PackedRing<'m> {
     next: Position,
     reaped: Position,
     free: u16,
-    /// Free buffer ids, first in first out, in a power of two of places: `taken` and `returned` count without end.
+    /// Free buffer ids, first in first out, in a power of two of places: `taken` and `returned`
+    /// count without end.
     ids: Vec<u16>,
     taken: u16,
     returned: u16,
     chains: Vec<Chain>,
-    /// With VIRTIO_F_IN_ORDER ids come back in turn: the oldest, and the last one of the batch that is
-    /// being handed out with the length that the device wrote.
+    /// With VIRTIO_F_IN_ORDER ids come back in turn: the oldest, and the last one of the batch that
+    /// is being handed out with the length that the device wrote.
     oldest: u16,
     batch: Option<(u16, u32)>,
     /// The first unpublished descriptor: its place and second half.
@@ -168,15 +169,15 @@ impl<'m> PackedRing<'m> {
         id
     }
 
-    /// Writes the second half of a chain's first descriptor, which makes the chain available; the first one
-    /// after a publication is held back, and hides all those behind it.
+    /// Writes the second half of a chain's first descriptor, which makes the chain available; the
+    /// first one after a publication is held back, and hides all those behind it.
     #[inline(always)]
     fn offer(&mut self, index: u16, rest: u64) {
         if self.held.is_none() {
             self.held = Some((index, rest));
         } else {
-            // Pairs with the device's acquire load of the flags (virtio 1.2 §2.8.21.1): the rest of the
-            // chain is written before.
+            // Pairs with the device's acquire load of the flags (virtio 1.2 §2.8.21.1): the rest of
+            // the chain is written before.
             self.ring[usize::from(index)][1].store(rest.to_le(), Ordering::Release);
         }
     }
@@ -317,15 +318,16 @@ impl<'m> PackedRing<'m> {
         if moved == 0 {
             return false;
         }
-        // The flags must be visible before the device's wish is read (virtio 1.2 §2.8.21.3.1); pairs with
-        // the device's barrier between arming and looking again.
+        // The flags must be visible before the device's wish is read (virtio 1.2 §2.8.21.3.1);
+        // pairs with the device's barrier between arming and looking again.
         fence(Ordering::SeqCst);
         let word = self.device_event.load_u32(0, Ordering::Relaxed);
         let (at, flags) = (word as u16, (word >> 16) as u16);
         if flags != EVENTS_AT || !self.event_idx {
             return flags != EVENTS_OFF;
         }
-        // `held` is never part of `moved`, so the end of what was published is where a chain begins.
+        // `held` is never part of `moved`, so the end of what was published is where a chain
+        // begins.
         let new = self.published();
         let mut event = at & !LAP;
         if (at & LAP != 0) != new.wrap {
@@ -362,7 +364,8 @@ impl<'m> PackedRing<'m> {
         Some(self.retire(id, len))
     }
 
-    /// As one at a time; the counters stay in registers as long as chains of one buffer come, not in batches.
+    /// As one at a time; the counters stay in registers as long as chains of one buffer come, not
+    /// in batches.
     #[inline(always)]
     pub(super) fn reap_burst<const N: usize>(&mut self, burst: &mut ArrayVec<Used, N>) {
         if !self.in_order && self.fault.is_none() {
@@ -411,8 +414,8 @@ impl<'m> PackedRing<'m> {
         self.free += count;
     }
 
-    /// virtio 1.2 §2.8.9: with VIRTIO_F_IN_ORDER one used descriptor may stand for a whole batch, and
-    /// carries the id of its last buffer.
+    /// virtio 1.2 §2.8.9: with VIRTIO_F_IN_ORDER one used descriptor may stand for a whole batch,
+    /// and carries the id of its last buffer.
     #[inline(always)]
     fn reap_batch(&mut self, last: u16, len: u32) -> Option<Used> {
         let id = self.oldest;
@@ -460,7 +463,8 @@ impl<'m> PackedRing<'m> {
             self.driver_event
                 .store_u16(EVENT_FLAGS, EVENTS_ON, Ordering::Relaxed);
         }
-        // Armed before looked at again; pairs with the device's barrier between its flags and our wish.
+        // Armed before looked at again; pairs with the device's barrier between its flags and our
+        // wish.
         fence(Ordering::SeqCst);
         self.batch.is_some() || self.used().is_some()
     }

@@ -57,7 +57,8 @@ impl<'m> SplitRing<'m> {
     /// An empty ring in zeroed `areas`.
     ///
     /// # Panics
-    /// Where the size is not a power of two up to 32768, or the areas are not as [`RingLayout`] has them.
+    /// Where the size is not a power of two up to 32768, or the areas are not as [`RingLayout`] has
+    /// them.
     ///
     /// [`RingLayout`]: super::RingLayout
     pub fn new(areas: RingAreas<'m>, features: RingFeatures) -> Self {
@@ -96,7 +97,8 @@ impl<'m> SplitRing<'m> {
         }
     }
 
-    /// The same empty ring with both indices at `index`, as if that many chains had passed through it.
+    /// The same empty ring with both indices at `index`, as if that many chains had passed through
+    /// it.
     #[must_use]
     pub fn starting_at(mut self, index: u16) -> Self {
         self.available.store_u16(INDEX, index, Ordering::Relaxed);
@@ -252,8 +254,9 @@ impl<'m> SplitRing<'m> {
             return false;
         }
         self.kicked = new;
-        // The index must be visible before the device's wish is read, or both sides sleep on each other
-        // (virtio 1.2 §2.7.13.4.1); pairs with the device's barrier between arming and looking again.
+        // The index must be visible before the device's wish is read, or both sides sleep on each
+        // other (virtio 1.2 §2.7.13.4.1); pairs with the device's barrier between arming and
+        // looking again.
         fence(Ordering::SeqCst);
         if self.event_idx {
             let at = ENTRIES + 8 * (usize::from(self.mask) + 1);
@@ -339,7 +342,8 @@ impl<'m> SplitRing<'m> {
         if self.fault.is_some() {
             return false;
         }
-        // Pairs with the device's release: the elements and the buffers were written before the index.
+        // Pairs with the device's release: the elements and the buffers were written before the
+        // index.
         self.visible = self.used.load_u16(INDEX, Ordering::Acquire);
         let returned = self.visible.wrapping_sub(self.reaped);
         let outstanding = self.outstanding();
@@ -388,12 +392,14 @@ impl<'m> SplitRing<'m> {
         } else {
             self.available.store_u16(FLAGS, 0, Ordering::Relaxed);
         }
-        // Armed before looked at again; pairs with the device's barrier between its index and our wish.
+        // Armed before looked at again; pairs with the device's barrier between its index and our
+        // wish.
         fence(Ordering::SeqCst);
         self.used.load_u16(INDEX, Ordering::Acquire) != self.reaped
     }
 
-    /// Writes the `used_event` field (virtio 1.2 §2.7.10): a call is wanted once used entry `index` is there.
+    /// Writes the `used_event` field (virtio 1.2 §2.7.10): a call is wanted once used entry `index`
+    /// is there.
     pub fn set_used_event(&mut self, index: u16) {
         let at = ENTRIES + 2 * (usize::from(self.mask) + 1);
         self.available.store_u16(at, index, Ordering::Relaxed);

@@ -1,8 +1,8 @@
-//! Who owns a transmit queue, and the two steps in which it changes hands. Decisions only, so that the model checker runs
-//! this file as it stands (`tests/models`).
+//! Who owns a transmit queue, and the two steps in which it changes hands. Decisions only, so that
+//! the model checker runs this file as it stands (`tests/models`).
 //!
-//! First a view in which nobody owns the queue, then, when every poll thread has acknowledged that one, a view in which
-//! the new thread does.
+//! First a view in which nobody owns the queue, then, when every poll thread has acknowledged that
+//! one, a view in which the new thread does.
 
 /// The owner of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +32,8 @@ impl Place {
         }
     }
 
-    /// Takes the queue from its owner. Whether it has to move at all; the next view must be published then.
+    /// Takes the queue from its owner. Whether it has to move at all; the next view must be
+    /// published then.
     pub(super) fn leave_for(&mut self, to: usize) -> bool {
         let moves = self.thread() != to;
         if moves {
@@ -64,13 +65,14 @@ impl HandOver {
         self.generation.get_or_insert(generation);
     }
 
-    /// Whether the old owners have let go; `reached` says whether all poll threads have acknowledged a generation.
+    /// Whether the old owners have let go; `reached` says whether all poll threads have
+    /// acknowledged a generation.
     pub(super) fn is_free(&self, reached: impl FnOnce(u64) -> bool) -> bool {
         self.generation.is_some_and(reached)
     }
 
-    /// Gives a free queue to the new owner, from the next view on. False if it was sent elsewhere meanwhile: that is another
-    /// hand-over's, which waits for a view of its own.
+    /// Gives a free queue to the new owner, from the next view on. False if it was sent elsewhere
+    /// meanwhile: that is another hand-over's, which waits for a view of its own.
     pub(super) fn arrive(&self, place: &mut Place) -> bool {
         let here = matches!(*place, Place::Between { .. });
         if here {

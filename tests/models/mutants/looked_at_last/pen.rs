@@ -1,10 +1,11 @@
-//! Who has the pen of a lane, and when a reader has all that was written with it. Nothing about what is written, so that
-//! the model checker runs this file as it stands (`tests/models`).
+//! Who has the pen of a lane, and when a reader has all that was written with it. Nothing about
+//! what is written, so that the model checker runs this file as it stands (`tests/models`).
 //!
-//! A poll thread takes its pens once it has borrowed a topology, and what it takes borrows from that topology: so each is
-//! in its place again before the thread acknowledges another one, sleeps, or ends. From the acknowledgement on nobody has
-//! a pen of an observer that left; it goes with the observer, wherever the last reference to that is dropped, which is
-//! never on a poll thread. A thread that takes over the number of one that ended finds the pens of that.
+//! A poll thread takes its pens once it has borrowed a topology, and what it takes borrows from
+//! that topology: so each is in its place again before the thread acknowledges another one, sleeps,
+//! or ends. From the acknowledgement on nobody has a pen of an observer that left; it goes with the
+//! observer, wherever the last reference to that is dropped, which is never on a poll thread. A
+//! thread that takes over the number of one that ended finds the pens of that.
 
 use crate::sync::{AtomicCell, OnceLock};
 
@@ -14,7 +15,8 @@ pub struct Place<P>(AtomicCell<Option<Box<P>>>);
 /// What a poll thread has found there; it lays it back when it lets go of this.
 pub struct Held<'l, P> {
     place: &'l Place<P>,
-    /// The pen. None where another thread of the same number has it, which cannot be, and while it is lent.
+    /// The pen. None where another thread of the same number has it, which cannot be, and while it
+    /// is lent.
     pub pen: Option<Box<P>>,
 }
 
@@ -61,7 +63,8 @@ impl<P> std::fmt::Debug for Held<'_, P> {
     }
 }
 
-/// Why an observer has ended, and the generation of the first topology without it. The first reason stays.
+/// Why an observer has ended, and the generation of the first topology without it. The first reason
+/// stays.
 #[derive(Debug, Default)]
 pub struct Ending(OnceLock<(String, u64)>);
 
@@ -76,16 +79,17 @@ impl Ending {
         self.0.get().is_some()
     }
 
-    /// Why it has ended, once nobody writes to it any more: `reached` says whether all poll threads have acknowledged a
-    /// generation.
+    /// Why it has ended, once nobody writes to it any more: `reached` says whether all poll threads
+    /// have acknowledged a generation.
     pub fn settled(&self, reached: impl FnOnce(u64) -> bool) -> Option<&str> {
         let (reason, generation) = self.0.get()?;
         reached(*generation).then_some(reason)
     }
 }
 
-/// One look of a reader: it takes what was written, and learns whether that was all. `end` says whether nobody writes any
-/// more, and `take` takes records, all there are unless it says that there may be more.
+/// One look of a reader: it takes what was written, and learns whether that was all. `end` says
+/// whether nobody writes any more, and `take` takes records, all there are unless it says that
+/// there may be more.
 pub fn take_to_the_end<S, E>(
     stream: &mut S,
     end: impl FnOnce(&mut S) -> Option<E>,

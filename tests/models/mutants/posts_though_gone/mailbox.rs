@@ -1,5 +1,5 @@
-//! What stands in the mailbox between a session and control. Decisions only, made under the lock of `link`, so that the
-//! model checker runs this file as it stands (`tests/models`).
+//! What stands in the mailbox between a session and control. Decisions only, made under the lock of
+//! `link`, so that the model checker runs this file as it stands (`tests/models`).
 
 /// Where a session's posts stand.
 #[derive(Debug)]
@@ -63,7 +63,8 @@ impl<D> Mailbox<D> {
         self.generation = generation;
     }
 
-    /// The generation that all poll threads must have taken over before the post is done; `None` while that is not known.
+    /// The generation that all poll threads must have taken over before the post is done; `None`
+    /// while that is not known.
     pub(super) fn answer(&self, post: u64) -> Option<u64> {
         (self.published >= post || self.gone).then_some(self.generation)
     }
