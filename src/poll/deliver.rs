@@ -6,7 +6,7 @@
 
 use arrayvec::ArrayVec;
 
-use crate::frame::{BURST_FRAMES, Burst, Frame, put_header, receive_header};
+use crate::frame::{BURST_FRAMES, Burst, Frame, put_header, put_header_part, receive_header};
 use crate::memory::{Pieces, Window};
 use crate::stats::{DropReason, PortCounters};
 use crate::topology::{Egress, EgressQueue};
@@ -204,7 +204,7 @@ fn fill<'t>(
         let frame = &frames[number];
         done |= 1 << number;
         match claim.whole(index, header + frame.len as usize) {
-            Some(target) => fill_whole(&target, header, frame, burst.payload(frame)),
+            Some(target) => fill_whole(&target, header, frame, burst),
             None => fill_pieces(claim, index, frame, burst.payload(frame)),
         }
         bytes += u64::from(frame.len);
@@ -244,17 +244,19 @@ fn blank_faulted(context: &Context<'_>, burst: &Burst<'_>, claim: &mut Claim<'_>
 
 /// The usual case: the buffer is one piece of memory that holds header and frame.
 #[inline(always)]
-fn fill_whole(target: &Window<'_>, header: usize, frame: &Frame<'_>, payload: Pieces<'_, '_>) {
-    let mut at = header + frame.head().len();
+fn fill_whole<'t>(target: &Window<'_>, header: usize, frame: &Frame<'t>, burst: &Burst<'t>) {
     // Two lengths that the compiler knows: a comparison of two words each.
-    let whole = receive_header(1);
     if header == NET_HDR_SIZE {
-        put_header(target, &whole);
+        put_header(target, &receive_header(1));
     } else {
-        put_header(target, &whole[..LEGACY_NET_HDR_SIZE]);
+        put_header(target, &[0; LEGACY_NET_HDR_SIZE]);
     }
     target.write_bytes(header, frame.head());
-    for piece in payload.iter() {
+    if frame.is_all_head() {
+        return;
+    }
+    let mut at = header + frame.head().len();
+    for piece in burst.payload(frame).iter() {
         let len = piece.len();
         // `target` was cut to the frame's length, which is the sum of head and payload.
         if let Some(place) = target.sub(at, len) {
@@ -301,11 +303,10 @@ fn fill_pieces(claim: &Claim<'_>, index: usize, frame: &Frame<'_>, payload: Piec
     let mut sources = payload.iter();
     let mut source = Window::EMPTY;
     claim.each_piece(index, |target, room| {
-        let mut filled = header.len().min(room);
-        if filled > 0 {
-            put_header(&target, &header[..filled]);
-            header = &header[filled..];
-        }
+        let mut filled = match header.len() {
+            0 => 0,
+            _ => put_header_part(&target, &mut header, room),
+        };
         let bytes = head.len().min(room - filled);
         if bytes > 0 {
             target.write_bytes(filled, &head[..bytes]);

@@ -4,7 +4,7 @@
 //! it, no chain waits for it, it has no share of a ring that is short, and there is no retry. Where
 //! there is no room it is the mirror that has missed a frame, and no port that has dropped one.
 
-use crate::frame::{put_header, receive_header};
+use crate::frame::{put_header_part, receive_header};
 use crate::observe::{Kind, Lane, Pen};
 use crate::stats::DropReason;
 use crate::switch::PortRef;
@@ -139,11 +139,9 @@ fn fill(claim: &Claim<'_>, bytes: &[u8]) {
     let header = receive_header(claim.buffers(0));
     let (mut header, mut rest) = (&header[..claim.header()], bytes);
     claim.each_piece(0, |window, room| {
-        let (first, later) = header.split_at(header.len().min(room));
-        put_header(&window, first);
-        header = later;
-        let (now, then) = rest.split_at(rest.len().min(room - first.len()));
-        window.write_bytes(first.len(), now);
+        let filled = put_header_part(&window, &mut header, room);
+        let (now, then) = rest.split_at(rest.len().min(room - filled));
+        window.write_bytes(filled, now);
         rest = then;
     });
 }
