@@ -290,9 +290,9 @@ fn heal(addr: usize) -> bool {
     let Some(found) = ENTRIES[..used].iter().find_map(|entry| entry.find(addr)) else {
         return false;
     };
-    // The mark first: pages that the guest does not see must never be used unmarked. SAFETY: the
-    // access that failed was to a live region, which holds its `Fenced`, which holds the mark that
-    // the entry points to.
+    // The mark first: pages that the guest does not see must never be used unmarked.
+    // SAFETY: the access that failed was to a live region, which holds its `Fenced`, which holds
+    // the mark that the entry points to.
     unsafe { (*found.mark).set() };
     let (start, len) = hole(&found, addr);
     // Many holes can use up the process's number of mappings; the whole region needs only one.

@@ -284,23 +284,25 @@ impl<'m> Window<'m> {
         }
     }
 
-    /// Asks the processor to bring the line at `offset` near, for reading. Nothing happens outside.
+    /// Asks the processor to bring the line at `offset` near, for reading.
+    ///
+    /// Callers stay inside the window. The release profile does not check that: a prefetch
+    /// of a place outside changes nothing that a program can see.
     #[inline(always)]
     pub fn prefetch(&self, offset: usize) {
-        if offset < self.len {
-            prefetch(self.ptr.as_ptr().wrapping_add(offset));
-        }
+        debug_assert!(offset < self.len, "prefetch outside the window");
+        prefetch(self.ptr.as_ptr().wrapping_add(offset));
     }
 
-    /// The same for writing: no other core keeps the line.
+    /// Asks for the line at `offset` for writing, as [`Window::prefetch`] does for reading: no
+    /// other core keeps the line.
     #[inline(always)]
     pub fn prefetch_write(&self, offset: usize) {
-        if offset < self.len {
-            prefetch_write(self.ptr.as_ptr().wrapping_add(offset));
-        }
+        debug_assert!(offset < self.len, "prefetch outside the window");
+        prefetch_write(self.ptr.as_ptr().wrapping_add(offset));
     }
 
-    /// The same for all lines.
+    /// Asks for all lines for writing. The window is not empty.
     #[inline(always)]
     pub fn prefetch_write_all(&self) {
         for line in (0..self.len).step_by(LINE) {
@@ -331,8 +333,8 @@ pub(super) fn prefetch_write<T>(place: *const T) {
     super::probe::asked(place.addr());
     #[cfg(target_arch = "x86_64")]
     // The intrinsic becomes a prefetch for reading on the default target. Processors that do not
-    // know the instruction do nothing. SAFETY: a prefetch has no architectural effect, whatever the
-    // address.
+    // know the instruction do nothing.
+    // SAFETY: a prefetch has no architectural effect, whatever the address.
     unsafe {
         std::arch::asm!("prefetchw [{}]", in(reg) place, options(nostack, preserves_flags));
     }

@@ -231,15 +231,15 @@ impl ReceiveQueue {
     ) -> Result<Option<NoClaim>, Broken> {
         let (first, windows, span) = (claim.heads.len(), claim.windows.len(), claim.span);
         let least = if self.mergeable { 0 } else { len };
+        // Too long only if this frame alone fills a claim, which has room for the longest chain
+        // then.
+        let (enough, full) = match first {
+            0 => (CLAIM_PIECES + MAX_CHAIN, NoClaim::TooLong),
+            _ => (CLAIM_PIECES, NoClaim::Full),
+        };
         let mut left = len;
         while left > 0 {
             let position = claim.position + u64::from(claim.span);
-            // Too long only if this frame alone fills a claim, which has room for the longest chain
-            // then.
-            let (enough, full) = match first {
-                0 => (CLAIM_PIECES + MAX_CHAIN, NoClaim::TooLong),
-                _ => (CLAIM_PIECES, NoClaim::Full),
-            };
             let reason = if claim.windows.read() as usize > enough || claim.heads.is_full() {
                 full
             } else if position >= end {
