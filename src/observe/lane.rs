@@ -42,9 +42,12 @@ impl Content<'_, '_> {
         private: impl Fn(&mut S, &[u8]),
         shared: impl Fn(&mut S, &Window<'_>),
     ) {
-        let mut left = len.min(self.head.len());
-        private(sink, &self.head[..left]);
-        left = len - left;
+        let head = len.min(self.head.len());
+        private(sink, &self.head[..head]);
+        let mut left = len - head;
+        if left == 0 {
+            return;
+        }
         for window in self.payload.iter() {
             let bytes = left.min(window.len());
             if let Some(piece) = window.sub(0, bytes).filter(|piece| !piece.is_empty()) {
@@ -205,14 +208,19 @@ fn write_ring(
     content: &Content<'_, '_>,
 ) -> bool {
     let len = record.captured as usize - extra.len();
-    write_whole(producer, [&record.encode(), extra], content, len)
+    let head = record.encode();
+    match extra {
+        [] => write_whole(producer, [&head], content, len),
+        _ => write_whole(producer, [&head, extra], content, len),
+    }
 }
 
 /// Writes `heads` and the first `len` bytes of a frame; `false` where there is no room for all of
 /// that.
-pub fn write_whole(
+#[inline]
+pub fn write_whole<const N: usize>(
     producer: &mut Producer<u8>,
-    heads: [&[u8]; 2],
+    heads: [&[u8]; N],
     content: &Content<'_, '_>,
     len: usize,
 ) -> bool {

@@ -62,7 +62,7 @@ impl<'t> Detoured<'t> {
                 len: frame.len,
             };
             let head = head_of(to, frame.len);
-            if write_whole(writer, [&head, &[]], &content, frame.len as usize) {
+            if write_whole(writer, [&head], &content, frame.len as usize) {
                 self.detour.wrote(thread);
                 written |= 1 << number;
             }
