@@ -300,32 +300,31 @@ fn copy_in_pieces(place: &Window<'_>, source: &Window<'_>) {
 fn fill_pieces(claim: &Claim<'_>, index: usize, frame: &Frame<'_>, payload: Pieces<'_, '_>) {
     let header = receive_header(claim.buffers(index));
     let (mut header, mut head) = (&header[..claim.header()], frame.head());
+    let mut private = header.len() + head.len();
     let mut sources = payload.iter();
-    let mut source = Window::EMPTY;
+    let mut source = sources.next().unwrap_or(Window::EMPTY);
     claim.each_piece(index, |target, room| {
-        let mut filled = match header.len() {
-            0 => 0,
-            _ => put_header_part(&target, &mut header, room),
-        };
-        let bytes = head.len().min(room - filled);
-        if bytes > 0 {
-            target.write_bytes(filled, &head[..bytes]);
-            head = &head[bytes..];
-            filled += bytes;
+        let mut filled = 0;
+        if private > 0 {
+            filled = put_header_part(&target, &mut header, room);
+            let (now, later) = head.split_at(head.len().min(room - filled));
+            target.write_bytes(filled, now);
+            head = later;
+            filled += now.len();
+            private -= filled;
         }
         while filled < room {
-            if source.is_empty() {
-                let Some(next) = sources.next() else { return };
-                source = next;
-                continue;
-            }
             let bytes = source.len().min(room - filled);
-            let rest = source.behind(bytes);
+            let rest = source.behind(bytes).unwrap_or(Window::EMPTY);
             if let Some(place) = target.sub(filled, bytes) {
                 copy(&place, &source);
             }
-            source = rest.unwrap_or(Window::EMPTY);
             filled += bytes;
+            source = rest;
+            if rest.is_empty() {
+                let Some(next) = sources.next() else { return };
+                source = next;
+            }
         }
     });
 }

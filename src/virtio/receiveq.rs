@@ -158,18 +158,22 @@ impl ReceiveQueue {
             end
         };
         let mut bytes = 0;
+        // A frame that needed several buffers is mostly followed by another one: the try with one
+        // buffer would read its descriptor in vain.
+        let mut single = true;
         for len in lengths {
             if claim.frames.is_full() || (bytes > 0 && bytes + len > CLAIM_BYTES) {
                 return Ok(None);
             }
             bytes += len;
             let len = len + self.header as u32;
-            if self.plan_single(len, end, claim) {
+            if single && self.plan_single(len, end, claim) {
                 continue;
             }
             if let Some(reason) = self.plan_frame(len, end, claim)? {
                 return Ok(Some(reason));
             }
+            single = claim.frames.last().is_none_or(|(_, buffers)| *buffers == 1);
         }
         Ok(None)
     }
