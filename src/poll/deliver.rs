@@ -142,13 +142,15 @@ impl<'t> Target<'_, 't> {
             match queue.claim_leaving(lengths, leave, self.claim) {
                 Ok(()) => {}
                 Err(NoClaim::TooLong) => {
-                    let (to, first) = (
-                        (self.egress, Some(self.queue.pair)),
-                        mask & mask.wrapping_neg(),
-                    );
+                    let to = (self.egress, Some(self.queue.pair));
+                    // A buffer of many pieces is read once a burst, not once a frame.
+                    let dropped = match self.claim.is_costly() {
+                        true => mask,
+                        false => mask & mask.wrapping_neg(),
+                    };
                     let reason = DropReason::EgressTooLong;
-                    self.context.drop_egress(to, reason, self.burst, first);
-                    mask &= mask - 1;
+                    self.context.drop_egress(to, reason, self.burst, dropped);
+                    mask &= !dropped;
                     continue;
                 }
                 Err(other) => {
@@ -159,7 +161,8 @@ impl<'t> Target<'_, 't> {
             let claim = &mut *self.claim;
             let to = (self.egress, self.queue.pair);
             let done = fill(self.context, self.burst, to, claim, mask, counters);
-            self.touched.note(self.queue, queue.commit(claim));
+            self.touched
+                .note(self.egress, self.queue, queue.commit(claim));
             used += claim.span();
             if claim.bad_buffers() > 0 {
                 counters.bad_buffers.add(u64::from(claim.bad_buffers()));

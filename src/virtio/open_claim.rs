@@ -88,6 +88,11 @@ impl<'m> Claim<'m> {
         self.unusable
     }
 
+    /// Whether more descriptors were read for it than a claim usually has.
+    pub fn is_costly(&self) -> bool {
+        self.windows.read() as usize > CLAIM_PIECES
+    }
+
     /// Number of positions claimed.
     #[inline(always)]
     pub fn span(&self) -> u64 {

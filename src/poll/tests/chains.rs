@@ -140,3 +140,36 @@ fn frames_of_the_most_pieces_pass_in_their_order_with_others_between_them() {
         assert_eq!(std::iter::from_fn(|| vms[0].transmit.reap()).count(), 5);
     }
 }
+
+/// Buffers of many pieces that hold too little are read once a burst, not once a frame.
+#[test]
+fn a_receiver_of_long_chains_that_are_too_short_costs_a_burst_one_of_them() {
+    for packed in [false, true] {
+        let rams = rams::<2>();
+        let features = RingFeatures {
+            mergeable: false,
+            ..with_tables(packed)
+        };
+        let mut vms = vms_with(&rams, features);
+        let topology = topology(&vms, 1, |_| 0);
+        let mut tools = Threads::new(1);
+        let mut passes = tools.passes(&topology);
+        for _ in 0..ALL / 64 {
+            vms[0].send(1, 60, 64);
+            passes[0].run(0, || true);
+        }
+        assert_eq!(vms[1].take(usize::MAX), ALL);
+        let (window, address, entries) = table(&vms[1], Buffer::writable(BASE, 1));
+        while vms[1].receive.post_indirect(&window, address, &entries, 0) {}
+        vms[1].receive.publish();
+        vms[0].send(1, 1500, 1);
+        // This one would fit.
+        vms[0].send(1, 60, 1);
+        passes[0].run(0, || true);
+        assert_eq!(vms[1].drops(DropReason::EgressTooLong), 2);
+        assert!(vms[1].receive.reap().is_none());
+        vms[0].send(1, 60, 1);
+        passes[0].run(0, || true);
+        assert!(vms[1].receive.reap().is_some());
+    }
+}
