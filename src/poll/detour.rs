@@ -6,6 +6,7 @@ use rtrb::{Consumer, Producer};
 use super::deliver::{Mask, numbers};
 use super::egress::Delivery;
 use super::lanes::scale;
+use super::watch::Payer;
 use crate::frame::{Burst, MAX_FRAME};
 use crate::observe::pen::Held;
 use crate::observe::{Content, write_whole};
@@ -13,7 +14,7 @@ use crate::stats::{DropReason, MAX_POLL_THREADS};
 use crate::switch::PortRef;
 use crate::sys::pages::Pace;
 use crate::topology::detour::{DETOUR_HEAD, Detour, head_of, is_drained, read_head};
-use crate::topology::{Egress, Topology};
+use crate::topology::{Egress, EgressQueue, Topology};
 use crate::wire::flow_hash;
 
 /// Frames of one poll thread that are delivered in one pass: its next ones wait while others have
@@ -86,7 +87,17 @@ impl<'t> Delivery<'t, '_> {
         if port.pace == Pace::Returning && own.as_ref().is_some_and(|own| own.is_drained()) {
             return self.spread(burst, port, mask);
         }
+        let sender = burst.frames()[mask.trailing_zeros() as usize].ingress;
+        let sender = Payer::from(self.context.ingress(sender));
+        let watched = self.tools.watch.is_alarmed();
+        if watched {
+            self.tools.watch.begin(sender);
+        }
         let written = own.map_or(0, |own| own.write(burst, port.reference, mask, thread));
+        if watched {
+            // A burst of an alarmed thread is of one queue.
+            self.tools.watch.charge(sender, self.tools.stats);
+        }
         let reason = DropReason::EgressMemorySlow;
         self.context.drop_egress(to, reason, burst, mask & !written);
     }
@@ -144,19 +155,17 @@ impl<'t> Delivery<'t, '_> {
         let Some(port) = port.filter(|port| port.reference == to) else {
             return;
         };
-        self.tools.watch.begin();
+        self.tools.watch.begin(port.into());
         let counters = port.shared.stats.thread(self.context.thread);
         match self.put_to(bytes, port) {
-            Ok((_, pair)) => {
+            Ok((_, queue)) => {
                 if let Some(tap) = &self.context.tap {
-                    tap.borrow_mut().mirrored(bytes, port, pair);
+                    tap.borrow_mut().mirrored(bytes, port, queue.pair);
                 }
             }
             Err(reason) => counters.dropped(reason, 1),
         }
-        self.tools
-            .watch
-            .charge(&port.shared.pages, self.tools.stats);
+        self.tools.watch.charge(port.into(), self.tools.stats);
     }
 
     /// Delivers a frame from private memory into the receive queue that its flow belongs to.
@@ -164,10 +173,10 @@ impl<'t> Delivery<'t, '_> {
         &mut self,
         bytes: &[u8],
         port: &'t Egress,
-    ) -> Result<(u64, u16), DropReason> {
+    ) -> Result<(u64, &'t EgressQueue), DropReason> {
         let queues = port.receive_queues();
         let queue = queues.get(scale(flow_hash(bytes), queues.len()));
         let queue = queue.ok_or(DropReason::EgressNotReady)?;
-        Ok((self.put(bytes, port, queue)?, queue.pair))
+        Ok((self.put(bytes, port, queue)?, queue))
     }
 }

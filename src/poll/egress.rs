@@ -2,7 +2,7 @@
 
 use arrayvec::ArrayVec;
 
-use crate::frame::{BURST_FRAMES, Burst};
+use crate::frame::{BURST_FRAMES, Burst, MAX_FRAME};
 use crate::memory::Faults;
 use crate::stats::{DropReason, ThreadStats};
 use crate::sys::aio::Caller;
@@ -18,7 +18,7 @@ use super::lanes::{lanes, matching};
 use super::notify::{CALLS, signal};
 use super::owed::Owed;
 use super::tap::{Lost, Tap};
-use super::watch::Watch;
+use super::watch::{Payer, Watch};
 
 /// Copies of one pass after which calls are made and no more is taken: a flood to 500 ports is 500.
 const PASS_COPIES: u32 = 4096;
@@ -40,36 +40,51 @@ pub(super) struct Tools<'p> {
     /// How long a chain waits for another thread's open claim, in nanoseconds.
     pub(super) hold_ns: u64,
     pub(super) watch: &'p mut Watch,
+    /// Room for a private copy of a frame: a poll thread does not allocate.
+    pub(super) private: &'p mut Vec<u8>,
 }
 
-/// Receive queues delivered to since calls were last made, and whether their publish is to be
-/// repeated.
+/// Room for a private copy of the longest frame, in pages that are there: a page fault in it would
+/// be taken for one in guest memory.
+pub(super) fn private_frame() -> Vec<u8> {
+    let mut room = vec![u8::MAX; MAX_FRAME as usize];
+    room.clear();
+    room
+}
+
+/// A receive queue delivered to since calls were last made.
+#[derive(Debug)]
+struct Delivered<'t> {
+    port: &'t Egress,
+    queue: &'t EgressQueue,
+    /// Its publish is to be repeated.
+    again: bool,
+}
+
+/// Receive queues delivered to since calls were last made.
 #[derive(Debug, Default)]
-pub(super) struct Touched<'t>(ArrayVec<(&'t EgressQueue, bool), TOUCHED>);
+pub(super) struct Touched<'t>(ArrayVec<Delivered<'t>, TOUCHED>);
 
 impl<'t> Touched<'t> {
-    /// Notes that frames were delivered into `queue`.
+    /// Notes that frames were delivered into `queue` of `port`.
     #[inline(always)]
-    pub(super) fn note(&mut self, queue: &'t EgressQueue, published: Published) {
+    pub(super) fn note(&mut self, port: &'t Egress, queue: &'t EgressQueue, published: Published) {
         let again = published == Published::Again;
-        match self
-            .0
-            .iter_mut()
-            .find(|(other, _)| std::ptr::eq(*other, queue))
-        {
-            Some((_, mark)) => *mark = again,
+        let mut known = self.0.iter_mut();
+        match known.find(|known| std::ptr::eq(known.queue, queue)) {
+            Some(known) => known.again = again,
             // Room was made before the delivery (`Delivery::make_room`).
             None => {
-                let _ = self.0.try_push((queue, again));
+                let _ = self.0.try_push(Delivered { port, queue, again });
             }
         }
     }
 
     /// Publishes where that was left over; returns whether something still is.
     fn publish(&mut self) -> bool {
-        self.0.iter_mut().fold(false, |left, (queue, again)| {
-            *again = *again && queue.queue.publish() == Published::Again;
-            left || *again
+        self.0.iter_mut().fold(false, |left, known| {
+            known.again = known.again && known.queue.queue.publish() == Published::Again;
+            left || known.again
         })
     }
 }
@@ -185,23 +200,6 @@ impl<'t, 'p> Delivery<'t, 'p> {
             [queue] => self.send_to(burst, port, queue, mask),
             _ => self.spread(burst, port, mask),
         }
-    }
-
-    /// The same while steps are timed: what touching the receiver's memory costs is the receiver's.
-    #[cold]
-    #[inline(never)]
-    fn send_watched(&mut self, burst: &Burst<'t>, port: &'t Egress, mask: Mask) {
-        if port.queues.is_empty() {
-            return self.send_elsewhere(burst, port, mask);
-        }
-        let pages = &port.shared.pages;
-        if self.tools.watch.avoids(pages) {
-            let reason = DropReason::EgressMemorySlow;
-            return self.context.drop_egress((port, None), reason, burst, mask);
-        }
-        self.tools.watch.begin();
-        self.spread(burst, port, mask);
-        self.tools.watch.charge(pages, self.tools.stats);
     }
 
     /// Delivers to a port of several receive queues, flow by flow to the queue that its hash says.
@@ -359,9 +357,16 @@ impl<'t, 'p> Delivery<'t, 'p> {
         if self.owed.release(now, is_late) {
             self.tools.stats.completed_early.add(1);
         }
+        let watched = self.tools.watch.is_alarmed();
         // All queues: whose waits have ended is not remembered.
-        for number in 0..self.context.plan.queues.len() {
+        for (number, ingress) in self.context.plan.queues.iter().enumerate() {
+            if watched {
+                self.tools.watch.begin(ingress.into());
+            }
             self.complete(number as u16);
+            if watched {
+                self.tools.watch.charge(ingress.into(), self.tools.stats);
+            }
         }
     }
 
@@ -415,7 +420,17 @@ impl<'t, 'p> Delivery<'t, 'p> {
             egress: port,
             queue,
         };
+        let watched = self.tools.watch.is_alarmed();
+        if watched {
+            self.tools.watch.begin(port.into());
+        }
         let rest = target.deliver(mask);
+        if watched {
+            let frames = numbers(mask).map(|number| held.frames()[number].ingress);
+            let senders = frames.map(|ingress| Payer::from(context.ingress(ingress)));
+            let stats = self.tools.stats;
+            self.tools.watch.charge_copies(port.into(), senders, stats);
+        }
         if rest.mask != 0 {
             queue.queue.retry_failed();
         }
@@ -428,19 +443,30 @@ impl<'t, 'p> Delivery<'t, 'p> {
     #[inline(always)]
     fn notify(&mut self) {
         let mut calls: ArrayVec<&'t CallFd, CALLS> = ArrayVec::new();
+        let (watch, stats) = (&mut *self.tools.watch, self.tools.stats);
+        let watched = watch.is_alarmed();
         // The wish is taken only where there is somebody to call: a call descriptor may come later.
-        for (queue, _) in &self.touched.0 {
+        for Delivered { port, queue, .. } in &self.touched.0 {
+            if watched {
+                watch.begin((*port).into());
+            }
             if let Some(call) = &queue.call
                 && queue.queue.take_call_wanted()
             {
                 calls.push(call);
             }
+            if watched {
+                watch.charge((*port).into(), stats);
+            }
         }
-        self.touched.0.retain(|(_, again)| *again);
+        self.touched.0.retain(|known| known.again);
         if !self.completed.is_empty() {
             let barrier = FullBarrier::new();
             for number in std::mem::take(&mut self.completed) {
                 let ingress = self.context.ingress(number);
+                if watched {
+                    self.tools.watch.begin(ingress.into());
+                }
                 if let Some(call) = &ingress.call
                     && ingress.queue.take_call_wanted(&barrier)
                 {
@@ -449,6 +475,9 @@ impl<'t, 'p> Delivery<'t, 'p> {
                         calls.clear();
                     }
                     calls.push(call);
+                }
+                if watched {
+                    self.tools.watch.charge(ingress.into(), stats);
                 }
             }
         }

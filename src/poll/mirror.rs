@@ -10,11 +10,9 @@ use crate::stats::DropReason;
 use crate::switch::PortRef;
 use crate::topology::{Egress, EgressQueue};
 use crate::virtio::Claim;
-use crate::wire::flow_hash;
 
 use super::deliver::BARREN_CLAIMS;
 use super::egress::{Delivery, reason_of};
-use super::lanes::scale;
 
 impl<'t> Delivery<'t, '_> {
     /// Sends on what mirrors have copied; returns whether there was anything.
@@ -70,11 +68,7 @@ impl<'t> Delivery<'t, '_> {
     fn send_copy(&mut self, bytes: &[u8], from: PortRef, to: PortRef, lane: &Lane) {
         let port = self.context.topology.port(to.slot);
         let port = port.filter(|port| port.reference == to);
-        let delivered = port.is_some_and(|port| {
-            let hash = flow_hash(bytes);
-            let queue = port.queues.get(scale(hash, port.queues.len()));
-            queue.is_some_and(|queue| self.put_copy(bytes, port, queue))
-        });
+        let delivered = port.is_some_and(|port| self.put_copy(bytes, port));
         if delivered {
             lane.captured.add(1);
         } else {
@@ -82,13 +76,24 @@ impl<'t> Delivery<'t, '_> {
         }
     }
 
-    /// Delivers one copy; `false` if there is no room for it.
-    fn put_copy(&mut self, bytes: &[u8], port: &'t Egress, queue: &'t EgressQueue) -> bool {
-        let delivered = self.put(bytes, port, queue).is_ok();
-        if delivered && let Some(tap) = &self.context.tap {
+    /// Delivers one copy; `false` if there is no room for it, or if the memory of its destination
+    /// is not for this thread to touch.
+    fn put_copy(&mut self, bytes: &[u8], port: &'t Egress) -> bool {
+        let watched = self.tools.watch.is_alarmed();
+        if self.tools.watch.avoids(&port.shared.pages) {
+            return false;
+        }
+        if watched {
+            self.tools.watch.begin(port.into());
+        }
+        let delivered = self.put_to(bytes, port);
+        if watched {
+            self.tools.watch.charge(port.into(), self.tools.stats);
+        }
+        if let (Ok((_, queue)), Some(tap)) = (&delivered, &self.context.tap) {
             tap.borrow_mut().mirrored(bytes, port, queue.pair);
         }
-        delivered
+        delivered.is_ok()
     }
 
     /// Delivers a frame from private memory; or says why not. What it returns is where the receive
@@ -118,7 +123,7 @@ impl<'t> Delivery<'t, '_> {
                 counters.unusable_buffers.add(unusable);
             }
             let end = claim.end();
-            self.touched.note(queue, ring.commit(claim));
+            self.touched.note(port, queue, ring.commit(claim));
             if !filled {
                 continue;
             }

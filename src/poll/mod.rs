@@ -133,6 +133,7 @@ pub struct Poller {
     caller: Caller,
     clock: quanta::Clock,
     watch: Watch,
+    private: Vec<u8>,
     /// Raw clock at `start_s` seconds of the switch's clock.
     start: u64,
     start_s: u32,
@@ -267,6 +268,7 @@ impl Poller {
         let bell = shared.bell.get().cloned();
         Poller {
             watch: Watch::new(&clock, bell, shared.is_slow),
+            private: egress::private_frame(),
             shared,
             reader,
             caller,
@@ -329,6 +331,7 @@ impl Poller {
             caller,
             clock,
             watch,
+            private,
             start,
             start_s,
         } = self;
@@ -344,16 +347,17 @@ impl Poller {
             clock,
             hold_ns: HOLD_NS,
             watch,
+            private,
         };
         tools.watch.take_over();
         let mut pass = Pass::new(&topology, thread, tools);
-        // Notifications may still be armed from the last sleep.
-        pass.disarm();
         let mut times = take_over.unwrap_or_else(|| {
             // To sleep was to wait, too.
             pass.watch().look(None);
             PassTimes::now(clock)
         });
+        // Notifications may still be armed from the last sleep.
+        pass.disarm();
         let (mut last_work, mut leaving) = (clock.raw(), None);
         loop {
             let passed = clock.delta_as_nanos(*start, times.began);
@@ -387,7 +391,13 @@ impl Poller {
             let idle = spin_ns != NEVER && !pass.owes();
             if idle && clock.delta_as_nanos(last_work, ended) >= spin_ns {
                 pass.settle();
-                if pass.arm() {
+                let quiet = pass.arm();
+                // No pass follows that would see a wait in there.
+                let armed_ns = clock.delta_as_nanos(ended, clock.raw());
+                if armed_ns > LONG_PASS_NS {
+                    pass.watch().look(Some(armed_ns));
+                }
+                if quiet {
                     let naps = shared.is_slow && topology.detour.is_some();
                     return Left::Idle(naps.then_some(SLOW_NAP));
                 }

@@ -39,8 +39,6 @@ pub(super) struct Pass<'t, 'p> {
     pub(super) delivery: Delivery<'t, 'p>,
     /// Where the next pass starts in the plan.
     pub(super) first: usize,
-    /// A frame's private copy, in the thread of slow ports.
-    pub(super) private: Vec<u8>,
 }
 
 impl<'t, 'p> Pass<'t, 'p> {
@@ -50,7 +48,6 @@ impl<'t, 'p> Pass<'t, 'p> {
             sources: ArrayVec::new(),
             delivery: Delivery::new(topology, thread, tools),
             first: 0,
-            private: Vec::new(),
         }
     }
 
@@ -277,10 +274,10 @@ impl<'t, 'p> Pass<'t, 'p> {
     #[inline(never)]
     fn load_timed(&mut self) {
         let ingress = self.context().ingress(self.sources[0]);
-        self.watch().begin();
+        self.watch().begin_unalarmed();
         self.burst.load_heads();
-        let (pages, stats) = (&ingress.shared.pages, self.delivery.tools.stats);
-        if self.watch().charge_wait(pages, stats) {
+        let stats = self.delivery.tools.stats;
+        if self.watch().charge_wait(ingress.into(), stats) {
             self.lose((0, 0), DropReason::RxMemorySlow);
         }
     }
@@ -399,20 +396,40 @@ impl<'t, 'p> Pass<'t, 'p> {
     }
 
     /// Asks every driver of the plan for kicks; says whether the thread may sleep.
-    pub(super) fn arm(&self) -> bool {
+    pub(super) fn arm(&mut self) -> bool {
         let mut quiet = true;
-        for ingress in &self.context().plan.queues {
-            // All of them, also after one had work: `disarm` undoes all.
-            // A driver that never kicks (SET_VRING_KICK without a descriptor) must be polled.
-            quiet &= ingress.queue.arm() && ingress.kick.is_some();
-        }
+        // All of them, also after one had work: `disarm` undoes all.
+        self.each_queue(|ingress, avoided| {
+            // A port that is avoided is about to leave this thread. A driver that never kicks
+            // (SET_VRING_KICK without a descriptor) must be polled.
+            quiet &= !avoided && ingress.queue.arm() && ingress.kick.is_some();
+        });
         quiet
     }
 
     /// Takes [`Pass::arm`] back.
-    pub(super) fn disarm(&self) {
+    pub(super) fn disarm(&mut self) {
+        self.each_queue(|ingress, avoided| {
+            if !avoided {
+                ingress.queue.disarm();
+            }
+        });
+    }
+
+    /// Does `work` with all queues of the plan, and says whether their ports are avoided. What it
+    /// costs to write to a ring is its port's expense.
+    fn each_queue(&mut self, mut work: impl FnMut(&Ingress, bool)) {
+        let stats = self.delivery.tools.stats;
+        let watched = self.watch().is_alarmed();
         for ingress in &self.context().plan.queues {
-            ingress.queue.disarm();
+            if !watched {
+                work(ingress, false);
+                continue;
+            }
+            let avoided = self.watch().avoids(&ingress.shared.pages);
+            self.watch().begin(ingress.into());
+            work(ingress, avoided);
+            self.watch().charge(ingress.into(), stats);
         }
     }
 }

@@ -1,23 +1,24 @@
 //! Passes of a thread that is alarmed, and of the thread that serves ports whose memory is slow to
 //! touch.
 //!
-//! What they have in common: each transmit queue's frames are a burst of their own, and what it
-//! costs to read them is charged to its port (see `watch`).
+//! In both, a burst holds frames of one transmit queue only, and the cost of reading them is charged
+//! to that queue's port (see `watch`).
 //!
-//! The thread of slow ports may wait as long as these make it wait, but not while others wait for
-//! it. So it copies each frame whole into private memory before it claims anything in a healthy
-//! receiver's queue (an open claim holds up what everybody delivers there), takes few frames at a
-//! time, one queue of each port in a pass, and looks whether its topology is out of date between
-//! them. Slow ports among each other share what this thread can do.
+//! The thread of slow ports may block in their memory for any time, but never while it holds
+//! something that others need, such as an open claim. So it copies each frame whole into private
+//! memory before it claims anything in a healthy receiver's queue, takes few frames at a time, one
+//! queue of each port in a pass, and looks whether its topology is out of date between them. Slow
+//! ports among each other share what this thread can do.
 
 use arrayvec::ArrayVec;
 
-use super::egress::{EVERYWHERE, NOWHERE};
+use super::deliver::{Mask, numbers};
+use super::egress::Delivery;
 use super::pass::Pass;
 use super::tap::Lost;
-use crate::frame::{BURST_FRAMES, Frame};
+use super::watch::Payer;
+use crate::frame::{BURST_FRAMES, Burst, Frame};
 use crate::stats::DropReason;
-use crate::sys::pages::PageGuard;
 use crate::topology::{Egress, Ingress};
 
 /// Frames that the thread of slow ports takes from a queue at once.
@@ -26,7 +27,7 @@ const FEW: usize = 8;
 const PORTS: usize = 64;
 
 impl<'t> Pass<'t, '_> {
-    /// The same as [`Pass::run`], with every step timed.
+    /// A pass as [`Pass::run`] makes it, with every step timed.
     #[cold]
     #[inline(never)]
     pub(super) fn run_watched(&mut self, now_s: u32, current: impl Fn() -> bool) -> bool {
@@ -86,7 +87,7 @@ impl<'t> Pass<'t, '_> {
                 continue;
             }
             served.push(ingress.reference.slot);
-            self.bounce(now_s);
+            self.forward_loaded(now_s);
             self.complete_watched(ingress);
         }
         self.first = if self.first + 1 < count {
@@ -103,29 +104,35 @@ impl<'t> Pass<'t, '_> {
 
     /// Takes up to `most` frames of a queue, and touches all of them, at its port's expense.
     /// Returns whether there were any.
-    fn read(&mut self, ingress: &'t Ingress, number: u16, most: usize, now_s: u32) -> bool {
-        let (pages, stats) = (&ingress.shared.pages, self.delivery.tools.stats);
-        self.watch().begin();
+    pub(super) fn read(
+        &mut self,
+        ingress: &'t Ingress,
+        number: u16,
+        most: usize,
+        now_s: u32,
+    ) -> bool {
+        let (payer, stats) = (Payer::from(ingress), self.delivery.tools.stats);
+        self.watch().begin(payer);
         let taken = self.take(ingress, number, most, now_s);
-        let mut avoided = self.watch().charge(pages, stats);
+        let mut avoided = self.watch().charge(payer, stats);
         if !taken {
             return false;
         }
         if !self.watch().is_slow() {
-            avoided = avoided || self.touch(pages);
+            avoided = avoided || self.touch(payer);
         }
         if avoided {
             self.lose((0, 0), DropReason::RxMemorySlow);
         } else {
             self.burst.load_heads();
-            self.watch().charge(pages, stats);
+            self.watch().charge(payer, stats);
         }
         true
     }
 
     /// Touches what the frames of the burst lie in, page by page: as many as cost no more than
     /// their port's budget. Returns whether they cost more.
-    fn touch(&mut self, pages: &PageGuard) -> bool {
+    fn touch(&mut self, payer: Payer<'_>) -> bool {
         let (burst, stats) = (&self.burst, self.delivery.tools.stats);
         let watch = &mut *self.delivery.tools.watch;
         let mut avoided = false;
@@ -135,112 +142,108 @@ impl<'t> Pass<'t, '_> {
             .flat_map(|frame| burst.payload(frame).iter())
         {
             window.touch_to_read(|| {
-                avoided = avoided || watch.charge_so_far(pages, stats);
+                avoided = avoided || watch.charge_so_far(payer, stats);
                 !avoided
             });
         }
-        avoided || watch.charge(pages, stats)
+        avoided || watch.charge(payer, stats)
     }
 
     /// The chains of the burst's queue go back, as far as they may, at its port's expense.
-    fn complete_watched(&mut self, ingress: &Ingress) {
-        self.watch().begin();
+    pub(super) fn complete_watched(&mut self, ingress: &Ingress) {
+        self.watch().begin(ingress.into());
         for number in self.sources.drain(..) {
             self.delivery.complete(number);
         }
         self.burst.clear();
         let stats = self.delivery.tools.stats;
-        self.watch().charge(&ingress.shared.pages, stats);
+        self.watch().charge(ingress.into(), stats);
+    }
+}
+
+impl<'t> Delivery<'t, '_> {
+    /// Delivers the frames `mask` to one port while steps are timed. What touching the receiver's
+    /// memory costs is the receiver's.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn send_watched(&mut self, burst: &Burst<'t>, port: &'t Egress, mask: Mask) {
+        let plan = self.context.plan;
+        let senders = numbers(mask).map(|number| {
+            let ingress = burst.frames()[number].ingress;
+            Payer::from(&plan.queues[usize::from(ingress)])
+        });
+        let watch = &mut *self.tools.watch;
+        if port.queues.is_empty() && !watch.is_slow() {
+            return self.send_elsewhere(burst, port, mask);
+        }
+        if watch.avoids(&port.shared.pages) {
+            let reason = DropReason::EgressMemorySlow;
+            return self.context.drop_egress((port, None), reason, burst, mask);
+        }
+        let suspect =
+            watch.is_suspect(port.into()) || senders.clone().any(|sender| watch.is_suspect(sender));
+        if suspect || watch.is_slow() {
+            return self.send_private(burst, port, mask);
+        }
+        self.tools.watch.begin(port.into());
+        self.spread(burst, port, mask);
+        let stats = self.tools.stats;
+        self.tools.watch.charge_copies(port.into(), senders, stats);
     }
 
-    /// Decides and delivers the burst frame by frame, each from a private copy.
-    fn bounce(&mut self, now_s: u32) {
-        if self.burst.frames().is_empty() {
-            return;
-        }
-        let mut egress = [NOWHERE; BURST_FRAMES];
-        if self.context().faults.is_outdated() && !self.lose_faulted() {
-            return;
-        }
-        match &self.context().tap {
-            None => self.decide::<false>(&mut egress, now_s),
-            Some(_) => self.decide_watched(&mut egress, now_s),
-        };
-        let mut bytes = std::mem::take(&mut self.private);
-        for (number, to) in egress
-            .into_iter()
-            .take(self.burst.frames().len())
-            .enumerate()
-        {
-            if to == NOWHERE {
-                continue;
-            }
-            let frame = self.burst.frames()[number];
-            self.watch().begin();
+    /// Delivers the frames `mask` to one port, each from a private copy: reading is the sender's
+    /// expense, and writing is the receiver's.
+    fn send_private(&mut self, burst: &Burst<'t>, port: &'t Egress, mask: Mask) {
+        let stats = self.tools.stats;
+        let mut bytes = std::mem::take(self.tools.private);
+        for number in numbers(mask) {
+            let frame = &burst.frames()[number];
+            let ingress = self.context.ingress(frame.ingress);
+            self.tools.watch.begin(ingress.into());
             bytes.clear();
             bytes.extend_from_slice(frame.head());
-            for window in self.burst.payload(&frame).iter() {
+            for window in burst.payload(frame).iter() {
                 let start = bytes.len();
                 bytes.resize(start + window.len(), 0);
                 window.read_bytes(0, &mut bytes[start..]);
             }
-            let ingress = self.context().ingress(frame.ingress);
-            let stats = self.delivery.tools.stats;
-            self.watch().charge(&ingress.shared.pages, stats);
+            self.tools.watch.charge(ingress.into(), stats);
             if ingress.memory.faulted() {
-                let lost = Lost::Read(&self.burst, &frame);
+                let lost = Lost::Read(burst, frame);
                 let reason = DropReason::RxMemoryFault;
-                self.context().drop_taken(frame.ingress, reason, lost);
-            } else if to == EVERYWHERE {
-                self.flood_bounced(&bytes, number, &frame);
-            } else if let Some(port) = self.context().topology.port(to) {
-                self.put_bounced(&bytes, number, &frame, port);
+                self.context.drop_taken(frame.ingress, reason, lost);
+                continue;
             }
+            self.tools.watch.begin(port.into());
+            self.put_private(&bytes, (burst, number), port);
+            self.tools.watch.charge(port.into(), stats);
         }
-        self.private = bytes;
+        *self.tools.private = bytes;
     }
 
-    fn flood_bounced(&mut self, bytes: &[u8], number: usize, frame: &Frame<'t>) {
-        let topology = self.context().topology;
-        let own = self.context().ingress(frame.ingress).reference.slot;
-        let mut any = false;
-        for slot in topology.flood.iter().filter(|slot| **slot != own) {
-            if let Some(port) = topology.port(*slot) {
-                any = true;
-                self.put_bounced(bytes, number, frame, port);
-            }
-        }
-        if !any {
-            let lost = Lost::Read(&self.burst, frame);
-            let reason = DropReason::NoDestination;
-            self.context().drop_taken(frame.ingress, reason, lost);
-        }
-    }
-
-    /// Delivers a frame's private copy to one port.
-    fn put_bounced(&mut self, bytes: &[u8], number: usize, frame: &Frame<'t>, port: &'t Egress) {
-        self.watch().begin();
+    /// Delivers the private copy of a frame to one port.
+    fn put_private(
+        &mut self,
+        bytes: &[u8],
+        (burst, number): (&Burst<'t>, usize),
+        port: &'t Egress,
+    ) {
         let mask = 1 << number;
-        match self.delivery.put_to(bytes, port) {
-            Ok((end, pair)) => {
-                if let Some(tap) = &self.context().tap {
-                    tap.borrow_mut().delivered(&self.burst, port, pair, mask);
+        let frame: &Frame<'t> = &burst.frames()[number];
+        match self.put_to(bytes, port) {
+            Ok((end, queue)) => {
+                if let Some(tap) = &self.context.tap {
+                    tap.borrow_mut().delivered(burst, port, queue.pair, mask);
                 }
-                let mut queues = port.receive_queues().iter();
-                let behind = |queue: &&crate::topology::EgressQueue| {
-                    queue.pair == pair && queue.queue.published() < end
-                };
-                if let Some(queue) = queues.find(behind) {
-                    let owed = &mut self.delivery.owed;
+                if queue.queue.published() < end {
+                    let owed = &mut self.owed;
                     owed.until_published(frame.ingress, frame.position, &queue.queue, end);
                 }
             }
             Err(reason) => {
                 let to = (port, None);
-                self.context().drop_egress(to, reason, &self.burst, mask);
+                self.context.drop_egress(to, reason, burst, mask);
             }
         }
-        let stats = self.delivery.tools.stats;
-        self.watch().charge(&port.shared.pages, stats);
     }
 }

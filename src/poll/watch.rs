@@ -12,38 +12,83 @@
 //!   are touched before anything is claimed for them, and each *step* (one queue taken from and
 //!   read, one port delivered to) is timed. A long one with faults is charged to the port whose
 //!   memory was touched in it. Short steps cost two looks at the clock.
+//! - A port is *suspect* where a step does not tell who is to pay: a delivery that was long, whose
+//!   copies read the sender's memory and write the receiver's; a long step in which the thread lost
+//!   its CPU; many short steps of one port that make a pass long. While the alarm lasts, faults are
+//!   counted for each step of a suspect port, and its frames are copied into private memory before
+//!   they are delivered. So reading is charged to the sender alone, and writing to the receiver.
+//! - Steps of a suspect port with faults are added up. What exceeds [`LONG_STEP_NS`] in a pass is
+//!   charged. So many queues with a few new pages each cost a port as much as one queue with many.
 //! - An alarm lasts [`ALARM`] times as long as what caused it, and ends soon where the culprit is
 //!   found.
 //! - Frames of a queue that has many are a burst of their own always, and the reading of their
 //!   heads is timed. So the first wait of all, long as it may be, is charged as well if it is
 //!   there: that is where frames in a hole are first touched. A wait elsewhere, or for one of the
 //!   few frames that share a burst with others', names nobody: it only alarms, and the second one
-//!   is charged.
+//!   is charged, or makes ports suspect, and then the third.
 //!
-//! Faults and waits are counted by thread, and looked at where a step was long: what short steps
-//! before it had is counted in, so a thread that is alarmed looks once at the start of each pass. A
-//! step in which the thread lost its CPU is no wait: what is charged is the time that it ran in the
-//! pass, at most, where it did not go to wait by itself.
+//! The kernel counts page faults and waits for the whole thread. They are read after a long step
+//! only, so the faults of the short steps before it are included; to bound that, an alarmed thread
+//! also reads them when a pass begins. Losing the CPU is not a wait. Unless the thread blocked by
+//! itself, a step is charged no more than the CPU time used since the faults were last read.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::config::MAX_PORTS;
 use crate::stats::ThreadStats;
 use crate::sys::pages::{Pace, PageGuard};
 use crate::sys::sched::{Usage, own_cpu_time, own_usage};
 use crate::sys::wake::Wake;
+use crate::topology::{Egress, Ingress};
 
-/// A step longer than this is looked at: more than it takes to make a page for each of 64 frames, 4
-/// µs each. Guests that download into memory which nobody has used before do that for minutes, and
-/// are not to be taken for hostile ones.
+/// A step longer than this is looked at, in nanoseconds: more than it takes to make a page for each
+/// of 64 frames, 4 µs each. Guests that download into memory which nobody has used before do that
+/// for minutes, and are not to be taken for hostile ones.
 const LONG_STEP_NS: u64 = 250_000;
-/// The same in the thread of slow ports: what is slow there does not have to harm anybody.
+/// What a step is looked at from in the thread of slow ports, in nanoseconds: what is slow there
+/// does not have to harm anybody.
 const LONG_SLOW_STEP_NS: u64 = 20_000;
 /// How many times as long as the pass that caused it an alarm lasts.
 const ALARM: u64 = 100;
 /// The shortest and the longest alarm.
 const SHORTEST_NS: u64 = 100_000_000;
 const LONGEST_NS: u64 = 60_000_000_000;
+
+/// The port whose memory a step touches.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Payer<'a> {
+    slot: u16,
+    pages: &'a PageGuard,
+}
+
+impl<'a> From<&'a Ingress> for Payer<'a> {
+    fn from(ingress: &'a Ingress) -> Self {
+        Payer {
+            slot: ingress.reference.slot,
+            pages: &ingress.shared.pages,
+        }
+    }
+}
+
+impl<'a> From<&'a Egress> for Payer<'a> {
+    fn from(egress: &'a Egress) -> Self {
+        Payer {
+            slot: egress.reference.slot,
+            pages: &egress.shared.pages,
+        }
+    }
+}
+
+/// What the steps of one port have cost in one pass.
+#[derive(Clone, Copy, Debug, Default)]
+struct Account {
+    /// Number of the pass.
+    pass: u32,
+    /// Length of all steps; of a suspect port, of those with faults.
+    ns: u64,
+    suspect: bool,
+}
 
 /// A poll thread's watch over its page faults, from one topology to the next.
 #[derive(Debug)]
@@ -53,12 +98,16 @@ pub(super) struct Watch {
     bell: Option<Arc<Wake>>,
     /// At the last look.
     usage: Usage,
-    /// How long the thread had run at the start of the pass, or at the last long step of it.
+    /// How long the thread had run at that look.
     ran: Duration,
     /// Where the present step began, by the raw clock.
     began: u64,
     /// When the alarm was last raised, and how long it lasts.
     alarmed: Option<(u64, u64)>,
+    /// Number of the present pass.
+    pass: u32,
+    /// By slot. All is forgotten when the alarm ends.
+    accounts: Box<[Account]>,
     /// It has marked a port, and control may not have published that yet.
     marked: bool,
     /// The thread serves ports whose memory is slow: always alarmed.
@@ -76,6 +125,8 @@ impl Watch {
             ran: Duration::ZERO,
             began: clock.raw(),
             alarmed: None,
+            pass: 0,
+            accounts: vec![Account::default(); MAX_PORTS].into(),
             marked: false,
             slow,
             long_ns: if slow {
@@ -139,8 +190,8 @@ impl Watch {
     #[inline(always)]
     pub(super) fn take_over(&mut self) {
         if self.marked {
-            // Without the culprit, or the next one is. Who else keeps the thread waiting is found
-            // anew.
+            // The new topology no longer gives this thread the port that it has marked, or the next
+            // one will not. A short alarm is enough to find another culprit.
             (self.marked, self.alarmed) = (false, Some((self.clock.raw(), SHORTEST_NS)));
         }
     }
@@ -148,89 +199,187 @@ impl Watch {
     /// A pass of a thread that is alarmed begins.
     #[cold]
     pub(super) fn pass(&mut self) {
-        if self.left(self.clock.raw()) == 0 {
+        self.pass = self.pass.wrapping_add(1);
+        if self.alarmed.is_some() && self.left(self.clock.raw()) == 0 {
             self.alarmed = None;
+            self.accounts.fill(Account::default());
         }
-        (self.usage, self.ran) = (own_usage(), own_cpu_time());
-        self.begin();
+        self.read_usage();
     }
 
-    /// A step begins.
-    #[inline(always)]
-    pub(super) fn begin(&mut self) {
+    /// Reads what the kernel has counted; returns what it had counted before, and for how long the
+    /// thread has run since.
+    fn read_usage(&mut self) -> (Usage, Duration) {
+        let ran = own_cpu_time();
+        let before = std::mem::replace(&mut self.usage, own_usage());
+        let ran_before = std::mem::replace(&mut self.ran, ran);
+        (before, ran.saturating_sub(ran_before))
+    }
+
+    /// A step begins in which memory of `payer` will be touched.
+    pub(super) fn begin(&mut self, payer: Payer<'_>) {
+        if self.is_suspect(payer) {
+            self.read_usage();
+        }
         self.began = self.clock.raw();
     }
 
-    /// A step has ended, in which the memory that `pages` guards was touched; the next one begins.
-    /// Returns whether the port is one whose memory this thread must not touch any more.
-    pub(super) fn charge(&mut self, pages: &PageGuard, stats: &ThreadStats) -> bool {
+    /// A step begins of a thread that is not alarmed.
+    #[inline(always)]
+    pub(super) fn begin_unalarmed(&mut self) {
+        self.began = self.clock.raw();
+    }
+
+    /// A step has ended: how long it took, in nanoseconds. The next one begins.
+    fn end(&mut self) -> u64 {
         let now = self.clock.raw();
-        let ns = self.clock.delta_as_nanos(self.began, now);
-        self.began = now;
+        let began = std::mem::replace(&mut self.began, now);
+        self.clock.delta_as_nanos(began, now)
+    }
+
+    /// A step has ended, in which memory of `payer` was touched; the next one begins. Returns
+    /// whether the port is one whose memory this thread must not touch any more.
+    pub(super) fn charge(&mut self, payer: Payer<'_>, stats: &ThreadStats) -> bool {
+        let ns = self.end();
         if ns > self.long_ns {
-            self.charge_long((pages, stats), ns, false);
+            self.charge_long(payer, stats, ns);
+        } else {
+            self.add_up(payer, stats, ns);
         }
-        self.avoids(pages)
+        self.avoids(payer.pages)
+    }
+
+    /// A step has ended in which frames of `senders` were copied into memory of `receiver`. Nobody
+    /// knows whose memory was waited for, so all of them are suspect.
+    pub(super) fn charge_copies<'a>(
+        &mut self,
+        receiver: Payer<'_>,
+        senders: impl Iterator<Item = Payer<'a>>,
+        stats: &ThreadStats,
+    ) {
+        let ns = self.end();
+        if ns <= self.long_ns {
+            return self.add_up(receiver, stats, ns);
+        }
+        let (before, _) = self.read_usage();
+        if self.usage.faults > before.faults {
+            self.alarm(ns);
+            self.suspect(receiver);
+            senders.for_each(|sender| self.suspect(sender));
+        }
     }
 
     /// Within a step that touches page after page: charges it if it is long already. Returns
     /// whether to stop.
-    pub(super) fn charge_so_far(&mut self, pages: &PageGuard, stats: &ThreadStats) -> bool {
+    pub(super) fn charge_so_far(&mut self, payer: Payer<'_>, stats: &ThreadStats) -> bool {
         let now = self.clock.raw();
         let ns = self.clock.delta_as_nanos(self.began, now);
         if ns <= self.long_ns {
             return false;
         }
         self.began = now;
-        self.charge_long((pages, stats), ns, false);
-        self.avoids(pages)
+        self.charge_long(payer, stats, ns);
+        self.avoids(payer.pages)
     }
 
-    /// A step has ended of a thread that is not alarmed: only a wait counts, for how long the
-    /// thread has run since it last looked is not known well enough.
+    /// Ends a step of a thread that is not alarmed. Only steps in which the thread blocked are
+    /// charged, because its CPU time at the start of the step is not known. Returns whether the
+    /// port is one whose memory this thread must not touch any more.
     #[inline(always)]
-    pub(super) fn charge_wait(&mut self, pages: &PageGuard, stats: &ThreadStats) -> bool {
+    pub(super) fn charge_wait(&mut self, payer: Payer<'_>, stats: &ThreadStats) -> bool {
         let ns = self.clock.delta_as_nanos(self.began, self.clock.raw());
         if ns <= self.long_ns {
             return false;
         }
-        self.charge_long((pages, stats), ns, true);
-        self.avoids(pages)
+        self.charge_long(payer, stats, ns);
+        self.avoids(payer.pages)
     }
 
+    /// Charges a step that was longer than `long_ns`.
     #[cold]
-    fn charge_long(
-        &mut self,
-        (pages, stats): (&PageGuard, &ThreadStats),
-        ns: u64,
-        waits_only: bool,
-    ) {
-        let usage = own_usage();
-        let before = std::mem::replace(&mut self.usage, usage);
-        let faults = usage.faults - before.faults;
-        let waited = usage.waits > before.waits;
+    fn charge_long(&mut self, payer: Payer<'_>, stats: &ThreadStats, ns: u64) {
+        let (alarmed, exact) = (self.is_alarmed(), self.is_suspect(payer));
+        let (before, ran) = self.read_usage();
+        let faults = self.usage.faults - before.faults;
         if faults == 0 {
             return;
         }
         self.alarm(ns);
-        if waits_only && !waited {
+        let waited = self.usage.waits > before.waits;
+        if !alarmed && !waited {
             return;
         }
-        let now = own_cpu_time();
-        let ran = now.saturating_sub(std::mem::replace(&mut self.ran, now));
+        // Whether the step was long for its faults, or for want of a CPU, shows the next time.
+        if !exact && self.usage.preemptions > before.preemptions {
+            return self.suspect(payer);
+        }
         let step = Duration::from_nanos(ns);
         let cost = if waited { step } else { step.min(ran) };
+        self.charge_cost(payer, stats, (cost, faults));
+    }
+
+    /// Adds a short step to what its port has cost in this pass.
+    fn add_up(&mut self, payer: Payer<'_>, stats: &ThreadStats, mut ns: u64) {
+        let pass = self.pass;
+        let account = &mut self.accounts[usize::from(payer.slot)];
+        if account.pass != pass {
+            (account.pass, account.ns) = (pass, 0);
+        }
+        if !account.suspect {
+            account.ns += ns;
+            if account.ns > self.long_ns {
+                self.suspect(payer);
+            }
+            return;
+        }
+        let (before, ran) = self.read_usage();
+        let faults = self.usage.faults - before.faults;
+        if faults == 0 {
+            return;
+        }
+        if self.usage.waits == before.waits {
+            ns = ns.min(ran.as_nanos() as u64);
+        }
+        let account = &mut self.accounts[usize::from(payer.slot)];
+        let free = self.long_ns.saturating_sub(account.ns);
+        account.ns += ns;
+        if ns > free {
+            let cost = Duration::from_nanos(ns - free);
+            self.charge_cost(payer, stats, (cost, faults));
+        }
+    }
+
+    fn charge_cost(
+        &mut self,
+        payer: Payer<'_>,
+        stats: &ThreadStats,
+        (cost, faults): (Duration, u64),
+    ) {
         stats.slow_faults.add(faults);
         stats
             .slow_faults_ns
             .add(u64::try_from(cost.as_nanos()).unwrap_or(u64::MAX));
-        if pages.charge(cost, faults) {
+        if payer.pages.charge(cost, faults) {
             // The culprit is found. Until control has taken it away, its memory is avoided.
             (self.marked, self.alarmed) = (true, Some((self.clock.raw(), LONGEST_NS)));
             if let Some(bell) = &self.bell {
                 bell.wake();
             }
         }
+    }
+
+    /// Makes a port suspect until the alarm ends.
+    pub(super) fn suspect(&mut self, payer: Payer<'_>) {
+        self.accounts[usize::from(payer.slot)] = Account {
+            pass: self.pass,
+            ns: 0,
+            suspect: true,
+        };
+    }
+
+    /// Whether frames from and to a port are copied into private memory first.
+    pub(super) fn is_suspect(&self, payer: Payer<'_>) -> bool {
+        self.accounts[usize::from(payer.slot)].suspect
     }
 
     /// Whether a port's memory is not for this thread to touch.

@@ -54,6 +54,8 @@ pub struct Usage {
     pub faults: u64,
     /// Times that it waited for something: in a page fault too, if that had to wait.
     pub waits: u64,
+    /// Times that the kernel gave its CPU to another thread.
+    pub preemptions: u64,
 }
 
 /// What the calling thread has met. A system call: not for every pass.
@@ -66,6 +68,7 @@ pub fn own_usage() -> Usage {
     Usage {
         faults: count(usage.ru_minflt) + count(usage.ru_majflt),
         waits: count(usage.ru_nvcsw),
+        preemptions: count(usage.ru_nivcsw),
     }
 }
 

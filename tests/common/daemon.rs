@@ -120,7 +120,7 @@ impl Daemon {
         (code, String::from_utf8_lossy(&said).into_owned())
     }
 
-    fn json(&self, args: &[&str]) -> Value {
+    pub(crate) fn json(&self, args: &[&str]) -> Value {
         let output = self.pollux(args);
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(

@@ -14,7 +14,7 @@ mod slow;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::egress::Tools;
+use super::egress::{Tools, private_frame};
 use super::pass::Pass;
 use super::watch::Watch;
 use super::{PollShared, Poller};
@@ -296,6 +296,7 @@ struct Threads {
     stats: Vec<ThreadStats>,
     clock: quanta::Clock,
     watches: Vec<Watch>,
+    privates: Vec<Vec<u8>>,
     /// How long chains wait for other threads: for ever.
     hold_ns: u64,
 }
@@ -306,6 +307,7 @@ impl Threads {
         let watch = |_| Watch::new(&clock, None, false);
         Threads {
             watches: (0..count).map(watch).collect(),
+            privates: (0..count).map(|_| private_frame()).collect(),
             callers: (0..count).map(|_| Caller::new().unwrap()).collect(),
             stats: (0..count).map(|_| ThreadStats::default()).collect(),
             clock,
@@ -315,9 +317,10 @@ impl Threads {
 
     fn passes<'t, 'p>(&'p mut self, topology: &'t Topology) -> Vec<Pass<'t, 'p>> {
         let (stats, clock, hold_ns) = (&self.stats, &self.clock, self.hold_ns);
-        let callers = self.callers.iter_mut().zip(&mut self.watches).enumerate();
+        let own = self.watches.iter_mut().zip(&mut self.privates);
+        let callers = self.callers.iter_mut().zip(own).enumerate();
         callers
-            .map(|(thread, (caller, watch))| {
+            .map(|(thread, (caller, (watch, private)))| {
                 let stats = &stats[thread];
                 let tools = Tools {
                     caller,
@@ -325,6 +328,7 @@ impl Threads {
                     clock,
                     hold_ns,
                     watch,
+                    private,
                 };
                 Pass::new(topology, thread, tools)
             })
