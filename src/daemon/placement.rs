@@ -30,6 +30,8 @@ const HASTE: Duration = Duration::from_micros(100);
 struct Move {
     port: Arc<PortShared>,
     pairs: Vec<u16>,
+    /// The thread of slow ports may be among the old owners.
+    leaves_slow: bool,
     step: HandOver,
     reply: Option<Reply<Moved>>,
 }
@@ -249,9 +251,13 @@ impl Registry {
         reply: Option<Reply<Moved>>,
     ) {
         let mut pairs = Vec::new();
+        let slow = self.slow.thread;
+        let mut leaves_slow = false;
         if let Some(record) = self.find_registration(port) {
             for (number, place) in (0_u16..).zip(&mut record.placement) {
+                let from = place.thread();
                 if wanted(number) && place.leave_for(to) {
+                    leaves_slow |= Some(from) == slow;
                     pairs.push(number);
                 }
             }
@@ -260,6 +266,7 @@ impl Registry {
         self.moves.moves.push(Move {
             port: port.clone(),
             pairs,
+            leaves_slow,
             step: HandOver::new(to),
             reply,
         });
@@ -327,19 +334,17 @@ impl Registry {
         let on_it = |port: &PortRecord| {
             let places = port.placement.iter().zip(0_u16..);
             let there = places.filter(|(place, _)| place.thread() == number);
-            let name = port.shared.name().to_string();
+            let port = port.shared.clone();
             there
-                .map(|(_, pair)| (name.clone(), pair))
+                .map(|(_, pair)| (port.clone(), pair))
                 .collect::<Vec<_>>()
         };
-        let queues: Vec<(String, u16)> = self.ports.iter().flat_map(on_it).collect();
+        let queues: Vec<(Arc<PortShared>, u16)> = self.ports.iter().flat_map(on_it).collect();
         let mut threads = self.thread_loads();
-        for (name, pair) in queues {
-            let Some(record) = self.find(&name) else {
-                continue;
-            };
-            if let Some(to) = lightest(&threads, &record.shared.spec.poll, None) {
-                let _ = self.move_queues(&name, Some(pair), to, None);
+        for (port, pair) in queues {
+            if let Some(to) = lightest(&threads, &port.spec.poll, None) {
+                // A slow port on its way back, too, which nobody else may move.
+                self.send_queues(&port, |other| other == pair, to, None);
                 let thread = threads.iter_mut().find(|thread| thread.number == to);
                 thread.into_iter().for_each(|thread| thread.queues += 1);
             }
@@ -365,8 +370,17 @@ impl Registry {
         self.moves.are_under_way()
     }
 
+    /// Whether the old owners have let go. The thread of slow ports may be in a page fault for as
+    /// long as a guest likes: it is waited for only where it may be one of them.
     fn is_free(&self, under_way: &Move) -> bool {
-        let reached = |generation| self.acknowledgements.reached(generation);
+        let slow = self.slow.thread.filter(|_| !under_way.leaves_slow);
+        let reached = |generation| {
+            let mut others = (0..super::registry::MAX_THREADS).filter(|it| Some(*it) != slow);
+            others.all(|thread| {
+                let at = self.acknowledgements.of(thread);
+                at.is_none_or(|at| at >= generation)
+            })
+        };
         under_way.step.is_free(reached)
     }
 
@@ -390,6 +404,7 @@ impl Registry {
             pairs,
             step,
             reply,
+            ..
         } = free;
         let answer = match self.find_registration(&port) {
             // Its queues went with it.

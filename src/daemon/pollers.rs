@@ -157,10 +157,9 @@ impl PollThreads {
     /// The same as [`PollThreads::start`] for a thread that does not run: a test does with its
     /// reader what it would do, and when.
     #[cfg(test)]
-    pub(super) fn start_scripted(&mut self) -> Reader<Topology> {
+    pub(super) fn start_scripted(&mut self, shared: PollShared) -> Reader<Topology> {
         let reader = self.spare_reader().unwrap();
-        let shared = Arc::new(PollShared::new(self.idle).unwrap());
-        let thread = PollThread::new(shared, None, Default::default(), None);
+        let thread = PollThread::new(Arc::new(shared), None, Default::default(), None);
         self.threads.insert(reader.index(), thread);
         reader
     }

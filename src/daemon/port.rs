@@ -92,12 +92,12 @@ impl PortRecord {
     }
 
     /// The queue pairs from `first` on were placed anew: those of a slow port go where its others
-    /// are.
+    /// are, or will be. Nobody has owned them yet, so nobody has to let go.
     pub(super) fn stay_slow(&mut self, first: usize) {
         if self.slow.is_some()
             && let Some(place) = self.placement.first().copied()
         {
-            self.placement[first..].fill(place);
+            self.placement[first..].fill(Place::On(place.thread()));
         }
     }
 

@@ -59,7 +59,7 @@ impl Registry {
     }
 
     /// Has the port at this place served as a slow one.
-    fn slow_down(&mut self, at: usize) -> Result<(), DaemonError> {
+    pub(super) fn slow_down(&mut self, at: usize) -> Result<(), DaemonError> {
         let port = self.ports[at].shared.clone();
         // Whatever comes of it, the mark is seen.
         port.pages.set_pace(Pace::Slow);
@@ -91,7 +91,7 @@ impl Registry {
     }
 
     /// Sends a slow port on its way back.
-    fn send_back(&mut self, at: usize) {
+    pub(super) fn send_back(&mut self, at: usize) {
         let record = &self.ports[at];
         let port = record.shared.clone();
         let home = record.slow.as_ref().map(|slowness| slowness.home.clone());

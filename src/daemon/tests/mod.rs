@@ -8,6 +8,7 @@
 mod mirrors;
 mod model;
 mod script;
+mod slow;
 mod threads;
 
 use crossbeam_channel::bounded;

@@ -11,6 +11,9 @@ use super::script::{MOST_THREADS, Script, TURNS, kind};
 use crate::api::types::Moved;
 use crate::daemon::command::Command;
 use crate::daemon::link::Sink;
+use crate::poll::PollShared;
+use crate::sys::snapshot::Reader;
+use crate::topology::Topology;
 use crate::vhost_user::{DeviceSink, Gone};
 
 impl Script {
@@ -33,11 +36,15 @@ impl Script {
         }
     }
 
+    fn start(&mut self, shared: PollShared) -> Reader<Topology> {
+        self.registry.polls.start_scripted(shared)
+    }
+
     pub(super) fn add_thread(&mut self) {
         if self.threads.len() == MOST_THREADS {
             return;
         }
-        let reader = self.registry.polls.start_scripted();
+        let reader = self.start(PollShared::new(self.registry.polls.idle).unwrap());
         let lowest = (0..).find(|number| !self.threads.contains_key(number));
         assert_eq!(Some(reader.index()), lowest, "{}", self.at);
         self.model.staying.insert(reader.index());
