@@ -182,12 +182,10 @@ impl Topology {
         }
     }
 
-    /// The same with a way to ports whose memory is slow to touch, if it has any.
+    /// This topology with a way to ports whose memory is slow to touch.
     pub fn with_detour(self, detour: Option<&Arc<Detour>>) -> Self {
-        let mut ports = self.ports.iter().flatten();
-        let any = ports.any(|port| port.pace != Pace::Normal);
         Topology {
-            detour: detour.filter(|_| any).cloned(),
+            detour: detour.cloned(),
             ..self
         }
     }

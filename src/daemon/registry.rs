@@ -241,12 +241,14 @@ impl Registry {
         let observers = self.observers.iter();
         let observers: Vec<_> = observers.map(|record| record.observer.clone()).collect();
         let topology = topology.with_observers(&observers);
-        let mut topology = topology.with_detour(self.slow.detour.as_ref());
+        let any_slow = self.ports.iter().any(|record| record.slow.is_some());
+        let mut topology = topology.with_detour(self.slow.way(any_slow));
         self.polls.prepare(before, &topology);
         // As late as can be: a control thread that loses its processor here is no poll thread's
         // delay.
         topology.since = self.waiting_since(Instant::now());
         let generation = self.publisher.publish(topology);
+        self.slow.published(generation, any_slow);
         self.polls.wake(self.publisher.current());
         self.moves.published(generation);
         for (link, post) in self.posts.drain(..) {

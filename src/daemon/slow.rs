@@ -46,7 +46,39 @@ pub(super) struct Slowness {
 #[derive(Debug, Default)]
 pub(super) struct SlowPorts {
     pub(super) thread: Option<usize>,
-    pub(super) detour: Option<Arc<Detour>>,
+    detour: Option<Arc<Detour>>,
+    /// The detour is in the views that are published.
+    in_use: bool,
+    /// The first view without a slow port, while the detour is in use still.
+    unused_since: Option<u64>,
+}
+
+impl SlowPorts {
+    /// The detour, for the next view. A poll thread that has not acknowledged a port's return may
+    /// write into it, so the detour stays until everybody has, and nothing is in it.
+    pub(super) fn way(&mut self, any_slow: bool) -> Option<&Arc<Detour>> {
+        self.in_use |= any_slow;
+        self.detour.as_ref().filter(|_| self.in_use)
+    }
+
+    /// A view was published.
+    pub(super) fn published(&mut self, generation: u64, any_slow: bool) {
+        self.unused_since = match self.unused_since {
+            _ if any_slow || !self.in_use => None,
+            Some(since) => Some(since),
+            None => Some(generation),
+        };
+    }
+
+    /// Ends the use of a detour that nobody writes into any more. Returns whether that is news.
+    fn end_use(&mut self, reached: impl Fn(u64) -> bool) -> bool {
+        let unused = self.unused_since.is_some_and(reached);
+        let ends = unused && self.detour.as_ref().is_none_or(|detour| detour.is_empty());
+        if ends {
+            (self.in_use, self.unused_since) = (false, None);
+        }
+        ends
+    }
 }
 
 impl Registry {
@@ -61,7 +93,7 @@ impl Registry {
     /// Has the port at this place served as a slow one.
     pub(super) fn slow_down(&mut self, at: usize) -> Result<(), DaemonError> {
         let port = self.ports[at].shared.clone();
-        // Whatever comes of it, the mark is seen.
+        // First of all, so that a failure below does not leave the port marked.
         port.pages.set_pace(Pace::Slow);
         self.touch();
         let thread = match self.slow.thread {
@@ -122,7 +154,7 @@ impl Registry {
     }
 
     /// Once a second: ports that are not slow any more. Returns those that are back.
-    fn look_at_slow_ports(&mut self) -> Vec<Arc<PortShared>> {
+    pub(super) fn look_at_slow_ports(&mut self) -> Vec<Arc<PortShared>> {
         let mut back = Vec::new();
         for at in 0..self.ports.len() {
             let record = &self.ports[at];
@@ -141,6 +173,13 @@ impl Registry {
                 }
                 _ => {}
             }
+        }
+        let acknowledgements = &self.acknowledgements;
+        if self
+            .slow
+            .end_use(|generation| acknowledgements.reached(generation))
+        {
+            self.touch();
         }
         back
     }
@@ -168,7 +207,8 @@ impl Control {
         }
     }
 
-    /// Once a second: slow ports that are not any more, and those that never will be.
+    /// Once a second: reports slow ports that have recovered, and ends the sessions of those that
+    /// touch new pages without end.
     pub(super) fn look_at_slow_ports(&mut self) {
         for port in self.registry.look_at_slow_ports() {
             let text = "guest memory is as fast to touch as others' again";

@@ -62,9 +62,15 @@ impl<'t> Detoured<'t> {
                 payload: burst.payload(frame),
                 len: frame.len,
             };
+            let len = DETOUR_HEAD + frame.len as usize;
+            if writer.slots() < len {
+                continue;
+            }
+            // Counted first: a frame that is there and not counted would be left behind by whoever
+            // finds that nothing is under way. There is room, for nobody else writes.
+            self.detour.wrote(thread);
             let head = head_of(to, frame.len);
             if write_whole(writer, [&head], &content, frame.len as usize) {
-                self.detour.wrote(thread);
                 written |= 1 << number;
             }
         }

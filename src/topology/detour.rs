@@ -7,9 +7,11 @@
 //! sender, keep their order.
 //!
 //! A port that is not slow any more goes on receiving by this way from each poll thread until that
-//! one finds its buffer empty: what comes directly then is behind all that came before.
+//! thread finds its buffer empty: what comes directly then is behind all that came before. All slow
+//! ports share a thread's buffer, so a port comes back only once the frames to the others have a
+//! pause.
 //!
-//! Who has which end of a buffer is as with the pens of observers (`observe::pen`): a poll thread
+//! The ends of a buffer are handed out like the pens of observers (`observe::pen`): a poll thread
 //! takes its own when it takes over a topology, and the thread of slow ports takes all the reading
 //! ends.
 
@@ -20,7 +22,7 @@ use crate::stats::{Counter, MAX_POLL_THREADS};
 use crate::switch::PortRef;
 
 /// Bytes of a buffer: 700 frames of 1500 bytes. A poll thread that waits for nobody fills it in a
-/// millisecond; more would only be memory that a guest which is slow can use up.
+/// millisecond. A longer buffer would only let a slow guest occupy more memory.
 const BYTES: usize = 1 << 20;
 /// Bytes in front of each frame.
 pub const DETOUR_HEAD: usize = 10;
@@ -71,7 +73,7 @@ impl Detour {
         self.lanes.iter().map(|lane| lane.reader.take())
     }
 
-    /// A poll thread has written a frame.
+    /// A poll thread writes a frame: called before the frame can be seen.
     pub fn wrote(&self, thread: usize) {
         self.lanes[thread].written.add(1);
     }

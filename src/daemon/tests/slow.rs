@@ -94,3 +94,30 @@ fn queues_that_are_added_to_a_port_on_its_way_to_the_slow_thread_have_an_owner()
     record.stay_slow(first);
     assert_eq!(places(&script)[first], Place::On(2));
 }
+
+#[test]
+fn the_detour_stays_until_nobody_can_write_into_it() {
+    let mut script = script();
+    let has_detour = |script: &mut Script| script.eye.borrow().detour.clone();
+    look(&mut script, &[0, 1, 2]);
+    assert!(has_detour(&mut script).is_none());
+    script.registry.slow_down(0).unwrap();
+    script.registry.publish();
+    let detour = has_detour(&mut script).unwrap();
+    look(&mut script, &[0, 1, 2]);
+    script.registry.unregister(NAME);
+    script.registry.publish();
+    look(&mut script, &[0, 2]);
+    script.registry.look_at_slow_ports();
+    script.registry.publish();
+    assert!(has_detour(&mut script).is_some(), "thread 1 may write");
+    detour.wrote(1);
+    look(&mut script, &[1]);
+    script.registry.look_at_slow_ports();
+    script.registry.publish();
+    assert!(has_detour(&mut script).is_some(), "a frame is under way");
+    detour.is_done(1);
+    script.registry.look_at_slow_ports();
+    script.registry.publish();
+    assert!(has_detour(&mut script).is_none());
+}
