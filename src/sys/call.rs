@@ -1,12 +1,20 @@
 //! Calls to drivers, and who pays for slow ones.
 //!
-//! Signalling an eventfd takes as long as waking all that wait on it, and a frontend can hang
-//! twenty thousand waiters on its own (0.65 ms a signal). So poll threads time their batches. After
-//! a slow one its ports are suspects, whose calls are made one by one for a while, timed by the
-//! thread's CPU clock: being descheduled is nobody's fault. A port with one slow call has its calls
-//! *deferred*: poll threads ring the bell of its session, and that thread signals, until eight in a
-//! row were fast. Once its slow calls have cost poll threads more than [`BUDGET_US`] that is no way
-//! back any more: only a minute without a slow signal makes good for everything.
+//! A signal of an eventfd takes as long as waking all that wait on the eventfd. A frontend can hang
+//! twenty thousand waiters on its own eventfd, which makes a signal take most of a millisecond. So
+//! poll threads time their batches of calls, and a port moves between three ways of being called:
+//!
+//! - *Batch*: one system call for all calls of a pass. This is normal.
+//! - *Alone*: after a slow batch each of its ports is a suspect. Poll threads make a suspect's
+//!   calls one by one and time them by the thread's CPU clock. A thread that lost its CPU proves
+//!   nothing.
+//! - *Deferred*: after one slow call made alone. Poll threads ring the bell of the port's session,
+//!   and the session signals. Eight fast signals in a row lead back to *alone*.
+//!
+//! Once slow calls have cost poll threads more than [`BUDGET_US`], fast signals no longer lead
+//! back. Only a minute without a slow signal forgives everything, from any state.
+//!
+//! The port is charged, not the descriptor or the session: a frontend renews both at will.
 
 use std::fs::File;
 use std::io;

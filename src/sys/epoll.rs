@@ -1,11 +1,14 @@
 //! Where an idle poll thread sleeps: on the kick eventfds of its queues, and on a bell of its own.
 //!
-//! Kicks are registered edge-triggered and never read: a frontend can clear O_NONBLOCK and make a
-//! read block for ever, and one that is always readable would keep a level-triggered epoll awake.
-//! Every kick is a write, and every write is an edge, so none is missed.
+//! Nothing else wakes the thread. A publication rings the bell only of threads whose work changed,
+//! so other threads sleep through the changes of other ports.
 //!
-//! Sessions add and remove descriptors while the thread sleeps; the kernel allows that. A
-//! descriptor must be removed before it is closed: the frontend still has the description open, so
+//! Kicks are registered edge-triggered and never read. A frontend can clear O_NONBLOCK and make a
+//! read block for ever. A descriptor that is always readable would keep a level-triggered epoll
+//! awake. Every kick is a write and every write is an edge, so no kick is missed.
+//!
+//! Control adds and removes descriptors while the thread sleeps; the kernel allows that. Control
+//! must remove a descriptor before it is closed: the frontend still has the description open, so
 //! closing alone would leave it registered.
 
 use std::io;

@@ -1,9 +1,12 @@
-//! Thin wrappers over Linux: one small file per facility, no policy.
+//! Thin wrappers over Linux: one small file per facility.
 //!
-//! Callers are the poll threads (`aio`, `epoll`, `affinity`), sessions (`eventfd`, `call`, `peer`)
-//! and the control side (`listen`, `wake`, `signal`, `sched`, `thread`); `refused` words what the
-//! system refuses any of them. What has a safe wrapper in `rustix` or `vmm-sys-util` uses it; the
-//! rest calls `libc`. Nothing here knows of rings, ports or messages.
+//! Two files hold policy as well, because they count the cost of a system facility by port: `call`
+//! (slow signals) and `pages` (slow page faults). `snapshot` is no wrapper: it is the
+//! read-copy-update by which control reaches the poll threads. No file knows of rings, messages or
+//! frames.
+//!
+//! `refused` words what the system refuses. What has a safe wrapper in `rustix` or `vmm-sys-util`
+//! uses that wrapper; the rest calls `libc`.
 
 pub mod affinity;
 pub mod aio;

@@ -1,19 +1,20 @@
 //! What touching the memory of a port's guests costs, and who pays for that.
 //!
-//! A frontend can make its guest's memory slow to touch: a hole that it punches keeps whoever
-//! touches a page inside waiting until the whole hole is punched (0.7 s for 4 GiB), and pages that
-//! do not exist (yet, or again) are made on the thread that touches them first (0.1 ms and more for
-//! a huge one). So poll threads notice page faults in passes that were long, find out whose memory
-//! it was (`poll::watch`), and charge it here. A port whose memory has cost more than [`BUDGET_US`]
-//! is *slow*: a thread that only such ports share touches its memory from then on.
+//! A frontend can make its guest's memory slow to touch. A hole that it punches keeps whoever
+//! touches a page inside waiting until the whole hole is punched. Pages that do not exist are made
+//! on the thread that touches them first. So poll threads notice page faults in long passes, find
+//! out whose memory it was (`poll::watch`), and charge the port here. A port whose memory has cost
+//! more than [`BUDGET_US`] is *slow*: from then on a thread that only such ports share touches its
+//! memory.
 //!
-//! - The budget is cost, not faults: a guest's first use of each page is a fault of a microsecond
-//!   or four. What a frame costs that lies in one such page is not charged at all (`poll::watch`),
-//!   and [`REFILL_US`] a second are forgiven, for guests that go on to new pages now and then.
-//! - Only a minute without a slow touch ends it. The last of those is kept over sessions.
-//! - A port that stays slow and makes the switch touch ever new pages, more than `LAPS` times all
-//!   that its guest has, punches holes again and again; its session is ended. What it can make the
-//!   switch use up is the size of its memory at most, which it can use up by itself, too.
+//! - The budget is cost, not faults: a guest's first use of each page is one short fault. A frame
+//!   that lies in one such page is not charged (`poll::watch`). [`REFILL_US`] a second are
+//!   forgiven, for guests that go on to new pages now and then.
+//! - Only a minute without a slow touch ends the state. The time of the last slow touch outlives
+//!   the session.
+//! - A slow port may make the switch touch ever new pages, more than `LAPS` times all that its
+//!   guest has. Then the guest punches holes again and again, and its session is ended. So the
+//!   memory that a guest can make the switch use is at most its own size.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};

@@ -1,7 +1,8 @@
-//! How much a thread ran, and how long it waited for its CPU.
+//! CPU time, page faults and waits of a thread.
 //!
-//! A poll thread that waits was not alone on its CPU: its guests see that as latency, so the
-//! control thread watches it.
+//! A poll thread reads its own CPU time once a second and after a long pass. The difference to the
+//! clock is the time in which the thread had no CPU. Its guests see that time as latency, so the
+//! thread counts it.
 
 use std::io;
 use std::time::Duration;
