@@ -1,10 +1,12 @@
 //! The switch as the poll threads see it: an immutable snapshot.
 //!
-//! Control builds a new one for every change and publishes it (`sys::snapshot`); poll threads
-//! borrow it. All that a pass needs stands here ready-made and flat: nothing is allocated, locked
-//! or looked up by name on a poll thread. Whatever a topology refers to (rings, memory,
-//! descriptors) lives until the last poll thread has acknowledged a newer one, and is then dropped
-//! on the reaper thread.
+//! Control builds a new topology for every change and publishes it (`sys::snapshot`); poll threads
+//! borrow it. A new topology shares with its predecessor the ports and plans that stay unchanged,
+//! so a port without a guest changes no thread's plan.
+//!
+//! All that a pass needs stands here ready-made and flat: nothing is allocated, locked or looked up
+//! by name on a poll thread. Whatever a topology refers to (rings, memory, descriptors) lives until
+//! the last poll thread has acknowledged a newer topology.
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -1,21 +1,25 @@
 //! Guest memory: regions that frontends share, mapped here, and checked places in them.
 //!
 //! A session builds a new immutable [`GuestMemory`] for every SET_MEM_TABLE, ADD_MEM_REG and
-//! REM_MEM_REG; topologies hold it through an `Arc`, so nothing is unmapped under a poll thread,
-//! and the last owner (the reaper) runs the munmap. Regions that did not change are the same
-//! mapping in both maps.
+//! REM_MEM_REG. Topologies hold it through an `Arc`, so nothing is unmapped under a poll thread.
+//! Regions that did not change are the same mapping in both maps.
+//!
+//! The last owner runs the munmap: the reaper, or the guest's session. A session waits until no
+//! poll thread uses its old device, then drops its own reference. If the reaper has dropped the
+//! last topology by then, the session is the last owner. It is never a poll thread and never the
+//! API.
 //!
 //! Invariants:
-//! * Guest memory never becomes a Rust reference; the only way in is a [`Window`].
+//! * Guest memory never becomes a Rust reference. The only way in is a [`Window`].
 //! * A window cannot outlive its mapping: it borrows from the map, or from a [`PinnedWindow`], and
 //!   both hold the [`Region`].
-//! * Only memory files are mapped (memfd, tmpfs, hugetlbfs): a page fault on FUSE or NFS could
-//!   block a poll thread for ever, and on a disk for as long as it takes to read the page. A region
-//!   in any other file is left out of the map, and the guest goes on with the rest.
-//! * Every mapping is known to the SIGBUS [`fence`] from before its first use until just before
-//!   its munmap, because a frontend can truncate the file at any time.
+//! * Only memory files are mapped (memfd, tmpfs, hugetlbfs). A page fault on FUSE or NFS could
+//!   block a poll thread for ever, and one on a disk for as long as the disk takes. A region in any
+//!   other file is left out of the map, and the guest goes on with the rest.
+//! * Every mapping is known to the SIGBUS [`fence`] from before its first use until just before its
+//!   munmap, because a frontend can truncate the file at any time.
 //!
-//! Left out: postcopy (userfaultfd) and a vIOMMU; neither is offered to frontends.
+//! Left out: postcopy (userfaultfd) and a vIOMMU. Neither is offered to frontends.
 
 mod array;
 pub mod fence;

@@ -1,10 +1,20 @@
 //! A port: what outlives its users, and what only poll threads may reach.
 //!
-//! Two halves. [`PortShared`] is name and counters: statistics readers, captures and API requests
-//! may hold it as long as they like; after removal control finds no port of that registration any
-//! more, and answers "gone". [`Device`] is guest memory, rings and file descriptors of one session:
-//! reachable only from a topology, so that its last reference is dropped on the reaper and no other
-//! thread ever runs an munmap.
+//! A port has two halves.
+//!
+//! - [`PortShared`] is name and counters. Statistics readers, captures and API requests may hold it
+//!   as long as they like. After removal control finds no port of that registration any more, and
+//!   answers "gone".
+//! - [`Device`] is guest memory, rings and file descriptors of one session. Only topologies and the
+//!   session hold it. So the reaper or the session drops the last reference, and no other thread
+//!   ever runs an munmap.
+//!
+//! The life of a port: a `PortSpec` is parsed; everything that can fail is built (name, socket,
+//! event registration); `register` publishes the port; frontends come and go, each with a session;
+//! `unregister` publishes a topology without the port and frees its name and socket path.
+//!
+//! A port's slot is reused. So everything that names a port (FDB entries, sessions, event data)
+//! also carries the port's generation or identity.
 
 use std::fmt;
 use std::io;
