@@ -1,8 +1,11 @@
 //! Delivery of a burst's frames into one receive queue: claim, fill, commit, publish.
 //!
-//! Claims are made as late as possible, after decision and lengths, because an open claim of a
-//! descheduled thread delays what that queue's driver sees: at most 32 frames or 64 KiB, one open
-//! claim a thread.
+//! An open claim of a descheduled thread delays what that queue's driver sees. So claims are made
+//! late, after decision and lengths. A claim is small: at most 32 frames or 64 KiB. A thread has at
+//! most one open claim.
+//!
+//! A ring that is short of buffers is delivered to sender by sender, each within its share
+//! (`virtio::share`).
 
 use arrayvec::ArrayVec;
 

@@ -1,4 +1,6 @@
-//! From verdicts to receive queues: grouping by egress, retries, completions, calls.
+//! From verdicts to receive queues: grouping by egress, retries, completions, calls. A frame that
+//! finds no buffer gets one retry at the end of the pass, with its sender's later frames behind it.
+//! If the retry fails, the frame is dropped and counted. So the sender's ring always drains.
 
 use arrayvec::ArrayVec;
 

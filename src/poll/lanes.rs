@@ -1,4 +1,8 @@
 //! Which frames of a burst go to one port, and to which of its receive queues.
+//!
+//! A hash of the flow chooses the receive queue. Virtio says that a device SHOULD choose the pair
+//! from which the guest sends the flow's answers (virtio 1.2 §5.1.6.5.5). That would take a table
+//! of flows that is written with every frame, so the switch does not do it.
 
 use arrayvec::ArrayVec;
 

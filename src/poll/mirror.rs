@@ -1,8 +1,11 @@
-//! What mirrors have copied in one pass goes to their destinations before the next.
+//! Copies that mirrors have made in one pass are sent to their destinations before the next pass.
 //!
-//! A copy takes the usual way into a receive queue, but it has no sender: nothing is learned from
-//! it, no chain waits for it, it has no share of a ring that is short, and there is no retry. Where
-//! there is no room it is the mirror that has missed a frame, and no port that has dropped one.
+//! Copies wait for the next pass because a mirror of a flood must not hold up the frames that it
+//! copies. If the thread leaves the topology first, the copies are sent then.
+//!
+//! A copy takes the usual way into a receive queue, but it has no sender. Nothing is learned from a
+//! copy, no chain waits for it, it has no share of a ring that is short, and there is no retry. If
+//! there is no room, the mirror has missed a frame; no port has dropped one.
 
 use crate::frame::{put_header_part, receive_header};
 use crate::observe::{Kind, Lane, Pen};

@@ -1,11 +1,22 @@
 //! A poll thread: passes over the transmit queues it owns, deliveries into any port, sleep when
 //! idle.
 //!
-//! It never blocks: no lock, no allocation, no channel, no log, and no system call but one batch of
-//! calls a pass, the idle sleep, and a look at its own CPU time where that cannot matter: once a
-//! second, and after a pass that was long already. The look tells a long pass from a thread that
-//! had no CPU. It borrows the topology, and acknowledges a new one after the burst that it is at;
-//! see `sys::snapshot`.
+//! A poll thread never blocks: no lock, no allocation, no channel, no log. Its system calls are
+//! these and no other:
+//!
+//! - Calls of drivers: one `io_submit` for all calls of a pass. A pass with very many copies makes
+//!   several (`egress`). A suspect port costs one `io_submit` and two looks at the CPU clock for
+//!   each of its calls (`notify`, `sys::call`).
+//! - The idle sleep. `busy` threads never sleep; `adaptive` threads first spin. Kicks are
+//!   suppressed while the thread polls. Before it sleeps it asks for kicks, then looks at each ring
+//!   once more.
+//! - A look at its own CPU time and page faults: once a second, and after a pass that was long
+//!   already. The look tells a long pass from a thread that had no CPU. Alarmed threads look more
+//!   often (`watch`).
+//!
+//! The thread borrows the topology, and acknowledges a new one after the burst that it is at
+//! (`sys::snapshot`). Before it acknowledges, it settles everything that it owes: claims,
+//! completions, retries, calls.
 
 mod context;
 mod deliver;

@@ -1,5 +1,8 @@
-//! Making calls: one system call for all of a pass, and slow ones for their ports' sessions to
-//! make.
+//! Making calls: with one system call for all calls of a pass.
+//!
+//! Calls are also made within a pass, after `PASS_COPIES` copies and when the list
+//! of queues to call is full. Calls of suspect ports are made one by one; slow calls are left to
+//! the sessions of their ports (`sys::call`).
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;

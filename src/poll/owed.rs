@@ -1,15 +1,17 @@
 //! Completions that must wait.
 //!
-//! A transmit chain goes back to its driver when its frame is *published*, not merely committed: if
-//! the process is killed in between, the guest's next attachment replays the frame instead of
-//! losing it. Usually everything is published when the burst ends. Where another thread's open
-//! claim stands in front, or the frame is held for a retry, the chain and all later ones of its
-//! queue wait here (a queue completes in available order), from pass to pass: the thread itself
-//! goes on.
+//! A transmit chain goes back to its driver when its frame is *published*, not when it is
+//! committed. If the process is killed between the two, the guest's next attachment replays the
+//! frame instead of losing it. Usually everything is published when the burst ends. A chain waits
+//! here if its frame stands behind another thread's open claim, or is held for a retry. All later
+//! chains of its queue wait with it, since a queue completes in available order. The thread itself
+//! goes on, from pass to pass; it adopts no other topology meanwhile.
 //!
-//! Behind a thread that has lost its processor they would wait for as long as that takes, and what
-//! their senders have for others would wait with them. So after [`HOLD_NS`] they are completed all
-//! the same.
+//! If the other thread has lost its CPU, the wait could last long, and what the senders have for
+//! other receivers would wait too. So after [`HOLD_NS`] the chains are completed all the same, and
+//! later ones at once until that receive queue moves (`completed_early`). The same happens to
+//! chains for which the list of waits has no room. The price: frames of such chains are lost if the
+//! process is killed at that moment.
 
 use arrayvec::ArrayVec;
 

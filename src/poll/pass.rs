@@ -1,8 +1,16 @@
 //! One topology's passes: take, decide, deliver, complete, notify.
 //!
 //! A [`Pass`] lives as long as its thread borrows one topology. Nothing of it survives:
-//! [`Pass::settle`] makes retries, publishes, completes and notifies, so that at an acknowledgement
-//! no claim is open and no chain is owed.
+//! [`Pass::settle`] makes retries, publishes, completes and notifies. So at an acknowledgement no
+//! claim is open and no chain is owed.
+//!
+//! Taking reads the available index once a queue and burst, with one acquire load. Each descriptor
+//! is read once into a local copy and checked against the memory map. A malformed chain goes back
+//! with length 0 in its turn and is counted. An impossible ring is not read again until its next
+//! start.
+//!
+//! A queue gives at most a burst's worth of frames, or [`QUEUE_BYTES`], a pass; then the thread's
+//! other queues have their turn. The next pass starts one queue further on.
 
 use arrayvec::ArrayVec;
 

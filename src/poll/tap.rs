@@ -1,8 +1,9 @@
 //! Where observers look at the data path.
 //!
-//! A pass without observers finds `None` in its context and does nothing of this. With some, each
-//! step hands over its frames here: entered, decided, delivered, dropped. All of it writes into the
-//! thread's own lanes and waits for nobody.
+//! A pass without observers finds `None` in its context and does nothing of this: one test a burst,
+//! one a claim and one at each drop. Nothing is carried in a frame for observers. With observers,
+//! each step hands over its frames here: entered, decided, delivered, dropped. All of it writes
+//! into buffers of the thread's own and waits for nobody.
 
 use std::cell::RefCell;
 
