@@ -1,12 +1,13 @@
 //! The forwarding data base: which port a station is behind.
 //!
-//! One table for all poll threads. Look-ups and learning take no lock and wait for nobody; the
+//! One table serves all poll threads. Look-ups and learning take no lock and wait for nobody; the
 //! control thread removes. Key (VLAN and address) and value (slot, generation, flags) do not fit
-//! one word, so what keeps a reader from pairing one key with another's port is this:
+//! one word. Two rules keep a reader from pairing one key with another's port, without a sequence
+//! lock or 128-bit words. A reader costs two loads and never retries.
 //!
-//! * **A key word does not change while anybody may look at it.** To insert is to
-//!   compare-and-swap the key from `EMPTY`, then to fill in the value; a reader that finds the key
-//!   without a value treats it as unknown. To move is to compare-and-swap the value.
+//! * **A key word does not change while anybody may look at it.** To insert is to compare-and-swap
+//!   the key from `EMPTY`, then to fill in the value. A reader that finds the key without a value
+//!   treats the key as unknown. To move is to compare-and-swap the value.
 //! * **Only control removes**, in two steps. First the value becomes `FREED` and the key
 //!   `TOMBSTONE`, which matches nothing and cannot be taken. Then, once every poll thread has
 //!   passed a point at which it looks at no cell, [`Fdb::reclaim`] makes the cell `EMPTY`. A
@@ -18,9 +19,9 @@
 //! [`Fdb::learn`] and [`Fdb::lookup`] are for threads that control waits for before it reclaims.
 //! Everything else takes a lock that no poll thread ever touches.
 //!
-//! Nobody is evicted to make room: a port that invents addresses meets its own quota, a full table
-//! refuses newcomers, and what is not in the table is flooded. Moves are limited per second at the
-//! port that takes the address, so a port cannot make all others' entries flap.
+//! Nobody is evicted to make room. A port that invents addresses meets its own quota, a full table
+//! refuses newcomers, and frames to addresses outside the table are flooded. Moves are limited per
+//! second at the port that takes the address, so a port cannot make all others' entries flap.
 
 mod control;
 mod limits;

@@ -1,8 +1,13 @@
 //! The split virtqueue as the device sees it (virtio 1.2 §2.7).
 //!
-//! Only what touches the ring in guest memory; positions, claims and completions are kept by
-//! [`super::ReceiveQueue`] and [`super::TransmitQueue`]. Our own `used.idx` is read once, at ring
-//! start: a guest can rewrite it, so the 64-bit position is kept privately.
+//! This file only touches the ring in guest memory. Positions, claims and completions are kept by
+//! [`super::ReceiveQueue`] and [`super::TransmitQueue`].
+//!
+//! - The device's own `used.idx` is read once, at ring start. A guest can rewrite it, so the 64-bit
+//!   position is kept privately.
+//! - Used elements are written while a claim is filled. No private copy is needed, because no
+//!   driver reads them before `used.idx` passes them. (Packed rings need private notes: their flags
+//!   make the elements visible.)
 
 use std::sync::atomic::{Ordering, fence};
 
