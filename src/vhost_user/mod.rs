@@ -1,21 +1,23 @@
 //! The vhost-user protocol: one conversation with one frontend.
 //!
-//! [`serve`] is the whole life of a session thread. It reads messages, keeps what they said in a
-//! `DeviceState`, and after each message that changes something hands a new immutable
-//! [`Device`] to a [`DeviceSink`]. It knows nothing of a switch, of topologies or of
-//! poll threads: "nobody uses the old device any more" is all it ever waits for, through
-//! [`DeviceSink::settle`].
+//! [`serve`] is the whole life of a session thread. It reads messages and keeps what they said in a
+//! `DeviceState`. After each message that changes something it hands a new immutable [`Device`] to
+//! a [`DeviceSink`]. It knows nothing of a switch, of topologies or of poll threads. All that it
+//! ever waits for, through [`DeviceSink::settle`], is "nobody uses the old device any more".
 //!
 //! Framing, descriptor passing and most message checks are those of the `vhost` crate
-//! (`BackendReqHandler`); `message` looks at each header first, waits until the whole message has
+//! (`BackendReqHandler`). `message` looks at each header first, waits until the whole message has
 //! arrived, and answers the messages that the crate does not know.
 //!
 //! Rules:
-//! * Everything a frontend sends is hostile. Nothing here panics, nothing waits for ever on half a
-//!   message or on a peer that reads no replies, and no descriptor is kept that the message should
-//!   not have had.
+//! * Everything a frontend sends is hostile. Nothing here panics. Nothing waits for ever on half a
+//!   message or on a peer that reads no replies. No descriptor is kept that the message should not
+//!   have had.
 //! * Memory and rings are let go in one place (`DeviceState::stop`): first the sink gets a device
 //!   without them, then everybody has acknowledged it, then they are dropped.
+//! * A session waits for acknowledgements only where the protocol demands it: GET_VRING_BASE,
+//!   memory changes, disable, reset, disconnect. The wait has no deadline. A thread that has not
+//!   acknowledged may still write into the guest's memory, so an earlier answer would be wrong.
 //! * A refused message is answered with a non-zero acknowledgement where the frontend asked for
 //!   one, and ends the session otherwise. Settings that merely do not work yet are kept: real
 //!   frontends send them in any order.

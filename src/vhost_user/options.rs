@@ -1,4 +1,7 @@
 //! What a session offers to its frontend.
+//!
+//! RSS and HASH_REPORT are not offered. They are configured through the control queue, which is the
+//! VMM's own in vhost-user, and neither QEMU nor cloud-hypervisor passes that configuration on.
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::virtio_config::{

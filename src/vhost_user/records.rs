@@ -1,20 +1,25 @@
 //! Where the records of packed rings are kept ([`crate::virtio::redo`]): one small file a ring, in
 //! a directory in memory.
 //!
-//! Why files, and not INFLIGHT_SHMFD, which was made for this: nobody asks for it here. QEMU uses
-//! it for its block devices and not for vhost-user-net, DPDK's virtio-user not at all, and
-//! cloud-hypervisor's guests have no packed rings. A descriptor that the frontend kept would also
-//! be memory that a frontend can write.
+//! **Why files, and not INFLIGHT_SHMFD, which was made for this.** No frontend asks for it here.
+//! QEMU uses it for its block devices and not for vhost-user-net, DPDK's virtio-user not at all,
+//! and cloud-hypervisor's guests have no packed rings. A descriptor that the frontend kept would
+//! also be memory that a frontend can write.
 //!
-//! A record is believed only for the very same ring: the same memory file (its inode lives as long
-//! as its VM), the same addresses, size and features, and the same SET_VRING_BASE. A frontend that
-//! has lost its backend says again what it said at the last start; one whose guest has reset its
-//! device says slot 0. What is left, a guest that reset a device which had started at slot 0 and
-//! has its new ring in the old place, shows in the ring, which its driver cleared.
+//! **When a record is believed.** Only for the very same ring: the same memory file (its inode
+//! lives as long as its VM), the same addresses, size and features, and the same SET_VRING_BASE. A
+//! frontend that has lost its backend repeats what it said at the last start. A frontend whose
+//! guest has reset its device says slot 0. One case is left: a guest that reset a device which had
+//! started at slot 0 and has its new ring in the old place. That shows in the ring, which its
+//! driver cleared.
 //!
-//! A record is forgotten when a position was handed over (GET_VRING_BASE), after RESET_DEVICE, and
-//! with its port. Not before the answer is on its way: a process that is killed in between would
-//! leave a ring whose position nobody knows.
+//! **When a record is forgotten.** When a position was handed over (GET_VRING_BASE), after
+//! RESET_DEVICE, and with its port. Not before the answer is on its way: a process that is killed
+//! in between would leave a ring whose position nobody knows.
+//!
+//! **When a ring cannot go on.** Without the directory, a guest with packed rings stands still
+//! after a restart of the switch, until it resets its device. So does a guest whose switch is
+//! killed between forgetting the record at GET_VRING_BASE and the frontend reading the answer.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;

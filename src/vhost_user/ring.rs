@@ -1,8 +1,24 @@
 //! One vring: what the frontend said about it, and the queue once it runs.
 //!
-//! A ring runs when its size, its addresses, a kick descriptor (or the word that there is none),
-//! the features and the memory are known, whatever the order they came in, until GET_VRING_BASE.
-//! QEMU, cloud-hypervisor and DPDK agree on none of that order.
+//! **When a ring starts.** A ring runs when its size, its addresses, a kick descriptor (or the word
+//! that there is none), the features and the memory are known, until GET_VRING_BASE. The order does
+//! not matter: QEMU, cloud-hypervisor and DPDK agree on none.
+//!
+//! **Where a ring starts.** A split ring starts at the `used.idx` found in its memory, whatever
+//! SET_VRING_BASE said; a difference is logged. That is exact for QEMU, for cloud-hypervisor (which
+//! sends its available index) and for DPDK's virtio-user (which sends 0). A packed ring starts
+//! where SET_VRING_BASE says, unless the switch has been away: nothing in the ring's memory says
+//! where it stands, so that is kept in a record (`virtio::redo`).
+//!
+//! **The call at a start.** Every start is a new queue object, and its session calls its driver
+//! once: the driver may be asleep on work that was finished before a restart. No poll thread makes
+//! that call, because its other guests would wait. A new call descriptor of a running ring is
+//! called too, once all poll threads have acknowledged it: a call through the old one may not have
+//! reached the driver.
+//!
+//! **A disabled ring.** Frames on a disabled ring are discarded, as the protocol says. But a
+//! transmitq that was never told waits for its first SET_VRING_ENABLE: frontends send that message
+//! last, and a guest's pending frames must survive a restart of the switch.
 
 use std::sync::Arc;
 
