@@ -1,4 +1,7 @@
 //! A capture as its client sees it: pcapng blocks, into files or as lines.
+//!
+//! The API makes pcapng, and the client cuts it into files. So `curl` alone is enough for a
+//! capture, and a rotation needs to know blocks only.
 
 use std::fs::File;
 use std::io::{self, Write};

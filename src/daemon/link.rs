@@ -1,8 +1,12 @@
 //! The mailbox between one session and control.
 //!
-//! A session posts its newest device and goes on; control takes whatever is newest once per turn of
-//! its loop. So ten thousand SET_VRING_ENABLE of one frontend are one publication a turn, and delay
-//! nobody.
+//! A session posts its newest device and goes on. Control takes the newest device of each session
+//! once a turn of its loop, and publishes once. So ten thousand SET_VRING_ENABLE of one frontend
+//! are one publication a turn.
+//!
+//! A port that posts too often (`POSTS` at once, then one every `POST_EVERY`) is not published in
+//! each turn: all such ports share one publication every `LATE`. So they delay only their own
+//! guests.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

@@ -2,15 +2,15 @@
 //!
 //! | thread | does | may block? |
 //! |---|---|---|
-//! | `poll-N` | passes over its transmit queues; delivers into any port | never |
-//! | `poll-slow` | the same for ports whose memory is slow to touch | in their page faults |
-//! | `session-NAME` | the vhost-user conversation with one frontend | yes, only its own VM waits |
-//! | control (the caller of [`run`]) | sockets, timers, signals, commands; the only publisher | briefly |
-//! | `reaper` | drops retired views: munmap, close | yes |
+//! | `poll-N` (any number, pinned by `--poll-cpus`) | passes over its transmit queues; delivers into any port | never (`poll`) |
+//! | `poll-slow` (made when needed) | the same for ports whose memory is slow to touch | in the page faults of these ports, never behind others' claims |
+//! | `session-NAME` (one for each frontend) | the vhost-user conversation, and the commands of its guest's driver | yes, only its own VM waits |
+//! | control (the caller of [`run`]) | sockets, timers, signals, commands; owns the registry; the only publisher | briefly |
+//! | `reaper` | drops retired topologies: munmap in steps, close | yes |
 //! | `closer` | closes sockets that nobody has read to their end | yes |
 //! | `api`, `api-call`, `api-stream` | HTTP on a unix socket; one call each; one endless answer each | yes |
 //! | `start` | adds the ports of the command line, and ends | yes |
-//! | `log` (of the command) | writes the log to standard error | yes |
+//! | `log` (of the command) | writes the log to standard error; others lose lines instead of waiting | yes |
 
 mod accept;
 mod balance;
