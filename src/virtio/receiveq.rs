@@ -1,8 +1,11 @@
 //! A receiveq: buffers that the driver made available, claimed by any poll thread at any time.
 //!
-//! The protocol is `claim.rs`; here it meets the ring. A [`Claim`] is one thread's open claim:
-//! which frames of a burst got which buffers. Its buffers were read before the swap that won the
-//! positions (once, into private copies; a lost swap discards them).
+//! The protocol is `claim.rs`; here the protocol meets the ring. A [`Claim`] is one thread's open
+//! claim: which frames of a burst got which buffers. Its buffers were read before the swap that won
+//! the positions, once, into private copies. A lost swap discards the copies.
+//!
+//! A lost claim and a full ring are ordinary outcomes. A claim that contradicts the ring's own
+//! state (an available index that is impossibly far ahead) marks the ring broken, once.
 
 use super::chain::{ChainError, Direction, MAX_CHAIN, Windows};
 use super::claim::{Claims, Published};

@@ -1,43 +1,46 @@
 //! What a packed ring needs to go on after its process was killed.
 //!
-//! Nothing in a packed ring says where the device stands, and a used element overwrites only the
-//! first slot of its chain: the others go on looking available. So the position cannot be found
-//! again by looking, and QEMU, which knows only where the ring started, cannot tell it either. This
+//! Nothing in a packed ring says where the device stands. A used element overwrites only the first
+//! slot of its chain, and the other slots go on looking available. So the position cannot be found
+//! by looking, and QEMU, which knows only where the ring started, cannot tell it either. This
 //! record can:
 //!
 //! ```text
 //! words 0..8    whose record it is (vhost_user: ring, memory, what SET_VRING_BASE said)
-//! word  8       slot and wrap counter of the published position; descriptors of the run being published, or 0
-//! words 16..    by slot, the used element that is to be written there; behind that of a chain of several
-//!               descriptors, how many
+//! word  8       slot and wrap counter of the published position; descriptors of the run that is
+//!               being published, or 0
+//! words 16..    by slot, the used element that is to be written there; for a chain of several
+//!               descriptors, the word behind the element says how many
 //! ```
 //!
-//! 128 bytes and 8 a slot. It has no lap or sequence number of its own: the flags in the ring,
-//! which the driver sees, too, say which of the three cases below it is, and the identity takes the
-//! place of one for a ring that is another.
+//! A record takes 128 bytes and 8 bytes a slot. It has no lap or sequence number of its own. The
+//! flags in the ring, which the driver sees too, say which of the three cases below holds. The
+//! identity tells another ring's record.
 //!
 //! The notes are what a packed ring needs anyway, because the publisher writes the elements of
-//! others. What the record adds to the data path is two stores of one word a run: before the first
-//! store to the ring, and after the last.
+//! other threads. What the record adds to the data path is two stores of one word a run: before the
+//! first store to the ring, and after the last.
 //!
 //! A process that is killed stops between two of its stores. Then, for the run of the record:
 //!
 //! | the word says | the run's first head | so | and the next process |
 //! |---|---|---|---|
 //! | no run | – | nothing is half done | goes on there |
-//! | a run | still available | its flags come last: the driver has seen nothing of the run | writes it again, from the same notes |
-//! | a run | used, or reused by the driver | the whole run is visible | goes on behind it |
+//! | a run | still available | its flags come last: the driver has seen nothing of the run | writes the run again, from the same notes |
+//! | a run | used, or reused by the driver | the whole run is visible | goes on behind the run |
 //!
-//! Writing a run again is the same as writing it once, as nobody touches its slots before its first
-//! flags are there. Its frames were copied before it was committed. Frames in claims that were not
-//! published are lost here and sent again by their senders, whose chains are completed later than
-//! that.
+//! Writing a run twice is the same as writing it once, because nobody touches its slots before its
+//! first flags are there. Its frames were copied before it was committed. Frames in claims that
+//! were not published are lost here. Their senders send them again, because their chains are
+//! completed after publication.
 //!
-//! `redo_tests` kills at each of these stores, and makes deliberate mistakes that it must find
-//! (`mutants`). Two things no record can tell, and then the ring stands still until its driver
-//! resets the device: that there is none (no memory for the file), and that a driver which started
-//! anew while no process was there left the ring's memory as it was. No driver known does: a ring
-//! is made of zeros.
+//! `redo_tests` kills the process at each of these stores, and makes deliberate mistakes that it
+//! must find (`mutants`). No record can tell two things, and then the ring stands still until its
+//! driver resets the device:
+//!
+//! - There is no record, because there was no memory for the file.
+//! - A driver started anew while no process was there, and left the ring's memory as it was. No
+//!   driver known does: a new ring is made of zeros.
 
 use std::sync::atomic::{AtomicU64, Ordering, compiler_fence};
 

@@ -1,14 +1,19 @@
 //! Shares of a receive ring that is short of buffers.
 //!
-//! First come, first served lets one sender that floods a slow receiver take every buffer the
-//! moment it is free, and a sender of one frame now and then finds none. So for two laps after a
-//! ring had no buffer for somebody, its last eighth is kept back, and each sending port draws from
-//! that at most one part in 32 of what the ring delivers. What it draws is counted in positions of
-//! the ring, which is the clock here: a slower receiver means smaller shares, and an idle one costs
-//! nobody anything. Rings that were never full know nothing of this.
+//! With first come, first served alone, a sender that floods a slow receiver takes every buffer the
+//! moment it is free, and a sender of few frames finds none. So for two laps after a ring had no
+//! buffer for somebody, the ring's last eighth is kept back. Each sending port draws from that at
+//! most one part in 32 of what the ring delivers.
 //!
-//! Everything is relaxed and approximate: two threads that count at the same time may lose one of
-//! the counts, and ports whose slots are equal modulo [`SOURCES`] share a share.
+//! - A sender's draw is counted in positions of the ring, which is the clock here. So a slower
+//!   receiver means smaller shares, and an idle receiver costs nobody anything.
+//! - A ring that was never full is first come, first served to the last buffer. So are senders of
+//!   many frames among each other.
+//! - A ring that makes no progress for [`STUCK`], because its driver posts fewer buffers than
+//!   before, gives up what it keeps, until more buffers are free at once.
+//!
+//! Everything is relaxed and approximate. Two threads that count at the same time may lose one of
+//! the counts. Ports whose slots are equal modulo [`SOURCES`] share a share.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
