@@ -1,14 +1,14 @@
 //! Passes of a thread that is alarmed, and of the thread that serves ports whose memory is slow to
 //! touch.
 //!
-//! In both, a burst holds frames of one transmit queue only, and the cost of reading them is charged
-//! to that queue's port (see `watch`).
+//! In both, a burst holds frames of one transmit queue only, and the cost of reading them is
+//! charged to that queue's port (see `watch`).
 //!
 //! The thread of slow ports may block in their memory for any time, but never while it holds
 //! something that others need, such as an open claim. So it copies each frame whole into private
-//! memory before it claims anything in a healthy receiver's queue, takes few frames at a time, one
-//! queue of each port in a pass, and looks whether its topology is out of date between them. Slow
-//! ports among each other share what this thread can do.
+//! memory before it claims anything in a healthy receiver's queue. It takes few frames at a time,
+//! and one queue of each port in a pass. Between them it looks whether its topology is out of date.
+//! Slow ports share among each other what this thread can do.
 
 use arrayvec::ArrayVec;
 

@@ -1,34 +1,35 @@
 //! Whose memory a poll thread waits for.
 //!
-//! A page fault can keep the thread for as long as whoever owns the page likes (see `sys::pages`),
-//! and it cannot be foreseen: only a system call would tell whether a page is there, and it may go
-//! between question and use. So the thread finds out afterwards, and makes sure that it does not
-//! happen again:
+//! A page fault can keep the thread for as long as the owner of the page likes (see `sys::pages`).
+//! A fault cannot be foreseen: only a system call would tell whether a page is there, and the page
+//! may go between question and use. So the thread finds out afterwards, and makes sure that it does
+//! not happen again:
 //!
 //! - A pass that was long, and in which there were page faults, *alarms* the thread. This costs
-//!   nothing where passes are short: one look at [`own_usage`] in a place where the thread looks at
-//!   its CPU time.
-//! - While it is alarmed, each transmit queue's frames are a burst of their own, the sender's pages
-//!   are touched before anything is claimed for them, and each *step* (one queue taken from and
-//!   read, one port delivered to) is timed. A long one with faults is charged to the port whose
-//!   memory was touched in it. Short steps cost two looks at the clock.
-//! - A port is *suspect* where a step does not tell who is to pay: a delivery that was long, whose
-//!   copies read the sender's memory and write the receiver's; a long step in which the thread lost
-//!   its CPU; many short steps of one port that make a pass long. While the alarm lasts, faults are
-//!   counted for each step of a suspect port, and its frames are copied into private memory before
-//!   they are delivered. So reading is charged to the sender alone, and writing to the receiver.
+//!   nothing while passes are short: one look at [`own_usage`] where the thread looks at its CPU
+//!   time.
+//! - While the thread is alarmed, each transmit queue's frames are a burst of their own. The
+//!   sender's pages are touched before anything is claimed for them. Each *step* (one queue taken
+//!   from and read, one port delivered to) is timed. A long step with faults is charged to the port
+//!   whose memory was touched in it. Short steps cost two looks at the clock.
+//! - A port is *suspect* if a step does not tell who is to pay. There are three such steps: a long
+//!   delivery, whose copies read the sender's memory and write the receiver's; a long step in which
+//!   the thread lost its CPU; many short steps of one port that make a pass long. While the alarm
+//!   lasts, faults are counted for each step of a suspect port, and its frames are copied into
+//!   private memory before they are delivered. So reading is charged to the sender alone, and
+//!   writing to the receiver.
 //! - Steps of a suspect port with faults are added up. What exceeds [`LONG_STEP_NS`] in a pass is
 //!   charged. So many queues with a few new pages each cost a port as much as one queue with many.
-//! - An alarm lasts [`ALARM`] times as long as what caused it, and ends soon where the culprit is
+//! - An alarm lasts [`ALARM`] times as long as what caused it, and ends soon once the culprit is
 //!   found.
-//! - Frames of a queue that has many are a burst of their own always, and the reading of their
-//!   heads is timed. So the first wait of all, long as it may be, is charged as well if it is
-//!   there: that is where frames in a hole are first touched. A wait elsewhere, or for one of the
-//!   few frames that share a burst with others', names nobody: it only alarms, and the second one
-//!   is charged, or makes ports suspect, and then the third.
+//! - Frames of a queue that has many are always a burst of their own, and the reading of their
+//!   heads is timed. Frames in a hole are first touched there, so the very first wait is mostly
+//!   charged as well. A wait elsewhere, or for one of few frames that share a burst with others,
+//!   names nobody. It only alarms. The second wait is charged or makes ports suspect, and then the
+//!   third is charged.
 //!
 //! The kernel counts page faults and waits for the whole thread. They are read after a long step
-//! only, so the faults of the short steps before it are included; to bound that, an alarmed thread
+//! only, so the faults of the short steps before it are included. To bound that, an alarmed thread
 //! also reads them when a pass begins. Losing the CPU is not a wait. Unless the thread blocked by
 //! itself, a step is charged no more than the CPU time used since the faults were last read.
 

@@ -1,19 +1,18 @@
 //! The way of frames to ports whose memory is slow to touch.
 //!
 //! Only the thread that serves such ports touches their memory. A poll thread that has frames for
-//! one copies them, from their healthy sender, into a bounded buffer of its own, and is done with
-//! them: it completes their chains at once. The thread of slow ports delivers from there. What does
-//! not fit is a counted drop. A buffer is a queue, so frames of one poll thread, and so of one
-//! sender, keep their order.
+//! such a port copies them, from their healthy sender, into a bounded buffer of its own. It
+//! completes their chains at once, and is done with them. The thread of slow ports delivers from
+//! the buffer. A frame that does not fit is a counted drop. A buffer is a queue, so frames of one
+//! poll thread, and so of one sender, keep their order.
 //!
-//! A port that is not slow any more goes on receiving by this way from each poll thread until that
-//! thread finds its buffer empty: what comes directly then is behind all that came before. All slow
-//! ports share a thread's buffer, so a port comes back only once the frames to the others have a
-//! pause.
+//! A port that is no longer slow goes on receiving by this way from each poll thread until that
+//! thread finds its buffer empty. So a frame that comes directly is behind all that came before. All
+//! slow ports share a thread's buffer, so a port comes back only once the frames to the others have
+//! a pause.
 //!
-//! The ends of a buffer are handed out like the pens of observers (`observe::pen`): a poll thread
-//! takes its own when it takes over a topology, and the thread of slow ports takes all the reading
-//! ends.
+//! The ends of a buffer are taken as observers' pens are (`observe::pen`). A poll thread takes its
+//! writing end when it adopts a topology. The thread of slow ports takes all the reading ends.
 
 use rtrb::{Consumer, Producer, RingBuffer};
 
