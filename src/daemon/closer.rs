@@ -1,10 +1,10 @@
 //! Closing what control must not close: sockets that nobody has read to their end.
 //!
-//! Descriptors in a message that was not read are closed with the socket, by whoever closes it, and
-//! that may take as long as their sender likes: they can be sockets that linger, or files on FUSE.
-//! A session reads to the end of its socket before it ends, and only its own port waits. Sockets
-//! that no session had come here, to a thread of their own. Their frontends are hung up on at once;
-//! that thread may take as long as it must.
+//! Descriptors in an unread message are closed with the socket, by the thread that closes the
+//! socket. That may take as long as their sender likes: they can be sockets that linger, or files
+//! on FUSE. A session reads to the end of its socket before it ends, and only its own port waits.
+//! Sockets that no session had come here, to a thread of their own. Their frontends are hung up on
+//! at once; the thread may take as long as it must.
 
 use std::io;
 use std::os::fd::OwnedFd;

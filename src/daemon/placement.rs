@@ -1,10 +1,16 @@
 //! Which poll thread owns which transmit queue, and how a queue changes hands.
 //!
-//! A queue moves in two publications: one in which nobody owns it, and, when every poll thread has
-//! acknowledged that, one in which the new thread does. So it never has two owners, what the old
-//! one took is delivered before the new one takes more (a flow keeps its order), and nothing is
-//! lost: for the time between, frames wait in the guest's ring. A kick that comes meanwhile stays
-//! in its eventfd, and wakes the new thread when that adds the eventfd to its bed.
+//! A queue moves in two publications: one in which nobody owns the queue, and, when every poll
+//! thread has acknowledged that, one in which the new thread does. This needs no lock and no
+//! message between poll threads. The acknowledgement that frees memory also proves that nobody owns
+//! the queue.
+//!
+//! - A queue never has two owners.
+//! - What the old owner took is delivered before the new owner takes more, so a flow keeps its
+//!   order.
+//! - Nothing is lost: for the time between, frames wait in the guest's ring. A kick that comes
+//!   meanwhile stays in its eventfd, and wakes the new thread when the eventfd is added to the
+//!   thread's epoll.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,10 +1,10 @@
 //! The registry: which ports exist, and the one publisher of topologies.
 //!
-//! Owned by the control thread. `register` builds everything that can fail first and then
-//! publishes; frames may arrive before it returns. `unregister` publishes a view without the port,
-//! frees name and socket path, and returns: it waits for nobody. From the last acknowledgement of
-//! that generation on nobody touches the port's rings and memory, and their last reference is
-//! dropped by the reaper.
+//! The control thread owns it. `register` builds everything that can fail first and then publishes;
+//! frames may arrive before it returns. `unregister` publishes a topology without the port, frees
+//! name and socket path, and returns. It waits for nobody. Once all poll threads have acknowledged
+//! that topology, nobody touches the port's rings and memory, and the reaper drops their last
+//! reference (or the session, see `port`).
 
 use std::sync::Arc;
 use std::time::Instant;

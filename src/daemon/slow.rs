@@ -1,16 +1,18 @@
 //! Ports whose memory is slow to touch (`sys::pages`): who serves them, and how they come back.
 //!
-//! A poll thread marks such a port and rings. Control then gives its transmit queues to a thread
-//! that only slow ports share, and has what others send to it go to that thread, too
-//! (`topology::detour`). The thread is made when the first port is slow, is pinned to no CPU, and
-//! stays. Where none can be made the port's session ends: nobody else is to wait.
+//! A poll thread marks such a port and rings. Control then gives the port's transmit queues to a
+//! thread that only slow ports share, and has other threads' frames to the port go to that thread,
+//! too (`topology::detour`). The thread is made when the first port is slow, is pinned to no CPU,
+//! and stays. If no thread can be made, the port's session ends, because nobody else is to wait.
 //!
-//! After a minute without a slow touch the port comes back: its queues go to where they were, and
-//! when every poll thread knows that and the last frame on the detour has arrived, it is a port
-//! like any other one. Queues change hands as they always do, so a flow *from* the port keeps its
-//! order. A flow *to* it keeps its order as well: on the way out, what a thread has delivered is in
-//! the ring before it takes over the view in which it delivers no more; on the way back a thread
-//! delivers by itself only once all that it had sent the other way has arrived.
+//! After a minute without a slow touch the port comes back. Its queues go to where they were. When
+//! every poll thread has acknowledged that, and the last frame on the detour has arrived, the port
+//! is served like any other one.
+//!
+//! Queues change hands as they always do, so a flow *from* the port keeps its order. A flow *to*
+//! the port keeps its order, too. When the detour begins, a thread's earlier frames are in the ring
+//! before the thread adopts the topology with the detour. When the detour ends, a thread delivers
+//! by itself only after all that it had sent by the detour has arrived.
 
 use std::sync::Arc;
 use std::time::Instant;
