@@ -1,26 +1,27 @@
 //! Observers: captures, traces and mirrors, each an object of its own.
 //!
-//! What belongs to a port and what belongs to whoever looks at it are separate: an [`Observer`] has
+//! What belongs to a port and what belongs to whoever looks at it are separate. An [`Observer`] has
 //! its own filter, buffers, counters and lifetime. Any number of them (up to `MAX_OBSERVERS`) may
-//! look at one port, and none of them matters to another. They are registered, and taken away, like
-//! ports: by publishing a topology with or without them. The last reference is the reaper's, or
-//! that of whoever reads.
+//! look at one port, and none of them matters to another. Observers are registered and taken away
+//! like ports: by publishing a topology with or without them. The last reference is the reaper's,
+//! or the reader's.
 //!
 //! - A poll thread that finds no observer in its topology tests one word a burst.
 //! - Each observer has a [`Lane`] for every poll thread that there can ever be: counters, and a
-//!   bounded buffer that this thread alone writes, without waiting: what does not fit is counted as
-//!   missed. Buffers are reserved when the observer is made, so a poll thread allocates nothing,
+//!   bounded buffer that this thread alone writes, without waiting. What does not fit is counted as
+//!   missed. Buffers are reserved when the observer is made. So a poll thread allocates nothing,
 //!   not even for a thread that is added later.
-//! - A poll thread takes its pens (the writing ends) out of the lanes when it takes a topology
-//!   over, and puts them back before it acknowledges another one: an exchange of one word each, and
-//!   none a frame.
-//! - `rtrb` makes the buffers: one writer, one reader, wait-free. What is ours, who has the pens
-//!   and when a reader has seen all, is in a file of its own, which is model-checked. That no frame
-//!   is lost between an observer and its successor needs no check: they share nothing.
+//! - A poll thread takes its pens (the writing ends) out of the lanes when it adopts a topology,
+//!   and puts them back before it acknowledges another one. That is an exchange of one word each,
+//!   and nothing a frame. So an observer can be in a shared snapshot, without a lock.
+//! - `rtrb` makes the buffers: one writer, one reader, wait-free. Who has the pens, and when a
+//!   reader has seen everything, is in a file of its own, which is model-checked. Successive
+//!   observers share nothing, so a frame lost between them needs no check.
 //!
-//! The bytes that an observer sees are read from the sender's memory (but the first 128, of which
-//! there is a private copy that is also what is delivered). A guest that writes to a frame which it
-//! has given away makes these two readings differ, and no third one would tell which is right.
+//! A capture reads a frame's bytes from the sender's memory, except for the first 128: there a
+//! private copy exists, which is also what is delivered. It does not read the receiver's copy,
+//! which belongs to the receiver from its publication on. A guest that writes to a frame which it
+//! has given away makes these two readings differ, and no third reading would tell which is right.
 
 mod filter;
 mod lane;
