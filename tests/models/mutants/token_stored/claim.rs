@@ -1,24 +1,41 @@
 //! Claim, fill, commit, publish: how several threads deliver into one receive queue without a lock.
 //!
+//! ```text
+//! claim    compare-and-swap the position p to p + n. The bounds are what the driver made
+//!          available, and published + ring size. Chains are read before the swap, into private
+//!          copies.
+//! fill     copy the frames; write the used elements of positions p .. p + n
+//! commit   tag[p] = (p + 1, n), with release ordering
+//! publish  the thread that gets the token makes the unbroken run of committed claims visible: one
+//!          store of used.idx, one look at the driver's event. A thread that does not get the token
+//!          leaves, because the holder will see its tag.
+//! ```
+//!
 //! This file holds the protocol's private atomics and nothing else, so that a model checker can run
-//! it as it stands (`tests/models`). What the protocol needs of the ring in guest memory is the two
+//! it unchanged (`tests/models`). What the protocol needs of the ring in guest memory is the two
 //! calls of [`Publish`].
 //!
 //! A *position* counts ring entries (split) or descriptors (packed) from the start of the ring, in
-//! 64 bits; it never wraps and never comes from guest memory. Every claim takes the positions
-//! `[p, p + n)`, and those are the used positions too: DPDK's vectorised driver ignores `used.id`,
-//! and QEMU resumes at `used.idx` after a crash, so used entries must stand in available order.
+//! 64 bits. A position never wraps and never comes from guest memory. Every claim takes the
+//! positions `[p, p + n)`, and those are the used positions too: DPDK's vectorised driver ignores
+//! `used.id`, and QEMU resumes at `used.idx` after a crash, so used entries must stand in available
+//! order. A claim becomes visible whole, so the driver never sees half of a frame in several
+//! mergeable buffers.
 //!
-//! What it costs: a thread that is descheduled between [`Claims::try_claim`] and the end of
-//! [`Claims::try_publish`] delays what this one queue's driver sees. Nobody waits for it, nobody
-//! loops.
+//! A lost claim and a full ring are ordinary, counted outcomes.
 //!
-//! Rejected simpler forms: a boolean per slot (a late reset wipes the next lap's flag; hence tags
-//! with the position), releasing the token with a store (a loser's claim can be missed; hence the
-//! subtraction), one publish round (whoever loses the token after the last look would be forgotten;
-//! hence `Again`), and looking for filled claims without knowing that there are any (the look takes
-//! the line of a tag from the thread that is about to write it: two threads with claims of 8 were a
-//! third slower; hence the count beside the token).
+//! The price: a thread that is descheduled between [`Claims::try_claim`] and the end of
+//! [`Claims::try_publish`] delays what this one queue's driver sees. No thread waits for it, but
+//! for the time that one claim takes to fill, before a new topology is adopted (`poll::owed` says
+//! what becomes of the senders' chains). Nobody loops. So pin poll threads.
+//!
+//! Rejected simpler forms:
+//! - A boolean per slot: a late reset wipes the next lap's flag. Hence tags with the position.
+//! - Releasing the token with a store: a loser's claim can be missed. Hence the subtraction.
+//! - One publish round: whoever loses the token after the last look would be forgotten. Hence
+//!   `Again`.
+//! - Looking for filled claims without knowing that there are any: the look takes the line of a tag
+//!   from the thread that is about to write it. Hence the count beside the token.
 
 use crossbeam_utils::CachePadded;
 

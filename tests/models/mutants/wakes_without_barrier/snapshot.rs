@@ -1,18 +1,27 @@
 //! Publish, acknowledge, retire: how control hands immutable views to the poll threads.
 //!
-//! One publisher, a fixed number of readers. A reader *borrows* the current view for as long as it
-//! likes and acknowledges the generation stored inside the view it borrowed; it clones nothing,
-//! drops nothing and waits for nobody. The publisher keeps every view until each reader has
-//! acknowledged a newer one or sleeps, so a reader is never the last owner. This is
-//! read-copy-update with `Arc` as the reference count.
+//! There is one publisher and a fixed number of readers. This is read-copy-update, with `Arc` as
+//! the reference count. It is the only way by which control changes what a poll thread does.
 //!
-//! A sleeping reader counts as acknowledged: it drops its borrow *before* it stores `ASLEEP` (or a
-//! dead guest's memory would stay mapped for hours). When it wakes, it stores "awake", then a full
-//! barrier, then loads the view; the publisher stores the view, then a full barrier, then loads the
-//! reader's word. So either the publisher sees the reader awake and waits for it, or the reader
-//! sees the new view.
+//! - The publisher stores the pointer to a new view, then its generation.
+//! - A reader compares the generation after each burst: one relaxed load of a cache line that
+//!   changes with a publication only.
+//! - A reader *borrows* the current view and acknowledges the generation stored inside that view,
+//!   in a padded word of its own. It clones nothing, drops nothing and waits for nobody.
+//! - The publisher keeps each view until every reader has acknowledged a newer one or sleeps. So a
+//!   reader is never the last owner of anything.
+//! - Publishing waits for nobody.
 //!
-//! The atomics come from `crate::sync`, so that the model checker runs this file as it stands.
+//! A sleeping reader counts as acknowledged. It drops its borrow *before* it stores `ASLEEP`;
+//! otherwise a dead guest's memory would stay mapped for hours. A reader that wakes stores "awake",
+//! then a full barrier, then loads the view. The publisher stores the view, then a full barrier,
+//! then loads the reader's word. So either the publisher sees the reader awake and waits for its
+//! acknowledgement, or the reader sees the new view.
+//!
+//! The daemon makes a reader for each of its 32 possible poll threads at the start. Readers without
+//! a thread are asleep. So a poll thread can be added without any change here.
+//!
+//! The atomics come from `crate::sync`, so that the model checker runs this file unchanged.
 
 use std::collections::VecDeque;
 use std::ops::Deref;
