@@ -1,8 +1,8 @@
-//! Threads that do not poll keep off the CPUs of those that do, where there are others: a poll
-//! thread that loses its CPU to a session is one that stands still for all its guests.
+//! Threads that do not poll keep off the CPUs of poll threads, if there are other CPUs. A poll
+//! thread that loses its CPU to a session stands still for all its guests.
 //!
-//! The masks are set from outside, for all threads of the process at once: a thread inherits that
-//! of its maker, and CPUs come and go with poll threads. So this is for a process that is nothing
+//! The masks are set from outside, for all threads of the process at once: a thread inherits its
+//! maker's mask, and CPUs come and go with poll threads. So this is for a process that is nothing
 //! but the switch.
 
 use std::collections::HashSet;

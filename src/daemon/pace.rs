@@ -1,5 +1,5 @@
-//! How often a port may make control, or its session, do something: a burst at once, then one after
-//! the other.
+//! How often a port may make control, or its session, do something: a burst at once, then at a
+//! steady rate. A port that wants more waits for itself; no other port does.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};

@@ -1,8 +1,8 @@
-//! Addresses that move between ports: told of, and counted.
+//! Addresses that move between ports: reported and counted.
 //!
-//! One that moves once has migrated. One that keeps moving is there twice, and neither of its
-//! guests gets all that is sent to it: that is the port's line in `port show` for as long as it
-//! goes on.
+//! An address that moves once has migrated. An address that keeps moving is in use at two ports,
+//! and neither of its guests gets all that is sent to it. `port show` says so for as long as the
+//! moves go on.
 
 use std::time::{Duration, Instant};
 

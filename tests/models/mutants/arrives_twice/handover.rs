@@ -1,8 +1,8 @@
-//! Who owns a transmit queue, and the two steps in which it changes hands. Decisions only, so that
-//! the model checker runs this file as it stands (`tests/models`).
+//! Who owns a transmit queue, and the two steps in which it changes hands (see `placement` for the
+//! reason). Decisions only, so that the model checker runs this file unchanged (`tests/models`).
 //!
-//! First a view in which nobody owns the queue, then, when every poll thread has acknowledged that
-//! one, a view in which the new thread does.
+//! First a topology is published in which nobody owns the queue. When every poll thread has
+//! acknowledged that topology, the next one is published, in which the new thread owns the queue.
 
 /// The owner of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
