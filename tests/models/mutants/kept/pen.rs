@@ -1,11 +1,12 @@
-//! Who has the pen of a lane, and when a reader has all that was written with it. Nothing about
-//! what is written, so that the model checker runs this file as it stands (`tests/models`).
+//! Who has the pen of a lane, and when a reader has all that was written with it. Nothing here is
+//! about what is written, so that the model checker runs this file unchanged (`tests/models`).
 //!
-//! A poll thread takes its pens once it has borrowed a topology, and what it takes borrows from
-//! that topology: so each is in its place again before the thread acknowledges another one, sleeps,
-//! or ends. From the acknowledgement on nobody has a pen of an observer that left; it goes with the
-//! observer, wherever the last reference to that is dropped, which is never on a poll thread. A
-//! thread that takes over the number of one that ended finds the pens of that.
+//! A poll thread takes its pens once it has borrowed a topology, and a pen that it takes borrows
+//! from that topology. So each pen is in its place again before the thread acknowledges another
+//! topology, sleeps, or ends. From the acknowledgement on nobody has a pen of an observer that
+//! left. Such a pen goes with its observer, wherever the last reference to the observer is dropped,
+//! which is never on a poll thread. A thread that gets the number of a thread that ended finds that
+//! thread's pens.
 
 use crate::sync::{AtomicCell, OnceLock};
 
