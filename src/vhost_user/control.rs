@@ -1,9 +1,10 @@
 //! When a session looks for commands of its guest's driver.
 //!
-//! No poll thread ever does: a command may wait for all of them. The kick descriptor is watched as
-//! theirs are, by edges in an epoll and without reading it, which its other owners could make
-//! block. A driver that kicks or commands without end waits for itself: so many turns at once, one
-//! a millisecond from then on, a few commands each, and the frontend's messages in between.
+//! No poll thread ever looks for commands, because a command may wait for all poll threads. The
+//! session watches the kick descriptor as poll threads watch theirs: by edges in an epoll and
+//! without reading it, which the descriptor's other owners could make block. A driver that kicks or
+//! commands without end waits for itself: it gets so many turns at once, then one a millisecond,
+//! with a few commands each. The frontend's messages are served in between.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;

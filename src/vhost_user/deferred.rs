@@ -1,8 +1,12 @@
-//! Calls that the session makes: those that poll threads leave to it, because signalling them is
-//! slow, and one for each ring that starts, which no poll thread's other guests need wait for.
+//! Calls that the session makes.
 //!
-//! By kernel AIO here, too: a `write` that blocks would pin session and port. What the frontend
-//! makes slow, it waits for itself: nobody else is called by this thread.
+//! These are calls that poll threads leave to the session because signalling them is slow, and one
+//! call for each ring that starts. No poll thread makes the latter, because its other guests would
+//! wait.
+//!
+//! The session, too, calls by kernel AIO: a `write` that blocks would hold session and port for
+//! ever. If the frontend makes its calls slow, only the frontend waits: this thread calls nobody
+//! else.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,17 +1,16 @@
-//! Whether drivers use the rings that run: looked at by their session, once in a while, and never
-//! by a poll thread.
+//! Whether drivers use the rings that run. The session looks once in a while; a poll thread never
+//! does.
 //!
-//! A guest whose memory is private, but has a file, passes for a healthy one: the file can be
-//! mapped, and what the guest writes is not in it. Its rings stay as they were made. So does a ring
-//! whose driver was loaded and whose link is down; but that driver does not kick. In both cases
-//! nothing can pass, and the port says so.
+//! A guest with private memory that has a file looks like a healthy guest: the file can be mapped,
+//! but what the guest writes is not in the file. Its rings stay as they were made. The ring of a
+//! driver whose link is down also stays as it was made, but that driver does not kick. In both
+//! cases nothing can pass, and the port says so.
 //!
-//! A receiveq that is enabled, and has never had a buffer while others have, is left out of those
-//! that flows are spread over. To enable it was the frontend's word, and would be kept to; but
-//! frontends enable what they have configured, whatever their guest uses (cloud-hypervisor ignores
-//! its number of pairs, Dragonball never disables), and the flows of such a queue would be lost for
-//! ever. It is in again within half a second of its first buffer, and never out again until its
-//! next start: one that has run empty is full, not unserved.
+//! A receiveq that is enabled, and has never had a buffer while others have, gets no flows.
+//! Frontends enable what they have configured, whatever their guest uses (cloud-hypervisor ignores
+//! its number of pairs, Dragonball never disables). The flows of an unused queue would be lost for
+//! ever. The queue gets flows again within half a second of its first buffer. From then on it keeps
+//! them until its next start: a queue that has run empty is full, not unused.
 
 use std::time::{Duration, Instant};
 

@@ -1,11 +1,14 @@
 //! The controlq: which ring it is, and what its driver commands.
 //!
 //! QEMU, cloud-hypervisor and DPDK answer commands themselves and hand no controlq over. crosvm and
-//! libkrun do. With MQ it is the ring behind all pairs that the guest knows of, whose number the
-//! frontend never says: so it is the last ring that the frontend has told of, as long as there is
-//! no transmitq for it to be the receiveq of. While a frontend sets up one ring after the other
-//! that holds for each receiveq for a moment; so the ring starts with its first command, and
-//! buffers to receive into are none.
+//! libkrun hand it over. With MQ the controlq is the ring behind all pairs that the guest knows of,
+//! and the frontend never says how many these are. So the controlq is the last ring that the
+//! frontend has told of, as long as there is no transmitq for which that ring would be the
+//! receiveq.
+//!
+//! While a frontend sets up one ring after the other, each receiveq looks like the controlq for a
+//! moment. So the controlq starts with its first command, and buffers to receive into are no
+//! command.
 
 use std::sync::Arc;
 
