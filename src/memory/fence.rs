@@ -2,20 +2,20 @@
 //!
 //! Touching a page behind the end of a mapped file raises SIGBUS, which would kill the switch and
 //! every other guest's network with it. The handler here looks the address up in a fixed table of
-//! mapped regions, puts fresh private pages over the hole, marks the owner, and returns: the access
-//! is repeated and succeeds on memory that the guest no longer sees. Poll threads test it
-//! after each burst and stop serving that guest.
+//! mapped regions, puts fresh private pages over the hole, marks the owner, and returns. The access
+//! is repeated and succeeds on memory that the guest no longer sees. Poll threads test the mark
+//! after each burst and stop serving that guest; control cuts off its session.
 //!
 //! Rules:
 //! * [`install`] runs in `main` before any thread exists; SIGBUS is never blocked.
 //! * Everything the handler does is async-signal-safe: atomics, mmap, madvise, sigaction, raise.
 //! * Addresses that are not in the table go to the handler that was there before (Rust's own, which
 //!   reports stack overflows, or the default action).
-//! * A region's entry is inserted after its mmap and removed before its munmap, so that the address
+//! * A region's entry is inserted after its mmap and removed before its munmap. So the address
 //!   range of a dead region, which the kernel may give to somebody else, is never mapped over.
 //!
 //! Rust's standard library gives the main thread and every thread it starts an alternate signal
-//! stack before `main` runs, whoever owns the handler later, so `SA_ONSTACK` needs nothing more.
+//! stack before `main` runs, whoever owns the handler later. So `SA_ONSTACK` needs nothing more.
 //! System calls that meet such a page report EFAULT and raise nothing: their callers must look at
 //! the mark themselves.
 

@@ -1,13 +1,13 @@
 //! The map of one guest's memory: immutable, looked up by poll threads, replaced by sessions.
 //!
-//! A region whose file cannot be used is in the map, too, without a place: frontends stop at the
-//! first region that is refused, and a guest would have nothing for the sake of one file
-//! (`MemoryError::leaves_out`).
+//! A region whose file cannot be used is in the map, too, without a place. Frontends stop at the
+//! first region that is refused, so a refusal would leave a guest without memory for the sake of
+//! one file (`MemoryError::leaves_out`).
 //!
 //! A change makes a new map that shares the regions which did not change. Look-ups need no shared
-//! mutable state (a "last hit" would bounce between poll threads): the four largest regions, which
-//! take nearly all traffic of nearly all guests, are compared one after the other, and a binary
-//! search follows for guests with more.
+//! mutable state, because a "last hit" would move between the caches of poll threads. The four
+//! largest regions, which take nearly all traffic of nearly all guests, are compared one after the
+//! other. A binary search follows for guests with more regions.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
