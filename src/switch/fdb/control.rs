@@ -1,10 +1,10 @@
-//! The control side of the FDB: ageing, flushing, static entries, and the way a cell goes from
+//! The control side of the FDB: ageing, flushing, static entries, and the way of a cell from
 //! removal to reuse.
 //!
-//! Whoever removes asks for [`Fdb::retired`] afterwards, waits until every poll thread has passed a
-//! quiescent point (has acknowledged a topology published after that, or sleeps), and hands the
-//! mark to [`Fdb::reclaim`]. Until then the removed cells are tombstones; the worst that comes of a
-//! late reclaim is a table that refuses newcomers.
+//! A remover asks for [`Fdb::retired`] afterwards. It waits until every poll thread has passed a
+//! quiescent point: the thread has acknowledged a later topology, or sleeps. Then it hands the mark
+//! to [`Fdb::reclaim`]. Until then the removed cells are tombstones. If a reclaim is late, the
+//! worst that happens is a table that refuses newcomers.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;

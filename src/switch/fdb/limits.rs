@@ -1,9 +1,10 @@
-//! What one port may do to the FDB: how many addresses it holds, how many it takes from other ports
-//! in a second.
+//! What one port may do to the FDB: how many addresses it holds, and how many it takes from other
+//! ports in a second.
 //!
-//! Three words a slot, changed only when an entry appears, moves or goes; a refusal writes nothing,
-//! so a flood of new addresses costs the other threads no cache line. Compare-and-swaps are tried a
-//! few times, never until they succeed: what is not learned now is learned from the next frame.
+//! There are three words a slot. They change only when an entry appears, moves or goes. A refusal
+//! writes nothing, so a flood of new addresses costs other threads no cache line. Compare-and-swaps
+//! are tried a few times, never until they succeed: an address that is not learned now is learned
+//! from its next frame.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 

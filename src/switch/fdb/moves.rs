@@ -1,8 +1,9 @@
-//! Addresses that have moved from port to port: how many, and what they were.
+//! Addresses that have moved from port to port: how many, and which.
 //!
-//! Poll threads note, control takes. A thread that finds a cell in use by somebody else notes
-//! nothing and goes on: all moves are counted, and of those that come faster than control looks
-//! some are told. An address that did not move costs nothing here.
+//! Poll threads note a move, and control takes the notes. A thread that finds a cell in use by
+//! another thread notes nothing and goes on. So all moves are counted, and when moves come faster
+//! than control looks, only some of them are named. An address that did not move costs nothing
+//! here.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
