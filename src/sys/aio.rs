@@ -1,18 +1,18 @@
 //! Signalling call eventfds without ever sleeping.
 //!
-//! A `write` to a frontend's eventfd blocks for ever if the frontend filled it and cleared
-//! O_NONBLOCK, and no check before it closes that race. The kernel's asynchronous I/O signals an
-//! eventfd when a request completes, and that never sleeps: a full one just stays full, which wakes
-//! its reader, too. So a batch of one-byte writes to /dev/null, which complete at once, is a batch
-//! of calls; one `io_submit` for all of a pass (about 300 ns each, against 145 to 180 for a bare
-//! `write`).
+//! A `write` to a frontend's eventfd blocks for ever if the frontend filled the eventfd and cleared
+//! O_NONBLOCK. No check before the write closes that race. The kernel's asynchronous I/O signals an
+//! eventfd when a request completes, and that never sleeps: a full eventfd just stays full, which
+//! wakes its reader, too. So a batch of calls is a batch of one-byte writes to /dev/null, which
+//! complete at once: one `io_submit` for all calls of a pass. A call costs about twice a bare
+//! `write`.
 //!
-//! A [`Caller`] belongs to one thread at a time. After `new` it allocates nothing, blocks nowhere,
-//! and a descriptor that is refused costs nothing but its own call.
+//! A [`Caller`] belongs to one thread at a time. After `new` it allocates nothing and blocks
+//! nowhere. A descriptor that is refused costs nothing but its own call.
 //!
-//! Completions pile up in a ring that the kernel shares with us. Nobody needs them, so they are
-//! discarded by moving the head to the tail: the documented user-space side of that ring. Where its
-//! layout is unknown, io_getevents without waiting does the same.
+//! Completions pile up in a ring that the kernel shares with the process. Nobody needs them, so
+//! they are discarded by moving the head to the tail: the documented user-space side of that ring.
+//! If the layout of the ring is unknown, io_getevents without waiting discards them.
 
 use std::fs::{File, OpenOptions};
 use std::io;
