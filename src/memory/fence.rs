@@ -25,10 +25,25 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crossbeam_utils::CachePadded;
 
-/// Places for regions, of all guests together: 96 guests that use all their slots. Each is a
-/// mapping, of which a process may have 65,530 (vm.max_map_count). The rest is for threads and the
-/// heap: a thread that is made with its last mappings in use ends the process.
-pub const CAPACITY: usize = 49_152;
+/// Places for regions, of all guests together: 96 guests that use all their slots.
+const CAPACITY: usize = 49_152;
+
+/// How many regions all guests together may have. Each is a mapping, and a thread that is made with
+/// the process's last mappings in use ends the process. So a quarter of what `vm.max_map_count`
+/// allows is left for threads and the heap.
+pub fn capacity() -> usize {
+    static ALLOWED: OnceLock<usize> = OnceLock::new();
+    *ALLOWED.get_or_init(|| {
+        let allowed = std::fs::read_to_string("/proc/sys/vm/max_map_count");
+        capacity_of(allowed.ok().as_deref())
+    })
+}
+
+/// [`capacity`] by the text of the kernel's file; without the file, by the kernel's default.
+fn capacity_of(max_map_count: Option<&str>) -> usize {
+    let allowed = max_map_count.and_then(|text| text.trim().parse().ok());
+    CAPACITY.min(allowed.unwrap_or(65_530) / 4 * 3)
+}
 
 /// What is replaced at once: a page costs 8.4 µs and 2 MiB cost 0.29 ms, but 2 MiB of single pages
 /// cost 4.3 ms.
@@ -183,9 +198,12 @@ impl Fenced {
     ) -> Option<Fenced> {
         let mut freed = FREED.lock().unwrap_or_else(PoisonError::into_inner);
         let index = freed.pop().unwrap_or_else(|| USED.load(Ordering::Relaxed));
-        ENTRIES
-            .get(index)?
-            .write(start, len, page_size, Arc::as_ptr(&mark).cast_mut());
+        ENTRIES[..capacity()].get(index)?.write(
+            start,
+            len,
+            page_size,
+            Arc::as_ptr(&mark).cast_mut(),
+        );
         if index == USED.load(Ordering::Relaxed) {
             // Release: who sees the new end sees the entry. The thread that faults has got the
             // region from us through some synchronisation after this, so it does see it.

@@ -298,3 +298,18 @@ fn child_stack_overflow() {
     }
     std::hint::black_box(deeper(0));
 }
+
+#[test]
+fn regions_leave_mappings_for_threads() {
+    let allowed = [
+        ("65530\n", 49_146),
+        ("1000000\n", CAPACITY),
+        ("8192\n", 6144),
+    ];
+    for (text, expected) in allowed {
+        assert_eq!(capacity_of(Some(text)), expected, "{text}");
+    }
+    assert_eq!(capacity_of(None), 49_146);
+    assert_eq!(capacity_of(Some("what?")), 49_146);
+    assert!(capacity() <= CAPACITY);
+}

@@ -146,8 +146,9 @@ pub enum MemoryError {
     },
     /// All entries of the SIGBUS fence are taken.
     #[error(
-        "all {} places for memory regions of all guests are taken",
-        fence::CAPACITY
+        "all {} places for memory regions of all guests are taken; more need a higher \
+         vm.max_map_count, and 49152 are the most",
+        fence::capacity()
     )]
     FenceFull,
     /// REM_MEM_REG of a region that is not there.
