@@ -99,7 +99,8 @@ pub enum ClientError {
     },
     /// It closed the connection without a word, as a port does that is asked for HTTP.
     #[error(
-        "whatever listens on {path:?} hung up without an answer: that is no API socket (a port's?)"
+        "whatever listens on {path:?} hung up without an answer: that is no API socket (a port's?), \
+         or its daemon has just ended"
     )]
     HungUp {
         /// The socket.
