@@ -13,8 +13,9 @@
 //! - Only a minute without a slow touch ends the state. The time of the last slow touch outlives
 //!   the session.
 //! - A slow port may make the switch touch ever new pages, more than `LAPS` times all that its
-//!   guest has. Then the guest punches holes again and again, and its session is ended. So the
-//!   memory that a guest can make the switch use is at most its own size.
+//!   guest has. Then the guest punches holes again and again, and its session is ended.
+//! - Pages that are made quickly cost nothing here, and a frontend may bring new memory again and
+//!   again. So nothing here bounds the memory that is charged to the switch's memory cgroup.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
