@@ -348,6 +348,11 @@ impl Bystanders {
         self.progress.load(Ordering::Relaxed)
     }
 
+    /// Where frames exchanged are counted.
+    pub(crate) fn progress(&self) -> Arc<AtomicU64> {
+        self.progress.clone()
+    }
+
     /// Waits until they have exchanged so many more frames.
     pub(crate) fn go_on(&self, frames: u64) {
         let until = self.progress.load(Ordering::Relaxed) + frames;
