@@ -58,7 +58,20 @@ impl Fdb {
 
     /// Removes the learned entries of these ports, in one walk. Returns how many.
     pub fn forget(&self, ports: &[PortRef]) -> usize {
-        self.remove_where(|_, _, value| !value.is_static() && ports.contains(&value.port()))
+        // By slot: each cell compared with each port would take a second of control's time.
+        let mut generations: Vec<Option<u32>> = Vec::new();
+        for port in ports {
+            let slot = usize::from(port.slot);
+            if generations.len() <= slot {
+                generations.resize(slot + 1, None);
+            }
+            generations[slot] = generations[slot].max(Some(port.generation));
+        }
+        self.remove_where(|_, _, value| {
+            let port = value.port();
+            let gone = generations.get(usize::from(port.slot));
+            !value.is_static() && gone == Some(&Some(port.generation))
+        })
     }
 
     /// Learned entries of a port.
