@@ -288,9 +288,12 @@ impl PortSpec {
 impl FromStr for PortSpec {
     type Err = ConfigError;
 
-    /// Parses
-    /// `NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…][,ring-reset=on|off][,socket-mode=0660]
-    /// [,socket-group=NAME]`.
+    /// Parses a port's name and its options.
+    ///
+    /// ```text
+    /// NAME,socket=PATH[,mode=server|client][,queues=N][,poll=N+N…][,ring-reset=on|off]
+    ///     [,socket-mode=0660][,socket-group=NAME]
+    /// ```
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         let mut parts = text.split(',');
         let mut spec = PortSpec {

@@ -388,7 +388,10 @@ mod tests {
         let shared = |one: &Topology, other: &Topology| {
             let port = |slot: usize| {
                 let [one, other] = [one, other].map(|topology| topology.ports.get(slot));
-                matches!((one, other), (Some(Some(one)), Some(Some(other))) if Arc::ptr_eq(one, other))
+                let (Some(Some(one)), Some(Some(other))) = (one, other) else {
+                    return false;
+                };
+                Arc::ptr_eq(one, other)
             };
             let plan = |thread: usize| Arc::ptr_eq(&one.plans[thread], &other.plans[thread]);
             ([0, 1].map(port), [0, 1, 2].map(plan))

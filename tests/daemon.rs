@@ -125,7 +125,7 @@ fn silent_guests_cost_next_to_nothing_and_the_next_frame_arrives() {
     daemon.stop();
 }
 
-// ---- death and resurrection --------------------------------------------------------------------------
+// ---- death and resurrection ---------------------------------------------------------------------
 
 /// Three ports, and a directory for the state of their rings: in memory, which the directory of a
 /// test may not be.

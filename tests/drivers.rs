@@ -60,7 +60,7 @@ fn dropped(daemon: &Daemon, port: &str, reason: &str) -> u64 {
     counts.map(|(_, count)| count).sum()
 }
 
-// ---- legacy drivers ----------------------------------------------------------------------------------
+// ---- legacy drivers -----------------------------------------------------------------------------
 
 #[test]
 fn legacy_and_modern_guests_exchange_frames_of_every_length() {
@@ -216,7 +216,7 @@ fn a_legacy_driver_that_wants_no_calls_is_called_when_a_ring_is_empty() {
     daemon.stop();
 }
 
-// ---- other drivers in the same guest -----------------------------------------------------------------
+// ---- other drivers in the same guest ------------------------------------------------------------
 
 /// What a guest's drivers are, one after the other: firmware, kernels, a driver loaded again with
 /// other rings.
@@ -304,7 +304,7 @@ fn a_guest_comes_back_with_another_driver_and_nothing_of_the_last_one() {
     daemon.stop();
 }
 
-// ---- records of packed rings -------------------------------------------------------------------------
+// ---- records of packed rings --------------------------------------------------------------------
 
 #[test]
 fn the_records_of_a_port_go_with_it_unless_a_guest_is_there_to_go_on() {

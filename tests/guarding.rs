@@ -54,7 +54,7 @@ fn arrived(guest: &mut Guest<'_>, from: u8) -> Vec<u64> {
     ours.map(|label| label.sequence).collect()
 }
 
-// ---- slow calls --------------------------------------------------------------------------------------
+// ---- slow calls ---------------------------------------------------------------------------------
 
 #[test]
 fn a_call_descriptor_with_20000_waiters_is_signalled_by_its_own_session() {
@@ -115,7 +115,7 @@ fn a_call_descriptor_with_20000_waiters_is_signalled_by_its_own_session() {
     daemon.stop();
 }
 
-// ---- acknowledgements --------------------------------------------------------------------------------
+// ---- acknowledgements ---------------------------------------------------------------------------
 
 /// How often `text` was logged.
 fn logged(daemon: &Daemon, text: &str) -> usize {
@@ -205,7 +205,7 @@ fn acknowledgements_are_timed_while_awake_only() {
     awake.stop();
 }
 
-// ---- full and broken rings ---------------------------------------------------------------------------
+// ---- full and broken rings ----------------------------------------------------------------------
 
 fn drops(daemon: &Daemon, port: &str, reason: &str) -> u64 {
     let port = daemon.port(port);
@@ -349,7 +349,7 @@ fn frames_for_a_port_that_was_just_disabled_are_told_from_those_for_a_full_one()
     daemon.stop();
 }
 
-// ---- storms ------------------------------------------------------------------------------------------
+// ---- storms -------------------------------------------------------------------------------------
 
 #[test]
 fn ten_thousand_enables_and_memory_tables_are_few_publications_and_delay_nobody() {

@@ -101,7 +101,7 @@ fn kind(cycle: usize) -> GuestOptions {
     }
 }
 
-// ---- frontends that die ------------------------------------------------------------------------------
+// ---- frontends that die -------------------------------------------------------------------------
 
 /// The body of the child that [`killed_guests_leave_nothing_behind`] kills; no test by itself.
 #[test]
@@ -323,7 +323,7 @@ fn frontends_that_crowd_each_other_out_beside_a_live_one_are_told_of() {
     daemon.stop();
 }
 
-// ---- ports that come and go --------------------------------------------------------------------------
+// ---- ports that come and go ---------------------------------------------------------------------
 
 /// How far a frontend has come when its port is removed.
 const STAGES: [&str; 6] = [
@@ -425,7 +425,7 @@ fn ports_come_and_go_a_hundred_times_under_traffic() {
     daemon.stop();
 }
 
-// ---- hostile frontends -------------------------------------------------------------------------------
+// ---- hostile frontends --------------------------------------------------------------------------
 
 /// Calls block from the start, or from the middle of the traffic on.
 fn calls_that_block(from_the_start: bool) {

@@ -227,7 +227,7 @@ fn what_cannot_be_added_is_refused_by_name_and_nobody_notices() {
     scene.finish();
 }
 
-// ---- what is pending when a port goes ----------------------------------------------------------------
+// ---- what is pending when a port goes -----------------------------------------------------------
 
 /// Sends to `mac(3)` until told to stop. Once that port is gone, its frames are flooded: the
 /// bystanders must have emptied their rings before more follow.
@@ -424,7 +424,7 @@ fn frontends_that_connect_while_their_port_goes_are_served_or_refused() {
     scene.finish();
 }
 
-// ---- the next tenant of a slot -----------------------------------------------------------------------
+// ---- the next tenant of a slot ------------------------------------------------------------------
 
 /// Numbers of the frames from `mac(4)` to `mac(3)` that a guest has received.
 fn collect(guest: &mut Guest<'_>, into: &mut BTreeSet<u64>) {

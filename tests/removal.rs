@@ -90,7 +90,7 @@ fn forget_frames(sink: &mut Guest<'_>) {
     while sink.try_receive().is_some() {}
 }
 
-// ---- states of a session -----------------------------------------------------------------------------
+// ---- states of a session ------------------------------------------------------------------------
 
 /// What a running port has come to when it is removed.
 #[derive(Clone, Copy, Debug)]
@@ -276,7 +276,7 @@ fn a_frontend_that_waits_for_the_end_of_its_predecessor_goes_with_the_port() {
     scene.finish();
 }
 
-// ---- deferred calls ----------------------------------------------------------------------------------
+// ---- deferred calls -----------------------------------------------------------------------------
 
 /// The thread that converses with the victim's frontend.
 fn session_thread(daemon: &Daemon) -> u32 {
@@ -364,7 +364,7 @@ fn a_port_is_removed_while_calls_are_left_to_its_session() {
     }
 }
 
-// ---- requests ----------------------------------------------------------------------------------------
+// ---- requests -----------------------------------------------------------------------------------
 
 /// Asks over a connection of its own; the answer is still to come.
 fn ask(scene: &Scene, request: &str, body: &str) -> UnixStream {

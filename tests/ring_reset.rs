@@ -125,7 +125,7 @@ fn a_transmitq_is_reset_while_its_device_receives() {
     }
 }
 
-// ---- in the middle of traffic ------------------------------------------------------------------------
+// ---- in the middle of traffic -------------------------------------------------------------------
 
 /// Turns until GET_VRING_BASE has stopped a ring, which is asked for once `seen` has grown by 300;
 /// returns the answer.

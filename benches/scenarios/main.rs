@@ -3,7 +3,7 @@
 //! ```text
 //! scenarios claims|gather|pairs|growth|copies  in this process, without sockets
 //! scenarios scale|footprint                    switches of its own, with 0 to 512 ports
-//! scenarios slow|flood|fair  --attach A,B,…    guests on a switch's sockets, all played by one thread
+//! scenarios slow|flood|fair  --attach A,B,…    guests on a switch's sockets, all of one thread
 //! scenarios victim|reset     --attach A,B      guests that come, go and are killed
 //! scenarios plot FILE.svg                      draws figures from standard input
 //! ```
@@ -82,7 +82,11 @@ enum Scenario {
     /// How the cost grows with ports, addresses, copies, bursts and rings
     Growth {
         /// Curves; all by default
-        #[arg(long, value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(growth::names()))]
+        #[arg(
+            long,
+            value_delimiter = ',',
+            value_parser = clap::builder::PossibleValuesParser::new(growth::names())
+        )]
         curves: Vec<String>,
         /// Draw each into a file here
         #[arg(long, value_name = "DIR")]
@@ -109,8 +113,8 @@ enum Scenario {
         #[arg(long, default_value_t = 64)]
         ports: usize,
     },
-    /// Draw
-    /// {"abscissa":…,"logarithmic":…,"panels":[{"name":…,"lines":[{"name":…,"points":[[x,y],…]},…]},…]}
+    /// Draw {"abscissa":…,"logarithmic":…,"panels":[{"name":…,"lines":[{"name":…,
+    /// "points":[[x,y],…]},…]},…]}
     Plot {
         /// Where to
         file: PathBuf,

@@ -1,8 +1,8 @@
 //! Frames that can be accounted for: their layout and their check word.
 //!
 //! ```text
-//! 0   destination MAC, source MAC: 02, three random bytes of this run, number of the guest (in the source
-//!     also of its queue, above)
+//! 0   destination MAC, source MAC: 02, three random bytes of this run, number of the guest (in
+//!     the source also of its queue, above)
 //! 12  EtherType 0x88b5 (local experimental)
 //! 14  flow (16 bits)
 //! 16  sequence number in the flow (64 bits)

@@ -7,9 +7,9 @@
 //! poll thread, and so of one sender, keep their order.
 //!
 //! A port that is no longer slow goes on receiving by this way from each poll thread until that
-//! thread finds its buffer empty. So a frame that comes directly is behind all that came before. All
-//! slow ports share a thread's buffer, so a port comes back only once the frames to the others have
-//! a pause.
+//! thread finds its buffer empty. So a frame that comes directly is behind all that came before.
+//! All slow ports share a thread's buffer, so a port comes back only once the frames to the others
+//! have a pause.
 //!
 //! The ends of a buffer are taken as observers' pens are (`observe::pen`). A poll thread takes its
 //! writing end when it adopts a topology. The thread of slow ports takes all the reading ends.

@@ -134,7 +134,7 @@ impl DeviceState {
         enabled && self.is_in_use(ring.name)
     }
 
-    // ---- what poll threads see -------------------------------------------------------------------
+    // ---- what poll threads see ------------------------------------------------------------------
 
     /// Starts what can start, and posts the device as it is now.
     pub(super) fn update(&mut self) {
@@ -337,7 +337,7 @@ impl DeviceState {
         Ok(())
     }
 
-    // ---- messages --------------------------------------------------------------------------------
+    // ---- messages -------------------------------------------------------------------------------
 
     /// A new map: all rings stop, move over to it, and go on where they stood. One that is not in
     /// it any more stays stopped. The same map again stops none: frames that come meanwhile would
@@ -471,7 +471,7 @@ impl DeviceState {
         self.queues_asked && self.features.is_none() && short
     }
 
-    // ---- end --------------------------------------------------------------------------------------
+    // ---- end ------------------------------------------------------------------------------------
 
     /// Lets go of rings and memory, whatever happened before.
     pub(super) fn release(&mut self) -> Result<(), Gone> {

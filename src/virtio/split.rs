@@ -274,8 +274,9 @@ impl Publish for SplitRing {
             // §2.7.7.2: call when the event lies in [from, to). Both sides of the comparison are
             // distances back from `to` in 16 bits, so that it holds across the wrap:
             //
-            //     from = 65534, to = 2 (wrapped), event = 65535:  2 - 65535 - 1 = 2  <  2 - 65534 = 4   call
-            //     from = 65534, to = 2,           event = 65533:  2 - 65533 - 1 = 4  <  4               no call
+            //     from = 65534, to = 2 (wrapped)
+            //     event = 65535:  2 - 65535 - 1 = 2  <  2 - 65534 = 4   call
+            //     event = 65533:  2 - 65533 - 1 = 4  <  4               no call
             //
             // `event >= from && event < to` is the tempting form, and wrong at the wrap.
             let event = ENTRIES + usize::from(self.size);

@@ -257,7 +257,7 @@ impl<'m> Guest<'m> {
         }
     }
 
-    // ---- attachment ------------------------------------------------------------------------------
+    // ---- attachment -----------------------------------------------------------------------------
 
     /// Connects to a port and starts both rings.
     pub(crate) fn attach(&mut self, socket: &Path) {
@@ -386,7 +386,7 @@ impl<'m> Guest<'m> {
         self.options.features()
     }
 
-    // ---- misdeeds --------------------------------------------------------------------------------
+    // ---- misdeeds -------------------------------------------------------------------------------
 
     /// Guest address of a transmit buffer, and its length.
     pub(crate) fn transmit_buffer(&self, token: u32) -> (u64, u32) {
@@ -493,7 +493,7 @@ impl<'m> Guest<'m> {
         let _ = self.kicks[which].write(1);
     }
 
-    // ---- other drivers ---------------------------------------------------------------------------
+    // ---- other drivers --------------------------------------------------------------------------
 
     /// The driver goes, and another one comes: QEMU stops the rings that run, and starts those of
     /// the new driver over the same connection.
@@ -557,7 +557,7 @@ impl<'m> Guest<'m> {
         half << 16 | half
     }
 
-    // ---- frames ----------------------------------------------------------------------------------
+    // ---- frames ---------------------------------------------------------------------------------
 
     /// Sends a frame if a buffer is free.
     pub(crate) fn try_send(&mut self, frame: &[u8]) -> bool {

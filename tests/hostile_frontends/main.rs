@@ -113,7 +113,7 @@ impl Drop for Stop<'_> {
     }
 }
 
-// ---- slow ones ---------------------------------------------------------------------------------------
+// ---- slow ones ----------------------------------------------------------------------------------
 
 #[test]
 fn a_frontend_that_reads_no_replies_is_cut_off() {
@@ -191,7 +191,7 @@ fn a_listener_that_never_accepts_holds_up_nobody() {
     });
 }
 
-// ---- disconnections ----------------------------------------------------------------------------------
+// ---- disconnections -----------------------------------------------------------------------------
 
 type Step = fn(&Guest<'_>, &mut Frontend);
 
@@ -310,7 +310,7 @@ fn a_frontend_of_cloud_hypervisors_order_may_go_behind_every_message() {
     disconnects(Order::CloudHypervisor);
 }
 
-// ---- messages that make no sense ---------------------------------------------------------------------
+// ---- messages that make no sense ----------------------------------------------------------------
 
 #[test]
 fn messages_that_make_no_sense_cost_their_session_only() {

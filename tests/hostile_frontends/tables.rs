@@ -14,7 +14,7 @@ use crate::common::guest::RING_SPACE;
 use crate::common::long;
 use crate::common::traffic::{Mac, acquainted, read};
 
-// ---- refused -----------------------------------------------------------------------------------------
+// ---- refused ------------------------------------------------------------------------------------
 
 /// One table of guest memory that must not be taken.
 struct Table<'a> {
@@ -207,7 +207,7 @@ fn memory_that_cannot_be_shared_is_refused_in_words_and_good_memory_taken_afterw
     });
 }
 
-// ---- under load --------------------------------------------------------------------------------------
+// ---- under load ---------------------------------------------------------------------------------
 
 /// Tables that a guest's frontend may send one after the other, and whether its rings are in them.
 fn tables(whole: Region) -> Vec<(Vec<Region>, bool)> {
@@ -366,7 +366,7 @@ fn memory_tables_that_change_under_load_cost_the_guest_what_was_sent_to_it_meanw
     }
 }
 
-// ---- without room ------------------------------------------------------------------------------------
+// ---- without room -------------------------------------------------------------------------------
 
 /// Leaves the daemon so many bytes of address space beside what it has; `None` for as much as ever.
 fn limit_address_space(daemon: &Daemon, spare: Option<u64>) {

@@ -1,8 +1,8 @@
 //! Messages of the vhost-user protocol on a stream, from the frontend's side.
 //!
 //! Not `vhost::vhost_user::Frontend`: that one retries for ever when a receive times out, so that a
-//! silent backend would hang the client, and its SET_VRING_BASE has 16 bits where packed rings need 32
-//! bits. Request numbers and message bodies are the crate's.
+//! silent backend would hang the client, and its SET_VRING_BASE has 16 bits where packed rings need
+//! 32 bits. Request numbers and message bodies are the crate's.
 
 use std::io::{self, Read};
 use std::os::fd::RawFd;

@@ -142,7 +142,13 @@ pub struct ExtcapArgs {
     #[arg(long, value_name = "DIRECTION", default_value_t = ObserveDirection::default())]
     pub direction: ObserveDirection,
     /// Frames that are dropped
-    #[arg(long, num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
+    #[arg(
+        long,
+        num_args = 0..=1,
+        default_value_t = false,
+        default_missing_value = "true",
+        action = clap::ArgAction::Set
+    )]
     pub drops: bool,
     /// Bytes kept of each frame
     #[arg(

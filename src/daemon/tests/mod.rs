@@ -66,7 +66,10 @@ fn a_move_and_an_observer_that_are_pending_when_their_port_goes_are_told_so() {
         ports: names.to_vec(),
         to: None,
     });
-    let is_gone = |error: &ControlError| matches!(error, ControlError::Gone { what: What::Port(gone) } if *gone == name);
+    let gone = ControlError::Gone {
+        what: What::Port(name.clone()),
+    };
+    let is_gone = |error: &ControlError| error.to_string() == gone.to_string();
     assert!(observed.is_err_and(|error| is_gone(&error)));
     script.registry.finish_moves();
     let answer = moved.try_recv().unwrap();

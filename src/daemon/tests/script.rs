@@ -168,7 +168,7 @@ impl Script {
         self.check();
     }
 
-    // ---- what is true after every step -----------------------------------------------------------
+    // ---- what is true after every step ----------------------------------------------------------
 
     pub(super) fn check(&mut self) {
         let topology = self.eye.borrow();
@@ -226,7 +226,7 @@ impl Script {
         self.model.publish(generation);
     }
 
-    // ---- ports -----------------------------------------------------------------------------------
+    // ---- ports ----------------------------------------------------------------------------------
 
     fn register(&mut self) {
         let name = format!("p{}", self.random.below(10));
@@ -317,7 +317,7 @@ impl Script {
         self.published();
     }
 
-    // ---- sessions --------------------------------------------------------------------------------
+    // ---- sessions -------------------------------------------------------------------------------
 
     /// A port, if there is any.
     pub(super) fn any_port(&mut self) -> Option<usize> {

@@ -17,7 +17,7 @@ use crate::topology::Topology;
 use crate::vhost_user::{DeviceSink, Gone};
 
 impl Script {
-    // ---- poll threads ----------------------------------------------------------------------------
+    // ---- poll threads ---------------------------------------------------------------------------
 
     /// A thread takes the newest view over, or sleeps.
     pub(super) fn look(&mut self) {
@@ -131,7 +131,7 @@ impl Script {
         }
     }
 
-    // ---- control's turn --------------------------------------------------------------------------
+    // ---- control's turn -------------------------------------------------------------------------
 
     /// Control takes what was posted, publishes, hands over and retires. Returns whether something
     /// is under way still.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use super::*;
 use crate::frame::BURST_FRAMES;
 
-// ---- budgets -----------------------------------------------------------------------------------------
+// ---- budgets ------------------------------------------------------------------------------------
 
 #[test]
 fn the_largest_chains_do_not_delay_small_frames_by_more_than_one_of_them() {
@@ -33,7 +33,7 @@ fn the_largest_chains_do_not_delay_small_frames_by_more_than_one_of_them() {
     );
 }
 
-// ---- full receivers ----------------------------------------------------------------------------------
+// ---- full receivers -----------------------------------------------------------------------------
 
 #[test]
 fn a_receiver_that_returns_nothing_does_not_take_the_places_of_another_one() {
@@ -71,7 +71,7 @@ fn a_receiver_that_returns_nothing_does_not_take_the_places_of_another_one() {
     assert_eq!(vms[2].take(usize::MAX), ALL);
 }
 
-// ---- outcomes ----------------------------------------------------------------------------------------
+// ---- outcomes -----------------------------------------------------------------------------------
 
 #[test]
 fn every_outcome_has_a_counter_of_its_own() {

@@ -207,7 +207,7 @@ fn room_is_made_of_waits_that_have_ended() {
     assert_eq!(many_senders(true), ([behind_first, 199 - behind_first], 0));
 }
 
-// ---- what else waits for them ------------------------------------------------------------------------
+// ---- what else waits for them -------------------------------------------------------------------
 
 /// A poll thread is asked for something while chains of its wait for a claim, which is committed
 /// then, or is not.
