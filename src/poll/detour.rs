@@ -163,7 +163,7 @@ impl<'t> Delivery<'t, '_> {
         };
         self.tools.watch.begin(port.into());
         let counters = port.shared.stats.thread(self.context.thread);
-        match self.put_to(bytes, port) {
+        match self.put_to(bytes, port, None) {
             Ok((_, queue)) => {
                 if let Some(tap) = &self.context.tap {
                     tap.borrow_mut().mirrored(bytes, port, queue.pair);
@@ -179,10 +179,11 @@ impl<'t> Delivery<'t, '_> {
         &mut self,
         bytes: &[u8],
         port: &'t Egress,
+        sender: Option<u16>,
     ) -> Result<(u64, &'t EgressQueue), DropReason> {
         let queues = port.receive_queues();
         let queue = queues.get(scale(flow_hash(bytes), queues.len()));
         let queue = queue.ok_or(DropReason::EgressNotReady)?;
-        Ok((self.put(bytes, port, queue)?, queue))
+        Ok((self.put(bytes, port, queue, sender)?, queue))
     }
 }

@@ -89,7 +89,7 @@ impl<'t> Delivery<'t, '_> {
         if watched {
             self.tools.watch.begin(port.into());
         }
-        let delivered = self.put_to(bytes, port);
+        let delivered = self.put_to(bytes, port, None);
         if watched {
             self.tools.watch.charge(port.into(), self.tools.stats);
         }
@@ -99,17 +99,41 @@ impl<'t> Delivery<'t, '_> {
         delivered.is_ok()
     }
 
-    /// Delivers a frame from private memory; or says why not. What it returns is where the receive
-    /// queue must be published up to for its driver to see the frame.
+    /// Delivers a frame of the port in slot `sender` from private memory; or says why not. Returns
+    /// where the receive queue must be published up to for its driver to see the frame.
     pub(super) fn put(
         &mut self,
         bytes: &[u8],
         port: &'t Egress,
         queue: &'t EgressQueue,
+        sender: Option<u16>,
     ) -> Result<u64, DropReason> {
         self.make_room(1);
         let ring = &*queue.queue;
-        let leave = if ring.is_short() { ring.kept() } else { 0 };
+        if !ring.is_short() {
+            return self.put_leaving(bytes, port, queue, 0);
+        }
+        let put = self.put_leaving(bytes, port, queue, ring.kept());
+        match (put, sender) {
+            // Within its share of what is kept back, as in `Target::deliver_share`.
+            (Err(DropReason::EgressRingFull), Some(slot)) if ring.credit(slot) > 0 => {
+                let end = self.put_leaving(bytes, port, queue, 0)?;
+                ring.draw(slot, self.claim.span());
+                Ok(end)
+            }
+            (put, _) => put,
+        }
+    }
+
+    /// Delivers a frame from private memory if `leave` buffers stay free.
+    fn put_leaving(
+        &mut self,
+        bytes: &[u8],
+        port: &'t Egress,
+        queue: &'t EgressQueue,
+        leave: u64,
+    ) -> Result<u64, DropReason> {
+        let ring = &*queue.queue;
         let counters = port.shared.stats.thread(self.context.thread);
         for _ in 0..BARREN_CLAIMS {
             let claim = &mut self.claim;

@@ -230,7 +230,8 @@ impl<'t> Delivery<'t, '_> {
     ) {
         let mask = 1 << number;
         let frame: &Frame<'t> = &burst.frames()[number];
-        match self.put_to(bytes, port) {
+        let sender = self.context.ingress(frame.ingress).reference.slot;
+        match self.put_to(bytes, port, Some(sender)) {
             Ok((end, queue)) => {
                 if let Some(tap) = &self.context.tap {
                     tap.borrow_mut().delivered(burst, port, queue.pair, mask);

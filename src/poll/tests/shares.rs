@@ -6,13 +6,20 @@ const FLOODER: usize = 0;
 const PACED: usize = 1;
 const RECEIVER: usize = 2;
 
-/// A flooder, and a sender of 1 % of what the receiver takes.
-fn flood_beside_paced(packed: bool, threads: usize, returned_at_once: usize) {
+/// A flooder, and a sender of 1 % of what the receiver takes. `suspect`: the receiver's memory may
+/// be slow, so that each frame is copied into private memory first.
+fn flood_beside_paced(packed: bool, threads: usize, returned_at_once: usize, suspect: bool) {
     let rams = rams::<3>();
     let mut vms = vms(&rams, packed);
     let topology = topology(&vms, threads, |slot| usize::from(slot) % threads);
     let mut tools = Threads::new(threads);
     let mut passes = tools.passes(&topology);
+    for pass in &mut passes {
+        if suspect {
+            let receiver = topology.port(RECEIVER as u16).unwrap();
+            pass.watch().suspect(receiver.into());
+        }
+    }
     // The receiver takes 8 frames a step, the flooder offers eight times as many.
     let (mut paced, mut taken) = (0, 0);
     for step in 0..20_000 {
@@ -23,7 +30,11 @@ fn flood_beside_paced(packed: bool, threads: usize, returned_at_once: usize) {
         // Neither thread always goes first.
         let count = passes.len();
         for turn in 0..count {
-            passes[(turn + step / 7) % count].run(0, || true);
+            let pass = &mut passes[(turn + step / 7) % count];
+            match suspect {
+                true => pass.run_watched(0, || true),
+                false => pass.run(0, || true),
+            };
         }
         if step % (returned_at_once / 8) == 0 {
             taken += vms[RECEIVER].take(returned_at_once);
@@ -45,16 +56,17 @@ fn flood_beside_paced(packed: bool, threads: usize, returned_at_once: usize) {
 #[test]
 fn a_flooder_leaves_a_paced_sender_its_share_on_one_thread() {
     for packed in [false, true] {
-        flood_beside_paced(packed, 1, 8);
-        flood_beside_paced(packed, 1, 128);
+        flood_beside_paced(packed, 1, 8, false);
+        flood_beside_paced(packed, 1, 128, false);
+        flood_beside_paced(packed, 1, 128, true);
     }
 }
 
 #[test]
 fn a_flooder_leaves_a_paced_sender_its_share_on_two_threads() {
     for packed in [false, true] {
-        flood_beside_paced(packed, 2, 8);
-        flood_beside_paced(packed, 2, 128);
+        flood_beside_paced(packed, 2, 8, false);
+        flood_beside_paced(packed, 2, 128, false);
     }
 }
 

@@ -144,8 +144,8 @@ fn warm_up(vms: &mut [Vm<'_>], pass: &mut Pass<'_, '_>) {
 }
 
 fn alarm(pass: &mut Pass<'_, '_>) {
-    pass.watch().look(Some(1_000_000));
     pass.watch().long_ns = LONG_NS;
+    pass.watch().look(Some(1_000_000));
 }
 
 /// Guest 0 makes the switch touch new pages again and again (`again`), beside honest traffic of
