@@ -258,12 +258,13 @@ impl Registry {
     ) {
         let mut pairs = Vec::new();
         let slow = self.slow.thread;
+        let on_the_way = self.pairs_that_leave_slow(port);
         let mut leaves_slow = false;
         if let Some(record) = self.find_registration(port) {
             for (number, place) in (0_u16..).zip(&mut record.placement) {
                 let from = place.thread();
                 if wanted(number) && place.leave_for(to) {
-                    leaves_slow |= Some(from) == slow;
+                    leaves_slow |= Some(from) == slow || on_the_way.contains(&number);
                     pairs.push(number);
                 }
             }
@@ -276,6 +277,14 @@ impl Registry {
             step: HandOver::new(to),
             reply,
         });
+    }
+
+    /// A port's queue pairs that are on their way from the thread of slow ports, which may own them
+    /// still. A pair that is sent elsewhere meanwhile waits for that thread as well.
+    fn pairs_that_leave_slow(&self, port: &Arc<PortShared>) -> Vec<u16> {
+        let moves = self.moves.moves.iter();
+        let leave = moves.filter(|it| it.leaves_slow && Arc::ptr_eq(&it.port, port));
+        leave.flat_map(|it| it.pairs.iter().copied()).collect()
     }
 
     /// Starts a poll thread on a CPU, or unpinned.

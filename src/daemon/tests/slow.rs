@@ -84,6 +84,27 @@ fn a_thread_that_ends_gives_away_the_queues_of_a_port_on_its_way_back() {
 }
 
 #[test]
+fn a_queue_that_is_sent_on_waits_for_the_thread_of_slow_ports_that_owned_it() {
+    let mut script = script();
+    let home = places(&script)[0].thread();
+    script.registry.slow_down(0).unwrap();
+    script.registry.publish();
+    look(&mut script, &[0, 1, 2]);
+    script.registry.finish_moves();
+    look(&mut script, &[0, 1, 2]);
+    script.registry.send_back(0);
+    let (reply, _ended) = bounded(1);
+    assert!(script.registry.remove_thread(home, reply).is_ok());
+    script.registry.publish();
+    look(&mut script, &[0, 1]);
+    script.registry.finish_moves();
+    assert_eq!(places(&script)[0].owner(), None, "poll-slow may own it");
+    look(&mut script, &[2]);
+    script.registry.finish_moves();
+    assert_eq!(places(&script)[0], Place::On(1 - home));
+}
+
+#[test]
 fn queues_that_are_added_to_a_port_on_its_way_to_the_slow_thread_have_an_owner() {
     let mut script = script();
     script.registry.slow_down(0).unwrap();
