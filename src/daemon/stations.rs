@@ -25,7 +25,7 @@ const SETTLED: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct Stations {
     pace: Pace,
-    /// The one that has moved last.
+    /// The address that moved last, or an earlier one that keeps moving.
     newest: Option<Station>,
 }
 

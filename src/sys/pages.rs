@@ -38,7 +38,8 @@ pub enum Pace {
     /// Any poll thread.
     #[default]
     Normal,
-    /// Nobody: a poll thread found that it is slow, and control has not seen that yet.
+    /// Any poll thread that is not alarmed (`poll::watch`); alarmed threads leave it alone. A poll
+    /// thread found that it is slow, and control has not seen that yet.
     Marked,
     /// The thread of slow ports.
     Slow,

@@ -1,7 +1,7 @@
 //! What a session offers to its frontend.
 //!
-//! RSS and HASH_REPORT are not offered. They are configured through the control queue, which is the
-//! VMM's own in vhost-user, and neither QEMU nor cloud-hypervisor passes that configuration on.
+//! RSS and HASH_REPORT are not offered. Pollux keeps no indirection table, and reports no hash of a
+//! frame to its receiver.
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::virtio_config::{
