@@ -6,7 +6,7 @@
 //! and stays. If no thread can be made, the port's session ends, because nobody else is to wait.
 //!
 //! After a minute without a slow touch the port comes back. Its queues go to where they were. When
-//! every poll thread has acknowledged that, and the last frame on the detour has arrived, the port
+//! every poll thread has acknowledged that, and its last frame on the detour has arrived, the port
 //! is served like any other one.
 //!
 //! Queues change hands as they always do, so a flow *from* the port keeps its order. A flow *to*
@@ -149,10 +149,10 @@ impl Registry {
     }
 
     /// Whether a port on its way back has arrived.
-    fn is_back(&self, slowness: &Slowness) -> bool {
+    fn is_back(&self, port: &PortShared, slowness: &Slowness) -> bool {
         let known = |generation| self.acknowledgements.reached(generation);
-        let empty = |detour: &Arc<Detour>| detour.is_empty();
-        slowness.returning.is_some_and(known) && self.slow.detour.as_ref().is_none_or(empty)
+        let arrived = |detour: &Arc<Detour>| detour.have_all_arrived(port.reference);
+        slowness.returning.is_some_and(known) && self.slow.detour.as_ref().is_none_or(arrived)
     }
 
     /// Once a second: ports that are not slow any more. Returns those that are back.
@@ -167,7 +167,7 @@ impl Registry {
             };
             match pages.pace() {
                 Pace::Slow if pages.is_calm() => self.send_back(at),
-                Pace::Returning if self.is_back(slowness) => {
+                Pace::Returning if self.is_back(&record.shared, slowness) => {
                     pages.set_pace(Pace::Normal);
                     back.push(record.shared.clone());
                     self.ports[at].slow = None;

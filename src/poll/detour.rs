@@ -13,7 +13,7 @@ use crate::observe::{Content, write_whole};
 use crate::stats::{DropReason, MAX_POLL_THREADS};
 use crate::switch::PortRef;
 use crate::sys::pages::Pace;
-use crate::topology::detour::{DETOUR_HEAD, Detour, head_of, is_drained, read_head};
+use crate::topology::detour::{DETOUR_HEAD, Detour, head_of, read_head};
 use crate::topology::{Egress, EgressQueue, Topology};
 use crate::wire::flow_hash;
 
@@ -44,11 +44,6 @@ impl<'t> Detoured<'t> {
         })
     }
 
-    /// Whether all that this thread has sent has arrived.
-    fn is_drained(&self) -> bool {
-        self.writer.pen.as_deref().is_some_and(is_drained)
-    }
-
     /// Copies frames to a port into this thread's buffer; returns which.
     fn write(&mut self, burst: &Burst<'_>, to: PortRef, mask: Mask, thread: usize) -> Mask {
         let Some(writer) = self.writer.pen.as_deref_mut() else {
@@ -68,7 +63,7 @@ impl<'t> Detoured<'t> {
             }
             // Counted first: a frame that is there and not counted would be left behind by whoever
             // finds that nothing is under way. There is room, for nobody else writes.
-            self.detour.wrote(thread);
+            self.detour.wrote(thread, to);
             let head = head_of(to, frame.len);
             if write_whole(writer, [&head], &content, frame.len as usize) {
                 written |= 1 << number;
@@ -90,7 +85,8 @@ impl<'t> Delivery<'t, '_> {
             return self.context.drop_egress(to, reason, burst, mask);
         }
         let own = self.detour.as_mut();
-        if port.pace == Pace::Returning && own.as_ref().is_some_and(|own| own.is_drained()) {
+        let arrived = |own: &Detoured<'_>| own.detour.has_arrived(thread, port.reference);
+        if port.pace == Pace::Returning && own.as_deref().is_some_and(arrived) {
             return self.spread(burst, port, mask);
         }
         let sender = burst.frames()[mask.trailing_zeros() as usize].ingress;
@@ -149,7 +145,7 @@ impl<'t> Delivery<'t, '_> {
         own.frame.extend_from_slice(first);
         own.frame.extend_from_slice(second);
         self.put_late(&own.frame[DETOUR_HEAD..], to);
-        // Behind the delivery: who finds the buffer empty may deliver by itself.
+        // Behind the delivery: who finds that all has arrived may deliver by itself.
         chunk.commit_all();
         own.detour.is_done(thread);
         true

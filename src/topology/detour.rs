@@ -6,10 +6,10 @@
 //! the buffer. A frame that does not fit is a counted drop. A buffer is a queue, so frames of one
 //! poll thread, and so of one sender, keep their order.
 //!
-//! A port that is no longer slow goes on receiving by this way from each poll thread until that
-//! thread finds its buffer empty. So a frame that comes directly is behind all that came before.
-//! All slow ports share a thread's buffer, so a port comes back only once the frames to the others
-//! have a pause.
+//! A port that is no longer slow goes on receiving by this way from each poll thread until all
+//! that the thread sent to this port has arrived. So a frame that comes directly is behind all that
+//! came before. All slow ports share a thread's buffer. So the thread notes for each port which of
+//! its frames was the last one: frames to other ports do not keep a port from coming back.
 //!
 //! The ends of a buffer are taken as observers' pens are (`observe::pen`). A poll thread takes its
 //! writing end when it adopts a topology. The thread of slow ports takes all the reading ends.
@@ -18,7 +18,8 @@ use rtrb::{Consumer, Producer, RingBuffer};
 
 use crate::observe::pen::{Held, Place};
 use crate::stats::{Counter, MAX_POLL_THREADS};
-use crate::switch::PortRef;
+use crate::switch::{MAX_SLOTS, PortRef};
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes of a buffer: 700 frames of 1500 bytes. A poll thread that waits for nobody fills it in a
 /// millisecond. A longer buffer would only let a slow guest occupy more memory.
@@ -33,8 +34,11 @@ struct Lane {
     reader: Place<Consumer<u8>>,
     /// Frames written, by the poll thread.
     written: Counter,
-    /// Frames that have arrived or were dropped, by the thread of slow ports.
-    done: Counter,
+    /// What `written` was with the last frame to each port, by slot of the port.
+    last: Box<[Counter]>,
+    /// Frames that have arrived or were dropped, by the thread of slow ports. Released behind each
+    /// delivery: a thread that delivers by itself afterwards sees the ring as the delivery left it.
+    done: AtomicU64,
 }
 
 /// The buffers of all poll threads that there can be. Memory is used as far as they are.
@@ -51,7 +55,8 @@ impl Default for Detour {
                 writer: Place::new(writer),
                 reader: Place::new(reader),
                 written: Counter::default(),
-                done: Counter::default(),
+                last: (0..MAX_SLOTS).map(|_| Counter::default()).collect(),
+                done: AtomicU64::new(0),
             }
         };
         Detour {
@@ -72,27 +77,45 @@ impl Detour {
         self.lanes.iter().map(|lane| lane.reader.take())
     }
 
-    /// A poll thread writes a frame: called before the frame can be seen.
-    pub fn wrote(&self, thread: usize) {
-        self.lanes[thread].written.add(1);
+    /// A poll thread writes a frame to a port: called before the frame can be seen.
+    pub fn wrote(&self, thread: usize, to: PortRef) {
+        let lane = &self.lanes[thread];
+        lane.written.add(1);
+        lane.last[usize::from(to.slot)].raise_to(lane.written.get());
     }
 
     /// The thread of slow ports is done with a frame of a poll thread.
     pub fn is_done(&self, thread: usize) {
-        self.lanes[thread].done.add(1);
+        let done = &self.lanes[thread].done;
+        done.store(done.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
 
-    /// Whether nothing is under way. For control: once every poll thread knows that ports return,
-    /// it stays so for them.
+    /// Whether all that a poll thread sent to a port has arrived.
+    pub fn has_arrived(&self, thread: usize, to: PortRef) -> bool {
+        self.lanes[thread].has_arrived(to)
+    }
+
+    /// Whether all that was sent to a port has arrived. For control: once every poll thread knows
+    /// that the port returns, it stays so.
+    pub fn have_all_arrived(&self, to: PortRef) -> bool {
+        self.lanes.iter().all(|lane| lane.has_arrived(to))
+    }
+
+    /// Whether nothing is under way to any port.
     pub fn is_empty(&self) -> bool {
         let mut lanes = self.lanes.iter();
-        lanes.all(|lane| lane.done.get() >= lane.written.get())
+        lanes.all(|lane| lane.done() >= lane.written.get())
     }
 }
 
-/// Whether everything that was written there is done.
-pub fn is_drained(writer: &Producer<u8>) -> bool {
-    writer.slots() == BYTES
+impl Lane {
+    fn done(&self) -> u64 {
+        self.done.load(Ordering::Acquire)
+    }
+
+    fn has_arrived(&self, to: PortRef) -> bool {
+        self.done() >= self.last[usize::from(to.slot)].get()
+    }
 }
 
 /// What stands in front of a frame of so many bytes to a port.
@@ -127,20 +150,33 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_is_drained_when_its_reader_has_let_go() {
+    fn a_port_does_not_wait_for_frames_to_another_one() {
+        let port = |slot| PortRef {
+            slot,
+            generation: 1,
+        };
+        let (calm, slow) = (port(0), port(1));
         let detour = Detour::default();
-        let mut writer = detour.writer(3);
-        let writer = writer.pen.as_deref_mut().unwrap();
-        assert!(is_drained(writer) && detour.is_empty());
-        writer.push_entire_slice(&[1, 2, 3]).unwrap();
-        detour.wrote(3);
-        assert!(!is_drained(writer) && !detour.is_empty());
-        let mut reader = detour.readers().nth(3).unwrap();
-        let chunk = reader.pen.as_deref_mut().unwrap().read_chunk(3).unwrap();
-        assert!(!is_drained(writer));
-        chunk.commit_all();
+        assert!(detour.is_empty() && detour.have_all_arrived(calm));
+        detour.wrote(3, calm);
+        detour.wrote(3, slow);
+        detour.wrote(4, slow);
+        assert!(!detour.has_arrived(3, calm) && detour.has_arrived(4, calm));
+        assert!(!detour.have_all_arrived(calm));
         detour.is_done(3);
-        assert!(is_drained(writer) && detour.is_empty());
+        assert!(detour.has_arrived(3, calm) && detour.have_all_arrived(calm));
+        assert!(!detour.has_arrived(3, slow) && !detour.is_empty());
+        detour.is_done(3);
+        assert!(detour.has_arrived(3, slow) && !detour.have_all_arrived(slow));
+        detour.is_done(4);
+        assert!(detour.have_all_arrived(slow) && detour.is_empty());
+    }
+
+    #[test]
+    fn an_end_that_is_taken_is_not_there_twice() {
+        let detour = Detour::default();
+        let writer = detour.writer(3);
+        assert!(writer.pen.is_some());
         assert!(detour.writer(3).pen.is_none(), "it is taken");
     }
 }

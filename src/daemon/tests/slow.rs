@@ -126,13 +126,14 @@ fn the_detour_stays_until_nobody_can_write_into_it() {
     script.registry.publish();
     let detour = has_detour(&mut script).unwrap();
     look(&mut script, &[0, 1, 2]);
+    let gone = script.registry.ports[0].shared.reference;
     script.registry.unregister(NAME);
     script.registry.publish();
     look(&mut script, &[0, 2]);
     script.registry.look_at_slow_ports();
     script.registry.publish();
     assert!(has_detour(&mut script).is_some(), "thread 1 may write");
-    detour.wrote(1);
+    detour.wrote(1, gone);
     look(&mut script, &[1]);
     script.registry.look_at_slow_ports();
     script.registry.publish();
@@ -141,4 +142,34 @@ fn the_detour_stays_until_nobody_can_write_into_it() {
     script.registry.look_at_slow_ports();
     script.registry.publish();
     assert!(has_detour(&mut script).is_none());
+}
+
+#[test]
+fn frames_to_another_slow_port_do_not_keep_a_port_from_coming_back() {
+    let mut script = script();
+    let detour = std::sync::Arc::new(crate::topology::detour::Detour::default());
+    script.registry.slow.detour = Some(detour.clone());
+    let port = script.registry.ports[0].shared.clone();
+    let other = crate::switch::PortRef {
+        slot: port.reference.slot + 1,
+        generation: 1,
+    };
+    script.registry.slow_down(0).unwrap();
+    script.registry.publish();
+    look(&mut script, &[0, 1, 2]);
+    script.registry.finish_moves();
+    detour.wrote(0, port.reference);
+    detour.wrote(0, other);
+    script.registry.send_back(0);
+    look(&mut script, &[0, 1, 2]);
+    script.registry.finish_moves();
+    look(&mut script, &[0, 1, 2]);
+    script.registry.look_at_slow_ports();
+    assert!(script.registry.ports[0].slow.is_some(), "a frame to it");
+    detour.is_done(0);
+    script.registry.look_at_slow_ports();
+    assert!(
+        script.registry.ports[0].slow.is_none(),
+        "a frame to another"
+    );
 }

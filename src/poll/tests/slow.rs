@@ -78,6 +78,29 @@ fn frames_to_a_slow_port_arrive_by_the_detour_in_order() {
 }
 
 #[test]
+fn a_port_on_its_way_back_does_not_wait_for_frames_to_a_slow_one() {
+    let rams = rams::<3>();
+    let mut vms = vms(&rams, false);
+    for slow in 1..3 {
+        vms[slow].port.pages.set_pace(Pace::Slow);
+    }
+    let detour = Arc::new(Detour::default());
+    let slow = slow_topology(&vms, &detour);
+    let mut tools = threads();
+    let mut passes = tools.passes(&slow);
+    vms[0].send(2, 61, 1);
+    passes[0].run(0, || true);
+    drop(passes);
+    vms[1].port.pages.set_pace(Pace::Returning);
+    let returning = slow_topology(&vms, &detour);
+    let mut passes = tools.passes(&returning);
+    vms[0].send(1, 62, 1);
+    passes[0].run(0, || true);
+    assert_eq!(lengths(&mut vms[1]), [62]);
+    assert!(!detour.is_empty(), "the frame to guest 2 is under way");
+}
+
+#[test]
 fn a_detour_that_is_full_drops_and_counts() {
     const LEN: u32 = 60_000;
     let rams = rams::<2>();
