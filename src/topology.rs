@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::memory::GuestMemory;
-use crate::observe::{Observer, Taps};
+use crate::observe::{Observer, Observers};
 use crate::port::{Device, PortShared, Receive};
 use crate::switch::PortRef;
 use crate::switch::fdb::Fdb;
@@ -111,7 +111,7 @@ pub struct Topology {
     /// The forwarding data base; the same object in every topology.
     pub fdb: Arc<Fdb>,
     /// Whoever looks on; `None` without any observer.
-    pub taps: Option<Taps>,
+    pub observers: Option<Observers>,
     /// The way to ports whose memory is slow to touch; `None` without any.
     pub detour: Option<Arc<Detour>>,
     /// By poll thread: since when there is something published that it has not acknowledged.
@@ -178,7 +178,7 @@ impl Topology {
             plans: plans(before, entries, &ports, &changed),
             ports: ports.into(),
             fdb,
-            taps: None,
+            observers: None,
             detour: None,
             since,
         }
@@ -196,7 +196,7 @@ impl Topology {
     pub fn with_observers(self, observers: &[Arc<Observer>]) -> Self {
         let ports = self.ports.iter().flatten().map(|port| port.reference);
         Topology {
-            taps: Taps::build(observers, ports),
+            observers: Observers::build(observers, ports),
             ..self
         }
     }

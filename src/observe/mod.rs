@@ -179,7 +179,7 @@ impl Observer {
     }
 }
 
-/// Which observers want what of one port: a bit for each, by its number in [`Taps`].
+/// Which observers want what of one port: a bit for each, by its number in [`Observers`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Interest {
     /// Frames that enter.
@@ -196,9 +196,9 @@ pub struct Interest {
 
 /// The observers of one topology.
 #[derive(Debug)]
-pub struct Taps {
+pub struct Observers {
     /// By number.
-    pub observers: Box<[Arc<Observer>]>,
+    pub all: Box<[Arc<Observer>]>,
     by_slot: Box<[Interest]>,
     /// Numbers of the mirrors, as bits.
     pub mirrors: u32,
@@ -206,13 +206,13 @@ pub struct Taps {
     pub traces: bool,
 }
 
-impl Taps {
+impl Observers {
     /// What poll threads need to know; `None` without observers. At most [`MAX_OBSERVERS`] are
     /// looked at.
     pub fn build(
         observers: &[Arc<Observer>],
         ports: impl Iterator<Item = PortRef>,
-    ) -> Option<Taps> {
+    ) -> Option<Observers> {
         if observers.is_empty() {
             return None;
         }
@@ -230,10 +230,10 @@ impl Taps {
             let them = numbered.filter(|(_, observer)| kind(&observer.spec.kind));
             them.fold(0, |bits, (number, _)| bits | 1 << number)
         };
-        Some(Taps {
+        Some(Observers {
             mirrors: with(|kind| matches!(kind, Kind::Mirror(_))),
             traces: with(|kind| matches!(kind, Kind::Trace)) != 0,
-            observers: observers.into(),
+            all: observers.into(),
             by_slot: by_slot.into(),
         })
     }

@@ -149,9 +149,9 @@ fn each_port_has_the_observers_that_want_something_of_it() {
         ),
     ];
     let observers = specs.map(|spec| Observer::mirror(spec, std::iter::empty()));
-    assert!(Taps::build(&[], [PORT].into_iter()).is_none());
-    let taps = Taps::build(&observers, [PORT, OTHER].into_iter()).unwrap();
-    assert_eq!((taps.mirrors, taps.traces), (1 << 4, true));
+    assert!(Observers::build(&[], [PORT].into_iter()).is_none());
+    let observers = Observers::build(&observers, [PORT, OTHER].into_iter()).unwrap();
+    assert_eq!((observers.mirrors, observers.traces), (1 << 4, true));
     let interest = |rx, tx, rx_drops, tx_drops, trace| Interest {
         rx,
         tx,
@@ -159,10 +159,13 @@ fn each_port_has_the_observers_that_want_something_of_it() {
         tx_drops,
         trace,
     };
-    assert_eq!(taps.interest(2), interest(0b11, 0b1_0001, 0, 0, 0b1000));
-    assert_eq!(taps.interest(3), interest(1, 1, 0b100, 0b100, 0));
-    assert_eq!(taps.interest(0), Interest::default());
-    assert_eq!(taps.interest(900), Interest::default());
+    assert_eq!(
+        observers.interest(2),
+        interest(0b11, 0b1_0001, 0, 0, 0b1000)
+    );
+    assert_eq!(observers.interest(3), interest(1, 1, 0b100, 0b100, 0));
+    assert_eq!(observers.interest(0), Interest::default());
+    assert_eq!(observers.interest(900), Interest::default());
 }
 
 #[test]

@@ -8,7 +8,7 @@ use crate::stats::DropReason;
 use crate::topology::{Egress, Ingress, Plan, Topology};
 
 use super::deliver::Mask;
-use super::tap::{Lost, Tap};
+use super::recorder::{Lost, Recorder};
 
 /// What every step of a pass looks at.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ pub(super) struct Context<'t> {
     /// The moment at the start; outdated from the start on if a sender was marked already.
     pub(super) faults: Faults,
     /// Whoever looks on.
-    pub(super) tap: Option<RefCell<Tap<'t>>>,
+    pub(super) recorder: Option<RefCell<Recorder<'t>>>,
 }
 
 impl<'t> Context<'t> {
@@ -44,8 +44,8 @@ impl<'t> Context<'t> {
     pub(super) fn drop_taken(&self, number: u16, reason: DropReason, lost: Lost<'_, '_>) {
         let ingress = self.ingress(number);
         ingress.shared.stats.thread(self.thread).dropped(reason, 1);
-        if let Some(tap) = &self.tap {
-            tap.borrow_mut().lost(number, reason, lost);
+        if let Some(recorder) = &self.recorder {
+            recorder.borrow_mut().lost(number, reason, lost);
         }
     }
 
@@ -63,9 +63,9 @@ impl<'t> Context<'t> {
             return;
         }
         port.shared.stats.thread(self.thread).dropped(reason, count);
-        if let Some(tap) = &self.tap {
+        if let Some(recorder) = &self.recorder {
             let to = (port.reference, pair);
-            tap.borrow_mut().refused(burst, to, reason, mask);
+            recorder.borrow_mut().refused(burst, to, reason, mask);
         }
     }
 }

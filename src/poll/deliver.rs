@@ -227,8 +227,8 @@ fn fill<'t>(
         let reason = DropReason::EgressMemoryFault;
         context.drop_egress((egress, Some(pair)), reason, burst, done);
     } else {
-        if let Some(tap) = &context.tap {
-            tap.borrow_mut().delivered(burst, egress, pair, done);
+        if let Some(recorder) = &context.recorder {
+            recorder.borrow_mut().delivered(burst, egress, pair, done);
         }
         counters.tx_frames.add(count);
         counters.tx_bytes.add(bytes);

@@ -161,8 +161,8 @@ impl<'t> Delivery<'t, '_> {
         let counters = port.shared.stats.thread(self.context.thread);
         match self.put_to(bytes, port, None) {
             Ok((_, queue)) => {
-                if let Some(tap) = &self.context.tap {
-                    tap.borrow_mut().mirrored(bytes, port, queue.pair);
+                if let Some(recorder) = &self.context.recorder {
+                    recorder.borrow_mut().mirrored(bytes, port, queue.pair);
                 }
             }
             Err(reason) => counters.dropped(reason, 1),

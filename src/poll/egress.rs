@@ -19,7 +19,7 @@ use super::detour::Detoured;
 use super::lanes::{lanes, matching};
 use super::notify::{CALLS, signal};
 use super::owed::Owed;
-use super::tap::{Lost, Tap};
+use super::recorder::{Lost, Recorder};
 use super::watch::{Payer, Watch};
 
 /// Copies of one pass after which calls are made and no more is taken: a flood to 500 ports is 500.
@@ -125,7 +125,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
                 plan,
                 thread,
                 faults: if faulted { faults.outdated() } else { faults },
-                tap: Tap::new(topology, thread, tools.clock),
+                recorder: Recorder::new(topology, thread, tools.clock),
             },
             tools,
             owed: Owed::default(),

@@ -21,10 +21,10 @@ impl<'t> Delivery<'t, '_> {
     /// Sends on what mirrors have copied; returns whether there was anything.
     #[inline(always)]
     pub(super) fn replay(&mut self) -> bool {
-        match &self.context.tap {
+        match &self.context.recorder {
             None => false,
-            Some(tap) => {
-                let mirrors = tap.borrow().mirrors();
+            Some(recorder) => {
+                let mirrors = recorder.borrow().mirrors();
                 mirrors != 0 && self.replay_all(mirrors)
             }
         }
@@ -43,15 +43,19 @@ impl<'t> Delivery<'t, '_> {
 
     fn replay_one(&mut self, number: usize) -> bool {
         let topology = self.context.topology;
-        let Some((taps, tap)) = topology.taps.as_ref().zip(self.context.tap.as_ref()) else {
+        let Some((observers, recorder)) = topology
+            .observers
+            .as_ref()
+            .zip(self.context.recorder.as_ref())
+        else {
             return false;
         };
-        let observer = &taps.observers[number];
+        let observer = &observers.all[number];
         let Kind::Mirror(to) = observer.spec.kind else {
             return false;
         };
         // Out of its place while copies are delivered: captures of the destination write meanwhile.
-        let mut pen = tap.borrow_mut().pen(number).take();
+        let mut pen = recorder.borrow_mut().pen(number).take();
         let mut any = false;
         if let Some(Pen::Mirror(copies)) = pen.as_deref_mut() {
             any = !copies.is_empty();
@@ -62,8 +66,8 @@ impl<'t> Delivery<'t, '_> {
             }
             copies.clear();
         }
-        if let Some(tap) = &self.context.tap {
-            *tap.borrow_mut().pen(number) = pen;
+        if let Some(recorder) = &self.context.recorder {
+            *recorder.borrow_mut().pen(number) = pen;
         }
         any
     }
@@ -93,8 +97,8 @@ impl<'t> Delivery<'t, '_> {
         if watched {
             self.tools.watch.charge(port.into(), self.tools.stats);
         }
-        if let (Ok((_, queue)), Some(tap)) = (&delivered, &self.context.tap) {
-            tap.borrow_mut().mirrored(bytes, port, queue.pair);
+        if let (Ok((_, queue)), Some(recorder)) = (&delivered, &self.context.recorder) {
+            recorder.borrow_mut().mirrored(bytes, port, queue.pair);
         }
         delivered.is_ok()
     }

@@ -29,8 +29,8 @@ mod owed;
 #[cfg(test)]
 mod parked_tests;
 mod pass;
+mod recorder;
 mod slow;
-mod tap;
 #[cfg(test)]
 mod tests;
 mod watch;

@@ -24,7 +24,7 @@ use crate::wire::EthernetFrame;
 
 use super::context::Context;
 use super::egress::{Delivery, EVERYWHERE, NOWHERE, Tools};
-use super::tap::Lost;
+use super::recorder::Lost;
 use super::watch::Watch;
 
 /// Frames of one queue that are a burst of their own, and whose reading is timed: see `watch`.
@@ -298,7 +298,7 @@ impl<'t, 'p> Pass<'t, 'p> {
         }
         if !self.context().faults.is_outdated() || self.lose_faulted() {
             let mut egress = [NOWHERE; BURST_FRAMES];
-            let flooding = match &self.context().tap {
+            let flooding = match &self.context().recorder {
                 None => self.decide::<false>(&mut egress, now_s),
                 Some(_) => self.decide_watched(&mut egress, now_s),
             };
@@ -310,11 +310,11 @@ impl<'t, 'p> Pass<'t, 'p> {
     #[cold]
     #[inline(never)]
     pub(super) fn decide_watched(&self, egress: &mut [u16; BURST_FRAMES], now_s: u32) -> bool {
-        let Some(tap) = &self.context().tap else {
+        let Some(recorder) = &self.context().recorder else {
             return false;
         };
-        tap.borrow_mut().received(&self.burst);
-        if tap.borrow().traces() {
+        recorder.borrow_mut().received(&self.burst);
+        if recorder.borrow().traces() {
             self.decide::<true>(egress, now_s)
         } else {
             self.decide::<false>(egress, now_s)
@@ -359,8 +359,8 @@ impl<'t, 'p> Pass<'t, 'p> {
             };
             let reference = context.ingress(frame.ingress).reference;
             let decision = decide(&head, reference, fdb, &mut found, &generation, now_s);
-            if TRACED && let Some(tap) = &context.tap {
-                tap.borrow_mut().decided(&self.burst, frame, &decision);
+            if TRACED && let Some(recorder) = &context.recorder {
+                recorder.borrow_mut().decided(&self.burst, frame, &decision);
             }
             match decision.verdict {
                 Verdict::Unicast(slot) => *egress = slot,

@@ -15,7 +15,7 @@ use arrayvec::ArrayVec;
 use super::deliver::{Mask, numbers};
 use super::egress::Delivery;
 use super::pass::Pass;
-use super::tap::Lost;
+use super::recorder::Lost;
 use super::watch::Payer;
 use crate::frame::{BURST_FRAMES, Burst, Frame};
 use crate::stats::DropReason;
@@ -233,8 +233,10 @@ impl<'t> Delivery<'t, '_> {
         let sender = self.context.ingress(frame.ingress).reference.slot;
         match self.put_to(bytes, port, Some(sender)) {
             Ok((end, queue)) => {
-                if let Some(tap) = &self.context.tap {
-                    tap.borrow_mut().delivered(burst, port, queue.pair, mask);
+                if let Some(recorder) = &self.context.recorder {
+                    recorder
+                        .borrow_mut()
+                        .delivered(burst, port, queue.pair, mask);
                 }
                 if queue.queue.published() < end {
                     let owed = &mut self.owed;

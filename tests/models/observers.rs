@@ -163,7 +163,7 @@ impl Observer {
         [sum(|lane| &lane.captured), sum(|lane| &lane.missed)]
     }
 
-    /// As `Lane::write`, and `Tap::write` where there is no pen.
+    /// As `Lane::write`, and `Recorder::write` where there is no pen.
     fn write(&self, lane: usize, held: &mut Held<'_, Pen>, frame: (usize, u64)) {
         let lane = &self.lanes[lane];
         let kept = held.pen.as_mut().is_some_and(|pen| pen.push(frame));
@@ -219,7 +219,7 @@ fn poll(reader: &mut Reader<View>, scene: &Scene) -> u64 {
     let mut observed = 0;
     for turn in 0..scene.scenario.turns {
         let view = reader.borrow();
-        let mut tap = view.observer.as_ref().map(|observer| {
+        let mut recorder = view.observer.as_ref().map(|observer| {
             // Before anything of it is looked at: what a mutant finds here may be gone.
             assert!(!scene.destroyed.get(), "reachable after its destructor");
             let lane = match scene.scenario.fault {
@@ -234,13 +234,13 @@ fn poll(reader: &mut Reader<View>, scene: &Scene) -> u64 {
             }
             let number = scene.queues[queue].get();
             scene.queues[queue].set(number + 1);
-            if let Some((observer, lane, held)) = &mut tap {
+            if let Some((observer, lane, held)) = &mut recorder {
                 assert!(!scene.settled.get(), "written to after its end");
                 observer.write(*lane, held, (queue, number));
                 observed += 1;
             }
         }
-        drop(tap);
+        drop(recorder);
         drop(view);
         if turn % 2 == 0 {
             reader.sleep();

@@ -1,9 +1,9 @@
-//! Where observers look at the data path.
+//! The recorder writes records of frames for the observers of a topology.
 //!
 //! A pass without observers finds `None` in its context and does nothing of this: one test a burst,
 //! one a claim and one at each drop. Nothing is carried in a frame for observers. With observers,
-//! each step hands over its frames here: entered, decided, delivered, dropped. All of it writes
-//! into buffers of the thread's own and waits for nobody.
+//! each step hands its frames to the recorder: entered, decided, delivered, dropped. The recorder
+//! writes into buffers of its own thread and waits for nobody.
 
 use std::cell::RefCell;
 
@@ -14,7 +14,7 @@ use crate::frame::{Burst, Frame};
 use crate::memory::Pieces;
 use crate::observe::pen::Held;
 use crate::observe::trace::Decided;
-use crate::observe::{Content, Pen, Record, Taps, What};
+use crate::observe::{Content, Observers, Pen, Record, What};
 use crate::stats::{Direction, DropReason};
 use crate::switch::PortRef;
 use crate::switch::forward::Decision;
@@ -33,8 +33,8 @@ pub(super) enum Lost<'a, 't> {
 
 /// A poll thread's pens while it works with one topology.
 #[derive(Debug)]
-pub(super) struct Tap<'t> {
-    taps: &'t Taps,
+pub(super) struct Recorder<'t> {
+    observers: &'t Observers,
     plan: &'t Plan,
     flood: &'t [u16],
     thread: usize,
@@ -43,17 +43,17 @@ pub(super) struct Tap<'t> {
     clock: quanta::Clock,
 }
 
-impl<'t> Tap<'t> {
+impl<'t> Recorder<'t> {
     /// Takes the thread's pens, if there are observers.
     pub(super) fn new(
         topology: &'t Topology,
         thread: usize,
         clock: &quanta::Clock,
-    ) -> Option<RefCell<Tap<'t>>> {
-        let taps = topology.taps.as_ref()?;
-        let pens = taps.observers.iter();
-        Some(RefCell::new(Tap {
-            taps,
+    ) -> Option<RefCell<Recorder<'t>>> {
+        let observers = topology.observers.as_ref()?;
+        let pens = observers.all.iter();
+        Some(RefCell::new(Recorder {
+            observers,
             plan: &topology.plans[thread],
             flood: &topology.flood,
             thread,
@@ -64,7 +64,7 @@ impl<'t> Tap<'t> {
 
     /// Whether somebody wants to know what is decided.
     pub(super) fn traces(&self) -> bool {
-        self.taps.traces
+        self.observers.traces
     }
 
     fn ingress(&self, number: u16) -> &'t Ingress {
@@ -77,7 +77,7 @@ impl<'t> Tap<'t> {
         let time = self.clock.raw();
         for frame in burst.frames() {
             let ingress = self.ingress(frame.ingress);
-            let wanted = self.taps.interest(ingress.reference.slot).rx;
+            let wanted = self.observers.interest(ingress.reference.slot).rx;
             if wanted != 0 {
                 let record = record(time, What::Received, ingress.reference, Some(ingress.pair));
                 self.write(wanted, of(record, frame), &[], &content(burst, frame));
@@ -89,7 +89,7 @@ impl<'t> Tap<'t> {
     #[cold]
     pub(super) fn decided(&mut self, burst: &Burst<'t>, frame: &Frame<'t>, decision: &Decision) {
         let ingress = self.ingress(frame.ingress);
-        let wanted = self.taps.interest(ingress.reference.slot).trace;
+        let wanted = self.observers.interest(ingress.reference.slot).trace;
         if wanted == 0 {
             return;
         }
@@ -106,7 +106,7 @@ impl<'t> Tap<'t> {
     #[cold]
     pub(super) fn delivered(&mut self, burst: &Burst<'_>, to: &Egress, pair: u16, mask: Mask) {
         let time = self.clock.raw();
-        let tx = self.taps.interest(to.reference.slot).tx;
+        let tx = self.observers.interest(to.reference.slot).tx;
         for number in numbers(mask) {
             let frame = &burst.frames()[number];
             let wanted = tx | self.trace_of(frame);
@@ -121,7 +121,7 @@ impl<'t> Tap<'t> {
     /// again nor traced.
     #[cold]
     pub(super) fn mirrored(&mut self, bytes: &[u8], to: &Egress, pair: u16) {
-        let wanted = self.taps.interest(to.reference.slot).tx & !self.taps.mirrors;
+        let wanted = self.observers.interest(to.reference.slot).tx & !self.observers.mirrors;
         let content = Content {
             head: bytes,
             payload: Pieces::NONE,
@@ -136,7 +136,7 @@ impl<'t> Tap<'t> {
     #[cold]
     pub(super) fn lost(&mut self, number: u16, reason: DropReason, lost: Lost<'_, '_>) {
         let ingress = self.ingress(number);
-        let interest = self.taps.interest(ingress.reference.slot);
+        let interest = self.observers.interest(ingress.reference.slot);
         let wanted = interest.rx_drops | interest.trace;
         let time = self.clock.raw();
         let what = What::Dropped(reason);
@@ -168,7 +168,7 @@ impl<'t> Tap<'t> {
     ) {
         debug_assert_eq!(reason.direction(), Direction::Tx);
         let time = self.clock.raw();
-        let drops = self.taps.interest(to.slot).tx_drops;
+        let drops = self.observers.interest(to.slot).tx_drops;
         for number in numbers(mask) {
             let frame = &burst.frames()[number];
             let wanted = drops | self.trace_of(frame);
@@ -179,7 +179,7 @@ impl<'t> Tap<'t> {
 
     fn trace_of(&self, frame: &Frame<'_>) -> u32 {
         let from = self.ingress(frame.ingress).reference.slot;
-        self.taps.interest(from).trace
+        self.observers.interest(from).trace
     }
 
     /// Writes a frame for each observer of `wanted` whose filter it passes.
@@ -187,7 +187,7 @@ impl<'t> Tap<'t> {
         while wanted != 0 {
             let number = wanted.trailing_zeros() as usize;
             wanted &= wanted - 1;
-            let observer = &self.taps.observers[number];
+            let observer = &self.observers.all[number];
             let lane = observer.lane(self.thread);
             let spec = &observer.spec;
             if !spec.filter.accepts(content.head, content.len) {
@@ -209,7 +209,7 @@ impl<'t> Tap<'t> {
 
     /// Numbers of the mirrors, as bits.
     pub(super) fn mirrors(&self) -> u32 {
-        self.taps.mirrors
+        self.observers.mirrors
     }
 
     /// The pen of an observer, to be given back.
