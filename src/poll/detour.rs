@@ -5,7 +5,7 @@ use rtrb::{Consumer, Producer};
 
 use super::deliver::{Mask, numbers};
 use super::egress::Delivery;
-use super::lanes::scale;
+use super::steer::scale;
 use super::watch::Payer;
 use crate::frame::{Burst, MAX_FRAME};
 use crate::observe::pen::Held;

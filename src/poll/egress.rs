@@ -16,10 +16,10 @@ use crate::virtio::{Claim, FullBarrier, NoClaim};
 use super::context::Context;
 use super::deliver::{Left, Mask, Target, numbers};
 use super::detour::Detoured;
-use super::lanes::{lanes, matching};
 use super::notify::{CALLS, signal};
 use super::owed::Owed;
 use super::recorder::{Lost, Recorder};
+use super::steer::{matching, steer};
 use super::watch::{Payer, Watch};
 
 /// Copies of one pass after which calls are made and no more is taken: a flood to 500 ports is 500.
@@ -207,7 +207,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
     /// Delivers to a port of several receive queues, flow by flow to the queue that its hash says.
     #[inline(never)]
     pub(super) fn spread(&mut self, burst: &Burst<'t>, port: &'t Egress, mask: Mask) {
-        for (queue, mask) in lanes(port, burst, mask) {
+        for (queue, mask) in steer(port, burst, mask) {
             self.send_to(burst, port, queue, mask);
         }
     }
@@ -395,7 +395,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
                 self.context.drop_egress(to, reason, &self.held, mask);
                 continue;
             }
-            for (queue, mask) in lanes(port, &self.held, mask) {
+            for (queue, mask) in steer(port, &self.held, mask) {
                 self.retry_in(port, queue, mask);
             }
         }

@@ -22,7 +22,6 @@ mod context;
 mod deliver;
 mod detour;
 mod egress;
-mod lanes;
 mod mirror;
 mod notify;
 mod owed;
@@ -31,6 +30,7 @@ mod parked_tests;
 mod pass;
 mod recorder;
 mod slow;
+mod steer;
 #[cfg(test)]
 mod tests;
 mod watch;

@@ -16,27 +16,27 @@ use crate::wire::flow_hash;
 /// A flow is in one queue as long as as many are enabled. Which one the guest would like (it sends
 /// the flow's answers from one, virtio 1.2 §5.1.6.5.5) is not asked: that would take a table of
 /// flows, written with every frame.
-pub(super) fn lanes<'t>(
+pub(super) fn steer<'t>(
     port: &'t Egress,
     burst: &Burst<'_>,
     mask: Mask,
 ) -> ArrayVec<(&'t EgressQueue, Mask), BURST_FRAMES> {
-    let mut lanes: ArrayVec<(&EgressQueue, Mask), BURST_FRAMES> = ArrayVec::new();
+    let mut steered: ArrayVec<(&EgressQueue, Mask), BURST_FRAMES> = ArrayVec::new();
     let queues = port.receive_queues();
     for number in numbers(mask) {
         let hash = flow_hash(burst.frames()[number].head());
         let Some(queue) = queues.get(scale(hash, queues.len())) else {
             continue;
         };
-        match lanes
+        match steered
             .iter_mut()
             .find(|(other, _)| std::ptr::eq(*other, queue))
         {
-            Some((_, lane)) => *lane |= 1 << number,
-            None => lanes.push((queue, 1 << number)),
+            Some((_, frames)) => *frames |= 1 << number,
+            None => steered.push((queue, 1 << number)),
         }
     }
-    lanes
+    steered
 }
 
 /// A hash as a number below `count`, without a division.
