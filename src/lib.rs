@@ -94,8 +94,8 @@
 //! - *topology*: the snapshot that poll threads work with. *generation*: the number of a topology,
 //!   or of a port in its slot. *publish* a topology, *adopt* and *acknowledge* it, then *retire*
 //!   the old one.
-//! - *observer*: a capture, trace or mirror. *lane*: the buffer of one observer and one poll
-//!   thread. *pen*: the writing end of a lane.
+//! - *observer*: a capture, trace or mirror. *feed*: the buffer of one observer and one poll
+//!   thread. *pen*: the writing end of a feed. *recorder*: what a poll thread writes to feeds with.
 //!
 //! "virtio" with a section number is OASIS VIRTIO 1.2, July 2022. "vhost-user" is QEMU's
 //! `docs/interop/vhost-user.rst` of version 7.2, cited by the names of its sections.

@@ -135,10 +135,10 @@ pub(super) struct Prospect {
 
 impl Registry {
     /// Makes the pages of what the next poll thread will write for observers, before it begins.
-    pub(super) fn touch_lanes(&self) {
+    pub(super) fn prefault_feeds(&self) {
         if let Some(number) = self.polls.next_number() {
             let observers = self.observers.iter();
-            observers.for_each(|record| record.observer.lane(number).touch());
+            observers.for_each(|record| record.observer.feed(number).touch());
         }
     }
 

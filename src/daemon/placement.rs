@@ -297,7 +297,7 @@ impl Registry {
             let text = format!("CPU {cpu} has a poll thread already, number {other}");
             return Err(ControlError::Conflict { text });
         }
-        self.touch_lanes();
+        self.prefault_feeds();
         let number = self
             .polls
             .start(cpu, order.idle)

@@ -101,7 +101,7 @@ impl Registry {
         let thread = match self.slow.thread {
             Some(thread) => thread,
             None => {
-                self.touch_lanes();
+                self.prefault_feeds();
                 self.polls.start_slow()?
             }
         };

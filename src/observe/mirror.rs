@@ -1,6 +1,6 @@
 //! Copies of frames that a poll thread makes in one pass and sends on in its next.
 
-use super::lane::Content;
+use super::feed::Content;
 use super::record::Record;
 use crate::switch::PortRef;
 

@@ -7,11 +7,11 @@
 //! or the reader's.
 //!
 //! - A poll thread that finds no observer in its topology tests one word a burst.
-//! - Each observer has a [`Lane`] for every poll thread that there can ever be: counters, and a
+//! - Each observer has a [`Feed`] for every poll thread that there can ever be: counters, and a
 //!   bounded buffer that this thread alone writes, without waiting. What does not fit is counted as
 //!   missed. Buffers are reserved when the observer is made. So a poll thread allocates nothing,
 //!   not even for a thread that is added later.
-//! - A poll thread takes its pens (the writing ends) out of the lanes when it adopts a topology,
+//! - A poll thread takes its pens (the writing ends) out of the feeds when it adopts a topology,
 //!   and puts them back before it acknowledges another one. That is an exchange of one word each,
 //!   and nothing a frame. So an observer can be in a shared snapshot, without a lock.
 //! - `rtrb` makes the buffers: one writer, one reader, wait-free. Who has the pens, and when a
@@ -23,8 +23,8 @@
 //! which belongs to the receiver from its publication on. A guest that writes to a frame which it
 //! has given away makes these two readings differ, and no third reading would tell which is right.
 
+mod feed;
 mod filter;
-mod lane;
 pub mod mirror;
 pub mod pcapng;
 pub mod pen;
@@ -41,8 +41,8 @@ use crate::stats::MAX_POLL_THREADS;
 use crate::switch::PortRef;
 use pen::Ending;
 
+pub use feed::{Content, Counts, Feed, Pen, Reader, write_whole};
 pub use filter::{Filter, FilterError};
-pub use lane::{Content, Counts, Lane, Pen, Reader, write_whole};
 pub use record::{RECORD_HEAD, Record, What};
 pub use time::{WallClock, since_1970};
 
@@ -99,7 +99,7 @@ impl ObserverSpec {
 pub struct Observer {
     /// What it looks at.
     pub spec: ObserverSpec,
-    lanes: Box<[CachePadded<Lane>]>,
+    feeds: Box<[CachePadded<Feed>]>,
     ending: Ending,
 }
 
@@ -111,17 +111,17 @@ impl Observer {
         threads: impl Iterator<Item = usize> + Clone,
     ) -> (Arc<Observer>, Reader) {
         let mut consumers = Vec::with_capacity(MAX_POLL_THREADS);
-        let lanes = (0..MAX_POLL_THREADS).map(|thread| {
+        let feeds = (0..MAX_POLL_THREADS).map(|thread| {
             let is_there = threads.clone().any(|there| there == thread);
-            let (lane, consumer) = Lane::ring(&spec, is_there);
+            let (feed, consumer) = Feed::ring(&spec, is_there);
             consumers.push(consumer);
-            CachePadded::new(lane)
+            CachePadded::new(feed)
         });
-        let lanes = lanes.collect();
+        let feeds = feeds.collect();
         let ending = Ending::default();
         let observer = Arc::new(Observer {
             spec,
-            lanes,
+            feeds,
             ending,
         });
         (observer, Reader::new(consumers))
@@ -132,34 +132,34 @@ impl Observer {
         spec: ObserverSpec,
         threads: impl Iterator<Item = usize> + Clone,
     ) -> Arc<Observer> {
-        let lanes = (0..MAX_POLL_THREADS).map(|thread| {
+        let feeds = (0..MAX_POLL_THREADS).map(|thread| {
             let is_there = threads.clone().any(|there| there == thread);
-            CachePadded::new(Lane::mirror(&spec, is_there))
+            CachePadded::new(Feed::mirror(&spec, is_there))
         });
-        let lanes = lanes.collect();
+        let feeds = feeds.collect();
         let ending = Ending::default();
         Arc::new(Observer {
             spec,
-            lanes,
+            feeds,
             ending,
         })
     }
 
-    /// The lane of a poll thread.
+    /// The feed of a poll thread.
     #[inline]
-    pub fn lane(&self, thread: usize) -> &Lane {
-        &self.lanes[thread]
+    pub fn feed(&self, thread: usize) -> &Feed {
+        &self.feeds[thread]
     }
 
-    /// The sum of all lanes; exact once no poll thread has it any more.
+    /// The sum of all feeds; exact once no poll thread has it any more.
     pub fn counts(&self) -> Counts {
-        let lanes = self.lanes.iter();
-        lanes.fold(Counts::default(), |sum, lane| sum + lane.counts())
+        let feeds = self.feeds.iter();
+        feeds.fold(Counts::default(), |sum, feed| sum + feed.counts())
     }
 
     /// Frames of the port in `slot` that did not fit into the buffers.
     pub fn missed_at(&self, slot: u16) -> u64 {
-        self.lanes.iter().map(|lane| lane.missed_at(slot)).sum()
+        self.feeds.iter().map(|feed| feed.missed_at(slot)).sum()
     }
 
     /// It was taken out of the topology with this generation. The first reason stays.

@@ -58,9 +58,9 @@ fn what_one_thread_writes_another_reads_whole_and_the_rest_is_counted() {
     let (mut seen, mut last) = (0, None);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let lane = observer.lane(4);
-            let mut held = lane.take();
-            assert!(lane.take().pen.is_none());
+            let feed = observer.feed(4);
+            let mut held = feed.take();
+            assert!(feed.take().pen.is_none());
             let pen = held.pen.as_mut().unwrap();
             for number in 0..FRAMES {
                 let len = 14 + (number as usize * 97) % 3000;
@@ -76,7 +76,7 @@ fn what_one_thread_writes_another_reads_whole_and_the_rest_is_counted() {
                     len: len as u32,
                 };
                 assert_eq!(content.available(), len);
-                lane.write(pen, &record(number, len), &[], &content);
+                feed.write(pen, &record(number, len), &[], &content);
             }
             drop(held);
             over.store(true, Ordering::Release);
@@ -105,7 +105,7 @@ fn what_one_thread_writes_another_reads_whole_and_the_rest_is_counted() {
     assert_eq!(counts.captured, seen);
     assert_eq!(counts.captured + counts.missed, FRAMES);
     assert_eq!(observer.missed_at(PORT.slot), counts.missed);
-    assert!(observer.lane(4).take().pen.is_some());
+    assert!(observer.feed(4).take().pen.is_some());
 }
 
 #[test]
@@ -118,11 +118,11 @@ fn the_oldest_record_of_all_threads_comes_first() {
         len: 60,
     };
     for (thread, times) in [(0, [1, 4, 5]), (31, [2, 3, 6])] {
-        let lane = observer.lane(thread);
-        let mut held = lane.take();
+        let feed = observer.feed(thread);
+        let mut held = feed.take();
         let pen = held.pen.as_mut().unwrap();
         for time in times {
-            lane.write(pen, &record(time, 60), &[], &content);
+            feed.write(pen, &record(time, 60), &[], &content);
         }
     }
     let mut bytes = Vec::new();
@@ -175,7 +175,7 @@ fn a_section_says_all_that_is_known_of_a_frame() {
         ..spec(Kind::Drops, Some(vec![PORT]), ObserveDirection::Both)
     };
     let observer = Observer::mirror(filtered, std::iter::empty());
-    observer.lane(3).miss(PORT.slot);
+    observer.feed(3).miss(PORT.slot);
     let start = Duration::new(1_800_000_000, 1);
     let mut section = Section::new(&observer, start).unwrap();
     let interface = section.interface(PORT, || "vm1".to_string()).unwrap();
@@ -258,7 +258,7 @@ fn a_section_says_all_that_is_known_of_a_frame() {
 fn what_a_slot_has_missed_is_said_once() {
     let capture = spec(Kind::Capture, None, ObserveDirection::Both);
     let observer = Observer::mirror(capture, std::iter::empty());
-    observer.lane(3).miss(PORT.slot);
+    observer.feed(3).miss(PORT.slot);
     let later = PortRef {
         generation: PORT.generation + 1,
         ..PORT
@@ -300,7 +300,7 @@ fn missed(section: &mut Section) -> Vec<u64> {
 fn a_trace_counts_the_steps_that_it_missed_at_any_port() {
     let trace = spec(Kind::Trace, Some(vec![PORT]), ObserveDirection::Rx);
     let (observer, _reader) = Observer::with_reader(trace, std::iter::empty());
-    observer.lane(0).miss(OTHER.slot);
-    observer.lane(0).miss(PORT.slot);
+    observer.feed(0).miss(OTHER.slot);
+    observer.feed(0).miss(PORT.slot);
     assert_eq!(observer.counts().missed, 2);
 }

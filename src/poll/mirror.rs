@@ -8,7 +8,7 @@
 //! there is no room, the mirror has missed a frame; no port has dropped one.
 
 use crate::frame::{put_header_part, receive_header};
-use crate::observe::{Kind, Lane, Pen};
+use crate::observe::{Feed, Kind, Pen};
 use crate::stats::DropReason;
 use crate::switch::PortRef;
 use crate::topology::{Egress, EgressQueue};
@@ -59,10 +59,10 @@ impl<'t> Delivery<'t, '_> {
         let mut any = false;
         if let Some(Pen::Mirror(copies)) = pen.as_deref_mut() {
             any = !copies.is_empty();
-            let lane = observer.lane(self.context.thread);
+            let feed = observer.feed(self.context.thread);
             for copy in 0..copies.len() {
                 let (bytes, from) = copies.get(copy);
-                self.send_copy(bytes, from, to, lane);
+                self.send_copy(bytes, from, to, feed);
             }
             copies.clear();
         }
@@ -72,14 +72,14 @@ impl<'t> Delivery<'t, '_> {
         any
     }
 
-    fn send_copy(&mut self, bytes: &[u8], from: PortRef, to: PortRef, lane: &Lane) {
+    fn send_copy(&mut self, bytes: &[u8], from: PortRef, to: PortRef, feed: &Feed) {
         let port = self.context.topology.port(to.slot);
         let port = port.filter(|port| port.reference == to);
         let delivered = port.is_some_and(|port| self.put_copy(bytes, port));
         if delivered {
-            lane.captured.add(1);
+            feed.captured.add(1);
         } else {
-            lane.miss(from.slot);
+            feed.miss(from.slot);
         }
     }
 

@@ -57,7 +57,7 @@ impl<'t> Recorder<'t> {
             plan: &topology.plans[thread],
             flood: &topology.flood,
             thread,
-            pens: pens.map(|observer| observer.lane(thread).take()).collect(),
+            pens: pens.map(|observer| observer.feed(thread).take()).collect(),
             clock: clock.clone(),
         }))
     }
@@ -188,10 +188,10 @@ impl<'t> Recorder<'t> {
             let number = wanted.trailing_zeros() as usize;
             wanted &= wanted - 1;
             let observer = &self.observers.all[number];
-            let lane = observer.lane(self.thread);
+            let feed = observer.feed(self.thread);
             let spec = &observer.spec;
             if !spec.filter.accepts(content.head, content.len) {
-                lane.filtered.add(1);
+                feed.filtered.add(1);
                 continue;
             }
             let captured = content.available().min(spec.snaplen as usize) + extra.len();
@@ -201,8 +201,8 @@ impl<'t> Recorder<'t> {
                 ..record
             };
             match &mut self.pens[number].pen {
-                Some(pen) => lane.write(pen, &record, extra, content),
-                None => lane.miss(record.port.slot),
+                Some(pen) => feed.write(pen, &record, extra, content),
+                None => feed.miss(record.port.slot),
             }
         }
     }

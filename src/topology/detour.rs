@@ -29,7 +29,7 @@ pub const DETOUR_HEAD: usize = 10;
 
 /// One poll thread's buffer.
 #[derive(Debug)]
-struct Lane {
+struct DetourQueue {
     writer: Place<Producer<u8>>,
     reader: Place<Consumer<u8>>,
     /// Frames written, by the poll thread.
@@ -44,14 +44,14 @@ struct Lane {
 /// The buffers of all poll threads that there can be. Memory is used as far as they are.
 #[derive(Debug)]
 pub struct Detour {
-    lanes: Box<[Lane]>,
+    queues: Box<[DetourQueue]>,
 }
 
 impl Default for Detour {
     fn default() -> Self {
-        let lane = |_| {
+        let queue = |_| {
             let (writer, reader) = RingBuffer::new(BYTES);
-            Lane {
+            DetourQueue {
                 writer: Place::new(writer),
                 reader: Place::new(reader),
                 written: Counter::default(),
@@ -60,7 +60,7 @@ impl Default for Detour {
             }
         };
         Detour {
-            lanes: (0..MAX_POLL_THREADS).map(lane).collect(),
+            queues: (0..MAX_POLL_THREADS).map(queue).collect(),
         }
     }
 }
@@ -68,43 +68,43 @@ impl Default for Detour {
 impl Detour {
     /// The writing end of a poll thread, for that one while it works with a topology.
     pub fn writer(&self, thread: usize) -> Held<'_, Producer<u8>> {
-        self.lanes[thread].writer.take()
+        self.queues[thread].writer.take()
     }
 
     /// The reading ends by poll thread, for the thread of slow ports while it works with a
     /// topology.
     pub fn readers(&self) -> impl Iterator<Item = Held<'_, Consumer<u8>>> {
-        self.lanes.iter().map(|lane| lane.reader.take())
+        self.queues.iter().map(|queue| queue.reader.take())
     }
 
     /// A poll thread writes a frame to a port: called before the frame can be seen.
     pub fn wrote(&self, thread: usize, to: PortRef) {
-        let lane = &self.lanes[thread];
-        lane.written.add(1);
-        lane.last[usize::from(to.slot)].raise_to(lane.written.get());
+        let queue = &self.queues[thread];
+        queue.written.add(1);
+        queue.last[usize::from(to.slot)].raise_to(queue.written.get());
     }
 
     /// The thread of slow ports is done with a frame of a poll thread.
     pub fn is_done(&self, thread: usize) {
-        let done = &self.lanes[thread].done;
+        let done = &self.queues[thread].done;
         done.store(done.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
 
     /// Whether all that a poll thread sent to a port has arrived.
     pub fn has_arrived(&self, thread: usize, to: PortRef) -> bool {
-        self.lanes[thread].has_arrived(to)
+        self.queues[thread].has_arrived(to)
     }
 
     /// Whether all that was sent to a port has arrived. For control: once every poll thread knows
     /// that the port returns, it stays so.
     pub fn have_all_arrived(&self, to: PortRef) -> bool {
-        self.lanes.iter().all(|lane| lane.has_arrived(to))
+        self.queues.iter().all(|queue| queue.has_arrived(to))
     }
 
     /// Whether nothing is under way to any port.
     pub fn is_empty(&self) -> bool {
-        let mut lanes = self.lanes.iter();
-        lanes.all(|lane| lane.done() >= lane.written.get())
+        let mut queues = self.queues.iter();
+        queues.all(|queue| queue.done() >= queue.written.get())
     }
 }
 

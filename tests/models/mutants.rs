@@ -445,10 +445,10 @@ fn an_observer_taken_away_from_under_a_poll_thread() {
 
 #[test]
 #[should_panic(expected = "captured and missed")]
-fn poll_threads_that_share_a_lane() {
+fn poll_threads_that_share_a_feed() {
     explore(2, || {
         production::observers::run(&observer_models::Scenario {
-            fault: observer_models::Fault::OneLane,
+            fault: observer_models::Fault::OneFeed,
             looks: 0,
             ..observer_models::TWO
         });

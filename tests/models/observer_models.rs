@@ -20,8 +20,8 @@ pub enum Step {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     None,
-    /// All poll threads write into the lane of the first.
-    OneLane,
+    /// All poll threads write into the feed of the first.
+    OneFeed,
 }
 
 #[derive(Clone, Copy)]
@@ -51,14 +51,14 @@ pub const ONE: Scenario = Scenario {
 /// Two poll threads.
 pub const TWO: Scenario = Scenario { threads: 2, ..ONE };
 
-/// A transmit queue changes its poll thread, and its frames the lane.
+/// A transmit queue changes its poll thread, and its frames the feed.
 pub const MOVES: Scenario = Scenario {
     steps: &[Step::Attach, Step::Move(1), Step::Remove],
     looks: 1,
     ..TWO
 };
 
-/// A poll thread ends, and another one goes on with its lanes.
+/// A poll thread ends, and another one goes on with its feeds.
 pub const REPLACED: Scenario = Scenario {
     steps: &[Step::Attach, Step::Replace, Step::Remove],
     turns: 1,

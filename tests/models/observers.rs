@@ -1,13 +1,13 @@
 //! (e) An observer comes with a view and goes with another one, while poll threads write into its
-//! lanes, a client reads from them or is killed, queues change hands and poll threads end. Included
+//! feeds, a client reads from them or is killed, queues change hands and poll threads end. Included
 //! once for every `pen.rs` and `snapshot.rs`.
 //!
-//! Checked: a lane has one writer; every frame that a poll thread saw with the observer in its view
+//! Checked: a feed has one writer; every frame that a poll thread saw with the observer in its view
 //! is captured or missed, and a client that reads to the end has read each captured one, once and
 //! in order, and knows the final counts; nobody reaches the observer after the acknowledgement;
 //! each end of a ring is dropped once, and none on a poll thread.
 //!
-//! The ring of a lane is a model of `rtrb`'s, with room for one frame.
+//! The ring of a feed is a model of `rtrb`'s, with room for one frame.
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicUsize, Ordering as Plain};
@@ -111,7 +111,7 @@ impl Drop for Consumer {
     }
 }
 
-struct Lane {
+struct Feed {
     pen: Place<Pen>,
     captured: Counter,
     missed: Counter,
@@ -119,7 +119,7 @@ struct Lane {
 
 struct Observer {
     scene: Arc<Scene>,
-    lanes: Vec<Lane>,
+    feeds: Vec<Feed>,
     ending: Ending,
 }
 
@@ -127,7 +127,7 @@ impl Observer {
     /// As `Observer::with_reader`.
     fn with_reader(scene: &Arc<Scene>) -> (User, Vec<Consumer>) {
         let mut consumers = Vec::new();
-        let lanes = (0..scene.scenario.threads).map(|_| {
+        let feeds = (0..scene.scenario.threads).map(|_| {
             let ring = Arc::new(Ring {
                 frame: Shared::new((0, 0)),
                 written: AtomicU64::new(0),
@@ -143,14 +143,14 @@ impl Observer {
                 scene: scene.clone(),
                 next: Shared::new(0),
             };
-            Lane {
+            Feed {
                 pen: Place::new(pen),
                 captured: Counter::default(),
                 missed: Counter::default(),
             }
         });
         let observer = Observer {
-            lanes: lanes.collect(),
+            feeds: feeds.collect(),
             scene: scene.clone(),
             ending: Ending::default(),
         };
@@ -159,15 +159,15 @@ impl Observer {
 
     /// Captured and missed.
     fn counts(&self) -> [u64; 2] {
-        let sum = |of: fn(&Lane) -> &Counter| self.lanes.iter().map(|lane| of(lane).get()).sum();
-        [sum(|lane| &lane.captured), sum(|lane| &lane.missed)]
+        let sum = |of: fn(&Feed) -> &Counter| self.feeds.iter().map(|feed| of(feed).get()).sum();
+        [sum(|feed| &feed.captured), sum(|feed| &feed.missed)]
     }
 
-    /// As `Lane::write`, and `Recorder::write` where there is no pen.
-    fn write(&self, lane: usize, held: &mut Held<'_, Pen>, frame: (usize, u64)) {
-        let lane = &self.lanes[lane];
+    /// As `Feed::write`, and `Recorder::write` where there is no pen.
+    fn write(&self, feed: usize, held: &mut Held<'_, Pen>, frame: (usize, u64)) {
+        let feed = &self.feeds[feed];
         let kept = held.pen.as_mut().is_some_and(|pen| pen.push(frame));
-        let counter = if kept { &lane.captured } else { &lane.missed };
+        let counter = if kept { &feed.captured } else { &feed.missed };
         counter.add(1);
     }
 }
@@ -222,11 +222,11 @@ fn poll(reader: &mut Reader<View>, scene: &Scene) -> u64 {
         let mut recorder = view.observer.as_ref().map(|observer| {
             // Before anything of it is looked at: what a mutant finds here may be gone.
             assert!(!scene.destroyed.get(), "reachable after its destructor");
-            let lane = match scene.scenario.fault {
-                Fault::OneLane => 0,
+            let feed = match scene.scenario.fault {
+                Fault::OneFeed => 0,
                 _ => me,
             };
-            (observer, lane, observer.lanes[lane].pen.take())
+            (observer, feed, observer.feeds[feed].pen.take())
         });
         for (queue, owner) in view.owners.iter().enumerate() {
             if *owner != Some(me) {
@@ -234,9 +234,9 @@ fn poll(reader: &mut Reader<View>, scene: &Scene) -> u64 {
             }
             let number = scene.queues[queue].get();
             scene.queues[queue].set(number + 1);
-            if let Some((observer, lane, held)) = &mut recorder {
+            if let Some((observer, feed, held)) = &mut recorder {
                 assert!(!scene.settled.get(), "written to after its end");
-                observer.write(*lane, held, (queue, number));
+                observer.write(*feed, held, (queue, number));
                 observed += 1;
             }
         }

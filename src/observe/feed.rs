@@ -58,7 +58,7 @@ impl Content<'_, '_> {
     }
 }
 
-/// The writing end of a lane; its poll thread has it while it works.
+/// The writing end of a feed; its poll thread has it while it works.
 #[derive(Debug)]
 pub enum Pen {
     /// Somebody reads on another thread.
@@ -92,7 +92,7 @@ impl Add for Counts {
 }
 
 /// One poll thread's part of an observer.
-pub struct Lane {
+pub struct Feed {
     pen: Place<Pen>,
     /// Several records tell of one frame: only those count that begin one.
     follows: bool,
@@ -104,14 +104,14 @@ pub struct Lane {
     missed: Box<[Counter]>,
 }
 
-impl std::fmt::Debug for Lane {
+impl std::fmt::Debug for Feed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Lane({:?})", self.counts())
+        write!(f, "Feed({:?})", self.counts())
     }
 }
 
-impl Lane {
-    pub(super) fn ring(spec: &ObserverSpec, touch: bool) -> (Lane, Consumer<u8>) {
+impl Feed {
+    pub(super) fn ring(spec: &ObserverSpec, touch: bool) -> (Feed, Consumer<u8>) {
         let (mut producer, mut consumer) = RingBuffer::new(RING_BYTES);
         if touch && let Ok(chunk) = producer.write_chunk(RING_BYTES) {
             chunk.commit_all();
@@ -119,14 +119,14 @@ impl Lane {
                 chunk.commit_all();
             }
         }
-        (Lane::with(spec, Pen::Ring(producer)), consumer)
+        (Feed::with(spec, Pen::Ring(producer)), consumer)
     }
 
-    pub(super) fn mirror(spec: &ObserverSpec, touch: bool) -> Lane {
-        Lane::with(spec, Pen::Mirror(Copies::new(touch)))
+    pub(super) fn mirror(spec: &ObserverSpec, touch: bool) -> Feed {
+        Feed::with(spec, Pen::Mirror(Copies::new(touch)))
     }
 
-    fn with(spec: &ObserverSpec, pen: Pen) -> Lane {
+    fn with(spec: &ObserverSpec, pen: Pen) -> Feed {
         let slots = match &spec.ports {
             // A trace follows frames to any port.
             Some(ports) if spec.kind != Kind::Trace => {
@@ -135,7 +135,7 @@ impl Lane {
             }
             _ => MAX_PORTS,
         };
-        Lane {
+        Feed {
             pen: Place::new(pen),
             follows: spec.kind == Kind::Trace,
             captured: Counter::default(),
@@ -144,12 +144,12 @@ impl Lane {
         }
     }
 
-    /// Takes the pen: for the lane's poll thread, while it works with a topology.
+    /// Takes the pen: for the feed's poll thread, while it works with a topology.
     pub fn take(&self) -> Held<'_, Pen> {
         self.pen.take()
     }
 
-    /// Makes the pages of the buffer, before the lane's poll thread begins: it is to take no page
+    /// Makes the pages of the buffer, before the feed's poll thread begins: it is to take no page
     /// faults here, which would look like those of the guest whose frame it writes (`poll::watch`).
     pub fn touch(&self) {
         match self.take().pen.as_deref_mut() {
@@ -245,18 +245,18 @@ pub fn write_whole<const N: usize>(
     true
 }
 
-/// The reading ends of an observer's lanes.
+/// The reading ends of an observer's feeds.
 #[derive(Debug)]
 pub struct Reader {
     /// Each with the head of the record that is next in it, if that was looked at already.
-    lanes: Vec<(Consumer<u8>, Option<Record>)>,
+    feeds: Vec<(Consumer<u8>, Option<Record>)>,
 }
 
 impl Reader {
     pub(super) fn new(consumers: Vec<Consumer<u8>>) -> Reader {
-        let lanes = consumers.into_iter().map(|consumer| (consumer, None));
+        let feeds = consumers.into_iter().map(|consumer| (consumer, None));
         Reader {
-            lanes: lanes.collect(),
+            feeds: feeds.collect(),
         }
     }
 
@@ -264,7 +264,7 @@ impl Reader {
     /// its head.
     pub fn next(&mut self, bytes: &mut Vec<u8>) -> Option<(usize, Record)> {
         let mut oldest: Option<(usize, Record)> = None;
-        for (thread, (consumer, head)) in self.lanes.iter_mut().enumerate() {
+        for (thread, (consumer, head)) in self.feeds.iter_mut().enumerate() {
             if head.is_none() {
                 *head = peek(consumer);
             }
@@ -275,7 +275,7 @@ impl Reader {
             }
         }
         let (thread, record) = oldest?;
-        let (consumer, head) = &mut self.lanes[thread];
+        let (consumer, head) = &mut self.feeds[thread];
         let len = RECORD_HEAD + record.captured as usize;
         // Its writer may be in the midst of it.
         let chunk = consumer.read_chunk(len).ok()?;
