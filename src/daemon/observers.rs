@@ -138,7 +138,7 @@ impl Registry {
     pub(super) fn prefault_feeds(&self) {
         if let Some(number) = self.polls.next_number() {
             let observers = self.observers.iter();
-            observers.for_each(|record| record.observer.feed(number).touch());
+            observers.for_each(|record| record.observer.feed(number).prefault());
         }
     }
 

@@ -111,9 +111,9 @@ impl std::fmt::Debug for Feed {
 }
 
 impl Feed {
-    pub(super) fn ring(spec: &ObserverSpec, touch: bool) -> (Feed, Consumer<u8>) {
+    pub(super) fn ring(spec: &ObserverSpec, prefault: bool) -> (Feed, Consumer<u8>) {
         let (mut producer, mut consumer) = RingBuffer::new(RING_BYTES);
-        if touch && let Ok(chunk) = producer.write_chunk(RING_BYTES) {
+        if prefault && let Ok(chunk) = producer.write_chunk(RING_BYTES) {
             chunk.commit_all();
             if let Ok(chunk) = consumer.read_chunk(RING_BYTES) {
                 chunk.commit_all();
@@ -122,8 +122,8 @@ impl Feed {
         (Feed::with(spec, Pen::Ring(producer)), consumer)
     }
 
-    pub(super) fn mirror(spec: &ObserverSpec, touch: bool) -> Feed {
-        Feed::with(spec, Pen::Mirror(Copies::new(touch)))
+    pub(super) fn mirror(spec: &ObserverSpec, prefault: bool) -> Feed {
+        Feed::with(spec, Pen::Mirror(Copies::new(prefault)))
     }
 
     fn with(spec: &ObserverSpec, pen: Pen) -> Feed {
@@ -151,11 +151,11 @@ impl Feed {
 
     /// Makes the pages of the buffer, before the feed's poll thread begins: it is to take no page
     /// faults here, which would look like those of the guest whose frame it writes (`poll::watch`).
-    pub fn touch(&self) {
+    pub fn prefault(&self) {
         match self.take().pen.as_deref_mut() {
             // A chunk is cleared when it is made, and nobody sees one that is not committed.
             Some(Pen::Ring(producer)) => drop(producer.write_chunk(producer.slots())),
-            Some(Pen::Mirror(copies)) => copies.touch(),
+            Some(Pen::Mirror(copies)) => copies.prefault(),
             None => {}
         }
     }

@@ -80,23 +80,23 @@ pub struct Copies {
 }
 
 impl Copies {
-    /// Room for a pass; all that will ever be used. `touch`: its thread exists, and is to take no
-    /// page faults here.
-    pub(super) fn new(touch: bool) -> Copies {
+    /// Makes room for the copies of one pass; nothing is allocated later. `prefault`: the poll
+    /// thread exists already, and must take no page faults here.
+    pub(super) fn new(prefault: bool) -> Copies {
         let mut copies = Copies {
             bytes: vec![0; COPY_BYTES].into(),
             used: 0,
             copies: Vec::with_capacity(MOST_COPIES),
             met: Met::new(),
         };
-        if touch {
-            copies.touch();
+        if prefault {
+            copies.prefault();
         }
         copies
     }
 
     /// Makes the pages that copies will be in.
-    pub(super) fn touch(&mut self) {
+    pub(super) fn prefault(&mut self) {
         self.bytes[self.used..].fill(1);
     }
 
