@@ -215,9 +215,9 @@ pub struct PortTotals {
 }
 
 /// Buckets of a power of two of a [`Histogram`]: its error is one eighth at most.
-const FINE: usize = 8;
+const BUCKETS_PER_DOUBLING: usize = 8;
 /// Buckets of a [`Histogram`]: up to two hours in nanoseconds.
-pub const HISTOGRAM_BUCKETS: usize = 40 * FINE;
+pub const HISTOGRAM_BUCKETS: usize = 40 * BUCKETS_PER_DOUBLING;
 
 /// Counts values by their highest four bits: each power of two from 8 on has eight buckets, and the
 /// last bucket holds everything above. One writer.
@@ -242,15 +242,15 @@ impl Histogram {
     pub fn record(&self, value: u64) {
         // Below 16 every value has a bucket of its own.
         let shift = (u64::BITS - value.leading_zeros()).saturating_sub(4);
-        let bucket = FINE * shift as usize + (value >> shift) as usize;
+        let bucket = BUCKETS_PER_DOUBLING * shift as usize + (value >> shift) as usize;
         self.buckets[bucket.min(HISTOGRAM_BUCKETS - 1)].add(1);
         self.max.raise_to(value);
     }
 
     /// The largest value that bucket `i` counts; `None` for the last bucket, which has no bound.
     pub fn upper_bound(i: usize) -> Option<u64> {
-        let shift = (i / FINE).saturating_sub(1);
-        let first = i - FINE * shift;
+        let shift = (i / BUCKETS_PER_DOUBLING).saturating_sub(1);
+        let first = i - BUCKETS_PER_DOUBLING * shift;
         (i + 1 < HISTOGRAM_BUCKETS).then(|| ((first as u64 + 1) << shift) - 1)
     }
 

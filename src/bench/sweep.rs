@@ -30,16 +30,18 @@ impl std::str::FromStr for Sweep {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const FORM: &str = "expected size=N,N,… or window=N,N,… or ring-size=N,N,…";
-        let (name, values) = text.split_once('=').ok_or(FORM)?;
+        const EXPECTED: &str = "expected size=N,N,… or window=N,N,… or ring-size=N,N,…";
+        let (name, values) = text.split_once('=').ok_or(EXPECTED)?;
         let parameter = match name {
             "size" => Parameter::Size,
             "window" => Parameter::Window,
             "ring-size" => Parameter::RingSize,
-            _ => return Err(FORM),
+            _ => return Err(EXPECTED),
         };
         let values = values.split(',').map(|value| value.parse::<usize>());
-        let values = values.collect::<Result<Vec<_>, _>>().map_err(|_| FORM)?;
+        let values = values
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|_| EXPECTED)?;
         Ok(Sweep { parameter, values })
     }
 }

@@ -77,12 +77,12 @@ struct Ring {
 static BYTE: u8 = 0;
 
 /// Calls per system call of [`with_spare`].
-const FEW: usize = 8;
+const SPARE_BATCH_CALLS: usize = 8;
 /// Most callers that are kept for later.
-const KEPT: usize = 8;
+const SPARE_CALLERS: usize = 8;
 /// Callers that no thread uses at the moment, each in a place of its own: a thread that loses its
 /// processor with one locked must not stop all others.
-static SPARE: [Mutex<Option<Caller>>; KEPT] = [const { Mutex::new(None) }; KEPT];
+static SPARE: [Mutex<Option<Caller>>; SPARE_CALLERS] = [const { Mutex::new(None) }; SPARE_CALLERS];
 
 /// Lets `work` make calls, for a thread that does so now and then. Such threads share: a context
 /// each would count against `aio-max-nr`, and takes the kernel milliseconds to end. Nobody waits
@@ -92,7 +92,7 @@ pub fn with_spare<R>(work: impl FnOnce(&mut Caller) -> R) -> io::Result<R> {
     let taken = SPARE.iter().find_map(|place| place.try_lock().ok()?.take());
     let mut caller = match taken {
         Some(caller) => caller,
-        None => Caller::for_batches(FEW)?,
+        None => Caller::for_batches(SPARE_BATCH_CALLS)?,
     };
     let result = work(&mut caller);
     let mut rest = Some(caller);
@@ -352,7 +352,7 @@ mod tests {
             let worked = with_spare(|caller| {
                 assert!(!others.contains(&caller.context));
                 others.push(caller.context);
-                if others.len() <= KEPT {
+                if others.len() <= SPARE_CALLERS {
                     nested(fd, others);
                 }
                 caller.signal([fd.as_fd()], unexpected)
@@ -360,7 +360,7 @@ mod tests {
             assert_eq!(worked.unwrap(), 1);
         }
         nested(&fd, &mut Vec::new());
-        assert_eq!(count(&fd), KEPT as u64 + 1);
+        assert_eq!(count(&fd), SPARE_CALLERS as u64 + 1);
     }
 
     #[test]

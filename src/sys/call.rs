@@ -28,13 +28,13 @@ use super::wake::Wake;
 
 /// A signal that takes longer is slow.
 pub const SLOW: Duration = Duration::from_micros(50);
-/// What each signal of several that are made at once may take, beside [`SLOW`] for all: it wakes
-/// somebody.
-const EACH: Duration = Duration::from_micros(3);
+/// Time that each of several signals made at once may take, on top of [`SLOW`] for all of them: a
+/// signal wakes somebody.
+const SLOW_PER_SIGNAL: Duration = Duration::from_micros(3);
 
 /// Whether so many signals, made at once, were slow.
 pub fn are_slow(signals: u32, cost: Duration) -> bool {
-    cost > SLOW.saturating_add(EACH.saturating_mul(signals))
+    cost > SLOW.saturating_add(SLOW_PER_SIGNAL.saturating_mul(signals))
 }
 
 /// What a port's slow signals may cost poll threads, in microseconds, before its session makes them
@@ -256,7 +256,7 @@ mod tests {
     #[test]
     fn calls_that_a_session_makes_at_once_are_judged_by_how_many_they_are() {
         const RINGS: u32 = 24;
-        let together = SLOW + RINGS * EACH;
+        let together = SLOW + RINGS * SLOW_PER_SIGNAL;
         let guard = CallGuard::new().unwrap();
         guard.made_alone(2 * SLOW);
         assert_eq!(guard.way(), Way::Deferred);

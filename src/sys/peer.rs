@@ -107,7 +107,7 @@ fn look_up(
     name: &str,
     ask: impl Fn(&CString, &mut [libc::c_char]) -> (libc::c_int, Option<u32>),
 ) -> io::Result<Option<u32>> {
-    const MOST: usize = 1 << 20;
+    const MAX_BUFFER_BYTES: usize = 1 << 20;
     let Ok(name) = CString::new(name) else {
         return Ok(None);
     };
@@ -118,7 +118,7 @@ fn look_up(
             (0, id) => return Ok(id),
             (libc::ENOENT | libc::ESRCH, _) => return Ok(None),
             (libc::EINTR, _) => {}
-            (libc::ERANGE, _) if buffer.len() < MOST => {
+            (libc::ERANGE, _) if buffer.len() < MAX_BUFFER_BYTES => {
                 let more = buffer.len() * 4;
                 buffer.resize(more, 0);
             }

@@ -36,7 +36,7 @@ use crate::virtio::RingSetup;
 use crate::virtio::redo::{IDENTITY, Redo};
 
 /// First word of a record: its name, and a number that changes with its form.
-const FORM: u64 = u64::from_le_bytes(*b"plxring\x03");
+const RECORD_MAGIC: u64 = u64::from_le_bytes(*b"plxring\x03");
 
 /// Why a ring has no record. It works all the same, until the switch is restarted.
 #[derive(Debug, thiserror::Error)]
@@ -179,7 +179,7 @@ fn identity(asked: u32, setup: &RingSetup) -> [u64; IDENTITY] {
     let (device, inode) = setup.descriptors.region().file_id();
     let place = |window: &PinnedWindow| window.place_in_file();
     [
-        FORM,
+        RECORD_MAGIC,
         // Only the lower half of a base counts.
         u64::from(setup.size) | u64::from(asked as u16) << 16 | features << 32,
         place(&setup.descriptors),
