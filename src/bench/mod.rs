@@ -97,7 +97,7 @@ pub type StartSwitch<T> =
 
 /// On or off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Switch {
+pub enum OnOff {
     /// Negotiate it.
     On,
     /// Do not.
@@ -167,10 +167,10 @@ pub struct Args {
     pub ring_size: u16,
     /// Mergeable receive buffers
     #[arg(long, value_enum, default_value = "off")]
-    pub mergeable: Switch,
+    pub mergeable: OnOff,
     /// VIRTIO_F_IN_ORDER
     #[arg(long, value_enum, default_value = "off")]
-    pub in_order: Switch,
+    pub in_order: OnOff,
     /// Attach to these sockets, one for each guest
     #[arg(long, value_delimiter = ',', value_name = "SOCK")]
     pub attach: Vec<PathBuf>,
@@ -343,8 +343,8 @@ impl Args {
             ring_size: self.ring_size,
             window: self.window,
             packed: self.ring == Ring::Packed,
-            mergeable: self.mergeable == Switch::On,
-            in_order: self.in_order == Switch::On,
+            mergeable: self.mergeable == OnOff::On,
+            in_order: self.in_order == OnOff::On,
         };
         let plans = match &self.sweep {
             None => vec![plan],
