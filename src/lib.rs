@@ -62,7 +62,7 @@
 //! | [`api`] | HTTP/JSON: types, server, client | `config`, `sys`, `wire` |
 //! | [`vhost_user`] | the protocol with one frontend | `memory`, `port`, `sys`, `virtio` |
 //! | [`poll`] | poll thread: pass, delivery, idle policy | `config`, `frame`, `memory`, `observe`, `stats`, `switch`, `sys`, `topology`, `virtio`, `wire` |
-//! | [`topology`] | the snapshot | `memory`, `observe`, `port`, `stats`, `switch`, `sys`, `virtio` |
+//! | [`topology`] | the snapshot | `memory`, `observe`, `port`, `stats`, `switch`, `sync`, `sys`, `virtio` |
 //! | [`port`] | a port's two halves | `config`, `memory`, `stats`, `switch`, `sys`, `virtio` |
 //! | [`observe`] | captures, traces, mirrors: buffers, filters, formats | `config`, `memory`, `stats`, `switch`, `sync`, `wire` |
 //! | [`switch`] | decisions and FDB; no clock, thread or I/O | `stats`, `wire` |

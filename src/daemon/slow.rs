@@ -48,7 +48,7 @@ pub(super) struct Slowness {
 #[derive(Debug, Default)]
 pub(super) struct SlowPorts {
     pub(super) thread: Option<usize>,
-    detour: Option<Arc<Detour>>,
+    pub(super) detour: Option<Arc<Detour>>,
     /// The detour is in the views that are published.
     in_use: bool,
     /// The first view without a slow port, while the detour is in use still.

@@ -108,7 +108,7 @@ impl Detour {
     }
 }
 
-impl Lane {
+impl DetourQueue {
     fn done(&self) -> u64 {
         self.done.load(Ordering::Acquire)
     }
