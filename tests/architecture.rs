@@ -506,6 +506,7 @@ fn every_test_program_is_run() {
             "tests/run leaves out {name}"
         );
     }
+    assert!(run.contains("-p pollux-models"), "tests/run");
 }
 
 #[test]

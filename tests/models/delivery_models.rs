@@ -1,7 +1,7 @@
 //! (a) Scenarios of claim, fill, commit, publish; see `delivery.rs`.
 
 use crate::explore;
-use crate::production::delivery;
+use crate::generated::production::delivery;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {

@@ -1,7 +1,7 @@
 //! (e) Scenarios of an observer's life; see `observers.rs`.
 
 use crate::explore;
-use crate::production::observers;
+use crate::generated::production::observers;
 
 /// What control does, one after the other, while poll threads work and a client reads.
 #[derive(Clone, Copy, PartialEq, Eq)]

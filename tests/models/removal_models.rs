@@ -1,7 +1,7 @@
 //! (d) Scenarios of a session against the removal of its port; see `removal.rs`.
 
 use crate::explore;
-use crate::production::removal;
+use crate::generated::production::removal;
 
 /// What control does wrong on purpose; errors in `mailbox.rs` itself are files under `mutants`.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 //! `views.rs`.
 
 use crate::explore;
-use crate::production::views;
+use crate::generated::production::views;
 
 /// What a reader does wrong on purpose; errors in `snapshot.rs` itself are files under `mutants`.
 #[derive(Clone, Copy, PartialEq, Eq)]
