@@ -6,12 +6,16 @@
 //! unpublished claim still belong to it in the driver's eyes): they are noted in the ring's
 //! [record](Redo), and the publisher writes a whole run.
 
+mod note;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
+
+use self::note::{FLAGS_SHIFT, LONG, NOTED, Note};
 
 use super::chain::{
-    ChainError, Collector, DESCRIPTOR_SIZE, Descriptor, Direction, F_INDIRECT, F_NEXT, F_WRITE,
-    MAX_CHAIN, Windows, walk_packed_table,
+    ChainError, Collector, DESCRIPTOR_SIZE, Descriptor, Direction, F_INDIRECT, F_NEXT, MAX_CHAIN,
+    Windows, walk_packed_table,
 };
 use super::claim::Publish;
 use super::redo::Redo;
@@ -24,9 +28,6 @@ const F_AVAIL: u16 = 1 << 7;
 const F_USED: u16 = 1 << 15;
 /// The flags of used elements in a lap of wrap counter 1; in the others they are 0.
 const USED_LAP: u16 = F_AVAIL | F_USED;
-/// Where length, buffer id and flags stand in the second word of a descriptor.
-const ID_SHIFT: u32 = 32;
-const FLAGS_SHIFT: u32 = 48;
 
 /// Event suppression structure (§2.8.10): offset and wrap counter, then flags.
 const EVENT_FLAGS: usize = 2;
@@ -392,54 +393,6 @@ impl PackedRing {
 #[inline(always)]
 fn is_available(flags: u16, lap: u16) -> bool {
     flags & USED_LAP == lap ^ F_USED
-}
-
-/// A used element before its turn: the second word of its descriptor as the driver will find it,
-/// but for the flags of the lap, which the publisher has for a whole run, and for two of ours.
-#[derive(Clone, Copy)]
-struct Note(u64);
-
-/// There is a note.
-const NOTED: u64 = (F_INDIRECT as u64) << FLAGS_SHIFT;
-/// The chain is of several descriptors: the note of its second one, which no element will be
-/// written to, says how many.
-const LONG: u64 = (F_NEXT as u64) << FLAGS_SHIFT;
-
-impl Note {
-    #[inline(always)]
-    fn new(id: u16, len: u32) -> Self {
-        let written = u64::from(len != 0) * (u64::from(F_WRITE) << FLAGS_SHIFT);
-        Note(u64::from(len) | u64::from(id) << ID_SHIFT | written | NOTED)
-    }
-
-    #[inline(always)]
-    fn load(notes: &[AtomicU64], slot: usize) -> Self {
-        Note(notes[slot].load(Ordering::Relaxed))
-    }
-
-    /// Descriptors of its chain: at least 1, or a loop over notes would stand still.
-    #[inline(always)]
-    fn span(self, notes: &[AtomicU64], slot: usize) -> usize {
-        if self.0 & LONG == 0 {
-            return 1;
-        }
-        let span = Note::load(notes, Note::next(notes, slot)).0;
-        usize::from(span as u16).max(1)
-    }
-
-    /// The slot behind `slot`.
-    #[inline(always)]
-    fn next(notes: &[AtomicU64], slot: usize) -> usize {
-        if slot + 1 == notes.len() { 0 } else { slot + 1 }
-    }
-
-    /// The word as the driver will find it, in a lap of these flags. Whatever a note says: a chain
-    /// that reaches past the end of what its driver may have in flight overwrites another one's.
-    #[inline(always)]
-    fn used(self, lap: u64) -> u64 {
-        const KEPT: u64 = (F_WRITE as u64) << FLAGS_SHIFT | ((1 << FLAGS_SHIFT) - 1);
-        self.0 & KEPT | lap
-    }
 }
 
 impl Publish for PackedRing {
