@@ -50,7 +50,7 @@
 //!
 //! A module may use those in its last column and no other. Every row names only rows below it, so
 //! there are no cycles. The data path does not know that vhost-user exists; the protocol does not
-//! know that a switch exists. `tests/architecture.rs` reads this table. Unsafe code stands in
+//! know that a switch exists. `tests/architecture` reads this table. Unsafe code stands in
 //! `memory` and `sys`.
 //!
 //! | module | role | may use |
