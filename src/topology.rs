@@ -354,10 +354,7 @@ mod tests {
             socket: "/none".into(),
             mode: SocketMode::Server,
             queues: 1,
-            poll: Vec::new(),
-            ring_reset: false,
-            socket_mode: None,
-            socket_group: None,
+            ..PortSpec::default()
         };
         let generation = 1;
         let shared = PortShared::new(spec, PortRef { slot, generation }).unwrap();

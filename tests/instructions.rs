@@ -240,10 +240,7 @@ impl Guest {
             socket: PathBuf::from("/none"),
             mode: SocketMode::default(),
             queues: 1,
-            poll: Vec::new(),
-            ring_reset: false,
-            socket_mode: None,
-            socket_group: None,
+            ..PortSpec::default()
         };
         let generation = 1;
         let shared = PortShared::new(spec, PortRef { slot, generation }).unwrap();

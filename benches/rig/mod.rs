@@ -146,10 +146,7 @@ impl Rig {
             socket: PathBuf::new(),
             mode: SocketMode::Server,
             queues: 1,
-            poll: Vec::new(),
-            ring_reset: false,
-            socket_mode: None,
-            socket_group: None,
+            ..PortSpec::default()
         };
         let reference = PortRef {
             slot: guest as u16,

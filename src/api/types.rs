@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+pub use crate::config::PortPatch;
 use crate::config::SocketMode;
 use crate::wire::Mac;
 
@@ -283,15 +284,6 @@ impl DirectionStatistics {
     pub fn dropped(&self) -> u64 {
         self.drops.values().fold(0, |sum, n| sum.saturating_add(*n))
     }
-}
-
-/// What may change while a port exists; absent fields stay as they are.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct PortPatch {
-    /// Queue pairs offered, 1 to 128; a connected frontend sees it when it reconnects.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub queues: Option<u16>,
 }
 
 /// An entry of the forwarding table.

@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueHint};
 use crate::api::types::PortPatch;
 use crate::bench;
 use crate::config::{
-    CpuList, IdleList, IdlePolicy, MAX_QUEUE_PAIRS, PortSpec, QUEUE_PAIRS, Rebalance,
+    CpuList, IdleList, IdlePolicy, PortOption, PortSpec, Rebalance, optional_forms, settable_forms,
 };
 use crate::wire::Mac;
 
@@ -190,8 +190,7 @@ pub struct Output {
 pub enum PortCommand {
     /// Create a port
     Add {
-        /// NAME,socket=PATH and what else it is to have, separated by commas: mode=server|client,
-        /// queues=N, poll=N+N…, ring-reset=on|off, socket-mode=0660, socket-group=NAME
+        #[arg(help = format!("NAME,socket=PATH and what else it is to have, separated by commas: {}", optional_forms()))]
         spec: PortSpec,
         /// Do nothing if a port exists with the same values
         #[arg(long)]
@@ -210,7 +209,7 @@ pub enum PortCommand {
     Set {
         /// Its name.
         name: String,
-        /// What to change: queues=N
+        #[arg(help = format!("What to change: {}", settable_forms()))]
         #[arg(value_name = "KEY=VALUE", required = true, value_parser = parse_setting)]
         settings: Vec<Setting>,
     },
@@ -356,19 +355,18 @@ fn parse_poll_setting(text: &str) -> Result<PollSetting, SettingError> {
     }
 }
 
-/// One `KEY=VALUE` of `pollux port set`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Setting {
-    /// `queues=N`.
-    Queues(u16),
+/// One `KEY=VALUE` of `pollux port set`: an option, and a port that has the value.
+#[derive(Clone, Debug)]
+pub struct Setting {
+    option: &'static PortOption,
+    spec: PortSpec,
 }
 
 impl Setting {
     /// Puts this setting into `patch`.
-    pub(super) fn apply(self, patch: &mut PortPatch) -> Result<(), Failure> {
-        match self {
-            Setting::Queues(queues) => once(patch.queues.replace(queues).is_some()),
-        }
+    pub(super) fn apply(&self, patch: &mut PortPatch) -> Result<(), Failure> {
+        let given_already = self.option.patch.is_some_and(|put| put(&self.spec, patch));
+        once(given_already)
     }
 }
 
@@ -376,11 +374,18 @@ impl Setting {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SettingError {
     /// A key that cannot be changed, or does not exist.
-    #[error("{0:?} cannot be set; known is queues=N")]
+    #[error("{0:?} cannot be set; known is {forms}", forms = settable_forms())]
     Unknown(String),
-    /// A number out of range.
-    #[error("queues={0} is not valid: {QUEUE_PAIRS}")]
-    Queues(String),
+    /// A value that the option of a port does not take.
+    #[error("{key}={value} is not valid: {expected}")]
+    Value {
+        /// The option.
+        key: &'static str,
+        /// The value given.
+        value: String,
+        /// What the option takes.
+        expected: &'static str,
+    },
     /// The same for `pollux poll set`.
     #[error("{0:?} cannot be set; known are rebalance=auto|off and idle=POLICY")]
     UnknownPoll(String),
@@ -396,15 +401,20 @@ pub enum SettingError {
 }
 
 fn parse_setting(text: &str) -> Result<Setting, SettingError> {
-    match text.split_once('=') {
-        Some(("queues", value)) => value
-            .parse()
-            .ok()
-            .filter(|queues| (1..=MAX_QUEUE_PAIRS).contains(queues))
-            .map(Setting::Queues)
-            .ok_or_else(|| SettingError::Queues(value.to_string())),
-        _ => Err(SettingError::Unknown(text.to_string())),
+    let unknown = || SettingError::Unknown(text.to_string());
+    let (key, value) = text.split_once('=').ok_or_else(unknown)?;
+    let option = PortOption::find(key).filter(|option| option.patch.is_some());
+    let option = option.ok_or_else(unknown)?;
+    let mut spec = PortSpec::default();
+    let parsed = (option.parse)(&mut spec, value).is_some();
+    if !parsed || (option.check)(option, &spec).is_err() {
+        return Err(SettingError::Value {
+            key: option.key,
+            value: value.to_string(),
+            expected: option.expected,
+        });
     }
+    Ok(Setting { option, spec })
 }
 
 #[cfg(test)]

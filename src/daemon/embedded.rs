@@ -38,10 +38,7 @@ pub fn start(ports: usize, queue_pairs: u16) -> Result<EmbeddedSwitch<Embedded>,
             socket: dir.join(format!("guest{port}.sock")),
             mode: SocketMode::Server,
             queues: queue_pairs,
-            poll: Vec::new(),
-            ring_reset: false,
-            socket_mode: None,
-            socket_group: None,
+            ..PortSpec::default()
         })
         .collect();
     let sockets = specs.iter().map(|spec| spec.socket.clone()).collect();
