@@ -92,10 +92,13 @@
 //! - *verdict*: unicast, flood or drop. *FDB*: the forwarding data base, from addresses to ports.
 //! - *window*: a checked place in guest memory, with its length.
 //! - *topology*: the snapshot that poll threads work with. *generation*: the number of a topology,
-//!   or of a port in its slot. *publish* a topology, *adopt* and *acknowledge* it, then *retire*
-//!   the old one.
-//! - *observer*: a capture, trace or mirror. *feed*: the buffer of one observer and one poll
-//!   thread. *pen*: the writing end of a feed. *recorder*: what a poll thread writes to feeds with.
+//!   or of a port in its slot. *publish*: control makes a new topology current. *adopt*: a poll
+//!   thread begins to work with it. *acknowledge*: a poll thread tells that it has let go of the
+//!   topology before. *retire*: take a topology out of use.
+//! - *observer*: a capture, trace or mirror. *recorder*: a poll thread's part that writes records
+//!   for observers. *lane*: the buffer of one observer and one poll thread. *pen*: the writing end
+//!   of a lane.
+//! - *steer*: choose the receive queue of a frame by the hash of the frame's flow.
 //!
 //! "virtio" with a section number is OASIS VIRTIO 1.2, July 2022. "vhost-user" is QEMU's
 //! `docs/interop/vhost-user.rst` of version 7.2, cited by the names of its sections.
