@@ -96,8 +96,8 @@
 //!   thread begins to work with it. *acknowledge*: a poll thread tells that it has let go of the
 //!   topology before. *retire*: take a topology out of use.
 //! - *observer*: a capture, trace or mirror. *recorder*: a poll thread's part that writes records
-//!   for observers. *lane*: the buffer of one observer and one poll thread. *pen*: the writing end
-//!   of a lane.
+//!   for observers. *feed*: one poll thread's part of one observer: a buffer that this thread alone
+//!   writes, with counters. *writer*: the writing end of a feed.
 //! - *steer*: choose the receive queue of a frame by the hash of the frame's flow.
 //!
 //! "virtio" with a section number is OASIS VIRTIO 1.2, July 2022. "vhost-user" is QEMU's
