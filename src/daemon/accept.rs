@@ -1,4 +1,4 @@
-//! Frontends that connect: accepted at a pace, each served by a thread of its own.
+//! Accepts frontends at a limited rate and starts a session thread for each.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -17,22 +17,22 @@ use crate::port::PortShared;
 use crate::sys::thread;
 use crate::vhost_user::{self, SessionEnd, SessionOptions, SessionStatus, Stopper};
 
-/// Frontends accepted on one port in one turn: a storm of connections delays nobody else's commands
-/// for long.
+/// Most frontends accepted on one port in one turn of the control loop. The limit keeps a storm of
+/// connections from delaying the commands of others.
 const ACCEPTS: u32 = 8;
-/// Time after which a frontend that could not be accepted is tried again.
+/// Time until the next attempt, after a frontend could not be accepted.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
-/// How long a frontend waits for one that still looks connected. A VMM that starts a program has
-/// for a moment two processes with its sockets, and if it ends then and comes again its predecessor
-/// has not hung up yet.
+/// How long a new frontend waits while an earlier frontend still looks connected. A VMM that starts
+/// a program briefly has two processes with its sockets. If the VMM ends at that moment and comes
+/// back, the old connection has not hung up yet.
 const DOUBT: Duration = Duration::from_millis(100);
-/// Why one that waited is let go.
+/// Reported when a new frontend is refused after that wait.
 const SECOND: &str = "a second frontend was refused: one is connected already";
-/// Without another attempt for so long, a second frontend has given up.
+/// A second frontend that makes no attempt for this long has given up.
 const GIVEN_UP: Duration = Duration::from_secs(60);
 
-/// Frontends that were refused beside a connected one, as long as they go on trying.
+/// Counts the frontends refused while another one is connected, until the attempts stop.
 #[derive(Debug)]
 pub(super) struct SecondFrontend {
     refused: u64,
@@ -52,8 +52,8 @@ impl SecondFrontend {
 }
 
 impl PortRecord {
-    /// Counts a second frontend that is refused; the first of a row is told of, for a VMM tries ten
-    /// times a second.
+    /// Counts a refused second frontend. Only the first refusal of a series is reported, because a
+    /// VMM tries ten times a second.
     fn refuse_second(&mut self, report: &Report, now: Instant) {
         if let Some(second) = &mut self.second {
             second.refused += 1;
@@ -73,7 +73,7 @@ impl PortRecord {
         );
     }
 
-    /// The row has ended; says how long it was.
+    /// Ends the series of refusals, and reports its length if it had more than one.
     fn end_second(&mut self, report: &Report) {
         let Some(second) = self.second.take().filter(|second| second.refused > 1) else {
             return;
@@ -88,7 +88,8 @@ impl PortRecord {
 }
 
 impl Control {
-    /// Accepts where it was put off; returns when the next one is due.
+    /// Accepts on the ports whose accept was deferred. Returns when the next deferred accept is
+    /// due.
     pub(super) fn accept_due(&mut self, now: Instant) -> Option<Instant> {
         let due = |record: &PortRecord| record.accept_at.is_some_and(|at| at <= now);
         let ports = self.registry.ports.iter().filter(|record| due(record));
@@ -100,7 +101,7 @@ impl Control {
         ports.filter_map(|record| record.accept_at).min()
     }
 
-    /// Frontends that connected to a port's socket.
+    /// Accepts the frontends that have connected to a port's socket, up to the port's limits.
     pub(super) fn accept(&mut self, slot: u16) {
         let now = Instant::now();
         for turn in 0.. {
@@ -120,7 +121,8 @@ impl Control {
                 record.accept_at = Some(record.accepts.next());
                 return;
             }
-            // It would be refused, and refusing takes long at the moment: it waits outside.
+            // This frontend would have to be refused, and the closer has no room for another socket
+            // now. It stays in the socket's backlog.
             if record.session.is_some() && !self.closer.has_room(&record.unclosed) {
                 record.accept_at = Some(now + ACCEPT_AGAIN);
                 return;
@@ -140,9 +142,9 @@ impl Control {
                     let port = record.shared.clone();
                     self.start_session(&port, stream);
                 }
-                // Its predecessor is gone and being cleaned up, or may be about to: it waits. A
-                // newer one takes its place, and one that crowds another out is told of at once: as
-                // long as they come, no doubt ends.
+                // The earlier frontend may be gone and its session still be ending, so the new
+                // frontend waits. An even newer frontend replaces the one that waits. That refusal
+                // is reported here, because each new arrival extends `doubt_until`.
                 Some(session) => {
                     record.doubt_until = Some(now + DOUBT);
                     if let Some(crowded_out) = record.waiting.replace(stream) {
@@ -156,8 +158,8 @@ impl Control {
         }
     }
 
-    /// Refuses the frontends that waited while another one is still connected; returns when the
-    /// next one is due.
+    /// Refuses the frontends that waited while another one stayed connected. Returns when the next
+    /// decision is due.
     pub(super) fn refuse_due(&mut self, now: Instant) -> Option<Instant> {
         let mut next: Option<Instant> = None;
         for record in &mut self.registry.ports {
@@ -172,7 +174,7 @@ impl Control {
                 if let Some(stream) = record.waiting.take() {
                     let is_frontend = !is_api_client(&stream);
                     self.closer.close(stream, &record.unclosed);
-                    // It says so itself, to whoever has called it.
+                    // The API client reports the mistake to its own caller, so no event is needed.
                     if !is_frontend {
                         continue;
                     }
@@ -185,7 +187,8 @@ impl Control {
         next
     }
 
-    /// A session's thread ends: its memory and rings are let go, the next frontend may come.
+    /// Handles the end of a session's thread: drops the device, and starts a session for the
+    /// frontend that waits, if any.
     pub(super) fn session_ended(&mut self, link: &Arc<Link>, reason: String) {
         let Some(record) = self.registry.find_registration(&link.port) else {
             return;
@@ -216,7 +219,7 @@ impl Control {
         }
     }
 
-    /// Once a second: second frontends that have not come again have given up.
+    /// Once a second: ends the series of refusals of second frontends that have given up.
     pub(super) fn end_second_frontends(&mut self, now: Instant) {
         for record in &mut self.registry.ports {
             let over = |second: &SecondFrontend| now - second.last >= GIVEN_UP;
@@ -226,7 +229,8 @@ impl Control {
         }
     }
 
-    /// Starts the thread that converses with a frontend.
+    /// Starts the session thread of a frontend. If that fails, closes the stream and reports the
+    /// reason.
     pub(super) fn start_session(&mut self, port: &Arc<PortShared>, stream: UnixStream) {
         let acknowledgements = self.registry.acknowledgements.clone();
         let records = self.ring_records(port.name());
@@ -272,7 +276,8 @@ impl Control {
                     .paced(port, &reports, connected, "frontend connected");
             }
             Err(error) => {
-                // The last descriptor of the socket.
+                // `probe` must hold the last descriptor of the socket, so that the closer closes
+                // it.
                 drop(stopper);
                 self.closer.close(probe, &record.unclosed);
                 let text = format!("a session cannot have {error}");
@@ -282,7 +287,8 @@ impl Control {
     }
 }
 
-/// Starts the thread of a session.
+/// Starts the thread of a session. The thread runs the vhost-user conversation and then reports its
+/// end.
 fn spawn(
     stream: UnixStream,
     options: SessionOptions,
@@ -291,7 +297,8 @@ fn spawn(
 ) -> io::Result<JoinHandle<()>> {
     thread::spawn(format!("session-{}", link.port.name()), move || {
         let sink = Arc::new(Sink(link.clone()));
-        // However the thread ends: a port whose session is forgotten would take no other frontend.
+        // Reports the end even after a panic. Without a report the port would never accept another
+        // frontend.
         let mut end = Farewell(link, "the session failed; this is a bug".to_string());
         let ended = vhost_user::serve(stream, options, sink, status);
         end.1 = match ended {
@@ -304,7 +311,7 @@ fn spawn(
     })
 }
 
-/// Tells control why a session ended, when its thread does.
+/// Tells control why a session ended. Its drop sends the message, so a panic sends it too.
 struct Farewell(Arc<Link>, String);
 
 impl Drop for Farewell {

@@ -1,25 +1,25 @@
-//! How loaded poll threads and queues are, and which queue is better off elsewhere. Plain
+//! Measures how loaded poll threads and queues are, and decides which queue should move. Plain
 //! arithmetic, no threads.
 //!
-//! A queue's load is its share of its thread's frames times the thread's busy share: nothing is
-//! measured on the data path for it. Frames of different queues may differ in cost, so it is an
-//! estimate; what a move did is measured again.
+//! A queue's load is its share of its thread's frames times the thread's busy share. So the data
+//! path measures nothing for it. Frames of different queues may differ in cost, so the load is an
+//! estimate. The effect of a move is measured again.
 
 use std::collections::HashMap;
 
 use crate::switch::PortRef;
 
-/// A thread that is less busy than this can still take what comes: nothing is moved away from it.
+/// A thread whose busy share is below this has room for more work. No queue moves away from it.
 const HOT: f64 = 0.75;
-/// Two threads whose busy shares differ by less than this are left alone.
+/// Two threads whose busy shares differ by less than this do not exchange queues.
 const GAP: f64 = 0.25;
-/// A move must make the busier of the two threads less busy by at least this.
+/// A move must lower the busy share of the busier of the two threads by at least this.
 const GAIN: f64 = 0.1;
-/// Looks in a row (one a second) that find the same thread too busy before a queue is moved.
+/// A queue moves after this many looks in a row (one a second) that find the same thread too busy.
 const PATIENCE: u32 = 3;
-/// Looks after a move in which nothing is: what it did must show first.
+/// Looks after a move in which no queue moves, so that the effect of the move is measured first.
 const REST: u32 = 5;
-/// Weight of the newest second in what is taken for a load.
+/// Weight of the newest second in the moving average of a thread's busy share.
 const NEWEST: f64 = 0.5;
 
 /// One transmit queue of one registration of a port.
@@ -29,35 +29,35 @@ pub(super) struct QueueKey {
     pub(super) pair: u16,
 }
 
-/// What a poll thread has to do.
+/// A poll thread and its work.
 #[derive(Clone, Debug)]
 pub(super) struct ThreadLoad {
     pub(super) number: usize,
     pub(super) node: Option<usize>,
     /// Queues placed on it.
     pub(super) queues: usize,
-    /// Share of the time that it works, 0 to 1.
+    /// Share of the time in which the thread works, 0 to 1.
     pub(super) busy: f64,
 }
 
-/// A queue that may move.
+/// A queue that may move to another thread.
 #[derive(Clone, Debug)]
 pub(super) struct Candidate {
     pub(super) key: QueueKey,
     pub(super) thread: usize,
-    /// Share of a thread's time, 0 to 1.
+    /// Share of its thread's time that the queue uses, 0 to 1.
     pub(super) load: f64,
-    /// Threads that its port is pinned to; any, where empty.
+    /// Threads that the queue's port is pinned to. Empty: any thread.
     pub(super) allowed: Vec<u32>,
 }
 
-/// Whether a port that is pinned to `allowed` may be on `thread`.
+/// Whether a port pinned to `allowed` may be served by `thread`.
 pub(super) fn may(allowed: &[u32], thread: usize) -> bool {
     allowed.is_empty() || allowed.iter().any(|number| *number as usize == thread)
 }
 
-/// The thread with the fewest queues among those allowed, of `node` if it has any; the lowest
-/// number of equals.
+/// Returns the allowed thread with the fewest queues, on `node` if an allowed thread is there.
+/// Among equals it returns the lowest number. `None` if no thread is allowed.
 pub(super) fn lightest(
     threads: &[ThreadLoad],
     allowed: &[u32],
@@ -70,14 +70,14 @@ pub(super) fn lightest(
         .map(|thread| thread.number)
 }
 
-/// Loads as measured, once a second.
+/// The measured loads, updated once a second.
 #[derive(Debug, Default)]
 pub(super) struct Loads {
     threads: HashMap<usize, Busy>,
     queues: HashMap<QueueKey, Taken>,
 }
 
-/// A thread's times when last looked at, and its busy share since the look before.
+/// A thread's times at the last look, and its average busy share.
 #[derive(Clone, Copy, Debug, Default)]
 struct Busy {
     busy_ns: u64,
@@ -85,7 +85,7 @@ struct Busy {
     share: f64,
 }
 
-/// A queue's position when last looked at, whose ring that is, and its load.
+/// A queue's ring and position at the last look, and the queue's load.
 #[derive(Clone, Copy, Debug, Default)]
 struct Taken {
     ring: usize,
@@ -93,33 +93,33 @@ struct Taken {
     load: f64,
 }
 
-/// A queue as it is now.
+/// A queue's thread and position now.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reading {
     pub(super) key: QueueKey,
     pub(super) thread: usize,
-    /// Address of the ring, which restarts at another position.
+    /// Address of the ring. A ring that restarts has another address, and its position starts anew.
     pub(super) ring: usize,
     pub(super) position: u64,
 }
 
 impl Loads {
-    /// Busy share of a thread in the last second.
+    /// Average busy share of a thread, 0 to 1.
     pub(super) fn busy(&self, thread: usize) -> f64 {
         self.threads.get(&thread).map_or(0.0, |busy| busy.share)
     }
 
-    /// Load of a queue.
+    /// Load of a queue in the last second, 0 to 1.
     pub(super) fn queue(&self, key: QueueKey) -> f64 {
         self.queues.get(&key).map_or(0.0, |taken| taken.load)
     }
 
-    /// Takes new readings: (number, busy and total nanoseconds) of the threads, and the queues.
+    /// Records new readings. A thread is (number, busy nanoseconds, total nanoseconds).
     pub(super) fn look(&mut self, threads: &[(usize, u64, u64)], queues: &[Reading]) {
         let known = std::mem::take(&mut self.threads);
         for (number, busy_ns, total_ns) in threads.iter().copied() {
             let before = known.get(&number).copied().unwrap_or_default();
-            // A number that is another thread's now counts from zero.
+            // A smaller total means that another thread now has this number, and counts from zero.
             let before = if before.total_ns > total_ns {
                 Busy::default()
             } else {
@@ -171,7 +171,7 @@ impl Loads {
     }
 }
 
-/// A queue that is better off on another thread, and why.
+/// Recommends to move a queue to another thread, and says why.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Advice {
     pub(super) key: QueueKey,
@@ -180,7 +180,7 @@ pub(super) struct Advice {
     pub(super) reason: String,
 }
 
-/// Decides when a queue moves: as few as possible, and none back and forth.
+/// Decides when a queue moves. It moves as few queues as possible, and none back and forth.
 #[derive(Debug, Default)]
 pub(super) struct Balance {
     hot: Option<usize>,
@@ -189,7 +189,7 @@ pub(super) struct Balance {
 }
 
 impl Balance {
-    /// One look, one second after the last one.
+    /// Takes one look, one second after the last one. Returns the move to make now, if any.
     pub(super) fn advise(
         &mut self,
         threads: &[ThreadLoad],
@@ -215,7 +215,7 @@ impl Balance {
     }
 }
 
-/// The one move that relieves the busiest thread most, if it is worth it.
+/// Returns the move that relieves the busiest thread most, if it reaches `HOT`, `GAP` and `GAIN`.
 fn best_move(threads: &[ThreadLoad], queues: &[Candidate]) -> Option<Advice> {
     let busiest = threads.iter().max_by(|a, b| a.busy.total_cmp(&b.busy))?;
     if busiest.busy < HOT {
@@ -292,23 +292,23 @@ mod tests {
         ];
         assert_eq!(lightest(&threads, &[], Some(1)), Some(2));
         assert_eq!(lightest(&threads, &[], Some(0)), Some(0));
-        // A node without threads, and none known.
+        // A node without threads, then no node known.
         assert_eq!(lightest(&threads, &[], Some(7)), Some(0));
         assert_eq!(lightest(&threads, &[], None), Some(0));
-        // What the operator says counts more than the node.
+        // The operator's pinning has priority over the node.
         assert_eq!(lightest(&threads, &[1], Some(0)), Some(1));
         assert_eq!(lightest(&threads, &[9], None), None);
     }
 
     #[test]
     fn nothing_moves_without_need_or_gain() {
-        // Busy, but both.
+        // Both threads are busy.
         let both = [thread(0, 0, 2, 0.9), thread(1, 0, 1, 0.8)];
         assert_eq!(best_move(&both, &[queue(1, 0, 0.4)]), None);
-        // Apart, but neither is short of time.
+        // The gap is wide, but neither thread is short of time.
         let idle = [thread(0, 0, 2, 0.6), thread(1, 0, 0, 0.0)];
         assert_eq!(best_move(&idle, &[queue(1, 0, 0.3)]), None);
-        // One queue is all the load: elsewhere it would be the same.
+        // One queue is the whole load. Moving it would only move the load.
         let one = [thread(0, 0, 1, 1.0), thread(1, 0, 0, 0.0)];
         assert_eq!(best_move(&one, &[queue(1, 0, 1.0)]), None);
     }
@@ -340,7 +340,7 @@ mod tests {
             }
         }
         assert_eq!(moves, [2, 10, 18]);
-        // A peak of a second or two moves nothing.
+        // A peak of one or two seconds moves nothing.
         let calm = [thread(0, 0, 2, 0.4), thread(1, 0, 0, 0.0)];
         let mut balance = Balance::default();
         for second in 0..20 {
@@ -359,7 +359,7 @@ mod tests {
             position,
         };
         loads.look(&[(0, 0, 0)], &[reading(1, 0, 7, 100), reading(2, 0, 8, 0)]);
-        // Half busy: three quarters of the frames from the first queue.
+        // The thread is half busy. Three quarters of its frames come from the first queue.
         for n in 1..30 {
             let queues = [reading(1, 0, 7, 100 + 300 * n), reading(2, 0, 8, 100 * n)];
             loads.look(&[(0, 500 * n, 1000 * n)], &queues);
@@ -367,7 +367,7 @@ mod tests {
         assert!((loads.busy(0) - 0.5).abs() < 0.01);
         assert!((loads.queue(key(1)) - 0.375).abs() < 0.01);
         assert!((loads.queue(key(2)) - 0.125).abs() < 0.01);
-        // A ring that restarted begins anew, a thread that is another one counts from zero.
+        // A restarted ring starts at zero. So does a thread that got an old number.
         loads.look(&[(0, 10, 20)], &[reading(1, 0, 9, 5)]);
         assert_eq!(loads.queue(key(1)), 0.0);
         assert!((loads.busy(0) - 0.25).abs() < 0.01);

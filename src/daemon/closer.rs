@@ -1,10 +1,10 @@
-//! Closing what control must not close: sockets that nobody has read to their end.
+//! Closes sockets that nobody has read to their end, on a thread of its own.
 //!
-//! Descriptors in an unread message are closed with the socket, by the thread that closes the
-//! socket. That may take as long as their sender likes: they can be sockets that linger, or files
-//! on FUSE. A session reads to the end of its socket before it ends, and only its own port waits.
-//! Sockets that no session had come here, to a thread of their own. Their frontends are hung up on
-//! at once; the thread may take as long as it must.
+//! Closing a socket also closes the descriptors in its unread messages. These descriptors can be
+//! lingering sockets or files on FUSE, so closing them takes as long as their sender likes. A
+//! session reads its socket to the end before it ends, and only its own port waits. Sockets that
+//! never had a session come here. Their frontends see a hang-up at once. The thread may block for
+//! any time, control may not.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,60 +15,62 @@ use rustix::net::{Shutdown, shutdown};
 
 use crate::sys::thread;
 
-/// Sockets of one port that may wait to be closed before its frontends wait that would be refused:
-/// each holds a descriptor, as a ring's kick and call do.
+/// Most sockets of one port that may wait to be closed. Beyond that the port leaves further
+/// frontends in the backlog instead of refusing them. Each waiting socket holds a descriptor.
 const MOST: usize = 16;
-/// The same of all ports, and of ports that have gone.
+/// Most waiting sockets of all ports together, including removed ports.
 const ALL: usize = 256;
 
-/// Counts the sockets of a port that wait to be closed. One that cannot be closed holds up all
-/// behind it, of whatever port; but its own port's next ones soon wait outside, and the others' are
-/// hung up on at once all the same.
+/// Counts the sockets of one port that wait to be closed. A socket that cannot be closed delays all
+/// sockets behind it, of any port. Its own port soon stops adding sockets. The frontends of other
+/// ports are still hung up on at once.
 #[derive(Debug, Default)]
 pub(super) struct Unclosed(Arc<()>);
 
 impl Unclosed {
-    /// Something takes so long to close that no more of this port should come.
+    /// Whether so many sockets of this port wait that no more should be added.
     fn are_many(&self) -> bool {
-        // One is ours, and one goes with each socket.
+        // One reference is `self`'s. Each waiting socket holds one more.
         Arc::strong_count(&self.0) > MOST
     }
 }
 
-/// Sockets of a port that has been removed, and its count.
+/// The sockets of a removed port, and their count.
 pub(super) type Leftover = (Vec<OwnedFd>, Unclosed);
 
-/// A socket, and its part in the count.
+/// A socket, and the reference that counts it.
 type Counted = (OwnedFd, Arc<()>);
 
-/// The way to the thread that closes; it ends when this has gone and everything is closed.
+/// Sends sockets to the thread that closes. The thread ends after this is dropped and all sockets
+/// are closed.
 #[derive(Debug)]
 pub(super) struct Closer(Sender<Counted>);
 
 impl Closer {
-    /// Starts the thread. Nobody joins it: it may be stuck.
+    /// Starts the thread. Nobody joins the thread, because it may be stuck in a close.
     pub(super) fn start() -> io::Result<Self> {
         let (sender, sockets) = unbounded::<Counted>();
         thread::spawn("closer", move || sockets.iter().for_each(drop))?;
         Ok(Closer(sender))
     }
 
-    /// How many sockets more should come of all ports together.
+    /// How many more sockets may be added, of all ports together.
     pub(super) fn room(&self) -> usize {
         ALL.saturating_sub(self.0.len())
     }
 
-    /// Whether another socket of the port those are of may come.
+    /// Whether another socket may be added for the port that `unclosed` counts.
     pub(super) fn has_room(&self, unclosed: &Unclosed) -> bool {
         !unclosed.are_many() && self.room() > 0
     }
 
-    /// Hangs up now, and closes some time; `unclosed` are those of the same port.
+    /// Hangs up now, and leaves the close to the thread. `unclosed` is the count of the socket's
+    /// port.
     pub(super) fn close(&self, socket: impl Into<OwnedFd>, unclosed: &Unclosed) {
         let socket = socket.into();
-        // Fails only where the peer has gone already.
+        // Shutdown fails only if the peer has already gone.
         let _ = shutdown(&socket, Shutdown::Both);
-        // The thread outlives its sender.
+        // Send cannot fail: the thread lives as long as this sender.
         let _ = self.0.send((socket, unclosed.0.clone()));
     }
 }
@@ -79,7 +81,7 @@ mod tests {
     use crossbeam_channel::Receiver;
     use std::os::unix::net::UnixStream;
 
-    /// A closer whose thread is the test.
+    /// A closer whose receiver the test holds, so that nothing is closed.
     fn stuck() -> (Closer, Receiver<Counted>) {
         let (sender, sockets) = unbounded();
         (Closer(sender), sockets)
@@ -97,13 +99,13 @@ mod tests {
             peers.push(theirs);
         }
         assert!(!closer.has_room(&one) && closer.has_room(&other));
-        // They have been hung up on all the same.
+        // All peers still see the hang-up.
         for peer in &peers {
             assert_eq!(std::io::Read::read(&mut &*peer, &mut [0]).unwrap(), 0);
         }
         drop(sockets.recv().unwrap());
         assert!(closer.has_room(&one));
-        // All together have an end, too.
+        // All ports together have a limit, too.
         for _ in sockets.len()..ALL {
             assert!(closer.has_room(&other));
             let (ours, _) = UnixStream::pair().unwrap();

@@ -1,4 +1,4 @@
-//! What the other threads ask of control.
+//! Commands from other threads to the control thread.
 
 use std::sync::{Arc, Weak};
 
@@ -17,19 +17,19 @@ use crate::sys::snapshot::Reader;
 use crate::topology::Topology;
 use crate::wire::Mac;
 
-/// Where an answer goes. A caller that is gone is no error.
+/// Sends the answer of a command. If the caller is gone, the answer is dropped without error.
 pub(super) type Reply<T> = Sender<Result<T, ControlError>>;
 
-/// One request; the answer comes through its [`Reply`].
+/// One request to control. The answer comes through its [`Reply`].
 #[derive(Debug)]
 pub(super) enum Command {
-    /// A session has a new device.
+    /// A session has posted a new device.
     Posted(Arc<Link>),
-    /// A session's thread ends; memory and rings are let go.
+    /// A session's thread ends. Its memory and rings can be released.
     SessionEnded {
-        /// Its link.
+        /// The link of that session.
         link: Arc<Link>,
-        /// Why, in words.
+        /// The reason, in words.
         reason: String,
     },
     AddPort(PortSpec, bool, Reply<PortView>),
@@ -47,21 +47,20 @@ pub(super) enum Command {
     PollRemove(usize, Reply<()>),
     PollMove(PollMove, Reply<Moved>),
     PollSet(PollSettingsPatch, Reply<PollSettings>),
-    /// Resolves the ports that an observer names: those it looks at (all, where `None`), and where
-    /// a mirror sends to.
+    /// Resolves the names of the ports that an observer looks at (`None`: all), and of a mirror's
+    /// destination.
     Prospect(Option<Vec<String>>, Option<String>, Reply<Prospect>),
-    /// Registers an observer; the answer is its name and the generation from which on it is there.
+    /// Registers an observer. The answer is its name and the first generation that includes it.
     Observe(ObserverRecord, Reply<(String, u64)>),
     Observers(Reply<Vec<ObserverView>>),
-    /// Ends an observer by name; only if it is a mirror, where so.
+    /// Ends an observer by name. With `true`, only a mirror is ended.
     EndObserver(String, bool, Reply<()>),
-    /// Whoever reads from an observer has enough, and why.
+    /// The reader of an observer stops, for the given reason.
     LeaveObserver(Arc<Observer>, &'static str),
-    /// Whoever read from an observer has all of it, or has left: the frames that it got, and what
-    /// was missed.
+    /// The reader of an observer has read everything, or has left: frames read, frames missed.
     ObserverRead(Weak<Observer>, u64, u64),
-    /// A poll thread that was removed has ended; its reader is free.
+    /// A removed poll thread has ended and returns its reader.
     PollEnded(Reader<Topology>),
-    /// End the daemon.
+    /// Ends the daemon.
     Stop,
 }

@@ -1,8 +1,8 @@
-//! The control thread: listening sockets, reconnect timers, signals, commands, one publication a
-//! turn.
+//! The control thread: listening sockets, reconnect timers, signals and commands. It publishes at
+//! most once a turn for all of them.
 //!
-//! The one owner of the registry. It never waits for a poll thread or a frontend; whoever must,
-//! waits on its own thread.
+//! The control thread is the only owner of the registry. It never waits for a poll thread or a
+//! frontend without a bound. Others that must wait do so on their own threads.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,26 +28,26 @@ use crate::sys::signal::{Signal, Signals};
 use crate::sys::wake::Wake;
 use crate::vhost_user::{MEMORY_LOST, RingRecords};
 
-/// Time between two attempts to reach a frontend that listens.
+/// Time between two attempts to connect to a frontend in client mode.
 pub(super) const RECONNECT: Duration = Duration::from_millis(100);
-/// Time between looks at acknowledgements while something is retired.
+/// Time between looks at acknowledgements while retired topologies or moves wait for them.
 const RETIRE: Duration = Duration::from_millis(1);
-/// Time after which a poll thread that has not acknowledged is reported. Nothing else happens then:
-/// it may still use what was taken from it, so whoever waits for it waits on.
+/// Time after which a missing acknowledgement of a poll thread is reported. A report is the only
+/// consequence: the thread may still use what was retired, so waiting goes on.
 pub(super) const OVERDUE: Duration = Duration::from_secs(1);
-/// Time between looks at what changes by itself: ages, broken rings.
+/// Time between looks at what changes without an event: ages, broken rings.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
-/// Longest wait for sessions at the end.
+/// Longest wait for the sessions to end at shutdown.
 const SHUTDOWN: Duration = Duration::from_secs(2);
-/// Time between publications for the sake of ports that post too much.
+/// Time between publications for the ports that post too often.
 const LATE: Duration = Duration::from_millis(2);
 
-/// Event data of the wake descriptor and of the signals; listeners use [`LISTENER`] and their slot.
+/// epoll data of the wake descriptor and of the signals. A listener has [`LISTENER`] plus its slot.
 const WAKE: u32 = 0;
 const SIGNALS: u32 = 1;
 pub(super) const LISTENER: u32 = 1 << 16;
 
-/// Everything the control thread owns.
+/// The state of the control thread.
 #[derive(Debug)]
 pub(super) struct Control {
     pub(super) registry: Registry,
@@ -58,25 +58,24 @@ pub(super) struct Control {
     pub(super) sender: Sender<Command>,
     pub(super) wake: Arc<Wake>,
     signals: Option<Signals>,
-    /// Where the records of packed rings are.
+    /// Directory of the records of packed rings.
     ring_state: Option<PathBuf>,
     pub(super) rebalance: Rebalance,
     pub(super) balance: Balance,
     next_housekeeping: Instant,
-    /// How long ports took to be added and removed.
+    /// Duration of port additions and removals.
     pub(super) times: OperationTimes,
-    /// Session threads, joined when they have ended.
+    /// Session threads that have not been seen to end.
     pub(super) sessions: Vec<std::thread::JoinHandle<()>>,
-    /// Sessions whose ports post more than they may, and when they are served: all with one
-    /// publication.
+    /// Sessions of ports that post too often. All are served with one publication at `late_at`.
     late: Vec<Arc<Link>>,
     late_at: Instant,
-    /// It was said that descriptors may run out.
+    /// The warning about descriptors was given.
     pub(super) short_of_descriptors: bool,
     stopping: bool,
 }
 
-/// Nanoseconds from a command to its answer.
+/// Histograms of nanoseconds from a command to its answer.
 #[derive(Debug, Default)]
 pub(super) struct OperationTimes {
     pub(super) port_add: Histogram,
@@ -120,7 +119,8 @@ impl Control {
         }
     }
 
-    /// Runs until a signal or [`Command`] ends it; leaves no thread and no socket behind.
+    /// Runs until a signal or [`Command::Stop`] ends the daemon. All sockets are closed then.
+    /// Sessions get `SHUTDOWN` to end.
     pub(super) fn run(self) -> Result<(), DaemonError> {
         let control = Arc::new(Mutex::new(self));
         let mut events = EventManager::<Arc<Mutex<Control>>>::new()
@@ -147,7 +147,7 @@ impl Control {
         Ok(())
     }
 
-    /// What is due now; returns how long nothing else is.
+    /// Does what is due now. Returns the time until the next thing is due.
     fn turn(&mut self) -> Duration {
         let now = Instant::now();
         if now >= self.next_housekeeping {
@@ -172,13 +172,13 @@ impl Control {
             next = next.min(now + RETIRE);
         }
         self.watch_acknowledgements(now);
-        // Rounded up: a zero would spin until the moment comes.
+        // Rounded up to 1 ms. A timeout of zero would spin until the moment comes.
         next.saturating_duration_since(now)
             .max(Duration::from_millis(1))
     }
 
-    /// Names the poll threads that miss their acknowledgement, once, and once more when they have
-    /// made it.
+    /// Reports each poll thread with an overdue acknowledgement once, and once more when it has
+    /// acknowledged.
     fn watch_acknowledgements(&mut self, now: Instant) {
         let numbers: Vec<usize> = self.registry.polls.threads.keys().copied().collect();
         for index in numbers {
@@ -207,7 +207,7 @@ impl Control {
         }
     }
 
-    /// Tries to reach the frontends that listen; returns when the next attempt is due.
+    /// Tries to connect to frontends in client mode. Returns when the next attempt is due.
     fn connect_due(&mut self, now: Instant) -> Option<Instant> {
         let mut next: Option<Instant> = None;
         let mut reached = Vec::new();
@@ -244,8 +244,8 @@ impl Control {
             let Some(session) = &mut record.session else {
                 continue;
             };
-            // A session that lost its memory is cut off: its frontend comes back with memory that
-            // is whole.
+            // A session that lost its memory is cut off. Its frontend then reconnects with intact
+            // memory.
             if record
                 .device
                 .as_ref()
@@ -267,7 +267,7 @@ impl Control {
         match command {
             Command::Posted(link) => self.posted(link),
             Command::SessionEnded { link, reason } => self.session_ended(&link, reason),
-            // A caller that no longer waits for its answer is no error.
+            // Sending an answer fails if the caller no longer waits. This is no error.
             Command::AddPort(spec, may_exist, reply) => {
                 let began = Instant::now();
                 let answer = self.add_port(spec, may_exist, ops);
@@ -281,7 +281,7 @@ impl Control {
                 let (answer, sockets) =
                     removed.map_or_else(|error| (Err(error), None), |s| (Ok(()), Some(s)));
                 let _ = reply.send(answer);
-                // Behind the answer: the thread that closes may take this one's processor, for
+                // The answer goes first: the closer's thread may take the CPU of this thread for
                 // milliseconds.
                 sockets
                     .into_iter()
@@ -355,8 +355,8 @@ impl Control {
         }
     }
 
-    /// A session's newest device: published at the end of this turn, or with those of all ports
-    /// that post too much.
+    /// Takes a session's newest device. It is published at the end of this turn, or later with all
+    /// ports that post too often.
     fn posted(&mut self, link: Arc<Link>) {
         let now = Instant::now();
         let record = self.registry.find_registration(&link.port);
@@ -369,7 +369,7 @@ impl Control {
         self.late.push(link);
     }
 
-    /// Takes what was posted too often, if it is time; returns when it will be.
+    /// Takes the deferred posts once they are due. Returns when they are due, if any wait.
     fn take_late(&mut self, now: Instant) -> Option<Instant> {
         if now >= self.late_at {
             for link in std::mem::take(&mut self.late) {
@@ -379,13 +379,14 @@ impl Control {
         (!self.late.is_empty()).then_some(self.late_at)
     }
 
-    /// Where the packed rings of a port keep what they need after a restart.
+    /// Returns the records of a port's packed rings, which survive a restart of the daemon.
     pub(super) fn ring_records(&self, port: &str) -> Option<RingRecords> {
         let dir = self.ring_state.as_ref()?;
         Some(RingRecords::new(dir, port))
     }
 
-    /// Ends everything, quickly: sockets, sessions, poll threads. Its event is the very last one.
+    /// Ends the daemon quickly: sockets, then sessions, then poll threads. Its event is the last
+    /// event.
     fn shut_down(&mut self) {
         tracing::info!("stopping");
         for record in self.registry.unregister_all() {
@@ -394,8 +395,8 @@ impl Control {
             }
             self.close_sockets(self.sockets(record));
         }
-        // Sessions wait for acknowledgements, so they go first. Not for ever: a descriptor that a
-        // frontend sent may belong to a file system that does not answer.
+        // Sessions wait for acknowledgements of poll threads, so sessions end first. The wait is
+        // bounded: a frontend's descriptor may belong to a file system that does not answer.
         let deadline = Instant::now() + SHUTDOWN;
         while Instant::now() < deadline && self.sessions.iter().any(|thread| !thread.is_finished())
         {
@@ -433,8 +434,8 @@ impl MutEventSubscriber for Control {
         match events.data() {
             WAKE => {
                 self.wake.drain();
-                // One publication answers all that has come by now; what comes meanwhile is the
-                // next turn's.
+                // Handles only the commands that have come by now, for one publication. Later
+                // commands belong to the next turn.
                 for _ in 0..self.commands.len() {
                     let Ok(command) = self.commands.try_recv() else {
                         break;

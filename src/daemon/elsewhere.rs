@@ -1,9 +1,9 @@
-//! Threads that do not poll keep off the CPUs of poll threads, if there are other CPUs. A poll
-//! thread that loses its CPU to a session stands still for all its guests.
+//! Keeps threads that do not poll off the CPUs of poll threads, if there are other CPUs. A poll
+//! thread that loses its CPU to a session stops serving all its guests.
 //!
-//! The masks are set from outside, for all threads of the process at once: a thread inherits its
-//! maker's mask, and CPUs come and go with poll threads. So this is for a process that is nothing
-//! but the switch.
+//! The masks of all threads of the process are set from here. A thread inherits the mask of its
+//! creator, and poll CPUs change with poll threads. So this works only for a process that is
+//! nothing but the switch.
 
 use std::collections::HashSet;
 use std::io;
@@ -11,21 +11,21 @@ use std::path::Path;
 
 use crate::sys::affinity;
 
-/// Listings of the threads until one brings nothing new. A thread that is made during the first by
-/// one that was not looked at yet is in the second.
+/// Upper bound of passes over the list of threads. A thread started during a pass by one that had
+/// not been restricted yet inherits the old mask. The next pass finds it.
 const LISTINGS: usize = 8;
 
-/// The CPUs of this process, as they were given to it.
+/// The CPUs that the process may use.
 #[derive(Debug)]
 pub(super) struct Elsewhere(Vec<usize>);
 
 impl Elsewhere {
-    /// What the calling thread may use is what the process may.
+    /// Takes the CPUs allowed to the calling thread as those of the process.
     pub(super) fn new() -> io::Result<Self> {
         affinity::allowed_cpus().map(Elsewhere)
     }
 
-    /// The CPUs that are not `taken`; all of them, if that would be none.
+    /// Returns the CPUs that are not in `taken`, or all CPUs if none would be left.
     fn rest(&self, taken: &HashSet<usize>) -> Vec<usize> {
         let rest: Vec<usize> = self
             .0
@@ -40,14 +40,14 @@ impl Elsewhere {
         }
     }
 
-    /// Keeps all threads of the process but `pinned` ones off the CPUs that are `taken`.
+    /// Keeps all threads of the process except `pinned` off the CPUs in `taken`.
     pub(super) fn keep_off(&self, taken: &HashSet<usize>, pinned: &HashSet<u32>) {
         let rest = self.rest(taken);
         for _ in 0..LISTINGS {
             let mut any = false;
             for thread in threads().filter(|thread| !pinned.contains(thread)) {
-                // It may have ended meanwhile, or somebody has forbidden it those CPUs: then it
-                // stays where it is.
+                // Errors are ignored. The thread may have ended, or others may have forbidden it
+                // these CPUs. It then keeps its mask.
                 if affinity::allowed_cpus_of(thread).is_ok_and(|cpus| cpus != rest) {
                     any |= affinity::restrict(thread, &rest).is_ok();
                 }
@@ -59,7 +59,7 @@ impl Elsewhere {
     }
 }
 
-/// The threads of this process; none where `/proc` is not there.
+/// The thread ids of this process. Empty if `/proc` is not mounted.
 fn threads() -> impl Iterator<Item = u32> {
     let tasks = std::fs::read_dir(Path::new("/proc/self/task"));
     let tasks = tasks.into_iter().flatten().flatten();

@@ -1,5 +1,4 @@
-//! A switch for `pollux bench`, in the same process, reached over real sockets and real shared
-//! memory.
+//! A switch inside the process of `pollux bench`, reached over real sockets and real shared memory.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -8,7 +7,7 @@ use super::Daemon;
 use crate::bench::EmbeddedSwitch;
 use crate::config::{DaemonConfig, IdleList, IdlePolicy, PortSpec, SocketMode};
 
-/// A switch and the directory of its sockets; both go with it.
+/// A switch and the directory of its sockets. Drop removes both.
 #[derive(Debug)]
 pub struct Embedded {
     daemon: Option<Daemon>,
@@ -22,9 +21,9 @@ impl Drop for Embedded {
     }
 }
 
-/// Starts a switch with so many ports of so many queue pairs each.
+/// Starts a switch with `ports` ports of `queue_pairs` queue pairs each.
 pub fn start(ports: usize, queue_pairs: u16) -> Result<EmbeddedSwitch<Embedded>, Box<dyn Error>> {
-    // Only the fence: a bench handles Ctrl-C itself.
+    // Installs only the fence. A bench handles Ctrl-C itself.
     crate::memory::fence::install()?;
     let dir = std::env::temp_dir().join(format!("pollux-bench-{}", std::process::id()));
     std::fs::create_dir_all(&dir)?;

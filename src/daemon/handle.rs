@@ -1,4 +1,4 @@
-//! The API's side of control: each operation is a command and its answer.
+//! The API's side of control: each operation sends a command and waits for its answer.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +22,8 @@ use crate::sys::wake::Wake;
 use crate::topology::Topology;
 use crate::wire::Mac;
 
-/// Control answers within a turn of its loop; more than this means that the machine stands still.
+/// Longest wait for an answer. Control answers within a turn of its loop, so a longer wait means
+/// that the machine stands still.
 const ANSWER: Duration = Duration::from_secs(10);
 
 /// Operates a running daemon from any thread.
@@ -31,7 +32,7 @@ pub struct Handle {
     pub(super) commands: Sender<Command>,
     pub(super) wake: Arc<Wake>,
     pub(super) report: Arc<Report>,
-    /// Names of ports, for records of observers.
+    /// Names of ports, needed to print the records of observers.
     pub(super) names: Arc<Names>,
     pub(super) acknowledgements: Acknowledgements<Topology>,
 }
@@ -54,7 +55,7 @@ impl Handle {
             RecvTimeoutError::Timeout => {
                 ControlError::Internal("the daemon does not answer".to_string())
             }
-            // Control has ended, and the command with it.
+            // Control has ended and dropped the command.
             RecvTimeoutError::Disconnected => ControlError::Stopping,
         };
         answer.recv_timeout(ANSWER).map_err(unanswered)?

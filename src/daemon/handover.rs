@@ -25,15 +25,15 @@ impl Place {
         }
     }
 
-    /// The thread that owns it or will.
+    /// The thread that owns the queue now, or will own it next.
     pub(super) fn thread(self) -> usize {
         match self {
             Place::On(thread) | Place::Between { to: thread } => thread,
         }
     }
 
-    /// Takes the queue from its owner. Whether it has to move at all; the next view must be
-    /// published then.
+    /// Takes the queue from its owner, unless `to` owns it or will. Returns whether the queue
+    /// moves. The caller must then publish the next view.
     pub(super) fn leave_for(&mut self, to: usize) -> bool {
         let moves = self.thread() != to;
         if moves {
@@ -47,12 +47,12 @@ impl Place {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct HandOver {
     to: usize,
-    /// The view in which nobody owns them, once it is published.
+    /// Generation of the view in which nobody owns the queues, once it is published.
     generation: Option<u64>,
 }
 
 impl HandOver {
-    /// Not published yet.
+    /// A hand-over to the thread `to`, not published yet.
     pub(super) fn new(to: usize) -> Self {
         HandOver {
             to,
@@ -60,7 +60,7 @@ impl HandOver {
         }
     }
 
-    /// A view was published after the queues had left.
+    /// Notes that a view was published after the queues had left. Only the first one counts.
     pub(super) fn published(&mut self, generation: u64) {
         self.generation.get_or_insert(generation);
     }
@@ -71,8 +71,8 @@ impl HandOver {
         self.generation.is_some_and(reached)
     }
 
-    /// Gives a free queue to the new owner, from the next view on. False if it was sent elsewhere
-    /// meanwhile: that is another hand-over's, which waits for a view of its own.
+    /// Gives a free queue to the new owner, from the next view on. Returns false if the queue was
+    /// sent elsewhere meanwhile. A newer hand-over then has the queue and waits for its own view.
     pub(super) fn arrive(&self, place: &mut Place) -> bool {
         let here = *place == (Place::Between { to: self.to });
         if here {

@@ -1,11 +1,11 @@
 //! The mailbox between one session and control.
 //!
-//! A session posts its newest device and goes on. Control takes the newest device of each session
+//! A session posts its newest device and continues. Control takes the newest device of each session
 //! once a turn of its loop, and publishes once. So ten thousand SET_VRING_ENABLE of one frontend
-//! are one publication a turn.
+//! cost one publication a turn.
 //!
 //! A port that posts too often (`POSTS` at once, then one every `POST_EVERY`) is not published in
-//! each turn: all such ports share one publication every `LATE`. So they delay only their own
+//! each turn. All such ports share one publication every `LATE`. So they delay only their own
 //! guests.
 
 use std::sync::atomic::Ordering;
@@ -25,16 +25,16 @@ use crate::sys::wake::Wake;
 use crate::topology::Topology;
 use crate::vhost_user::{DeviceSink, Gone, SessionEvent, Ticket};
 
-/// How long a session sleeps between looks at the acknowledgements. A busy poll thread acknowledges
-/// within microseconds.
+/// Sleep of a session between looks at the acknowledgements. It is short, because a busy poll
+/// thread acknowledges within microseconds.
 const LOOK_EVERY: Duration = Duration::from_micros(50);
-/// Looks without sleeping first.
+/// Number of looks without a sleep before the first sleep.
 const QUICK_LOOKS: u32 = 200;
 
 /// One session's link to control.
 #[derive(Debug)]
 pub(super) struct Link {
-    /// The port it serves.
+    /// The port that the session serves.
     pub(super) port: Arc<PortShared>,
     mailbox: Mutex<Mailbox<Arc<Device>>>,
     changed: Condvar,
@@ -69,35 +69,35 @@ impl Link {
     }
 
     fn mailbox(&self) -> MutexGuard<'_, Mailbox<Arc<Device>>> {
-        // Plain values, whole at every moment.
+        // A poisoned lock is usable: the mailbox holds plain values.
         self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Control takes the newest post: its number and device.
+    /// Returns the newest post that control has not taken yet: its number and device.
     pub(super) fn take(&self) -> Option<(u64, Option<Arc<Device>>)> {
         self.mailbox().take()
     }
 
-    /// Control says in which generation a post is published.
+    /// Control reports the generation in which a post is published.
     pub(super) fn published(&self, post: u64, generation: u64) {
         self.mailbox().published(post, generation);
         self.changed.notify_all();
     }
 
-    /// Control says that the port is gone since `generation`: posts are void from now on.
+    /// Control reports that the port is removed since `generation`. Later posts have no effect.
     pub(super) fn port_gone(&self, generation: u64) {
         self.mailbox().port_gone(generation);
         self.changed.notify_all();
     }
 
     fn tell(&self, command: Command) {
-        // Control outlives every session; after its end nobody needs to know.
+        // Sending fails only after the end of control. Nobody needs the command then.
         if self.commands.send(command).is_ok() {
             self.wake.wake();
         }
     }
 
-    /// The session's thread is about to end.
+    /// Tells control that the session's thread is about to end.
     pub(super) fn ended(self: &Arc<Self>, reason: String) {
         self.tell(Command::SessionEnded {
             link: self.clone(),
@@ -112,15 +112,15 @@ impl Link {
             }
             std::thread::yield_now();
         }
-        // Past any deadline this goes on: a thread that has not acknowledged may still write into
-        // the guest's memory, so nothing is answered. The stuck thread shows in `poll list`.
+        // This wait has no deadline. A thread that has not acknowledged may still write into the
+        // guest's memory, so nothing is answered. `poll list` shows the stuck thread.
         while !self.acknowledgements.reached(generation) {
             std::thread::sleep(LOOK_EVERY);
         }
     }
 }
 
-/// A link as the session's sink. (A type of its own, because posting needs the `Arc`.)
+/// A link as the session's sink. It is a type of its own because posting needs the `Arc`.
 #[derive(Debug)]
 pub(super) struct Sink(pub(super) Arc<Link>);
 
@@ -161,7 +161,7 @@ impl DeviceSink for Sink {
     }
 
     fn pace(&self) -> Duration {
-        // Plain values, whole at every moment.
+        // A poisoned lock is usable: it holds plain values.
         let messages = self.0.messages.lock();
         let mut messages = messages.unwrap_or_else(PoisonError::into_inner);
         let wait = messages.wait(Instant::now());
@@ -172,7 +172,8 @@ impl DeviceSink for Sink {
     }
 
     fn event(&self, event: SessionEvent) {
-        // Under the lock, so that nothing is said of a port behind the word that it was removed.
+        // The report is made under the lock. So no session event of a port follows the event of its
+        // removal.
         let mailbox = self.0.mailbox();
         if !mailbox.is_gone() {
             self.0.report.session(&self.0.port, &self.0.reports, &event);

@@ -1,18 +1,18 @@
-//! What stands in the mailbox between a session and control. Decisions only, made under the lock of
-//! `link`, so that the model checker runs this file as it stands (`tests/models`).
+//! The content of the mailbox between a session and control. Decisions only, made under the lock of
+//! `link`, so that the model checker runs this file unchanged (`tests/models`).
 
-/// Where a session's posts stand.
+/// The state of a session's posts.
 #[derive(Debug)]
 pub(super) struct Mailbox<D> {
-    /// Newest post, until control takes it.
+    /// The newest post, until control takes it.
     device: Option<Option<D>>,
     posted: u64,
     /// The newest post that is published, and the generation that holds it.
     published: u64,
     generation: u64,
-    /// Control has been told that there is a post.
+    /// Whether control has been told of a post that it has not taken yet.
     announced: bool,
-    /// The port was removed.
+    /// Whether the port was removed.
     gone: bool,
 }
 
@@ -30,7 +30,8 @@ impl<D> Default for Mailbox<D> {
 }
 
 impl<D> Mailbox<D> {
-    /// The session posts what it has now: the number of the post, and whether control must be told.
+    /// Posts the session's newest device. Returns the number of the post, and whether control must
+    /// be told.
     pub(super) fn post(&mut self, device: Option<D>) -> (u64, bool) {
         self.posted += 1;
         if self.gone {
@@ -41,14 +42,14 @@ impl<D> Mailbox<D> {
         (self.posted, announce)
     }
 
-    /// Control takes the newest post: its number and device.
+    /// Returns the newest post that control has not taken yet: its number and device.
     pub(super) fn take(&mut self) -> Option<(u64, Option<D>)> {
         self.announced = false;
         let device = self.device.take()?;
         Some((self.posted, device))
     }
 
-    /// Control says in which generation a post is published.
+    /// Control reports the generation in which a post is published.
     pub(super) fn published(&mut self, post: u64, generation: u64) {
         if post >= self.published {
             self.published = post;
@@ -56,15 +57,15 @@ impl<D> Mailbox<D> {
         }
     }
 
-    /// Control says that the port is gone since `generation`: posts are void from now on.
+    /// Control reports that the port is removed since `generation`. Later posts have no effect.
     pub(super) fn port_gone(&mut self, generation: u64) {
         self.gone = true;
         self.device = None;
         self.generation = generation;
     }
 
-    /// The generation that all poll threads must have taken over before the post is done; `None`
-    /// while that is not known.
+    /// Returns the generation that all poll threads must have adopted before the post is done.
+    /// `None` while that generation is not known.
     pub(super) fn answer(&self, post: u64) -> Option<u64> {
         (self.published >= post || self.gone).then_some(self.generation)
     }

@@ -1,4 +1,4 @@
-//! Mirrors, as they are added.
+//! Adds mirrors.
 
 use super::handle::Handle;
 use super::observers::{ObserverRecord, PORT_REMOVED};
@@ -8,10 +8,10 @@ use crate::api::{Control, ControlError, What};
 use crate::config::{ALL_PORTS, MAX_PORT_NAME, MAX_SNAPLEN, is_name};
 use crate::observe::{Filter, Kind, Observer, ObserverSpec};
 
-/// Shortest copy of a mirror: an Ethernet header.
+/// Smallest number of bytes that a mirror copies of a frame: an Ethernet header.
 const MIN_COPY: u32 = 14;
 
-/// Whether a mirror names ports that it can have.
+/// Checks whether the ports that a mirror names are allowed.
 fn check_ports(order: &MirrorAdd) -> Result<(), ControlError> {
     let MirrorAdd { from, to, .. } = order;
     if from.is_empty() {
@@ -35,7 +35,7 @@ fn check_ports(order: &MirrorAdd) -> Result<(), ControlError> {
     Ok(())
 }
 
-/// Adds a mirror; it works when this returns.
+/// Adds a mirror. Frames are mirrored when this returns.
 pub(super) fn add_mirror(handle: &Handle, order: &MirrorAdd) -> Result<ObserverView, ControlError> {
     if !is_name(&order.name) {
         return bad(format!(
@@ -74,14 +74,14 @@ pub(super) fn add_mirror(handle: &Handle, order: &MirrorAdd) -> Result<ObserverV
     wait_seen(handle, generation);
     let mut views = handle.observers()?.into_iter();
     let view = views.find(|view| view.name == name);
-    // What has ended meanwhile is not there, and by now another one may have its name.
+    // The mirror may have ended meanwhile, and another one may have its name by now.
     let view = view.filter(|_| !observer.has_ended());
     view.ok_or_else(|| {
         let to_is_gone = !handle.names.present().contains(&destination);
-        // Whether somebody still writes to it is of no interest here.
+        // The reason is enough here, so there is no wait for writers: `|_| true`.
         let what = match observer.settled_end(|_| true) {
             Some(PORT_REMOVED) if to_is_gone => What::Port(order.to.clone()),
-            // So are all that it was to copy from.
+            // All ports that it copies from are gone.
             Some(PORT_REMOVED) => What::Port(order.from[0].clone()),
             _ => What::Mirror(name),
         };

@@ -1,4 +1,4 @@
-//! The composition root: threads, and how they find each other.
+//! The composition root: starts the threads and connects them.
 //!
 //! | thread | does | may block? |
 //! |---|---|---|
@@ -82,15 +82,15 @@ pub enum DaemonError {
     /// More poll CPUs than there can be poll threads.
     #[error("{0} poll CPUs are too many: at most {MAX_THREADS}")]
     TooManyThreads(usize),
-    /// Neither one idle policy for all poll threads nor one for each.
+    /// The number of idle policies is neither one nor the number of poll threads.
     #[error(
         "{policies} idle policies for {}; give one for all, or one for each",
         count(*threads as u64, "poll thread")
     )]
     IdlePolicies {
-        /// How many were given.
+        /// Number of policies given.
         policies: usize,
-        /// How many threads there are to be.
+        /// Number of poll threads to start.
         threads: usize,
     },
     /// The forwarding data base cannot be made.
@@ -102,12 +102,12 @@ pub enum DaemonError {
     /// The control loop failed.
     #[error("the control loop failed: {0}")]
     Events(String),
-    /// The operating system refuses something.
+    /// The operating system refused a resource.
     #[error("the system refuses what the switch needs: {0}")]
     System(io::Error),
 }
 
-/// Installs what must be there before any thread: the SIGBUS fence, and signals as events of the
+/// Installs what must exist before any other thread: the SIGBUS fence, and signals as events of the
 /// control loop.
 pub fn prepare_process() -> io::Result<Signals> {
     raise_descriptor_limit();
@@ -115,8 +115,8 @@ pub fn prepare_process() -> io::Result<Signals> {
     Signals::block()
 }
 
-/// A port with a frontend and one queue pair holds ten descriptors: the usual soft limit of 1024
-/// would be few ports.
+/// Raises the soft limit of descriptors to the hard limit. A port with a frontend and one queue
+/// pair holds ten descriptors, so the usual soft limit of 1024 allows few ports.
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -142,8 +142,8 @@ pub fn run(config: DaemonConfig) -> Result<(), DaemonError> {
         }
         None => None,
     };
-    // Control answers only once its loop runs, so the ports of the command line come from a thread
-    // of their own.
+    // Control answers only while its loop runs. So a separate thread adds the ports of the command
+    // line.
     let (outcome, first_error) = crossbeam_channel::bounded(1);
     let ports = config.ports.clone();
     let adder = thread::spawn("start", move || add_first_ports(&handle, ports, &outcome))
@@ -156,8 +156,7 @@ pub fn run(config: DaemonConfig) -> Result<(), DaemonError> {
     }
     let _ = reaper.join();
     match first_error.try_recv() {
-        // A signal that came while ports were being added makes the adding fail: no error of its
-        // own.
+        // A signal that comes while ports are being added makes the adding fail. This is no error.
         Ok(ControlError::Stopping) | Err(_) => ended,
         Ok(error) => Err(DaemonError::Port(error)),
     }
@@ -178,7 +177,7 @@ fn add_first_ports(
     tracing::info!("ready");
 }
 
-/// A switch inside this process, without API and signals: for `pollux bench` and tests.
+/// A switch inside this process, without API and signals, for `pollux bench` and tests.
 #[derive(Debug)]
 pub struct Daemon {
     handle: Handle,
@@ -186,7 +185,8 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts the switch. The process has called [`prepare_process`] or [`fence::install`] before.
+    /// Starts the switch. The process must have called [`prepare_process`] or [`fence::install`]
+    /// before.
     pub fn start(config: &DaemonConfig) -> Result<Self, DaemonError> {
         let (control, handle, reaper) = assemble(config, None)?;
         let thread = thread::spawn("control", move || {
@@ -208,7 +208,7 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Operates it.
+    /// Returns the handle that operates the switch.
     pub fn handle(&self) -> &Handle {
         &self.handle
     }
@@ -223,7 +223,7 @@ impl Drop for Daemon {
     }
 }
 
-/// Builds everything up to the control loop, which the caller runs.
+/// Builds everything except the running control loop. The caller runs the loop.
 fn assemble(
     config: &DaemonConfig,
     signals: Option<Signals>,
@@ -242,8 +242,8 @@ fn assemble(
     let fdb = Arc::new(Fdb::new(fdb_config)?);
     let (sender, receiver) = unbounded();
     let wake = Arc::new(Wake::new().map_err(DaemonError::System)?);
-    // A reader for every thread that there may ever be: one that no thread has is asleep, and
-    // nobody waits for it.
+    // A reader for each thread that there may ever be. A reader without a thread is marked asleep,
+    // so nobody waits for it.
     let since = vec![epoch; MAX_THREADS].into();
     let empty = Topology::build(&[], since, fdb.clone(), |_, _| None);
     let (publisher, readers) = snapshots(empty, MAX_THREADS);
@@ -256,11 +256,12 @@ fn assemble(
         polls.start(Some(*cpu), config.idle.0.get(number).copied())?;
     }
     let (reap, retired) = unbounded::<Retired<Topology>>();
-    // Ends when control, the only sender, is gone.
+    // The reaper ends when control, the only sender, is gone.
     let reaper = thread::spawn("reaper", move || retired.iter().for_each(drop))
         .map_err(DaemonError::System)?;
     let closer = Closer::start().map_err(DaemonError::System)?;
-    // What sessions need for calls is had now, or missed now.
+    // Reserves now the spare aio context that sessions need for calls, so that a failure shows at
+    // start.
     with_spare(|_| ()).map_err(DaemonError::System)?;
     if signals.is_some() {
         polls.own_process(Elsewhere::new().map_err(DaemonError::System)?);

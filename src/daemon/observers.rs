@@ -1,4 +1,4 @@
-//! Observers as control knows them: names, registration, and the end that comes with their ports.
+//! Observers as control knows them: names, registration, and their end when ports are removed.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -11,19 +11,19 @@ use crate::config::MAX_OBSERVERS;
 use crate::observe::{Kind, Observer};
 use crate::switch::PortRef;
 
-/// Why an observer ends that has nothing to do without the port that was removed.
+/// Why an observer ends that has no purpose without the removed port.
 pub(super) const PORT_REMOVED: &str = "port removed";
 
-/// Names of removed ports that are kept, for records that still speak of them.
+/// Number of names of removed ports that are kept, because records may still refer to them.
 const GONE: usize = 256;
 
-/// Names of ports by registration, for whoever reads records.
+/// Names of ports by registration, for readers of records.
 #[derive(Debug, Default)]
 pub(super) struct Names(Mutex<VecDeque<(PortRef, String, bool)>>);
 
 impl Names {
     fn entries(&self) -> std::sync::MutexGuard<'_, VecDeque<(PortRef, String, bool)>> {
-        // A list that is whole at every moment.
+        // A poisoned lock is usable: the list is consistent at every moment.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -44,35 +44,34 @@ impl Names {
         }
     }
 
-    /// The name of a registration.
+    /// Returns the name of a registration, or its slot number if the name is not known any more.
     pub(super) fn of(&self, port: PortRef) -> String {
         let entries = self.entries();
         let found = entries.iter().find(|entry| entry.0 == port);
         found.map_or_else(|| format!("slot {}", port.slot), |entry| entry.1.clone())
     }
 
-    /// Every registration that there is.
+    /// Returns every registration that exists now.
     pub(super) fn present(&self) -> Vec<PortRef> {
         let entries = self.entries();
         let present = entries.iter().filter(|entry| !entry.2);
         present.map(|entry| entry.0).collect()
     }
 
-    /// Every registration that is known, those that are gone among them, in the order in which they
-    /// came.
+    /// Returns every known registration in the order of registration, including removed ones.
     pub(super) fn all(&self) -> Vec<PortRef> {
         self.entries().iter().map(|entry| entry.0).collect()
     }
 }
 
-/// An observer and its names.
+/// An observer with its name and the names of its ports.
 #[derive(Clone, Debug)]
 pub(super) struct ObserverRecord {
     pub(super) name: String,
     pub(super) observer: Arc<Observer>,
-    /// Names of its ports; empty for all.
+    /// Names of the ports that it looks at. Empty for all.
     pub(super) ports: Vec<String>,
-    /// Destination of a mirror.
+    /// Name of a mirror's destination.
     pub(super) to: Option<String>,
 }
 
@@ -101,7 +100,7 @@ impl ObserverRecord {
         }
     }
 
-    /// Whether it has nothing to do without this port.
+    /// Whether the observer has no purpose without the port `gone`.
     fn ends_with(&self, gone: PortRef, mut is_there: impl FnMut(PortRef) -> bool) -> bool {
         let spec = &self.observer.spec;
         if matches!(spec.kind, Kind::Mirror(to) if to == gone) {
@@ -114,7 +113,8 @@ impl ObserverRecord {
     }
 }
 
-/// An observer that was taken out: its end is told of with the frames that its reader got.
+/// An observer that was taken out while its reader still reads. Its end is reported together with
+/// the number of frames read.
 #[derive(Debug)]
 pub(super) struct Unread {
     observer: Weak<Observer>,
@@ -123,13 +123,13 @@ pub(super) struct Unread {
     why: String,
 }
 
-/// What an observer needs to know before it is made.
+/// What is needed to build an observer.
 #[derive(Clone, Debug)]
 pub(super) struct Prospect {
-    /// The ports, in the order in which they were named; `None` for all.
+    /// The ports, in the order in which the caller named them. `None` for all.
     pub(super) ports: Option<Vec<PortRef>>,
     pub(super) to: Option<PortRef>,
-    /// Poll threads that there are.
+    /// Numbers of the existing poll threads.
     pub(super) threads: Vec<usize>,
 }
 
@@ -142,7 +142,7 @@ impl Registry {
         }
     }
 
-    /// Resolves the ports that an observer names.
+    /// Resolves the ports that an observer names. Returns an error if a port does not exist.
     pub(super) fn prospect(
         &mut self,
         ports: Option<&[String]>,
@@ -162,8 +162,8 @@ impl Registry {
         })
     }
 
-    /// Registers an observer that is wholly built, in the next view; returns the generation of
-    /// that.
+    /// Registers a complete observer, and publishes a view with it. Returns the generation of that
+    /// view.
     pub(super) fn observe(&mut self, record: ObserverRecord) -> Result<u64, ControlError> {
         if self.observers.len() >= MAX_OBSERVERS {
             return Err(ControlError::Conflict {
@@ -180,7 +180,7 @@ impl Registry {
             Kind::Mirror(to) => Some(to),
             _ => None,
         };
-        // Any of them may have gone while the observer was made.
+        // Any of the ports may have been removed while the observer was built.
         for port in spec.ports.iter().flatten().chain(&to) {
             if !self.is_registered(*port) {
                 let what = What::Port(self.names.of(*port));
@@ -198,8 +198,8 @@ impl Registry {
         ports.any(|record| record.shared.reference == port)
     }
 
-    /// Takes out the observers that have nothing to do without `gone`, before the view without it
-    /// is published.
+    /// Takes out the observers that have no purpose without `gone`. The caller then publishes the
+    /// view without that port.
     pub(super) fn observers_of(&mut self, gone: PortRef) -> Vec<ObserverRecord> {
         let ports: Vec<PortRef> = self.ports.iter().map(|p| p.shared.reference).collect();
         let ends =
@@ -207,7 +207,7 @@ impl Registry {
         self.observers.extract_if(.., ends).collect()
     }
 
-    /// Takes an observer out, if it is there.
+    /// Takes an observer out and publishes a view without it. `None` if it is not registered.
     fn stop_observing(
         &mut self,
         which: impl Fn(&ObserverRecord) -> bool,
@@ -229,7 +229,7 @@ impl Control {
     ) -> Result<(String, u64), ControlError> {
         if record.name.is_empty() {
             let kind = record.observer.spec.kind.name();
-            // A mirror may have been given such a name.
+            // A mirror may have been given a name of this form.
             loop {
                 self.registry.observed += 1;
                 record.name = format!("{kind}-{}", self.registry.observed);
@@ -252,7 +252,7 @@ impl Control {
         Ok((name, generation))
     }
 
-    /// Ends an observer by name; a mirror only, with `mirror`.
+    /// Ends an observer by name. With `mirror`, only a mirror is ended.
     pub(super) fn end_observer(&mut self, name: &str, mirror: bool) -> Result<(), ControlError> {
         let which = |record: &ObserverRecord| {
             let is_mirror = matches!(record.observer.spec.kind, Kind::Mirror(_));
@@ -272,7 +272,7 @@ impl Control {
         Ok(())
     }
 
-    /// Whoever reads from an observer has enough.
+    /// Ends an observer because its reader stops.
     pub(super) fn leave_observer(&mut self, observer: &Arc<Observer>, why: &str) {
         let which = |record: &ObserverRecord| Arc::ptr_eq(&record.observer, observer);
         if let Some(record) = self.registry.stop_observing(which, why) {
@@ -280,8 +280,8 @@ impl Control {
         }
     }
 
-    /// An observer was taken out. What a mirror has copied is known; of what is read, the reader
-    /// knows.
+    /// Reports the end of an observer that was taken out. The counts of a mirror are known now. The
+    /// counts of a capture or a trace come later, from its reader.
     pub(super) fn report_end(&mut self, record: &ObserverRecord, why: &str) {
         let ended = Unread {
             observer: Arc::downgrade(&record.observer),
@@ -297,7 +297,7 @@ impl Control {
         }
     }
 
-    /// Whoever read from an observer has all of it, or has left.
+    /// Reports the end of an observer whose reader has read everything or has left.
     pub(super) fn observer_read(&mut self, observer: &Weak<Observer>, frames: u64, missed: u64) {
         let mut unread = self.registry.unread.iter();
         if let Some(at) = unread.position(|ended| ended.observer.ptr_eq(observer)) {
@@ -306,7 +306,7 @@ impl Control {
         }
     }
 
-    /// The same numbers as the reader's own.
+    /// Reports the end with the numbers that the reader itself shows.
     fn report_read(&self, ended: &Unread, frames: u64, missed: u64) {
         let Unread {
             name, kind, why, ..

@@ -1,4 +1,4 @@
-//! What an operator does to ports, on the control thread.
+//! Operations on ports, on the control thread.
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
@@ -23,21 +23,22 @@ use crate::config::{MAX_PORTS, PortSpec, SocketMode, count};
 use crate::port::PortShared;
 use crate::vhost_user;
 
-/// Frontends that are accepted on one port at once, and how often then.
+/// Frontends accepted on one port: this many at once, then one every `ACCEPT_EVERY`.
 const ACCEPTS: u32 = 50;
 const ACCEPT_EVERY: Duration = Duration::from_millis(5);
-/// Devices of one port that are published as they come, and how often then: an honest start needs
-/// some dozens.
+/// Devices of one port that are published as they come: this many at once, then one every
+/// `POST_EVERY`. A start of a well-behaved frontend needs some dozens.
 const POSTS: u32 = 256;
 const POST_EVERY: Duration = Duration::from_millis(5);
 
-/// Descriptors of a port with a frontend: two of its own, four of the session.
+/// Descriptors of a port with a frontend, without rings: two of the port, four of the session.
 const PORT_DESCRIPTORS: u64 = 6;
-/// A kick and a call for each ring; while they are replaced, both.
+/// Descriptors of a queue pair: a kick and a call for each of two rings, twice while they are
+/// replaced.
 const PAIR_DESCRIPTORS: u64 = 8;
 
-/// A path without what does not matter, such as a slash too many: two such paths are the same if
-/// their bytes are.
+/// Returns a path in normal form, without extra slashes and the like. Two such paths are equal if
+/// their bytes are equal.
 fn plain(path: &Path) -> OsString {
     path.components().collect::<PathBuf>().into_os_string()
 }
@@ -110,7 +111,7 @@ impl Control {
         let shared = PortShared::new(spec, reference).map_err(no_descriptor)?;
         if let Door::Listening(listener) = &door {
             let data = LISTENER + u32::from(reference.slot);
-            // An edge each: a frontend that cannot be accepted now must not keep the loop awake.
+            // Edge-triggered: a frontend that cannot be accepted now must not keep the loop awake.
             let events = Events::with_data(listener, data, EventSet::IN | EventSet::EDGE_TRIGGERED);
             ops.add(events)
                 .map_err(|error| ControlError::Internal(error.to_string()))?;
@@ -150,8 +151,8 @@ impl Control {
         Ok(view)
     }
 
-    /// Says once, before a frontend has to be turned away, that the ports may use more descriptors
-    /// than there can be.
+    /// Warns once if the ports may use more descriptors than the process may open. The warning
+    /// comes before a frontend must be refused.
     fn look_at_descriptors(&mut self) {
         let pairs = |record: &PortRecord| u64::from(record.queues) * PAIR_DESCRIPTORS;
         let ports = self.registry.ports.iter();
@@ -175,8 +176,8 @@ impl Control {
             .unregister(name)
             .ok_or_else(|| ControlError::no_port(name))?;
         if let Door::Listening(listener) = &record.door {
-            // Before the descriptor closes: epoll would report it under a name that means somebody
-            // else by then.
+            // Removed from epoll before the descriptor closes. A later event would carry the data
+            // of a slot that may belong to another port by then.
             let data = LISTENER + u32::from(record.shared.reference.slot);
             let _ = ops.remove(Events::with_data(listener, data, EventSet::IN));
         }
@@ -186,7 +187,8 @@ impl Control {
             self.report
                 .port(&record.shared, EventKind::SessionDisconnected, text);
         } else if let Some(records) = self.ring_records(name) {
-            // No guest is there to go on where it stood if the port is made again.
+            // No guest is connected that could continue at the recorded position if the port is
+            // added again.
             records.forget_all();
         }
         self.report
@@ -197,13 +199,13 @@ impl Control {
         Ok(self.sockets(record))
     }
 
-    /// What frontends of a removed port may still wait in. Its file is gone, and nobody comes any
-    /// more.
+    /// Returns the sockets in which frontends of a removed port may still wait. The socket file is
+    /// gone, so no more frontends come.
     pub(super) fn sockets(&self, record: PortRecord) -> Leftover {
         let mut sockets: Vec<OwnedFd> = Vec::new();
         if let Door::Listening(listener) = record.door {
-            // Those that were not accepted yet would hear of it when the socket is closed, which
-            // may take long. Where very many wait for that already, some do.
+            // Frontends that were not accepted yet would see the hang-up only when the listener is
+            // closed, which may take long. So they are accepted here, up to the room of the closer.
             let waiting = listener.end().take(self.closer.room());
             sockets.extend(waiting.map(OwnedFd::from));
             sockets.push(listener.into_socket().into());
@@ -212,7 +214,7 @@ impl Control {
         (sockets, record.unclosed)
     }
 
-    /// Hangs up on all of them.
+    /// Hangs up on all of these sockets now. The closer closes them later.
     pub(super) fn close_sockets(&self, (sockets, unclosed): Leftover) {
         for socket in sockets {
             self.closer.close(socket, &unclosed);
@@ -243,7 +245,7 @@ impl Control {
             spec.validate()?;
             record.queues = queues;
             if let Some(placed) = placed {
-                // A running session keeps the threads of the pairs it has.
+                // A running session keeps the threads of its existing pairs.
                 let keep = record.placement.len().min(placed.len());
                 record.placement.extend_from_slice(&placed[keep..]);
                 record.stay_slow(keep);

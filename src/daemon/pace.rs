@@ -1,37 +1,37 @@
-//! How often a port may make control, or its session, do something: a burst at once, then at a
-//! steady rate. A port that wants more waits for itself; no other port does.
+//! Limits how often a port may make control or its session work: a burst at once, then a steady
+//! rate. A port that wants more waits. No other port waits for it.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// Messages of a port's frontends that are taken at once, and how often then. A start of 128 queue
-/// pairs and 509 regions is 3000 messages; QEMU before 8.0, which adds its memory once for each
-/// pair, comes to more with dozens of regions.
+/// Messages of a port's frontends that are handled at once. After that, one is handled every
+/// `MESSAGE_EVERY`. A start of 128 queue pairs and 509 regions takes about 3000 messages. QEMU
+/// before 8.0 adds its memory once for each pair, and sends more than that with dozens of regions.
 pub(super) const MESSAGES: u32 = 16_384;
 pub(super) const MESSAGE_EVERY: Duration = Duration::from_micros(500);
 
-/// Shared by the sessions of a port, one after the other: whoever hangs up and comes back has not
-/// earned another burst.
+/// The message pace of a port, shared by its successive sessions. A frontend that hangs up and
+/// comes back gets no new burst.
 pub(super) type Messages = Arc<Mutex<Pace>>;
 
-/// For a new port.
+/// Returns the message pace of a new port.
 pub(super) fn messages(now: Instant) -> Messages {
     Arc::new(Mutex::new(Pace::new(MESSAGES, MESSAGE_EVERY, now)))
 }
 
-/// A bucket of tokens, full at the beginning.
+/// A token bucket, full at the beginning.
 #[derive(Clone, Debug)]
 pub(super) struct Pace {
     burst: u32,
     refill: Duration,
     left: u32,
-    /// When the newest token of those that are left came.
+    /// When the newest token was added.
     refilled: Instant,
     refused: u64,
 }
 
 impl Pace {
-    /// `burst` at once, then one every `refill`.
+    /// A bucket of `burst` tokens that gains one token every `refill`.
     pub(super) fn new(burst: u32, refill: Duration, now: Instant) -> Self {
         Pace {
             burst,
@@ -42,7 +42,7 @@ impl Pace {
         }
     }
 
-    /// Whether there is a token, which is taken.
+    /// Takes a token. Returns whether there was one.
     pub(super) fn admits(&mut self, now: Instant) -> bool {
         let passed = now.saturating_duration_since(self.refilled).as_nanos();
         let came = u32::try_from(passed / self.refill.as_nanos()).unwrap_or(u32::MAX);
@@ -60,23 +60,23 @@ impl Pace {
         true
     }
 
-    /// Takes the next token; returns how long it is until that one comes.
+    /// Takes the next token. Returns how long the caller must sleep until that token is due.
     pub(super) fn wait(&mut self, now: Instant) -> Duration {
         if self.admits(now) {
             return Duration::ZERO;
         }
-        // Of the one token that comes next, nobody else has any: it is taken before it is there.
+        // Reserves the next token for this caller, who sleeps until it is due.
         let wait = self.next().saturating_duration_since(now);
         self.refilled += self.refill;
         wait
     }
 
-    /// When there is a token again, after [`Pace::admits`] said no.
+    /// Returns when the next token is due, after [`Pace::admits`] returned false.
     pub(super) fn next(&self) -> Instant {
         self.refilled + self.refill
     }
 
-    /// How often it said no since this was last asked.
+    /// Returns how often [`Pace::admits`] returned false since the last call.
     pub(super) fn take_refused(&mut self) -> u64 {
         std::mem::take(&mut self.refused)
     }
@@ -101,7 +101,7 @@ mod tests {
             [10, 10, 19, 20].map(&mut admits),
             [true, false, false, true]
         );
-        // After a long rest it is full and no more than that.
+        // After a long rest the bucket is full, with `burst` tokens and no more.
         assert_eq!([5000; 4].map(&mut admits), [true, true, true, false]);
         assert_eq!(pace.next(), begun + Duration::from_millis(5010));
         assert_eq!(pace.take_refused(), 5);
@@ -118,7 +118,7 @@ mod tests {
             now += pace.wait(now);
         }
         assert_eq!(now - begun, 100 * EACH);
-        // Idle for a while: what has come meanwhile is there at once.
+        // Tokens that came while nobody waited are available at once.
         now += 2 * EACH;
         let waits = [(); 3].map(|()| pace.wait(now));
         assert_eq!(waits, [Duration::ZERO, Duration::ZERO, EACH]);
@@ -126,8 +126,8 @@ mod tests {
 
     #[test]
     fn a_start_with_all_queues_and_regions_is_not_slowed() {
-        // SET_MEM_TABLE or ADD_MEM_REG, then everything about each ring, twice what the
-        // longest-winded frontend says.
+        // SET_MEM_TABLE or ADD_MEM_REG, then the messages of each ring, twice the most that a known
+        // frontend sends.
         let start = u32::from(MAX_QUEUE_PAIRS) * 2 * 16 + 509 + 50;
         let mut pace = Pace::new(MESSAGES, MESSAGE_EVERY, Instant::now());
         let now = Instant::now();

@@ -1,9 +1,9 @@
 //! Which poll thread owns which transmit queue, and how a queue changes hands.
 //!
-//! A queue moves in two publications: one in which nobody owns the queue, and, when every poll
-//! thread has acknowledged that, one in which the new thread does. This needs no lock and no
-//! message between poll threads. The acknowledgement that frees memory also proves that nobody owns
-//! the queue.
+//! A queue moves in two publications. In the first view nobody owns the queue. When every poll
+//! thread has acknowledged that view, the second one is published, in which the new thread owns the
+//! queue. This needs no lock and no message between poll threads. The acknowledgement that frees
+//! memory also proves that nobody owns the queue.
 //!
 //! - A queue never has two owners.
 //! - What the old owner took is delivered before the new owner takes more, so a flow keeps its
@@ -26,9 +26,9 @@ use crate::api::types::{Moved, PollAdd, PollThreadView};
 use crate::api::{ControlError, What};
 use crate::port::PortShared;
 
-/// Control looks for acknowledgements this long before it goes on with other work: half of them
-/// come within about 20 µs, and the timer that would be waited for instead is a hundred times as
-/// long. Nobody's acknowledgement is relied upon.
+/// Control looks for acknowledgements for this long before it continues with other work. Busy poll
+/// threads usually acknowledge within this time. The next look of the control loop comes only after
+/// `RETIRE`, ten times as long. If some are still missing, the next turn looks again.
 const HASTE: Duration = Duration::from_micros(100);
 
 /// Queues on their way to a thread.
@@ -36,22 +36,23 @@ const HASTE: Duration = Duration::from_micros(100);
 struct Move {
     port: Arc<PortShared>,
     pairs: Vec<u16>,
-    /// The thread of slow ports may be among the old owners.
+    /// Whether the thread of slow ports may be among the old owners.
     leaves_slow: bool,
     step: HandOver,
     reply: Option<Reply<Moved>>,
 }
 
-/// What is under way between poll threads.
+/// The moves and thread removals that are not complete.
 #[derive(Debug, Default)]
 pub(super) struct Moves {
     moves: Vec<Move>,
-    /// Threads that end once their queues have gone; `true` where they have been told to.
+    /// Threads that end once their queues have moved. `true`: the thread was told to end.
     leaving: Vec<(usize, bool, Option<Reply<()>>)>,
 }
 
 impl Moves {
-    /// The moves of the view that was just published wait for its acknowledgement.
+    /// Notes that the view just published, `generation`, is the one that waiting moves must see
+    /// acknowledged.
     pub(super) fn published(&mut self, generation: u64) {
         for under_way in &mut self.moves {
             under_way.step.published(generation);
@@ -70,9 +71,9 @@ pub(super) fn no_thread(thread: usize) -> ControlError {
 }
 
 impl Registry {
-    /// Poll threads for a port's queue pairs: those that the port is pinned to, or else of `node`
-    /// where there are any; the ones with the fewest queues first, so that neighbours go to
-    /// different threads.
+    /// Chooses a poll thread for each of `pairs` queue pairs, among `allowed` (empty: any), on
+    /// `node` where possible. It takes the thread with the fewest queues each time, so neighbouring
+    /// pairs go to different threads.
     pub(super) fn place(&self, allowed: &[u32], node: Option<usize>, pairs: u16) -> Vec<Place> {
         let mut threads = self.thread_loads();
         let mut places = Vec::with_capacity(usize::from(pairs));
@@ -88,7 +89,7 @@ impl Registry {
         places
     }
 
-    /// What each thread that stays has to do.
+    /// Returns the load of each thread that stays.
     pub(super) fn thread_loads(&self) -> Vec<ThreadLoad> {
         let mut queues = [0; super::registry::MAX_THREADS];
         for place in self.ports.iter().flat_map(|port| &port.placement) {
@@ -103,7 +104,7 @@ impl Registry {
         self.polls.staying().map(load).collect()
     }
 
-    /// Every queue that runs, with its load and the threads that its port is pinned to.
+    /// Returns every running queue, with its load and the threads that its port is pinned to.
     pub(super) fn candidates(&self) -> Vec<Candidate> {
         let mut candidates = Vec::new();
         for port in &self.ports {
@@ -126,7 +127,7 @@ impl Registry {
         candidates
     }
 
-    /// Once a second: how busy threads are, and with which queues.
+    /// Once a second: measures the loads of threads and queues.
     pub(super) fn look_at_loads(&mut self) {
         let threads = self.polls.threads.iter().map(|(number, thread)| {
             let stats = &thread.shared.stats;
@@ -158,8 +159,8 @@ impl Registry {
         self.polls.threads.get(&number)?.node
     }
 
-    /// A port's queues before they run, on threads of the node where the guest's memory is, if they
-    /// are on others. Nobody owns anything yet, so nothing moves. What the operator has said stays.
+    /// Places a port's queues on threads of the node of the guest's memory, before the queues run.
+    /// Nobody owns the queues yet, so no hand-over is needed. A placement by the operator stays.
     pub(super) fn place_near(&mut self, port: &Arc<PortShared>, node: Option<usize>) {
         let there = |number: usize| node.is_some() && self.node_of(number) == node;
         let Some(at) = self
@@ -181,13 +182,14 @@ impl Registry {
         {
             return;
         }
-        // Its own queues must not count as somebody else's.
+        // The port's own queues must not count as load of others.
         let pairs = std::mem::take(&mut self.ports[at].placement).len();
         let pairs = u16::try_from(pairs).unwrap_or(u16::MAX);
         self.ports[at].placement = self.place(&port.spec.poll, node, pairs);
     }
 
-    /// Why a thread cannot be given queues or removed by an operator, if so.
+    /// Returns why an operator cannot give queues to a thread or remove it. `None` if that is
+    /// possible.
     fn not_among_all(&self, number: usize) -> Option<ControlError> {
         if self.polls.staying().any(|thread| thread == number) {
             return None;
@@ -201,7 +203,8 @@ impl Registry {
         Some(ControlError::Conflict { text })
     }
 
-    /// Moves one queue pair of a port, or all, to a thread; `reply` is answered when it owns them.
+    /// Moves one queue pair of a port, or all, to a thread. `reply` is answered when the thread
+    /// owns the queues.
     pub(super) fn move_queues(
         &mut self,
         name: &str,
@@ -247,8 +250,8 @@ impl Registry {
         Ok(())
     }
 
-    /// Sends those of a port's queue pairs that are `wanted` to a thread; `reply` is answered when
-    /// it owns them.
+    /// Sends the queue pairs of a port for which `wanted` is true to a thread. `reply` is answered
+    /// when the thread owns the queues.
     pub(super) fn send_queues(
         &mut self,
         port: &Arc<PortShared>,
@@ -315,7 +318,8 @@ impl Registry {
         Ok(views::poll_thread(self, number))
     }
 
-    /// Gives a thread's queues to the others and ends it; `reply` is answered when it has ended.
+    /// Gives a thread's queues to other threads and ends the thread. `reply` is answered when it
+    /// has ended.
     pub(super) fn remove_thread(
         &mut self,
         number: usize,
@@ -358,7 +362,7 @@ impl Registry {
         let mut threads = self.thread_loads();
         for (port, pair) in queues {
             if let Some(to) = lightest(&threads, &port.spec.poll, None) {
-                // A slow port on its way back, too, which nobody else may move.
+                // Also sends a slow port on its way back, whose queues an operator may not move.
                 self.send_queues(&port, |other| other == pair, to, None);
                 let thread = threads.iter_mut().find(|thread| thread.number == to);
                 thread.into_iter().for_each(|thread| thread.queues += 1);
@@ -366,8 +370,8 @@ impl Registry {
         }
     }
 
-    /// Hands over what the old owners are known to have let go, and ends threads that have nothing
-    /// left. Returns whether something still is under way.
+    /// Completes the moves whose old owners are known to have let go, and ends threads without
+    /// queues. Returns whether a move or a removal is still under way.
     pub(super) fn finish_moves(&mut self) -> bool {
         if !self.moves.are_under_way() {
             return false;
@@ -385,8 +389,8 @@ impl Registry {
         self.moves.are_under_way()
     }
 
-    /// Whether the old owners have let go. The thread of slow ports may be in a page fault for as
-    /// long as a guest likes: it is waited for only where it may be one of them.
+    /// Whether the old owners have let go. The thread of slow ports may stay in a page fault for as
+    /// long as a guest likes. So its acknowledgement is needed only if it may be an old owner.
     fn is_free(&self, under_way: &Move) -> bool {
         let slow = self.slow.thread.filter(|_| !under_way.leaves_slow);
         let reached = |generation| {
@@ -399,7 +403,7 @@ impl Registry {
         under_way.step.is_free(reached)
     }
 
-    /// Looks for the acknowledgements that moves wait for, for a moment.
+    /// Looks for the acknowledgements that moves wait for, at most for `HASTE`.
     fn await_moves(&self) {
         let until = Instant::now() + HASTE;
         while !self
@@ -422,7 +426,7 @@ impl Registry {
             ..
         } = free;
         let answer = match self.find_registration(&port) {
-            // Its queues went with it.
+            // The port's queues were removed with the port.
             None => Err(ControlError::Gone {
                 what: What::Port(port.name().to_string()),
             }),
@@ -446,7 +450,7 @@ impl Registry {
         let mut leaving = std::mem::take(&mut self.moves.leaving);
         for (number, told, _) in &mut leaving {
             let mut places = self.ports.iter().flat_map(|port| &port.placement);
-            // The view without its queues is acknowledged, or they would be on their way still.
+            // No move is under way, so the view without this thread's queues is acknowledged.
             if !*told && self.moves.moves.is_empty() && !places.any(|at| at.thread() == *number) {
                 self.polls.end(*number);
                 *told = true;
@@ -455,7 +459,7 @@ impl Registry {
         self.moves.leaving = leaving;
     }
 
-    /// A poll thread has ended.
+    /// Handles the end of a poll thread.
     pub(super) fn thread_ended(
         &mut self,
         reader: crate::sys::snapshot::Reader<crate::topology::Topology>,

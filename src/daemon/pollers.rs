@@ -1,4 +1,4 @@
-//! The poll threads as control sees them: start, kick registration, wake-ups, stop.
+//! The poll threads as control sees them: start, kick registration, wake-up, stop.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
@@ -32,29 +32,29 @@ pub(super) struct PollThread {
     pub(super) node: Option<usize>,
     pub(super) tid: Arc<AtomicU32>,
     handle: Option<JoinHandle<()>>,
-    /// Kicks in the thread's epoll, by address of the object (which they keep alive).
+    /// Kicks in the thread's epoll, by address of the object. The map keeps the objects alive.
     kicks: HashMap<usize, Arc<KickFd>>,
-    /// It was reported as overdue, for what was published then.
+    /// When an overdue acknowledgement was reported: the moment since which it was missing.
     pub(super) overdue: Option<Instant>,
-    /// The newest plan is another one than before.
+    /// Whether the newest plan differs from the plan before it.
     changed: bool,
-    /// What the last plan held, to see whether a new one brings work.
+    /// The work that the last plan held. A comparison shows whether a new plan brings work.
     work: Vec<Work>,
-    /// It is to end: its queues go to others, and it gets no more.
+    /// The thread is to end. Its queues go to others, and it gets no new ones.
     pub(super) leaving: bool,
-    /// Told to end for good, so its reader comes back.
+    /// Set when the thread was removed for good, so that it hands its reader back.
     removed: Arc<AtomicBool>,
 }
 
-/// All of them, by number.
+/// All poll threads, by number.
 #[derive(Debug)]
 pub(super) struct PollThreads {
     pub(super) threads: BTreeMap<usize, PollThread>,
-    /// Readers of threads that do not exist (yet, or any more): asleep, so nobody waits for them.
+    /// Readers without a thread. They are marked asleep, so nobody waits for their acknowledgement.
     spare: Vec<Reader<Topology>>,
-    /// What threads do without work where nobody has said otherwise.
+    /// Idle policy of the threads that have none of their own.
     pub(super) idle: IdlePolicy,
-    /// Keeps other threads off their CPUs, in a process that is nothing but the switch.
+    /// Keeps other threads off the poll CPUs. Only in a process that is nothing but the switch.
     elsewhere: Option<Elsewhere>,
     epoch: Instant,
     /// Where a thread that ended hands its reader back.
@@ -63,7 +63,7 @@ pub(super) struct PollThreads {
 }
 
 impl PollThreads {
-    /// No thread yet, and a reader for each that there can be.
+    /// Starts without threads. `readers` holds a reader for each thread that there can be.
     pub(super) fn new(
         readers: Vec<Reader<Topology>>,
         idle: IdlePolicy,
@@ -82,13 +82,13 @@ impl PollThreads {
         }
     }
 
-    /// From now on other threads of the process keep off the CPUs of poll threads.
+    /// From now on keeps other threads of the process off the CPUs of poll threads.
     pub(super) fn own_process(&mut self, elsewhere: Elsewhere) {
         self.elsewhere = Some(elsewhere);
         self.keep_others_off();
     }
 
-    /// The CPUs with poll threads are others than before.
+    /// Adjusts the masks of other threads after poll threads came or went.
     pub(super) fn keep_others_off(&self) {
         let Some(elsewhere) = &self.elsewhere else {
             return;
@@ -101,8 +101,8 @@ impl PollThreads {
         elsewhere.keep_off(&taken, &pinned);
     }
 
-    /// Starts a thread, pinned to `cpu` if there is one, with a policy of its own or that of all;
-    /// returns the lowest number that is free, which is now its.
+    /// Starts a thread, pinned to `cpu` if given. `idle` is its own policy, else the common policy
+    /// applies. Returns the number of the thread, the lowest that was free.
     pub(super) fn start(
         &mut self,
         cpu: Option<usize>,
@@ -115,7 +115,7 @@ impl PollThreads {
         self.start_with(reader, cpu, shared)
     }
 
-    /// Starts the thread that serves ports whose memory is slow to touch.
+    /// Starts the thread of slow ports, pinned to no CPU. Returns its number.
     pub(super) fn start_slow(&mut self) -> Result<usize, DaemonError> {
         let Some(reader) = self.spare_reader() else {
             return Err(DaemonError::TooManyThreads(self.threads.len() + 1));
@@ -142,20 +142,20 @@ impl PollThreads {
         }
     }
 
-    /// The number that the next thread will have.
+    /// Returns the number that the next thread will get.
     pub(super) fn next_number(&self) -> Option<usize> {
         self.spare.iter().map(|reader| reader.index()).min()
     }
 
-    /// The reader of the lowest number that is free.
+    /// Takes the spare reader with the lowest number.
     fn spare_reader(&mut self) -> Option<Reader<Topology>> {
         let lowest = self.spare.iter().enumerate();
         let (at, _) = lowest.min_by_key(|(_, reader)| reader.index())?;
         Some(self.spare.swap_remove(at))
     }
 
-    /// The same as [`PollThreads::start`] for a thread that does not run: a test does with its
-    /// reader what it would do, and when.
+    /// Like [`PollThreads::start`], but no thread runs. The test uses the reader in place of the
+    /// thread.
     #[cfg(test)]
     pub(super) fn start_scripted(&mut self, shared: PollShared) -> Reader<Topology> {
         let reader = self.spare_reader().unwrap();
@@ -164,7 +164,7 @@ impl PollThreads {
         reader
     }
 
-    /// Threads that may be given queues.
+    /// Threads that may be given queues by an operator or by the balance.
     pub(super) fn staying(&self) -> impl Iterator<Item = usize> + '_ {
         let staying = self
             .threads
@@ -173,7 +173,7 @@ impl PollThreads {
         staying.map(|(number, _)| *number)
     }
 
-    /// Tells a thread without queues to end; [`Command::PollEnded`] says that it has.
+    /// Tells a thread without queues to end. [`Command::PollEnded`] reports when it has ended.
     pub(super) fn end(&mut self, number: usize) {
         if let Some(thread) = self.threads.get_mut(&number) {
             thread.removed.store(true, Ordering::Relaxed);
@@ -182,20 +182,21 @@ impl PollThreads {
         }
     }
 
-    /// A thread has ended: its number is free.
+    /// Joins a thread that has ended, and makes its number free.
     pub(super) fn ended(&mut self, reader: Reader<Topology>) {
         if let Some(mut thread) = self.threads.remove(&reader.index())
             && let Some(handle) = thread.handle.take()
         {
-            // It is in its last instructions.
+            // The join is short: the thread is executing its last instructions.
             let _ = handle.join();
         }
         self.spare.push(reader);
     }
 
-    /// Brings the kicks of a topology into the threads' beds, before it is published.
+    /// Adds the kicks of a topology to the threads' epolls, before it is published.
     ///
-    /// Kicks that are in no plan any more leave epoll here, so before their topology is retired.
+    /// Kicks that are in no plan any more leave epoll here. So they leave before their topology is
+    /// retired.
     pub(super) fn prepare(&mut self, before: &Topology, topology: &Topology) {
         for (number, thread) in &mut self.threads {
             let (old, new) = (&before.plans[*number], &topology.plans[*number]);
@@ -206,9 +207,9 @@ impl PollThreads {
         }
     }
 
-    /// Wakes the threads that got new work, as [`PollThreads::prepare`] has noted. A thread that is
-    /// just falling asleep does not look at the topology again, so the bell rings whether it sleeps
-    /// or not.
+    /// Wakes the threads with new work, as noted by [`PollThreads::prepare`]. A thread that is just
+    /// falling asleep does not look at the topology again. So the bell rings whether the thread
+    /// sleeps or not.
     pub(super) fn wake(&mut self, topology: &Topology) {
         for (number, thread) in &mut self.threads {
             if !std::mem::take(&mut thread.changed) {
@@ -223,7 +224,7 @@ impl PollThreads {
         }
     }
 
-    /// Stops and joins them.
+    /// Stops and joins all poll threads.
     pub(super) fn stop(&mut self) {
         for thread in self.threads.values() {
             thread.shared.stop.store(true, Ordering::Relaxed);
@@ -287,9 +288,9 @@ impl PollThread {
             if self.kicks.contains_key(&key) {
                 continue;
             }
-            // The data is only a name: every wake-up looks at all queues. A descriptor that epoll
-            // does not take was refused when it came (it must be an eventfd), so this fails only
-            // for lack of kernel memory.
+            // epoll's data serves only as a name: every wake-up looks at all queues. Descriptors
+            // that epoll cannot take were refused earlier (each must be an eventfd). So this fails
+            // only for lack of kernel memory.
             match sleeper.add_kick(&**kick, key as u64 >> 4) {
                 Ok(()) => drop(self.kicks.insert(key, kick.clone())),
                 Err(error) => tracing::warn!("a kick cannot wake its poll thread: {error}"),
@@ -298,12 +299,13 @@ impl PollThread {
     }
 }
 
-/// What of a plan may need a thread that sleeps.
+/// The part of a plan that decides whether a sleeping thread must wake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Work {
-    /// Addresses, of which none is used again while the view that has it is the current one.
+    /// Address of the queue. It is not reused while the view that holds the queue is current.
     queue: usize,
-    /// 0: it must be polled. A kick that came by an earlier one may have been taken out with it.
+    /// Address of the kick; 0 means that the queue must be polled. A new kick counts as work,
+    /// because a kick by the old one may have been removed from epoll with it.
     kick: usize,
     enabled: bool,
 }
@@ -321,7 +323,8 @@ fn work_of(plan: &Plan) -> Vec<Work> {
 }
 
 impl PollThreads {
-    /// Starts a thread with `reader`; one that cannot run gives it back, if it can.
+    /// Starts a thread with `reader`. If that fails, the error comes with the reader where
+    /// possible.
     fn start_one(
         &self,
         reader: Reader<Topology>,
@@ -329,8 +332,8 @@ impl PollThreads {
         shared: io::Result<PollShared>,
     ) -> Result<PollThread, (DaemonError, Option<Reader<Topology>>)> {
         let index = reader.index();
-        // All that may not be had comes first: a thread that cannot start must leave its reader for
-        // another one.
+        // Everything that may fail comes first. A thread that cannot start must leave its reader
+        // for another thread.
         let needs = shared.and_then(|shared| Ok((Arc::new(shared), Caller::new()?)));
         let (shared, caller) = match needs {
             Ok(needs) => needs,
@@ -356,14 +359,14 @@ impl PollThreads {
                 return;
             };
             own_tid.store(sched::thread_id(), Ordering::Relaxed);
-            // The starter waits for this answer.
+            // The starter waits for this answer, so the result of the pinning reaches it.
             if let Err(error) = cpu.map_or(Ok(()), affinity::pin) {
                 let _ = started.send(Err((error, poller.into_reader())));
                 return;
             }
             let _ = started.send(Ok(()));
             let reader = poller.run();
-            // At the end of the switch readers end with their threads, before the publisher does.
+            // At the end of the switch the reader is dropped here, before the publisher is.
             if own_removed.load(Ordering::Relaxed) {
                 let _ = commands.send(Command::PollEnded(reader));
                 wake.wake();
@@ -373,7 +376,7 @@ impl PollThreads {
             Ok(handle) => handle,
             Err(error) => return Err((DaemonError::System(error), Some(poller.into_reader()))),
         };
-        // The thread waits for this, and so does this one for its answer.
+        // The thread waits for its poller, and the starter waits for the thread's answer.
         let _ = give.send(poller);
         match answer.recv() {
             Ok(Ok(())) => {}

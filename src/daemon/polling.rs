@@ -1,4 +1,4 @@
-//! What an operator does to poll threads, on the control thread.
+//! Operations on poll threads, on the control thread.
 
 use super::command::Reply;
 use super::control::Control;
@@ -10,8 +10,7 @@ use crate::api::types::{
 use crate::config::{IdlePolicy, Rebalance};
 
 impl Control {
-    /// Once a second: what is learned about loads, and the move that follows from it, if
-    /// rebalancing is on.
+    /// Once a second: measures loads, and makes the recommended move if rebalancing is on.
     pub(super) fn rebalance(&mut self) {
         self.registry.look_at_loads();
         if self.rebalance == Rebalance::Off {
@@ -86,7 +85,8 @@ impl Control {
         patch: PollSettingsPatch,
     ) -> Result<PollSettings, ControlError> {
         if let (Some(number), None) = (patch.thread, patch.idle) {
-            // Nothing else is of one thread: what was meant for it must not be done to all.
+            // Only the idle policy can be set for one thread. Other settings must not apply to all
+            // by mistake.
             let text =
                 format!("thread {number} is named without idle, the policy that it is to have");
             return Err(ControlError::BadArgument(text));
@@ -111,7 +111,7 @@ impl Control {
         })
     }
 
-    /// Sets the policy of one thread, or that of all there are and will be.
+    /// Sets the idle policy of one thread, or of all existing and future threads.
     fn set_idle(&mut self, thread: Option<u32>, idle: IdlePolicy) -> Result<(), ControlError> {
         let polls = &mut self.registry.polls;
         let Some(number) = thread else {

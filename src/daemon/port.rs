@@ -33,57 +33,57 @@ pub(super) struct SessionHandle {
     pub(super) link: Arc<Link>,
     pub(super) status: Arc<SessionStatus>,
     pub(super) stopper: Stopper,
-    /// The same socket, to see whether the frontend has hung up.
+    /// A duplicate of the session's socket, to see whether the frontend has hung up.
     pub(super) stream: UnixStream,
     pub(super) since: Instant,
-    /// Why control ended it; the session itself only sees its socket closed.
+    /// Why control ended the session. The session itself only sees its socket closed.
     pub(super) cut_off: Option<&'static str>,
 }
 
-/// Everything control keeps of a port.
+/// The state of a port that control keeps.
 #[derive(Debug)]
 pub(super) struct PortRecord {
     pub(super) shared: Arc<PortShared>,
-    /// The path of its socket, in the one form that equal paths have.
+    /// The path of its socket in normal form, so that equal paths have equal bytes.
     pub(super) socket: OsString,
     pub(super) door: Door,
-    /// Poll thread by queue pair.
+    /// Owner of each queue pair's transmit queue, by pair.
     pub(super) placement: Vec<Place>,
-    /// The operator has placed its queues.
+    /// Whether an operator has placed its queues.
     pub(super) placed_by_hand: bool,
-    /// Its guest's memory is slow to touch.
+    /// Set while its guest's memory is slow to touch.
     pub(super) slow: Option<Slowness>,
-    /// Queue pairs that the next session is offered.
+    /// Queue pairs offered to the next session.
     pub(super) queues: u16,
     pub(super) session: Option<SessionHandle>,
-    /// A frontend that came while its predecessor is being cleaned up.
+    /// A frontend that waits until the session of an earlier frontend has ended.
     pub(super) waiting: Option<UnixStream>,
-    /// When that is refused, if its predecessor has not hung up by then.
+    /// When the waiting frontend is refused, if the earlier one has not hung up by then.
     pub(super) doubt_until: Option<Instant>,
     /// Sockets of its frontends that wait to be closed.
     pub(super) unclosed: Unclosed,
     pub(super) device: Option<Arc<Device>>,
     /// Why the last session ended.
     pub(super) last_end: Option<String>,
-    /// When to look for more frontends, besides when one comes.
+    /// When to accept again without an event from the socket.
     pub(super) accept_at: Option<Instant>,
     pub(super) accepts: Pace,
-    /// Devices of its sessions that are published at once.
+    /// Limits the devices of its sessions that are published at once.
     pub(super) posts: Pace,
-    /// Frontends that come while another one is connected.
+    /// Counts frontends refused while another one is connected.
     pub(super) second: Option<SecondFrontend>,
-    /// Addresses that move to it and away.
+    /// Addresses that move to the port or away from it.
     pub(super) stations: Stations,
-    /// Lines in the log, shared with its sessions.
+    /// Limits its lines in the log. Shared with its sessions.
     pub(super) reports: Reports,
-    /// Messages of its frontends, shared with its sessions.
+    /// Limits the messages of its frontends. Shared with its sessions.
     pub(super) messages: Messages,
     /// What was last reported as broken, so that it is reported once.
     pub(super) reported_state: Option<String>,
 }
 
 impl PortRecord {
-    /// The port as a topology needs it.
+    /// Returns the part of the port that a topology needs.
     pub(super) fn entry(&self) -> PortEntry {
         PortEntry {
             shared: self.shared.clone(),
@@ -91,8 +91,8 @@ impl PortRecord {
         }
     }
 
-    /// The queue pairs from `first` on were placed anew: those of a slow port go where its others
-    /// are, or will be. Nobody has owned them yet, so nobody has to let go.
+    /// Places the queue pairs from `first` on with the other pairs of a slow port. These pairs are
+    /// new and nobody has owned them, so no hand-over is needed.
     pub(super) fn stay_slow(&mut self, first: usize) {
         if self.slow.is_some()
             && let Some(place) = self.placement.first().copied()
@@ -101,14 +101,14 @@ impl PortRecord {
         }
     }
 
-    /// The transmit queues that run, each with its pair.
+    /// The running transmit queues, each with the number of its pair.
     pub(super) fn transmit_queues(&self) -> impl Iterator<Item = (u16, &Transmit)> {
         let pairs = self.device.iter().flat_map(|device| &device.pairs);
         let queues = (0_u16..).zip(pairs);
         queues.filter_map(|(pair, queues)| Some((pair, queues.transmit.as_ref()?)))
     }
 
-    /// Whether `link` is the current session's.
+    /// Whether `link` belongs to the current session.
     pub(super) fn is_session(&self, link: &Arc<Link>) -> bool {
         self.session
             .as_ref()

@@ -1,10 +1,10 @@
 //! The registry: which ports exist, and the one publisher of topologies.
 //!
-//! The control thread owns it. `register` builds everything that can fail first and then publishes;
-//! frames may arrive before it returns. `unregister` publishes a topology without the port, frees
-//! name and socket path, and returns. It waits for nobody. Once all poll threads have acknowledged
-//! that topology, nobody touches the port's rings and memory, and the reaper drops their last
-//! reference (or the session, see `port`).
+//! The control thread owns the registry. `register` gets a complete port and publishes it. Frames
+//! may arrive before it returns. `unregister` publishes a topology without the port, frees the name
+//! and the socket path, and returns. It waits for nobody. Once all poll threads have acknowledged
+//! that topology, nobody touches the port's rings and memory. The reaper or the session then drops
+//! the last reference to them (see `port`).
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,42 +25,43 @@ use crate::switch::fdb::{Fdb, RetireMark};
 use crate::sys::snapshot::{Acknowledgements, Publisher, Retired};
 use crate::topology::{PortEntry, Topology};
 
-/// Ports, slots and the published view of them.
+/// All ports and slots, and the publisher of topologies.
 #[derive(Debug)]
 pub(super) struct Registry {
-    /// In the order of their creation.
+    /// In order of creation.
     pub(super) ports: Vec<PortRecord>,
     pub(super) fdb: Arc<Fdb>,
-    /// Most learned addresses.
+    /// Largest number of learned addresses.
     pub(super) fdb_capacity: usize,
     pub(super) polls: PollThreads,
     pub(super) acknowledgements: Acknowledgements<Topology>,
     publisher: Publisher<Topology>,
-    /// Next generation of each slot that was ever used; a free slot is in no port.
+    /// The last generation of each slot that was ever used. A slot is free if no port in `ports`
+    /// has it.
     slots: Vec<u32>,
-    /// Posts to be answered with the next generation.
+    /// Posts that are answered with the generation of the next publication.
     posts: Vec<(Arc<super::link::Link>, u64)>,
     dirty: bool,
     reaper: Sender<Retired<Topology>>,
-    /// FDB cells that may be used again once this generation is acknowledged.
+    /// FDB cells that can be reused once this generation is acknowledged.
     fdb_retired: Option<(RetireMark, u64)>,
-    /// Ports whose frontends have gone, and whose addresses are to be forgotten.
+    /// Ports whose frontends have gone. Their learned addresses are to be forgotten.
     left: Vec<PortRef>,
-    /// When that may be done next.
+    /// When the next walk that forgets addresses may start.
     forget_at: Instant,
     epoch: Instant,
-    /// Queues and threads that change hands.
+    /// Moves of queues and removals of threads that are not complete.
     pub(super) moves: Moves,
     pub(super) loads: Loads,
-    /// Who serves ports whose memory is slow to touch.
+    /// The thread of slow ports and the detour to it.
     pub(super) slow: SlowPorts,
     /// Captures, traces, mirrors.
     pub(super) observers: Vec<ObserverRecord>,
-    /// Those that were taken out and are still read.
+    /// Captures and traces that were taken out while their readers still read.
     pub(super) unread: Vec<Unread>,
-    /// Those that there have ever been without a name of their own.
+    /// Number of names given so far to observers that came without one.
     pub(super) observed: u64,
-    /// For whoever reads what they write.
+    /// Names of ports, for readers of records.
     pub(super) names: Arc<Names>,
 }
 
@@ -98,12 +99,12 @@ impl Registry {
         }
     }
 
-    /// Seconds of the switch's monotonic clock.
+    /// Returns the seconds of the switch's monotonic clock.
     pub(super) fn now_s(&self) -> u32 {
         u32::try_from(self.epoch.elapsed().as_secs()).unwrap_or(u32::MAX)
     }
 
-    /// A slot that no port has, with a generation that it never had.
+    /// Returns a free slot, with a generation that the slot never had.
     pub(super) fn free_slot(&mut self) -> PortRef {
         let mut free = vec![true; self.slots.len()];
         for port in &self.ports {
@@ -122,28 +123,28 @@ impl Registry {
         }
     }
 
-    /// The record of a port by name.
+    /// Returns the record of a port by name.
     pub(super) fn find(&mut self, name: &str) -> Option<&mut PortRecord> {
         self.ports
             .iter_mut()
             .find(|port| port.shared.name() == name)
     }
 
-    /// The record of a port by registration: `None` if it was removed meanwhile, even if its slot
-    /// or name is in use again.
+    /// Returns the record of a port by registration. `None` if the port was removed meanwhile, even
+    /// if its slot or name is in use again.
     pub(super) fn find_registration(&mut self, port: &Arc<PortShared>) -> Option<&mut PortRecord> {
         self.ports
             .iter_mut()
             .find(|record| Arc::ptr_eq(&record.shared, port))
     }
 
-    /// The same by what names a registration.
+    /// Returns the record of a port by the reference of its registration.
     pub(super) fn find_reference(&mut self, port: PortRef) -> Option<&mut PortRecord> {
         let mut ports = self.ports.iter_mut();
         ports.find(|record| record.shared.reference == port)
     }
 
-    /// Registers a port that is wholly built.
+    /// Registers a complete port and publishes a view with it.
     pub(super) fn register(&mut self, record: PortRecord) {
         let shared = &record.shared;
         self.names.add(shared.reference, shared.name());
@@ -152,8 +153,8 @@ impl Registry {
         self.publish();
     }
 
-    /// Takes a port out, and returns its record for its session to be ended, and the observers that
-    /// end with it.
+    /// Takes a port out. Returns its record, so that the caller can end its session, and the
+    /// observers that end with the port.
     pub(super) fn unregister(&mut self, name: &str) -> Option<(PortRecord, Vec<ObserverRecord>)> {
         let at = self
             .ports
@@ -174,9 +175,9 @@ impl Registry {
         Some((record, observers))
     }
 
-    /// Takes all ports out, in one view: with one after the other, those that are still there would
-    /// lose what they send to those that are not, where at the end of the switch it should wait in
-    /// their rings for the next one.
+    /// Takes all ports out in one view. With one view for each port, the remaining ports would lose
+    /// the frames that they send to removed ports. At the end of the switch these frames should
+    /// stay in the guests' rings for the next switch.
     pub(super) fn unregister_all(&mut self) -> Vec<PortRecord> {
         let records = std::mem::take(&mut self.ports);
         let observers = std::mem::take(&mut self.observers);
@@ -191,14 +192,14 @@ impl Registry {
         records
     }
 
-    /// Takes a session's newest post; published with everything else at the end of the turn.
+    /// Takes a session's newest post. It is published with everything else at the end of the turn.
     pub(super) fn post(&mut self, link: &Arc<super::link::Link>) {
         let Some((post, device)) = link.take() else {
             return;
         };
         let current = self.find_registration(&link.port);
-        // A session that is just enabling its rings cannot bring an unregistered port back, nor can
-        // one that was replaced speak for the port.
+        // A session that is just enabling its rings cannot bring an unregistered port back. A
+        // session that was replaced cannot post for the port.
         let Some(record) = current.filter(|record| record.is_session(link)) else {
             return link.port_gone(self.publisher.generation());
         };
@@ -218,13 +219,13 @@ impl Registry {
         self.dirty = true;
     }
 
-    /// Publishes a new view if anything changed. Waits for nobody.
+    /// Publishes a new view if anything has changed. Waits for nobody.
     pub(super) fn publish(&mut self) {
         if !std::mem::take(&mut self.dirty) {
             return;
         }
         let entries: Vec<PortEntry> = self.ports.iter().map(PortRecord::entry).collect();
-        // By slot: one search for each port would make a view cost their square.
+        // Indexed by slot. A search for each port would make the cost of a view quadratic in ports.
         let mut placements: Vec<&[Place]> = vec![&[]; self.slots.len()];
         for record in &self.ports {
             placements[usize::from(record.shared.reference.slot)] = &record.placement;
@@ -233,7 +234,7 @@ impl Registry {
             let places = placements[usize::from(port.reference.slot)];
             places.get(usize::from(pair))?.owner()
         };
-        // One entry a thread; what they say is known when the view is ready.
+        // One entry for each thread. The real values are set when the view is complete.
         let since = vec![Instant::now(); MAX_THREADS].into();
         let before = self.publisher.current();
         let fdb = self.fdb.clone();
@@ -244,8 +245,8 @@ impl Registry {
         let any_slow = self.ports.iter().any(|record| record.slow.is_some());
         let mut topology = topology.with_detour(self.slow.way(any_slow));
         self.polls.prepare(before, &topology);
-        // As late as can be: a control thread that loses its processor here is no poll thread's
-        // delay.
+        // Set as late as possible. Time in which control loses its CPU before this point does not
+        // count as a poll thread's delay.
         topology.since = self.waiting_since(Instant::now());
         let generation = self.publisher.publish(topology);
         self.slow.published(generation, any_slow);
@@ -259,25 +260,27 @@ impl Registry {
         }
     }
 
-    /// Since when each poll thread has something to acknowledge, once a view is published `now`.
+    /// Returns since when each poll thread has a view to acknowledge, once a view is published at
+    /// `now`.
     fn waiting_since(&self, now: Instant) -> Box<[Instant]> {
         let since = |thread: usize| self.unacknowledged(thread).unwrap_or(now);
         (0..MAX_THREADS).map(since).collect()
     }
 
-    /// Since when a poll thread has not acknowledged what is published; `None` once it has, and
-    /// while it sleeps.
+    /// Returns since when a poll thread has not acknowledged the published view. `None` once it
+    /// has, and while it sleeps.
     pub(super) fn unacknowledged(&self, thread: usize) -> Option<Instant> {
-        // 0: it is just waking, and what it slept through it had not to acknowledge.
+        // 0 means that the thread is just waking. It need not acknowledge views published while it
+        // slept.
         let seen = self.acknowledgements.of(thread).filter(|seen| *seen > 0)?;
         (seen < self.generation()).then(|| self.publisher.current().since[thread])
     }
 
-    /// Hands what nobody uses any more to the reaper. Returns whether something is still waited
-    /// for.
+    /// Hands retired topologies that nobody uses any more to the reaper. Returns whether some are
+    /// still waited for.
     pub(super) fn retire(&mut self) -> bool {
         for retired in self.publisher.retire() {
-            // The reaper ends after control; until then it takes everything.
+            // The send cannot fail: the reaper lives until control has ended.
             let _ = self.reaper.send(retired);
         }
         if let Some((mark, generation)) = self.fdb_retired
@@ -289,16 +292,16 @@ impl Registry {
         self.publisher.has_retained() || self.fdb_retired.is_some()
     }
 
-    /// The frontend of a port has gone, and with it what is behind the port: its learned addresses
-    /// are forgotten, as Linux' bridge does when a link goes down. Else frames to them would be
-    /// lost here (`egress_not_ready`) until they age, although the station may be behind another
-    /// port by now, where it only listens. Flooded, they arrive. A guest that comes back is known
-    /// again with its first frame; until then frames to it are flooded, as after a start of the
-    /// switch, which begins with an empty table. Static entries stay: the operator has set them,
-    /// and may not want these frames to be seen anywhere else.
+    /// Forgets the learned addresses of a port whose frontend has gone, as the Linux bridge does
+    /// when a link goes down. Otherwise frames to them would be lost here (`egress_not_ready`)
+    /// until the addresses age. A station may be behind another port by now and only listen there.
+    /// Flooded frames reach it. A guest that comes back is learned again with its first frame.
+    /// Until then frames to it are flooded, as after a start of the switch with an empty table.
+    /// Static entries stay: the operator has set them, and may not want these frames to be seen
+    /// elsewhere.
     ///
-    /// Its session has waited until no poll thread takes frames from its rings any more, so none is
-    /// learned again.
+    /// The session has waited until no poll thread takes frames from the port's rings. So no
+    /// address is learned again.
     pub(super) fn forget(&mut self, port: PortRef) {
         if self.fdb.learned(port) > 0 {
             self.left.push(port);
@@ -306,22 +309,22 @@ impl Registry {
         }
     }
 
-    /// Forgets what is due; returns when more will be. That takes a walk over the table. Frontends
-    /// that come and go as often as they may get a twentieth of this thread for it, however large
-    /// the table is, and share the walks.
+    /// Forgets the addresses that are due. Returns when the next walk over the table may start, if
+    /// ports wait for it. All waiting ports share one walk. The pause after each walk limits the
+    /// walks to a twentieth of this thread's time, however large the table is.
     pub(super) fn forget_due(&mut self, now: Instant) -> Option<Instant> {
         if !self.left.is_empty() && now >= self.forget_at {
             let began = Instant::now();
             self.fdb.forget(&std::mem::take(&mut self.left));
-            // The cells are usable again once a view of now is acknowledged.
+            // The cells can be reused once a view published from now on is acknowledged.
             self.dirty = true;
             self.forget_at = now + began.elapsed() * FORGET_PAUSE;
         }
         (!self.left.is_empty()).then_some(self.forget_at)
     }
 
-    /// Once a second: addresses age. What they leave behind is usable after a view that all threads
-    /// have taken over.
+    /// Once a second: ages addresses. Their cells can be reused after all threads have adopted a
+    /// view published later.
     pub(super) fn age(&mut self) {
         if self.fdb.age(self.now_s()) > 0 {
             self.dirty = true;
@@ -332,14 +335,14 @@ impl Registry {
         self.publish();
     }
 
-    /// Generation of the current view.
+    /// Returns the generation of the current view.
     pub(super) fn generation(&self) -> u64 {
         self.publisher.generation()
     }
 }
 
-/// How many times as long as a walk over the table the pause behind it is.
+/// The pause after a walk over the table is this many times as long as the walk.
 const FORGET_PAUSE: u32 = 19;
 
-/// Readers made for a daemon; more poll threads than this are refused.
+/// Number of readers made for a daemon. More poll threads than this are refused.
 pub(super) const MAX_THREADS: usize = MAX_POLL_THREADS;

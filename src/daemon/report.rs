@@ -1,4 +1,4 @@
-//! One line in the log and one event on the API for everything that happens.
+//! Writes a log line and publishes an API event for everything that happens.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -10,20 +10,20 @@ use crate::config::count;
 use crate::port::PortShared;
 use crate::vhost_user::SessionEvent;
 
-/// Lines about one port that may come at once, whatever its frontends do, and how often then. A
-/// start of 256 rings says everything.
+/// Lines about one port, whatever its frontends do: this many at once, then one every `LINE_EVERY`.
+/// The burst is enough for all lines of a start of 256 rings.
 const LINES: u32 = 700;
 const LINE_EVERY: Duration = Duration::from_millis(250);
 
-/// How much may still be said of a port.
+/// Limits the lines about one port.
 pub(super) type Reports = Arc<Mutex<Pace>>;
 
-/// For a new port.
+/// Returns the limit of a new port.
 pub(super) fn reports(now: Instant) -> Reports {
     Arc::new(Mutex::new(Pace::new(LINES, LINE_EVERY, now)))
 }
 
-/// Whether everything of this kind is a warning.
+/// Whether events of this kind are logged as warnings.
 fn warns(kind: EventKind) -> bool {
     matches!(
         kind,
@@ -31,19 +31,19 @@ fn warns(kind: EventKind) -> bool {
     )
 }
 
-/// Where events go.
+/// The log and the hub of API events.
 #[derive(Debug, Default)]
 pub(super) struct Report {
     pub(super) hub: EventHub,
 }
 
 impl Report {
-    /// Something that happened to a port.
+    /// Reports something that happened to a port.
     pub(super) fn port(&self, port: &PortShared, kind: EventKind, message: impl Into<String>) {
         self.port_as(port, (kind, warns(kind)), message.into());
     }
 
-    /// The same; whether it is a warning.
+    /// Reports something that happened to a port, as a warning if `warns`.
     fn port_as(&self, port: &PortShared, (kind, warns): (EventKind, bool), message: String) {
         if warns {
             tracing::warn!(port = port.name(), "{message}");
@@ -54,7 +54,8 @@ impl Report {
         self.hub.publish(&event);
     }
 
-    /// Something that a frontend can make happen as often as it likes.
+    /// Reports something that a frontend can cause as often as it likes, within the limit of
+    /// `reports`.
     pub(super) fn paced(
         &self,
         port: &PortShared,
@@ -72,7 +73,7 @@ impl Report {
         (kind, warns): (EventKind, bool),
         message: String,
     ) {
-        // Plain values, whole at every moment.
+        // A poisoned lock is usable: it holds plain values.
         let mut pace = reports.lock().unwrap_or_else(PoisonError::into_inner);
         if !pace.admits(Instant::now()) {
             return;
@@ -86,7 +87,7 @@ impl Report {
         self.port_as(port, (kind, warns), message);
     }
 
-    /// Something that happened to the daemon.
+    /// Reports something that happened to the daemon.
     pub(super) fn daemon(&self, kind: EventKind, message: impl Into<String>) {
         let message = message.into();
         tracing::info!("{message}");
@@ -94,19 +95,19 @@ impl Report {
             .publish(&Event::new(SystemTime::now(), kind, message));
     }
 
-    /// A poll thread that does not take over in time, or does so again.
+    /// Reports a poll thread whose acknowledgement is overdue, or that has acknowledged after that.
     pub(super) fn poll_thread(&self, message: String) {
         tracing::warn!("{message}");
         let event = Event::new(SystemTime::now(), EventKind::PollThread, message);
         self.hub.publish(&event);
     }
 
-    /// A poll thread that begins or ends, or what they do by themselves.
+    /// Reports the start or end of a poll thread, or what poll threads do by themselves.
     pub(super) fn polling(&self, message: String) {
         self.daemon(EventKind::PollThread, message);
     }
 
-    /// Queues of a port that go to another poll thread, and why.
+    /// Reports that queues of a port go to another poll thread, and why.
     pub(super) fn moved(&self, port: &PortShared, pair: Option<u16>, to: usize, why: &str) {
         let which = pair.map_or("all transmit queues go".to_string(), |pair| {
             format!("transmit queue {pair} goes")
@@ -121,7 +122,7 @@ impl Report {
         });
     }
 
-    /// Something that a session tells.
+    /// Reports an event of a session, within the limit of `reports`.
     pub(super) fn session(&self, port: &PortShared, reports: &Reports, event: &SessionEvent) {
         let kind = match event {
             SessionEvent::RingStarted { .. } => EventKind::RingStarted,

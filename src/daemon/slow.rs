@@ -9,10 +9,10 @@
 //! every poll thread has acknowledged that, and its last frame on the detour has arrived, the port
 //! is served like any other one.
 //!
-//! Queues change hands as they always do, so a flow *from* the port keeps its order. A flow *to*
-//! the port keeps its order, too. When the detour begins, a thread's earlier frames are in the ring
-//! before the thread adopts the topology with the detour. When the detour ends, a thread delivers
-//! by itself only after all that it had sent by the detour has arrived.
+//! Queues change hands by the usual hand-over, so a flow *from* the port keeps its order. A flow
+//! *to* the port keeps its order, too. When the detour begins, a thread's earlier frames are in the
+//! ring before the thread adopts the topology with the detour. When the detour ends, a thread
+//! delivers directly only after all frames that it sent by the detour have arrived.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -27,43 +27,45 @@ use crate::port::PortShared;
 use crate::sys::pages::Pace;
 use crate::topology::detour::Detour;
 
-/// Why a session ends whose guest's memory cannot be served by anybody.
+/// Why a session ends if no thread can be made to serve its guest's memory.
 const NO_THREAD: &str =
     "guest memory is slow to touch, and no thread can be made that serves such ports";
-/// Why a session ends that has ever new pages made.
+/// Why a session ends that makes the switch touch new pages without end.
 const ENDLESS: &str = "guest memory is slow to touch, and the switch has made far more pages of it than there are: \
      holes are punched into it again and again";
 
-/// A port that is served as a slow one.
+/// A port that the thread of slow ports serves.
 #[derive(Debug)]
 pub(super) struct Slowness {
     pub(super) since: Instant,
-    /// Where its queue pairs were.
+    /// Where its queue pairs were placed before.
     home: Vec<Place>,
-    /// The view in which it is on its way back.
+    /// Generation of the view in which the port is on its way back.
     returning: Option<u64>,
 }
 
-/// The thread of slow ports and the way to it, once there was such a port.
+/// The thread of slow ports and the detour to it. Both are empty until the first port is slow.
 #[derive(Debug, Default)]
 pub(super) struct SlowPorts {
     pub(super) thread: Option<usize>,
     pub(super) detour: Option<Arc<Detour>>,
     /// The detour is in the views that are published.
     in_use: bool,
-    /// The first view without a slow port, while the detour is in use still.
+    /// The first generation without a slow port, while the published views still contain the
+    /// detour.
     unused_since: Option<u64>,
 }
 
 impl SlowPorts {
-    /// The detour, for the next view. A poll thread that has not acknowledged a port's return may
-    /// write into it, so the detour stays until everybody has, and nothing is in it.
+    /// Returns the detour for the next view, if needed. A poll thread that has not acknowledged a
+    /// port's return may still write into the detour. So the detour stays until all threads have
+    /// acknowledged and it is empty.
     pub(super) fn way(&mut self, any_slow: bool) -> Option<&Arc<Detour>> {
         self.in_use |= any_slow;
         self.detour.as_ref().filter(|_| self.in_use)
     }
 
-    /// A view was published.
+    /// Notes that a view was published, and whether it has slow ports.
     pub(super) fn published(&mut self, generation: u64, any_slow: bool) {
         self.unused_since = match self.unused_since {
             _ if any_slow || !self.in_use => None,
@@ -72,7 +74,8 @@ impl SlowPorts {
         };
     }
 
-    /// Ends the use of a detour that nobody writes into any more. Returns whether that is news.
+    /// Stops using the detour if nobody writes into it any more and it is empty. Returns whether
+    /// this call stopped the use.
     fn end_use(&mut self, reached: impl Fn(u64) -> bool) -> bool {
         let unused = self.unused_since.is_some_and(reached);
         let ends = unused && self.detour.as_ref().is_none_or(|detour| detour.is_empty());
@@ -84,7 +87,7 @@ impl SlowPorts {
 }
 
 impl Registry {
-    /// The first port that was marked since the last look.
+    /// Returns the position of the first port that is marked as slow and not yet handled.
     fn marked(&self) -> Option<usize> {
         let marked = |pace| pace == Pace::Marked;
         self.ports
@@ -92,10 +95,10 @@ impl Registry {
             .position(|record| marked(record.shared.pages.pace()))
     }
 
-    /// Has the port at this place served as a slow one.
+    /// Gives the port at position `at` to the thread of slow ports. Starts that thread if needed.
     pub(super) fn slow_down(&mut self, at: usize) -> Result<(), DaemonError> {
         let port = self.ports[at].shared.clone();
-        // First of all, so that a failure below does not leave the port marked.
+        // First, so that a failure below does not leave the port marked.
         port.pages.set_pace(Pace::Slow);
         self.touch();
         let thread = match self.slow.thread {
@@ -124,7 +127,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Sends a slow port on its way back.
+    /// Starts the return of a slow port's queues to where they were placed before.
     pub(super) fn send_back(&mut self, at: usize) {
         let record = &self.ports[at];
         let port = record.shared.clone();
@@ -155,7 +158,8 @@ impl Registry {
         slowness.returning.is_some_and(known) && self.slow.detour.as_ref().is_none_or(arrived)
     }
 
-    /// Once a second: ports that are not slow any more. Returns those that are back.
+    /// Once a second: starts and completes returns of ports that are not slow any more. Returns the
+    /// ports whose return is complete.
     pub(super) fn look_at_slow_ports(&mut self) -> Vec<Arc<PortShared>> {
         let mut back = Vec::new();
         for at in 0..self.ports.len() {
@@ -188,7 +192,7 @@ impl Registry {
 }
 
 impl Control {
-    /// Every turn: ports that poll threads have marked.
+    /// Every turn: handles the ports that poll threads have marked as slow.
     pub(super) fn look_at_marks(&mut self) {
         while let Some(at) = self.registry.marked() {
             let port = self.registry.ports[at].shared.clone();

@@ -1,4 +1,4 @@
-//! A port's socket: listening (server mode) or connecting (client mode), without ever blocking
+//! A port's socket: listening (server mode) or connecting (client mode). No operation blocks
 //! control.
 
 use std::io;
@@ -20,19 +20,19 @@ use crate::config::PortSpec;
 use crate::sys::listen::SocketFile;
 use crate::sys::peer;
 
-/// Frontends that may wait to be accepted.
+/// Most frontends that may wait to be accepted.
 const BACKLOG: i32 = 128;
 
-/// Why a port's socket is not to be had. Each names the path and what to do.
+/// Why a port's socket cannot be used. Each message names the path and what to do.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SocketError {
-    /// Somebody listens there.
+    /// A process listens on the path.
     #[error("{path:?} is in use: another process listens on it")]
     Live {
         /// The socket.
         path: PathBuf,
     },
-    /// Something that is no socket.
+    /// The path exists and is not a socket.
     #[error("{path:?} exists and is not a socket; remove it or choose another path")]
     NotASocket {
         /// The path.
@@ -44,7 +44,7 @@ pub(super) enum SocketError {
         /// The directory.
         dir: PathBuf,
     },
-    /// No such group.
+    /// The group does not exist.
     #[error("group {group:?} does not exist (socket-group of {path:?})")]
     NoGroup {
         /// The group.
@@ -52,7 +52,7 @@ pub(super) enum SocketError {
         /// The socket.
         path: PathBuf,
     },
-    /// Anything else the system says.
+    /// Another error of the system.
     #[error("cannot {what} {path:?}: {source}")]
     System {
         /// What was tried.
@@ -65,8 +65,8 @@ pub(super) enum SocketError {
 }
 
 impl From<SocketError> for ControlError {
-    /// What stands in the way is a conflict, and so is a limit that is reached; what else the
-    /// system has not got is its own fault.
+    /// Maps an obstacle or an exhausted limit to a conflict. Other system errors are internal
+    /// errors.
     fn from(error: SocketError) -> ControlError {
         let text = error.to_string();
         match &error {
@@ -87,7 +87,7 @@ impl From<SocketError> for ControlError {
     }
 }
 
-/// A listening socket; its file goes with it.
+/// A listening socket. Its file is removed with it.
 #[derive(Debug)]
 pub(super) struct Listener {
     listener: UnixListener,
@@ -95,7 +95,8 @@ pub(super) struct Listener {
 }
 
 impl Listener {
-    /// Listens on the port's path. A stale socket file is replaced, a live one is refused.
+    /// Listens on the port's path. Replaces a stale socket file. Refuses a path on which a process
+    /// listens.
     pub(super) fn bind(spec: &PortSpec) -> Result<Self, SocketError> {
         let path = &spec.socket;
         let group = match &spec.socket_group {
@@ -115,21 +116,22 @@ impl Listener {
         })
     }
 
-    /// Lets no more frontends in, and returns those that wait. (Some stay in the socket if no
+    /// Stops new connections, and returns the frontends that wait. (Some stay in the socket if no
     /// descriptor is left.)
     pub(super) fn end(&self) -> impl Iterator<Item = UnixStream> {
-        // It cannot fail for a socket that listens.
+        // The shutdown cannot fail for a listening socket.
         let _ = shutdown(&self.listener, Shutdown::Both);
         std::iter::from_fn(|| self.accept().ok().flatten())
     }
 
-    /// The socket, for somebody else to close: frontends may wait in it. Its file is gone.
+    /// Returns the socket for another thread to close, because frontends may still wait in it.
+    /// Removes its file.
     pub(super) fn into_socket(self) -> UnixListener {
         self.listener
     }
 
-    /// The next frontend that waits, if any. An error means that it waits on: no descriptor is
-    /// left, as a rule.
+    /// Returns the next frontend that waits, if any. After an error the frontend still waits. The
+    /// usual error is that no descriptor is left.
     pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
         loop {
             match self.listener.accept() {
@@ -137,7 +139,7 @@ impl Listener {
                     stream.set_nonblocking(false)?;
                     return Ok(Some(stream));
                 }
-                // It has gone again.
+                // The frontend has disconnected again.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
@@ -175,7 +177,7 @@ fn group_id(name: &str, path: &Path) -> Result<u32, SocketError> {
     }
 }
 
-/// Removes a socket file that nobody listens on.
+/// Removes a socket file on which nobody listens. Returns an error if the path is in use otherwise.
 fn clear_stale(path: &Path) -> Result<(), SocketError> {
     let data = match std::fs::symlink_metadata(path) {
         Ok(data) => data,
@@ -188,7 +190,7 @@ fn clear_stale(path: &Path) -> Result<(), SocketError> {
                 _ => Ok(()),
             };
         }
-        // A directory on the way that is none, or that we may not look into.
+        // A component of the path is not a directory, or may not be searched.
         Err(source) => {
             return Err(SocketError::System {
                 what: "look at",
@@ -198,7 +200,7 @@ fn clear_stale(path: &Path) -> Result<(), SocketError> {
         }
     };
     let path_buf = path.to_path_buf();
-    // A link is not followed: whoever may write the directory could point it anywhere.
+    // A symbolic link is not followed: anyone who may write the directory could point it anywhere.
     if !data.file_type().is_socket() {
         return Err(SocketError::NotASocket { path: path_buf });
     }
@@ -207,19 +209,19 @@ fn clear_stale(path: &Path) -> Result<(), SocketError> {
         move |source| SocketError::System { what, path, source }
     };
     match start_connect(path).map_err(|error| (error.kind(), error)) {
-        // Refused: nobody listens.
+        // Connection refused: nobody listens.
         Err((io::ErrorKind::ConnectionRefused, _)) => {
             std::fs::remove_file(path).map_err(failed("remove the stale socket"))
         }
         Ok(_) | Err((io::ErrorKind::WouldBlock, _)) => Err(SocketError::Live { path: path_buf }),
-        // Somebody may listen: it may not be asked, no descriptor is left to find out, or it is a
-        // socket of another type.
+        // Somebody may listen. The connection may be forbidden, no descriptor may be left, or the
+        // socket has another type.
         Err((_, error)) => Err(failed("look who listens on")(error)),
     }
 }
 
-/// Connects without waiting: a listener whose backlog is full (a stopped VM) is an error like any
-/// other.
+/// Connects without waiting. A listener with a full backlog (a stopped VM) gives an error like any
+/// other failure.
 pub(super) fn start_connect(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -229,7 +231,8 @@ pub(super) fn start_connect(path: &Path) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Whether what connected asks for the API: its client was given a port's socket.
+/// Whether the peer has sent an HTTP request: its client mistook a port's socket for the API
+/// socket.
 pub(super) fn is_api_client(stream: &UnixStream) -> bool {
     let mut start = [0; 4];
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;

@@ -1,8 +1,7 @@
-//! Addresses that move between ports: reported and counted.
+//! Counts and reports addresses that move between ports.
 //!
-//! An address that moves once has migrated. An address that keeps moving is in use at two ports,
-//! and neither of its guests gets all that is sent to it. `port show` says so for as long as the
-//! moves go on.
+//! An address that moves once has migrated. An address that keeps moving is used by two guests, and
+//! each of them misses frames. `port show` names it until it has been quiet for a minute.
 
 use std::time::{Duration, Instant};
 
@@ -12,34 +11,35 @@ use crate::api::types::{EventKind, MovingAddress};
 use crate::switch::fdb::Move;
 use crate::wire::Mac;
 
-/// Lines about moves to one port that may come at once, and how often then: an address that is
-/// there twice moves with every other frame, for ever.
+/// Lines about moves to one port: this many at once, then one every `LINE_EVERY`. An address in use
+/// at two ports can move with every other frame, without end.
 const LINES: u32 = 5;
 const LINE_EVERY: Duration = Duration::from_secs(60);
-/// Moves after which an address keeps moving: there, and back, is a migration that was given up.
+/// Moves after which an address is said to keep moving. Two moves can be a migration that was
+/// undone.
 const OFTEN: u64 = 3;
-/// An address that has not moved for so long has settled.
+/// An address that has not moved for this long has settled.
 const SETTLED: Duration = Duration::from_secs(60);
 
-/// What is known of addresses that move to and from one port.
+/// The addresses that move to and from one port.
 #[derive(Debug)]
 pub(super) struct Stations {
     pace: Pace,
-    /// The address that moved last, or an earlier one that keeps moving.
+    /// The address that has moved last, or the one that keeps moving.
     newest: Option<Station>,
 }
 
 #[derive(Debug)]
 struct Station {
     mac: Mac,
-    /// Name of the port that it moves from and to.
+    /// Name of the port that the address moves from or to.
     other: String,
     moves: u64,
     last: Instant,
 }
 
 impl Stations {
-    /// Of a new port.
+    /// The state of a new port.
     pub(super) fn new(now: Instant) -> Self {
         Stations {
             pace: Pace::new(LINES, LINE_EVERY, now),
@@ -57,7 +57,7 @@ impl Stations {
                 other,
                 ..station
             },
-            // It stays, if it is what the port's line speaks of.
+            // `port show` names this address, so it stays.
             Some(station) if station.moves >= OFTEN.max(moved.times) => station,
             _ => Station {
                 mac: moved.mac,
@@ -68,7 +68,7 @@ impl Stations {
         });
     }
 
-    /// The address that keeps moving between this port and another one.
+    /// Returns the address that keeps moving between this port and another one, if any.
     pub(super) fn moving(&self, now: Instant) -> Option<MovingAddress> {
         let station = self.newest.as_ref()?;
         let moving = station.moves >= OFTEN && !station.settled(now);
@@ -88,7 +88,7 @@ impl Station {
 }
 
 impl Control {
-    /// Once a second: what has moved since, of all ports.
+    /// Once a second: reports and counts the moves since the last look, of all ports.
     pub(super) fn look_at_moves(&mut self, now: Instant) {
         for moved in self.registry.fdb.take_moves() {
             let [from, to] = [moved.from, moved.to].map(|port| self.registry.names.of(port));
@@ -153,7 +153,7 @@ mod tests {
         stations.note(&moved(1, 2), "other", at(0));
         assert_eq!(stations.moving(at(0)), None);
         stations.note(&moved(1, 1), "other", at(50));
-        // One that moves once does not hide it.
+        // An address that moves once does not hide the one that keeps moving.
         stations.note(&moved(2, 1), "third", at(55));
         let moving = stations.moving(at(60)).unwrap();
         assert_eq!((moving.mac, moving.moves), (Mac::from_bits(1), 3));
@@ -162,7 +162,7 @@ mod tests {
             ("other", 10.0)
         );
         assert_eq!(stations.moving(at(110)), None);
-        // It begins anew.
+        // After it has settled, the count begins at zero.
         stations.note(&moved(1, 2), "other", at(111));
         assert_eq!(stations.moving(at(111)), None);
     }

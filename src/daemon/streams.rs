@@ -1,7 +1,8 @@
-//! What clients read from observers: captures as pcapng, traces as lines; and how observers are
-//! made.
+//! What clients read from observers: captures as pcapng, traces as lines. Also builds the
+//! observers.
 //!
-//! All of it runs on the API's helper threads. Control only registers and takes out.
+//! All of this runs on the API's helper threads. Control only registers observers and takes them
+//! out.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,21 +24,21 @@ use crate::switch::fdb::Learned;
 use crate::switch::forward::Verdict;
 use crate::wire;
 
-/// Bytes of records taken at once.
+/// Most bytes of records taken at once.
 const CHUNK: usize = 256 * 1024;
-/// How long a start or an end waits for the poll threads. One that stands still is reported
-/// elsewhere.
+/// Longest wait for the poll threads at a start or an end. A poll thread that stands still is
+/// reported elsewhere.
 const SETTLED: Duration = Duration::from_secs(2);
-/// Bytes of a traced frame that its line is made from.
+/// Bytes of a traced frame from which its line is made.
 const TRACED_BYTES: u32 = 128;
-/// What stands behind the refusal of [`ALL_PORTS`].
+/// The end of the message that refuses [`ALL_PORTS`].
 pub(super) const ONLY_CAPTURES: &str = "`all` is for captures";
 
 pub(super) fn bad<T>(text: String) -> Result<T, ControlError> {
     Err(ControlError::BadArgument(text))
 }
 
-/// Registers an observer; returns its name, and the generation of the first view with it.
+/// Registers an observer. Returns its name and the generation of the first view with it.
 pub(super) fn register(
     handle: &Handle,
     record: ObserverRecord,
@@ -45,7 +46,8 @@ pub(super) fn register(
     let observer = record.observer.clone();
     let answer = handle.ask(|reply| Command::Observe(record, reply));
     if answer.is_err() {
-        // An answer that came too late would leave it without anybody.
+        // A late answer would leave the observer registered without a reader, so it is taken out
+        // here.
         let read = Command::ObserverRead(Arc::downgrade(&observer), 0, 0);
         let _ = handle.tell(Command::LeaveObserver(observer, "nobody waits for it"));
         let _ = handle.tell(read);
@@ -53,7 +55,7 @@ pub(super) fn register(
     answer
 }
 
-/// Resolves the ports that an observer is to look at.
+/// Resolves the names of the ports that an observer looks at.
 pub(super) fn prospect(
     handle: &Handle,
     ports: Option<Vec<String>>,
@@ -62,7 +64,7 @@ pub(super) fn prospect(
     handle.ask(|reply| Command::Prospect(ports, to, reply))
 }
 
-/// Waits until every poll thread sees a view.
+/// Waits until every poll thread has adopted a view, at most for `SETTLED`.
 pub(super) fn wait_seen(handle: &Handle, generation: u64) {
     let deadline = Instant::now() + SETTLED;
     while !handle.acknowledgements.reached(generation) && Instant::now() < deadline {
@@ -70,18 +72,18 @@ pub(super) fn wait_seen(handle: &Handle, generation: u64) {
     }
 }
 
-/// An observer that is registered: what its stream, or its mirror, needs of it.
+/// A registered observer and its handle, for a stream or a mirror.
 #[derive(Debug)]
 struct Registered {
     name: String,
     observer: Arc<Observer>,
     handle: Handle,
-    /// Frames that its reader has got.
+    /// Number of frames that the reader has received.
     frames: u64,
 }
 
 impl Registered {
-    /// Registers it, and waits until every poll thread sees it.
+    /// Registers the observer, and waits until every poll thread has adopted a view with it.
     fn new(handle: &Handle, record: ObserverRecord) -> Result<Registered, ControlError> {
         let observer = record.observer.clone();
         let (name, generation) = register(handle, record)?;
@@ -95,16 +97,16 @@ impl Registered {
         Ok(registered)
     }
 
-    /// Takes it out, unless it has ended already.
+    /// Takes the observer out, unless it has ended already.
     fn leave(&self, why: &'static str) {
         if !self.observer.has_ended() {
-            // A daemon that stops has taken it out.
+            // A send fails if the daemon stops. The daemon then takes the observer out.
             let command = Command::LeaveObserver(self.observer.clone(), why);
             let _ = self.handle.tell(command);
         }
     }
 
-    /// Why it has ended, once nobody writes to it any more.
+    /// Returns why the observer has ended, once no poll thread writes to it any more.
     fn settled_end(&self, since: &mut Option<Instant>) -> Option<String> {
         let why = self.observer.settled_end(|generation| {
             let since = since.get_or_insert_with(Instant::now);
@@ -119,19 +121,19 @@ impl Drop for Registered {
         self.leave("its reader has left");
         let missed = self.observer.counts().missed;
         let read = Command::ObserverRead(Arc::downgrade(&self.observer), self.frames, missed);
-        // A daemon that has stopped tells of nothing any more.
+        // A daemon that has stopped reports nothing, so a failed send is ignored.
         let _ = self.handle.tell(read);
     }
 }
 
-/// A capture being read.
+/// The reader of a capture.
 #[derive(Debug)]
 pub(super) struct CaptureStream {
     registered: Registered,
     reader: Reader,
     section: Section,
     clock: WallClock,
-    /// Frames written, by interface.
+    /// Number of frames written, by interface.
     written: Vec<u64>,
     left: Option<u64>,
     deadline: Option<Instant>,
@@ -185,14 +187,14 @@ impl CaptureStream {
             clock: WallClock::default(),
             written: Vec::new(),
             left: order.count,
-            // One beyond all time is none.
+            // A deadline beyond the range of the clock means no deadline.
             deadline: order
                 .seconds
                 .and_then(|s| Instant::now().checked_add(Duration::from_secs(s))),
             ending: None,
             bytes: Vec::new(),
         };
-        // Readers want to know the interfaces before the first frame.
+        // Readers of pcapng need the interfaces before the first frame.
         for port in prospect.ports.unwrap_or_else(|| handle.names.present()) {
             stream.interface(port);
         }
@@ -208,8 +210,8 @@ impl CaptureStream {
         number
     }
 
-    /// Writes what there is, up to a chunk and up to the count; says whether there may be more at
-    /// once.
+    /// Writes the records at hand, up to a chunk and up to the count. Returns whether more may be
+    /// there at once.
     fn take(&mut self) -> bool {
         let mut bytes = std::mem::take(&mut self.bytes);
         let mut taken = 0;
@@ -237,7 +239,8 @@ impl CaptureStream {
 
     fn finish(&mut self, why: &str) {
         let observer = self.registered.observer.clone();
-        // Ports all of whose frames were missed; of several in one slot, the last.
+        // Adds the ports all of whose frames were missed. Of several ports in one slot it adds the
+        // last.
         for port in self.registered.handle.names.all().into_iter().rev() {
             if observer.missed_at(port.slot) > 0 && !self.section.knows_slot(port.slot) {
                 self.interface(port);
@@ -281,7 +284,7 @@ impl ByteStream for CaptureStream {
     }
 }
 
-/// A trace being read.
+/// The reader of a trace.
 #[derive(Debug)]
 pub(super) struct TraceStream {
     registered: Registered,
@@ -330,7 +333,7 @@ impl TraceStream {
         })
     }
 
-    /// Takes records, up to a chunk; says whether there may be more at once.
+    /// Takes records, up to a chunk. Returns whether more may be there at once.
     fn take(&mut self, now: Instant) -> bool {
         let mut taken = 0;
         while taken < CHUNK && self.left > 0 {
@@ -383,7 +386,7 @@ impl TraceStream {
     }
 
     fn line(out: &mut Vec<u8>, line: &TraceLine) {
-        // Into memory, from plain values: it cannot fail.
+        // Writing plain values to memory cannot fail.
         if serde_json::to_writer(&mut *out, line).is_ok() {
             out.push(b'\n');
         }
@@ -426,7 +429,7 @@ impl ByteStream for TraceStream {
     }
 }
 
-/// The word for what a frame has taught.
+/// Returns the word for what the switch learned from a frame.
 fn learned_name(learned: Learned) -> &'static str {
     match learned {
         Learned::Known | Learned::Refreshed => "known",

@@ -1,4 +1,4 @@
-//! What the API shows, read from the registry.
+//! Builds what the API shows, from the registry.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -27,13 +27,13 @@ use crate::sys::call::Way;
 use crate::vhost_user::{ASKED_FOR_QUEUES, RingStatus, StatusSnapshot};
 use crate::wire::Mac;
 
-/// All ports.
+/// Returns all ports.
 pub(super) fn ports(registry: &Registry) -> Vec<PortView> {
     let ports = registry.ports.iter();
     ports.map(|record| port(record, &registry.fdb)).collect()
 }
 
-/// A port in full.
+/// Returns a port with all details.
 pub(super) fn port(record: &PortRecord, fdb: &Fdb) -> PortView {
     let status = record
         .session
@@ -73,7 +73,7 @@ pub(super) fn port(record: &PortRecord, fdb: &Fdb) -> PortView {
     }
 }
 
-/// Where a port stands, and in words why it does not work.
+/// Returns the state of a port, and in words why it does not work, if so.
 fn state(record: &PortRecord, snapshot: Option<&StatusSnapshot>) -> (PortState, Option<String>) {
     let Some(snapshot) = snapshot else {
         let last = record
@@ -103,8 +103,8 @@ fn state(record: &PortRecord, snapshot: Option<&StatusSnapshot>) -> (PortState, 
         let reason = unusable.or_else(|| snapshot.memory_refused.clone());
         return (PortState::Running, reason);
     }
-    // A frontend that needs more queue pairs comes and goes many times a second, and has no other
-    // reason.
+    // A frontend that needs more queue pairs reconnects many times a second. Its last end is then
+    // the only useful reason.
     let last = record
         .last_end
         .as_ref()
@@ -138,8 +138,8 @@ fn unusable(region: &Unusable) -> UnusableMemory {
     }
 }
 
-/// Names of virtio feature bits (virtio 1.2 §5.1.3 and §6); a bit without a name here is shown by
-/// its number.
+/// Returns the names of virtio feature bits (virtio 1.2 §5.1.3 and §6). A bit without a name is
+/// shown by its number.
 fn feature_names(features: u64) -> Vec<String> {
     let name = |bit: u32| {
         Some(match bit {
@@ -175,7 +175,8 @@ fn feature_names(features: u64) -> Vec<String> {
         .collect()
 }
 
-/// Whether the frontend has said anything of a ring: most use fewer than they are offered.
+/// Whether the frontend has configured or started a ring. Most frontends use fewer rings than
+/// offered.
 fn is_used(ring: &&RingStatus) -> bool {
     ring.size.is_some() || ring.started || ring.broken.is_some()
 }
@@ -243,14 +244,14 @@ fn statistics(port: &PortShared, fdb: &Fdb) -> PortStatistics {
     }
 }
 
-/// The forwarding table, by address.
+/// Returns the forwarding table, sorted by address.
 pub(super) fn fdb(registry: &Registry) -> Vec<FdbEntry> {
     let mut entries: Vec<FdbEntry> = registry
         .fdb
         .entries(registry.now_s())
         .into_iter()
         .filter_map(|entry| {
-            // An entry of a port that is gone is about to go, too.
+            // Skips entries of a removed port, which are about to go.
             let port = registry
                 .ports
                 .iter()
@@ -267,7 +268,7 @@ pub(super) fn fdb(registry: &Registry) -> Vec<FdbEntry> {
     entries
 }
 
-/// Adds a static address.
+/// Adds a static address. Returns its entry.
 pub(super) fn fdb_add(registry: &mut Registry, add: FdbAdd) -> Result<FdbEntry, ControlError> {
     let record = registry
         .find(&add.port)
@@ -294,7 +295,7 @@ pub(super) fn fdb_add(registry: &mut Registry, add: FdbAdd) -> Result<FdbEntry, 
     })
 }
 
-/// Removes one address.
+/// Removes the entry of an address. Returns an error if there is none.
 pub(super) fn fdb_remove(registry: &mut Registry, mac: Mac) -> Result<(), ControlError> {
     if !registry.fdb.remove(UNTAGGED, mac) {
         return Err(ControlError::NotFound {
@@ -305,7 +306,7 @@ pub(super) fn fdb_remove(registry: &mut Registry, mac: Mac) -> Result<(), Contro
     Ok(())
 }
 
-/// Forgets learned addresses.
+/// Forgets learned addresses, of one port if given. Returns how many.
 pub(super) fn fdb_flush(registry: &mut Registry, port: Option<&str>) -> Result<u64, ControlError> {
     let only = match port {
         None => None,
@@ -321,13 +322,13 @@ pub(super) fn fdb_flush(registry: &mut Registry, port: Option<&str>) -> Result<u
     Ok(removed as u64)
 }
 
-/// The poll threads and what they work on.
+/// Returns all poll threads and the queues that they serve.
 pub(super) fn poll_threads(registry: &Registry) -> Vec<PollThreadView> {
     let numbers = registry.polls.threads.keys();
     numbers.map(|index| poll_thread(registry, *index)).collect()
 }
 
-/// A poll thread, which exists.
+/// Returns an existing poll thread.
 pub(super) fn poll_thread(registry: &Registry, index: usize) -> PollThreadView {
     let thread = &registry.polls.threads[&index];
     let stats = &thread.shared.stats;
@@ -417,7 +418,7 @@ fn latency(histogram: &Histogram) -> Option<Latency> {
     })
 }
 
-/// Counters of everything.
+/// Returns all counters.
 pub(super) fn stats(registry: &Registry, times: &OperationTimes, uptime: Duration) -> StatsView {
     let counters = |record: &PortRecord| {
         let snapshot = record
