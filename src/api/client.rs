@@ -1,7 +1,7 @@
 //! The blocking client of the commands: one request, one connection, one answer.
 //!
-//! Its errors say what stood at the other end of the path: nobody, somebody who refuses, something
-//! that is no pollux, or a pollux of another version.
+//! The errors of the client say what is at the other end of the path: nobody, a daemon that
+//! refuses, something that is no pollux, or a pollux of another version.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -23,23 +23,24 @@ use tokio::time::timeout;
 use super::routes::observe::OBSERVER;
 use super::types::ApiError;
 
-/// How long a command waits for an answer; longer than the server waits for the daemon.
+/// How long a command waits for an answer. This must be longer than the server waits for the daemon
+/// (`CALL_LIMIT`).
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
-/// A second signal so soon after the first says the same again: Ctrl-C and `timeout` signal a whole
-/// process group, and the parent, such as tshark, passes it on.
+/// A second signal within this time counts as the first one. Ctrl-C and `timeout` signal a whole
+/// process group, and a parent such as tshark passes the signal on.
 const SAME_SIGNAL: Duration = Duration::from_secs(1);
-/// Largest answer read.
+/// Largest answer that is read, in bytes.
 const MAX_ANSWER: usize = 64 << 20;
-/// Longest line of a stream.
+/// Longest line of a stream, in bytes.
 const MAX_LINE: usize = 1 << 20;
-/// The version in the daemon's `Server:` header is behind this.
+/// In the daemon's `Server:` header the version follows this prefix.
 const PRODUCT: &str = "pollux/";
 const OURS: &str = env!("CARGO_PKG_VERSION");
 
-/// Why there is no answer to use.
+/// Why there is no usable answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens there.
+    /// Nobody listens on the path.
     #[error(
         "no pollux daemon answers on {path:?}; start one with: pollux run --port NAME,socket=PATH"
     )]
@@ -47,7 +48,7 @@ pub enum ClientError {
         /// The socket.
         path: PathBuf,
     },
-    /// The socket's mode or a directory above it keeps us out.
+    /// The socket's mode or a directory above it denies access.
     #[error(
         "no permission to use the API socket {path:?}; be root, the daemon's user or a member of \
          the group given to it with --api-group"
@@ -56,29 +57,30 @@ pub enum ClientError {
         /// The socket.
         path: PathBuf,
     },
-    /// The path cannot be a socket's.
+    /// The path cannot be the path of a unix socket.
     #[error("{path:?} cannot be the path of a unix socket: it takes 1 to 107 bytes without a zero")]
     BadPath {
         /// The path.
         path: PathBuf,
     },
-    /// It accepts connections and says nothing.
+    /// The peer accepts the connection and sends nothing.
     #[error("whatever listens on {path:?} gave no answer within {seconds} s")]
     Silent {
         /// The socket.
         path: PathBuf,
-        /// How long we waited.
+        /// How long the client waited, in seconds.
         seconds: u64,
     },
-    /// It answers, and is something else.
+    /// The peer answers, but is not a pollux daemon.
     #[error("whatever listens on {path:?} is not a pollux daemon: {what}")]
     NotPollux {
         /// The socket.
         path: PathBuf,
-        /// What it did.
+        /// What the peer did.
         what: &'static str,
     },
-    /// It is a pollux that this command does not understand, or the reverse.
+    /// The daemon is a pollux of another version, and does not understand this command or is not
+    /// understood.
     #[error(
         "the daemon on {path:?} is pollux {theirs}, which does not understand this command of \
          pollux {OURS}; use the command of the daemon's version"
@@ -89,15 +91,15 @@ pub enum ClientError {
         /// The daemon's version.
         theirs: String,
     },
-    /// It understood, and refuses.
+    /// The daemon understood the request and refuses.
     #[error("{}", .error.message)]
     Refused {
         /// HTTP status.
         status: u16,
-        /// What it says.
+        /// The daemon's error.
         error: ApiError,
     },
-    /// It closed the connection without a word, as a port does that is asked for HTTP.
+    /// The peer closed the connection without an answer. A port's socket does so with HTTP.
     #[error(
         "whatever listens on {path:?} hung up without an answer: that is no API socket (a port's?), \
          or its daemon has just ended"
@@ -106,7 +108,7 @@ pub enum ClientError {
         /// The socket.
         path: PathBuf,
     },
-    /// The daemon went away before the answer was complete.
+    /// The daemon ended the connection before the answer was complete.
     #[error("the daemon on {path:?} ended the connection before its answer was complete")]
     Cut {
         /// The socket.
@@ -122,16 +124,17 @@ pub enum ClientError {
     },
 }
 
-/// How a capture came to its end.
+/// How a capture ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CaptureEnd {
-    /// The daemon or whoever took the chunks ended it.
+    /// The stream ended as a whole: the daemon ended it, or the receiver of the chunks told the
+    /// client to stop.
     Whole,
-    /// It was asked to end, and what was still to come did not.
+    /// The daemon was asked to end the stream, but its end did not come.
     BrokenOff,
 }
 
-/// Talks to the daemon behind one socket.
+/// A client of the daemon behind one socket.
 #[derive(Clone, Debug)]
 pub struct Client {
     path: PathBuf,
@@ -147,7 +150,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// The answer as it stands; null where there is no body.
+    /// Returns the body as JSON. Null if the body is empty.
     pub fn value(&self) -> Result<Value, ClientError> {
         if self.bytes.is_empty() {
             return Ok(Value::Null);
@@ -155,7 +158,7 @@ impl Answer {
         self.read()
     }
 
-    /// The answer as a type of ours.
+    /// Parses the body as a type of the API.
     pub fn read<T: DeserializeOwned>(&self) -> Result<T, ClientError> {
         serde_json::from_slice(&self.bytes).map_err(|_| not_understood(&self.path, &self.theirs))
     }
@@ -176,7 +179,7 @@ fn not_understood(path: &Path, theirs: &str) -> ClientError {
 }
 
 impl Client {
-    /// A client of the daemon on `path`; connects with each request.
+    /// A client of the daemon on `path`. It connects anew for each request.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Client {
             path: path.into(),
@@ -184,32 +187,33 @@ impl Client {
         }
     }
 
-    /// The same, waiting this long for an answer.
+    /// Returns a client that waits for `limit` for each answer.
     pub fn with_limit(self, limit: Duration) -> Self {
         Client { limit, ..self }
     }
 
-    /// GET.
+    /// Sends a GET request.
     pub fn get(&self, target: &str) -> Result<Answer, ClientError> {
         self.request(Method::GET, target, Bytes::new())
     }
 
-    /// DELETE.
+    /// Sends a DELETE request.
     pub fn delete(&self, target: &str) -> Result<Answer, ClientError> {
         self.request(Method::DELETE, target, Bytes::new())
     }
 
-    /// POST of `body` as JSON.
+    /// Sends a POST request with `body` as JSON.
     pub fn post(&self, target: &str, body: &impl Serialize) -> Result<Answer, ClientError> {
         self.request(Method::POST, target, self.json(body)?)
     }
 
-    /// PATCH with `body` as JSON.
+    /// Sends a PATCH request with `body` as JSON.
     pub fn patch(&self, target: &str, body: &impl Serialize) -> Result<Answer, ClientError> {
         self.request(Method::PATCH, target, self.json(body)?)
     }
 
-    /// GET of a stream: hands over each line, until it says to stop or the daemon ends the stream.
+    /// Reads a stream by GET. Calls `line` for each line, until `line` says to stop or the daemon
+    /// ends the stream.
     pub fn stream_lines(
         &self,
         target: &str,
@@ -239,10 +243,10 @@ impl Client {
         })
     }
 
-    /// GET of a capture: says the name of its observer, then hands over what comes, until it is
-    /// told to stop or the daemon ends the stream. SIGINT and SIGTERM make the daemon end it, with
-    /// everything that was captured until then; one more after a second breaks off. Once it was
-    /// asked to end, an end that does not come is no error.
+    /// Reads a capture by GET. Calls `begun` with the name of the observer, then `chunk` for each
+    /// chunk, until `chunk` says to stop or the daemon ends the stream. SIGINT or SIGTERM asks the
+    /// daemon to end the stream, after everything captured until then. One more signal after a
+    /// second breaks off. Once the daemon was asked, a missing end is no error.
     pub fn stream_bytes(
         &self,
         target: &str,
@@ -271,7 +275,8 @@ impl Client {
                         return Ok(CaptureEnd::BrokenOff);
                     }
                     if asked.is_none() {
-                        // It may have ended by itself; what it has written is still to come.
+                        // Errors are ignored: the stream may have ended by itself. What it has
+                        // written is still read.
                         let _ = self.send(Method::DELETE, &end, Bytes::new()).await;
                         asked = Some(Instant::now());
                     }
@@ -311,7 +316,7 @@ impl Client {
         })
     }
 
-    /// Sends a request; a success comes back with its body unread, anything else as an error.
+    /// Sends a request. Returns a success with its body unread. Any other status is an error.
     async fn send(
         &self,
         method: Method,
@@ -369,12 +374,12 @@ impl Client {
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|_| hung_up())?;
-        // Its errors reach us through the sender.
+        // Errors of the connection reach the client through the sender.
         tokio::spawn(connection);
         let mut request = Request::builder()
             .method(method)
             .uri(target)
-            // HTTP/1.1 demands one; a unix socket has none.
+            // HTTP/1.1 requires a host, and a unix socket has none.
             .header(header::HOST, "localhost")
             .header(
                 header::USER_AGENT,

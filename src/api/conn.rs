@@ -1,9 +1,8 @@
 //! A connection that gives up on a peer that does not read.
 //!
-//! The HTTP layer limits how long a peer may take to *send* its request; nothing there limits how
-//! long it may leave an answer or an event stream unread, with its buffers held here. A capture may
-//! be left unread for as long as its reader likes: what it misses is counted, and nothing grows
-//! meanwhile.
+//! The HTTP layer limits how long a peer may take to *send* its request. It does not limit how long
+//! a peer may leave an answer or an event stream unread, while the server holds buffers. A capture
+//! may be left unread for any time: missed frames are counted, and no buffer grows.
 
 use std::future::Future;
 use std::io;
@@ -17,18 +16,18 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, Sleep, sleep};
 
-/// Whether a connection waits for its reader for ever.
+/// Whether a connection waits for its reader without a limit.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Patience(Arc<AtomicBool>);
 
 impl Patience {
-    /// From now on it does.
+    /// From now on the connection waits without a limit.
     pub(super) fn is_endless(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
-/// A stream whose writes fail with `TimedOut` once none has made progress for a while.
+/// A stream whose writes fail with `TimedOut` when no write has made progress for `limit`.
 #[derive(Debug)]
 pub(super) struct WriteDeadline {
     stream: UnixStream,

@@ -1,8 +1,8 @@
-//! What the daemon answers to the API, as a trait.
+//! The operations of the daemon behind the API, as a trait.
 //!
-//! The server calls it from a bounded set of helper threads, so methods may block briefly. Every
-//! operation on a port that was removed meanwhile answers [`ControlError::Gone`] or `NotFound`;
-//! none of them waits for a poll thread.
+//! The server calls the trait from a bounded set of helper threads, so methods may block briefly.
+//! Every operation on a port that was removed meanwhile returns [`ControlError::Gone`] or
+//! `NotFound`.
 
 use std::fmt;
 
@@ -16,7 +16,7 @@ use super::types::{
 use crate::config::PortSpec;
 use crate::wire::Mac;
 
-/// What a request named.
+/// What a request names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum What {
     /// A port, by name.
@@ -43,25 +43,25 @@ impl fmt::Display for What {
     }
 }
 
-/// Why an operation was not done. The text goes to the operator as it stands.
+/// Why an operation was not done. The text is shown to the operator unchanged.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ControlError {
-    /// The request itself cannot be right.
+    /// The request itself is wrong.
     #[error("{0}")]
     BadArgument(String),
-    /// It names something that does not exist.
+    /// The request names something that does not exist.
     #[error("no such {what}")]
     NotFound {
         /// What was named.
         what: What,
     },
-    /// It contradicts what exists: a name in use, a live socket, a limit reached.
+    /// The request contradicts what exists: a name in use, a live socket, a limit reached.
     #[error("{text}")]
     Conflict {
         /// What is in the way, and where.
         text: String,
     },
-    /// A port that it names was removed while the request was under way, or what it made was.
+    /// A port that the request names, or what the request made, was removed before the answer.
     #[error("{what} was removed meanwhile")]
     Gone {
         /// What was removed.
@@ -76,7 +76,7 @@ pub enum ControlError {
 }
 
 impl ControlError {
-    /// A port of this name does not exist.
+    /// The error for a port name that does not exist.
     pub fn no_port(name: &str) -> Self {
         ControlError::NotFound {
             what: What::Port(name.to_string()),
@@ -90,63 +90,64 @@ impl From<crate::config::ConfigError> for ControlError {
     }
 }
 
-/// Bytes that the daemon makes as time passes.
+/// A stream of bytes that the daemon produces over time.
 pub trait ByteStream: Send {
-    /// The name of the observer behind it.
+    /// Returns the name of the observer behind the stream.
     fn name(&self) -> &str;
-    /// Appends what there is by now, and says whether more may come. Waits for nothing.
+    /// Appends the bytes that are there by now. Returns whether more may come. Does not wait.
     fn read(&mut self, out: &mut Vec<u8>) -> bool;
 }
 
 /// The operations behind the API.
 pub trait Control: Send + Sync {
-    /// Creates a port. With `may_exist`, a port that exists with the same values is the answer.
+    /// Creates a port. With `may_exist`, an existing port with the same values is a success.
     fn add_port(&self, spec: PortSpec, may_exist: bool) -> Result<PortView, ControlError>;
-    /// Removes a port; its name and socket path are free when this returns.
+    /// Removes a port. Its name and socket path are free when this returns.
     fn remove_port(&self, name: &str) -> Result<(), ControlError>;
-    /// Changes what may change while the port exists.
+    /// Changes the settings that may change while the port exists.
     fn set_port(&self, name: &str, patch: PortPatch) -> Result<PortView, ControlError>;
-    /// All ports, in the order of their creation.
+    /// Returns all ports in order of creation.
     fn ports(&self) -> Result<Vec<PortView>, ControlError>;
-    /// One port.
+    /// Returns one port.
     fn port(&self, name: &str) -> Result<PortView, ControlError>;
-    /// The forwarding table.
+    /// Returns the forwarding table.
     fn fdb(&self) -> Result<Vec<FdbEntry>, ControlError>;
-    /// Adds a static entry.
+    /// Adds a static entry. Returns it.
     fn fdb_add(&self, entry: FdbAdd) -> Result<FdbEntry, ControlError>;
     /// Removes one entry, static or learned.
     fn fdb_remove(&self, mac: Mac) -> Result<(), ControlError>;
-    /// Forgets the learned entries of one port, or of all; answers how many there were.
+    /// Forgets the learned entries of one port, or of all ports. Returns how many.
     fn fdb_flush(&self, port: Option<&str>) -> Result<u64, ControlError>;
-    /// The poll threads.
+    /// Returns the poll threads.
     fn poll_threads(&self) -> Result<Vec<PollThreadView>, ControlError>;
-    /// Starts a poll thread, pinned to a CPU that no other one has, or unpinned.
+    /// Starts a poll thread, unpinned or pinned to a CPU that no other poll thread has.
     fn poll_add(&self, order: PollAdd) -> Result<PollThreadView, ControlError>;
-    /// Gives a poll thread's queues to the others and ends it; it has ended when this returns.
+    /// Gives a poll thread's queues to the other threads and ends it. The thread has ended when
+    /// this returns.
     fn poll_remove(&self, thread: u32) -> Result<(), ControlError>;
-    /// Gives queues of a port to a poll thread; it owns them when this returns.
+    /// Gives queues of a port to a poll thread. The thread owns them when this returns.
     fn poll_move(&self, order: PollMove) -> Result<Moved, ControlError>;
-    /// Changes how queues are placed and what threads do without work; answers how they are then.
+    /// Changes how queues are placed and what threads do without work. Returns the new settings.
     fn poll_set(&self, patch: PollSettingsPatch) -> Result<PollSettings, ControlError>;
-    /// Counters of everything at one moment.
+    /// Returns all counters at one moment.
     fn stats(&self) -> Result<StatsView, ControlError>;
-    /// Events from now on. The channel is bounded; a reader too slow for it is disconnected after
-    /// an event that says so.
+    /// Returns the events from now on. The channel is bounded. A reader that is too slow is
+    /// disconnected after an event that says so.
     fn subscribe(&self) -> Receiver<Event>;
-    /// All observers.
+    /// Returns all observers.
     fn observers(&self) -> Result<Vec<ObserverView>, ControlError>;
-    /// Ends an observer; its stream, if it has one, ends in order.
+    /// Ends an observer. The stream of a capture or trace ends in order.
     fn observer_remove(&self, name: &str) -> Result<(), ControlError>;
-    /// Starts a capture: a pcapng section. It has begun when this returns, and ends when the stream
-    /// is dropped.
+    /// Starts a capture as a pcapng section. The capture has begun when this returns. It ends when
+    /// the stream is dropped.
     fn capture(&self, order: CaptureOrder) -> Result<Box<dyn ByteStream>, ControlError>;
-    /// Starts a trace: lines of JSON. It has begun when this returns, and ends when the stream is
-    /// dropped.
+    /// Starts a trace as lines of JSON. The trace has begun when this returns. It ends when the
+    /// stream is dropped.
     fn trace(&self, order: TraceOrder) -> Result<Box<dyn ByteStream>, ControlError>;
     /// Adds a mirror.
     fn mirror_add(&self, order: MirrorAdd) -> Result<ObserverView, ControlError>;
     /// Removes a mirror.
     fn mirror_remove(&self, name: &str) -> Result<(), ControlError>;
-    /// What is running.
+    /// Returns the version of the running daemon.
     fn version(&self) -> VersionView;
 }

@@ -1,8 +1,8 @@
-//! The fan-out of events: whoever publishes never waits for whoever reads.
+//! The fan-out of events. A publisher never waits for a reader.
 //!
-//! Each reader has a bounded channel. The last place in it is reserved for the notice that the
-//! reader was too slow, so that it learns of the gap instead of guessing: it sees everything up to
-//! the notice, then the end of the stream.
+//! Each reader has a bounded channel. The last place in the channel is reserved for the notice that
+//! the reader was too slow. So the reader learns of the gap: it gets all events up to the notice,
+//! then the end of the stream.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::types::{Event, EventKind};
 
-/// Events a reader may be behind.
+/// Most events that a reader may be behind.
 pub const MAX_BEHIND: usize = 1024;
 
 impl Event {
@@ -27,7 +27,7 @@ impl Event {
         }
     }
 
-    /// The same event, of one port.
+    /// Returns the event as an event of one port.
     pub fn of_port(self, port: impl Into<String>) -> Self {
         Event {
             port: Some(port.into()),
@@ -35,7 +35,7 @@ impl Event {
         }
     }
 
-    /// The same event, of one queue pair.
+    /// Returns the event as an event of one queue pair.
     pub fn of_queue(self, queue: u16) -> Self {
         Event {
             queue: Some(queue),
@@ -51,24 +51,24 @@ pub struct EventHub {
 }
 
 impl EventHub {
-    /// A hub without readers.
+    /// Returns a hub without readers.
     pub fn new() -> Self {
         Self::default()
     }
 
     fn readers(&self) -> MutexGuard<'_, Vec<Sender<Event>>> {
-        // A list of senders is whole at every moment, whatever its last user did.
+        // A poisoned lock is usable: the list of senders is consistent at every moment.
         self.readers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Events from now on.
+    /// Returns the events from now on.
     pub fn subscribe(&self) -> Receiver<Event> {
         let (sender, receiver) = bounded(MAX_BEHIND);
         self.readers().push(sender);
         receiver
     }
 
-    /// Hands `event` to every reader that keeps up, and cuts off the others.
+    /// Gives `event` to every reader that keeps up, and disconnects the others.
     pub fn publish(&self, event: &Event) {
         self.readers().retain(|reader| {
             if reader.len() + 1 >= MAX_BEHIND {
@@ -79,7 +79,7 @@ impl EventHub {
                     queue: None,
                     message: format!("{MAX_BEHIND} events behind; events from here on are lost"),
                 };
-                // It fails only if the reader has left.
+                // The send fails only if the reader has left.
                 let _ = reader.try_send(notice);
                 return false;
             }

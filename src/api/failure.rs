@@ -1,4 +1,4 @@
-//! Answers that are no success: which status and code each refusal gets.
+//! Answers that are not a success: the status and code of each refusal.
 
 use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
@@ -9,10 +9,10 @@ use super::types::ApiError;
 use super::{ControlError, What};
 use crate::config::ALL_PORTS;
 
-/// The code by which clients know that there will be no daemon to ask again.
+/// The code of a daemon that is about to end. Clients need not ask again.
 pub(crate) const STOPPING: &str = "stopping";
 
-/// An answer that is no success.
+/// An answer that is not a success.
 #[derive(Debug)]
 pub(super) struct Failure(StatusCode, ApiError);
 
@@ -43,7 +43,7 @@ impl Failure {
     }
 }
 
-/// The system has no thread for what the client wants: its loss alone, and none for long.
+/// The system has no thread for the request. Only this client is refused, and it may try again.
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
         Failure::busy(format!("the system refuses {error}"))
@@ -60,7 +60,7 @@ impl From<ControlError> for Failure {
             ControlError::Stopping => (StatusCode::SERVICE_UNAVAILABLE, STOPPING),
             ControlError::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         };
-        // No port can have this name: it was meant as the word, which other requests do not take.
+        // No port can have the name `all`. The client meant the word that only captures accept.
         let hint = match &error {
             ControlError::NotFound {
                 what: What::Port(name),

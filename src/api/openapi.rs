@@ -5,7 +5,7 @@ use utoipa::OpenApi;
 
 use super::routes::Documentation;
 
-/// The description as JSON text.
+/// Returns the description as JSON text.
 pub fn document() -> String {
     let mut text = serde_json::to_string_pretty(&Documentation::openapi()).unwrap_or_default();
     text.push('\n');

@@ -1,7 +1,8 @@
-//! The routes under `/v1`: each reads its request, makes one call into control, answers JSON.
+//! The routes under `/v1`: each reads its request, makes one call into control and answers with
+//! JSON.
 //!
-//! Every answer that is no success is an [`ApiError`], also for unknown routes and requests that
-//! are too large or too slow.
+//! Every answer that is not a success is an [`ApiError`]. That includes unknown routes, and
+//! requests that are too large or too slow.
 
 pub(super) mod observe;
 mod poll;
@@ -34,22 +35,22 @@ use crate::config::PortSpec;
 use crate::sys::thread;
 use crate::wire::Mac;
 
-/// Largest body of a request.
+/// Largest body of a request, in bytes.
 const MAX_BODY: usize = 64 * 1024;
-/// How much of a body that is too large is read and thrown away, so that its sender gets to read
-/// the answer instead of failing in its write.
+/// Most bytes of an excessive body that are read and discarded. The sender can then read the answer
+/// instead of failing in its write.
 const MAX_DISCARD: usize = 4 * 1024 * 1024;
-/// How long a client may take to send the body.
+/// Longest time in which a client may send the body.
 const BODY_LIMIT: Duration = Duration::from_secs(5);
-/// How long a request waits for control.
+/// Longest time that a request waits for control.
 const CALL_LIMIT: Duration = Duration::from_secs(8);
-/// Calls into control at once.
+/// Most calls into control at once.
 pub(super) const MAX_CALLS: usize = 8;
-/// Event streams at once.
+/// Most event streams at once.
 pub(super) const MAX_STREAMS: usize = 16;
-/// Captures and traces at once.
+/// Most captures and traces at once.
 pub(super) const MAX_CAPTURES: usize = 16;
-/// The `Server:` header, by which clients recognise a pollux and its version.
+/// The `Server:` header. Clients recognise a pollux and its version by it.
 pub(super) const SERVER: &str = concat!("pollux/", env!("CARGO_PKG_VERSION"));
 
 #[derive(Clone)]
@@ -61,7 +62,7 @@ struct Api {
     stopped: watch::Receiver<bool>,
 }
 
-/// A JSON body within its limits, whatever its content type says (`curl -d` says form data).
+/// A JSON body within its limits. The content type is ignored, because `curl -d` says form data.
 struct Input<T>(T);
 
 impl<T: DeserializeOwned> FromRequest<Api> for Input<T> {
@@ -108,7 +109,8 @@ async fn read_body(mut body: Body) -> Result<Vec<u8>, Failure> {
     Ok(kept)
 }
 
-/// One call into control, on a helper thread.
+/// Makes one call into control on a helper thread. Returns its result, or an error after
+/// `CALL_LIMIT`.
 async fn call<T, F>(api: &Api, f: F) -> Result<T, Failure>
 where
     T: Send + 'static,
@@ -120,12 +122,12 @@ where
     };
     let control = api.control.clone();
     let (answer, answered) = oneshot::channel();
-    // A thread of its own: tokio's pool panics where none is to be had, and keeps what it was
-    // given.
+    // A new thread for each call. The pool of tokio panics if no thread can be made, and keeps the
+    // task.
     thread::spawn("api-call", move || {
-        // Held by the call, not by the request: a call goes on when its client leaves.
+        // The call holds the permit, not the request: a call continues when its client leaves.
         let _permit = permit;
-        // Whoever asked may have gone.
+        // The send fails if the requester has gone.
         let _ = answer.send(f(&*control));
     })?;
     match timeout(CALL_LIMIT, answered).await {
@@ -341,7 +343,7 @@ async fn fdb_add(
     State(api): State<Api>,
     Input(entry): Input<FdbAdd>,
 ) -> Result<(StatusCode, Json<FdbEntry>), Failure> {
-    // Frames are never sent to the zero address, and those to groups go everywhere.
+    // No frame is sent to the zero address, and frames to groups go to all ports.
     if entry.mac.is_multicast() || entry.mac.is_zero() {
         let kind = match entry.mac.is_zero() {
             true => "the zero address",

@@ -1,11 +1,11 @@
 //! HTTP on a unix socket, on a thread of its own.
 //!
-//! One thread runs all connections. Each call into [`Control`] and each endless answer has a thread
-//! of its own, because they block; there is a bounded number of them. Where the system has no
-//! thread for one, it is answered with 503. Who may use it is decided twice: by the socket file's
-//! mode and group, and by the peer's credentials when it connects. Every connection carries one
-//! request and has limits: on the size and time of its head and body, on unread answers, and on how
-//! many there are. So the worst a client can do is to use up the API, never the switch.
+//! One thread runs all connections. Each call into [`Control`] and each endless answer blocks, so
+//! each has a thread of its own. Their number is bounded. If the system has no thread for a
+//! request, the answer is 503. Access is checked twice: by the socket file's mode and group, and by
+//! the peer's credentials on connect. Every connection carries one request. Its head and body are
+//! limited in size and time, unread answers in time, and connections in number. So a client can at
+//! worst use up the API, never the switch.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -34,27 +34,27 @@ use crate::config::MAX_SOCKET_PATH;
 use crate::sys::peer;
 use crate::sys::thread::spawn;
 
-/// Connections served at once; one more is answered with 503.
+/// Most connections served at once. Further connections are answered with 503.
 pub const MAX_CONNECTIONS: usize = 64;
 /// Most headers of a request.
 const MAX_HEADERS: usize = 64;
 /// Most bytes of a request's head.
 const MAX_HEAD_BYTES: usize = 16 * 1024;
-/// How long a client may take to send the head of its request.
+/// Longest time in which a client may send the head of its request.
 const HEAD_LIMIT: Duration = Duration::from_secs(5);
-/// How long a client may leave an answer unread.
+/// Longest time for which a client may leave an answer unread.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
-/// How long requests may go on after a stop.
+/// Longest time for which requests may continue after a stop.
 const STOP_LIMIT: Duration = Duration::from_secs(1);
-/// Connections being told that they are refused.
+/// Most connections at once that are being told of their refusal.
 const MAX_REFUSALS: usize = 16;
-/// How long a refused client may take to read why.
+/// Longest time in which a refused client may read the reason.
 const REFUSAL_LIMIT: Duration = Duration::from_millis(500);
 
 /// Why the API cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// The path cannot be a socket's.
+    /// The path cannot be the path of a unix socket.
     #[error(
         "API socket {path:?} is {len} bytes long, a unix socket takes 1 to {MAX_SOCKET_PATH} bytes \
          without a zero; give another with --api-socket"
@@ -65,13 +65,13 @@ pub enum ServerError {
         /// Its length in bytes.
         len: usize,
     },
-    /// Another process listens there.
+    /// Another pollux answers on the path.
     #[error("another pollux answers on {path:?}; stop it, or give this one another --api-socket")]
     Live {
         /// The path.
         path: PathBuf,
     },
-    /// Something listens there, which may be anything.
+    /// Another process listens on the path, and is not known to be a pollux.
     #[error("another process listens on {path:?}; stop it, or give this one another --api-socket")]
     InUse {
         /// The path.
@@ -83,13 +83,13 @@ pub enum ServerError {
         /// The directory.
         dir: PathBuf,
     },
-    /// A file that we did not make.
+    /// The path exists and is not a socket.
     #[error("{path:?} exists and is not a socket; remove it, or give another --api-socket")]
     NotASocket {
         /// The path.
         path: PathBuf,
     },
-    /// No such group.
+    /// The group does not exist.
     #[error("group {0:?} of --api-group does not exist on this system")]
     Group(String),
     /// The group database cannot be read.
@@ -100,7 +100,7 @@ pub enum ServerError {
         /// Why.
         source: io::Error,
     },
-    /// The socket cannot be made.
+    /// The socket cannot be created.
     #[error("cannot listen on API socket {path:?}")]
     Bind {
         /// The path.
@@ -108,12 +108,12 @@ pub enum ServerError {
         /// Why.
         source: io::Error,
     },
-    /// No thread or event loop to be had.
+    /// The thread or its event loop cannot be created.
     #[error("cannot start the API thread")]
     Thread(#[source] io::Error),
 }
 
-/// The API being served; dropping it stops it.
+/// The running API server. Drop stops it.
 #[derive(Debug)]
 pub struct Server {
     stop: watch::Sender<bool>,
@@ -151,13 +151,14 @@ impl Server {
         })
     }
 
-    /// Ends event streams, lets requests under way finish for a second, removes the socket.
+    /// Ends event streams, lets running requests finish for at most `STOP_LIMIT`, and removes the
+    /// socket.
     pub fn stop(mut self) {
         self.finish();
     }
 
     fn finish(&mut self) {
-        // First, so that nobody connects to a daemon that no longer answers.
+        // The socket goes first, so that nobody connects to a daemon that no longer answers.
         drop(self.socket.take());
         let _ = self.stop.send(true);
         if let Some(thread) = self.thread.take() {
@@ -181,7 +182,7 @@ fn find_group(name: &str) -> Result<u32, ServerError> {
         .ok_or_else(|| ServerError::Group(name.to_string()))
 }
 
-/// Who may use the API.
+/// The users that may use the API.
 #[derive(Clone, Copy, Debug)]
 struct Admission {
     own: u32,
@@ -201,7 +202,7 @@ impl Admission {
         let Ok(peer) = stream.peer_cred() else {
             return false;
         };
-        // A peer whose groups cannot be read has none.
+        // If the peer's groups cannot be read, only its uid and gid count.
         self.admits(peer.uid(), peer.gid(), || {
             peer::supplementary_groups(stream.as_fd()).unwrap_or_default()
         })
@@ -215,7 +216,7 @@ fn run(
     admission: Admission,
     stopped: watch::Receiver<bool>,
 ) {
-    // A call that hangs in control does not hang the stop: nobody waits for its thread.
+    // A call that hangs in control does not delay the stop, because nobody waits for its thread.
     runtime.block_on(async move {
         match UnixListener::from_std(listener) {
             Ok(listener) => serve(listener, router, admission, stopped).await,
@@ -242,7 +243,8 @@ async fn serve(
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // Out of file descriptors, for one: it stays readable, so do not spin on it.
+                // One cause is a lack of descriptors. The listener then stays readable, so a pause
+                // avoids a busy loop.
                 tracing::warn!(%error, "an API connection cannot be accepted");
                 sleep(Duration::from_millis(50)).await;
                 continue;
@@ -259,7 +261,7 @@ async fn serve(
         } else {
             Refusal::Forbidden
         };
-        // Those beyond this number are closed without a word.
+        // Beyond `MAX_REFUSALS`, connections are closed without an answer.
         if let Ok(slot) = refusals.clone().try_acquire_owned() {
             tasks.spawn(refuse(stream, refusal, slot));
         }
@@ -285,7 +287,7 @@ async fn connection(
         .header_read_timeout(HEAD_LIMIT)
         .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEAD_BYTES)
-        // One request a connection: an idle one would hold a slot.
+        // One request for each connection. An idle connection would hold a slot.
         .keep_alive(false)
         .serve_connection(io, TowerToHyperService::new(router));
     tokio::pin!(connection);
@@ -307,7 +309,7 @@ enum Refusal {
     Busy,
 }
 
-/// Answers without understanding the request, and lingers so that the answer arrives.
+/// Answers without parsing the request, and waits until the client has read the answer.
 async fn refuse(mut stream: UnixStream, refusal: Refusal, _slot: OwnedSemaphorePermit) {
     let (status, error) = match refusal {
         Refusal::Forbidden => (
@@ -338,8 +340,7 @@ async fn refuse(mut stream: UnixStream, refusal: Refusal, _slot: OwnedSemaphoreP
         body.len()
     );
     let _ = timeout(REFUSAL_LIMIT, async {
-        // A client that has an answer before it has asked takes that for an error of the
-        // connection.
+        // A client that gets an answer before it has sent its request sees a connection error.
         let _ = timeout(REFUSAL_LIMIT / 2, stream.readable()).await;
         stream.write_all(answer.as_bytes()).await?;
         stream.shutdown().await?;

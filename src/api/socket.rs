@@ -1,8 +1,9 @@
-//! The API's listening socket: taken only if nobody answers on it, and never left behind.
+//! The API's listening socket. It is taken only if nobody answers on it, and its file is never left
+//! behind.
 //!
-//! A lock file beside the socket decides between two daemons that start at the same moment; under
-//! it, a socket that refuses connections is stale and is replaced, one that accepts is refused by
-//! name.
+//! A lock file beside the socket decides between two daemons that start at the same moment. Under
+//! the lock, a socket that refuses connections is stale and is replaced. If a socket accepts, the
+//! new daemon fails and names the path.
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -19,21 +20,22 @@ use crate::sys::listen::SocketFile;
 
 const SOCKET_MODE: u32 = 0o660;
 const DIRECTORY_MODE: u32 = 0o750;
-/// Connections the kernel holds for us before `connect` fails; beyond the limit we serve anyway.
+/// Connections that the kernel queues before `connect` fails. The server also takes connections
+/// beyond its limit, to refuse them.
 const BACKLOG: i32 = 64;
 
-/// A bound, listening socket file; dropping it removes the file.
+/// A bound, listening socket file. Drop removes the file.
 #[derive(Debug)]
 pub(super) struct ApiSocket {
-    /// Removed before the lock's file.
+    /// Removed before the lock file.
     file: Option<SocketFile>,
     lock_path: PathBuf,
-    // Held for as long as the socket is ours.
+    // Held while this process owns the socket.
     _lock: File,
 }
 
 impl ApiSocket {
-    /// Takes `path` for this process.
+    /// Takes `path` for this process. Returns an error if it is in use.
     pub(super) fn bind(
         path: &Path,
         group: Option<u32>,
@@ -76,13 +78,13 @@ impl ApiSocket {
 impl Drop for ApiSocket {
     fn drop(&mut self) {
         drop(self.file.take());
-        // Under the lock still: a daemon that waits for it notices the missing file and retries.
+        // The lock is still held. A daemon that waits for it notices the missing file and retries.
         let _ = fs::remove_file(&self.lock_path);
     }
 }
 
-/// Where the API socket is unless the operator says otherwise: of root in `/run`, of others in
-/// their runtime directory, which may not be known.
+/// Returns the default path of the API socket: under `/run` for root, under the runtime directory
+/// for other users. `None` if that directory is not known.
 pub fn default_socket() -> Option<PathBuf> {
     let directory = if rustix::process::geteuid().is_root() {
         PathBuf::from("/run")
@@ -92,22 +94,22 @@ pub fn default_socket() -> Option<PathBuf> {
     Some(directory.join("pollux/api.sock"))
 }
 
-/// Makes the directory of the default path, if it is missing. Any other one is the operator's to
-/// make, as those of ports are: a typo in its name is an error, and no new directory.
+/// Creates the directory of the default path if it is missing. Other directories are not created,
+/// as with ports: a typo in a name is an error and does not create a directory.
 fn make_parent(path: &Path, group: Option<u32>, default: Option<&Path>) -> Result<(), ServerError> {
     let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) else {
         return Ok(());
     };
     match fs::metadata(parent) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        // Whatever else is wrong with it, the socket itself will say.
+        // For any other problem, binding the socket reports the error.
         _ => return Ok(()),
     }
     if default != Some(path) {
         return Err(ServerError::NoDirectory { dir: parent.into() });
     }
     let made = DirBuilder::new().mode(DIRECTORY_MODE).create(parent);
-    // Without this, the group could not even reach the socket that it may use.
+    // Without this, members of the group could not reach the socket inside the directory.
     let made = made.and_then(|()| match group {
         Some(_) => chown(parent, None, group),
         None => Ok(()),
@@ -118,7 +120,7 @@ fn make_parent(path: &Path, group: Option<u32>, default: Option<&Path>) -> Resul
     })
 }
 
-/// Locks `path`, or fails with `WouldBlock` while another process holds it.
+/// Locks `path`. Fails with `WouldBlock` while another process holds the lock.
 fn lock(path: &Path) -> io::Result<File> {
     loop {
         let file = OpenOptions::new()
@@ -128,8 +130,8 @@ fn lock(path: &Path) -> io::Result<File> {
             .mode(0o600)
             .open(path)?;
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-        // The holder before us may have removed the file between our open and our lock; then we
-        // hold a lock that nobody else will ever see.
+        // The previous holder may have removed the file between our open and our lock. Nobody else
+        // would see such a lock, so this case retries.
         let opened = file.metadata()?;
         match fs::metadata(path) {
             Ok(named) if (named.dev(), named.ino()) == (opened.dev(), opened.ino()) => {
@@ -161,7 +163,7 @@ fn replace_stale(path: &Path) -> Result<(), ServerError> {
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(bind_error(error)),
-        // Connected, or listening with a full backlog, or a socket of another type: in use.
+        // The socket accepts, has a full backlog, or has another type: it is in use.
         _ => Err(ServerError::InUse { path: path.into() }),
     }
 }
@@ -184,7 +186,7 @@ mod tests {
         let mode = fs::metadata(made).unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, DIRECTORY_MODE);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        // Nothing above it is.
+        // A missing parent of that directory is not created.
         let deep = dir.path().join("no/pollux/api.sock");
         let error = make_parent(&deep, None, Some(&deep)).unwrap_err();
         assert!(matches!(error, ServerError::Bind { .. }), "{error}");

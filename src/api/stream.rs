@@ -1,9 +1,9 @@
-//! The bodies that have no end of their own: a helper thread for each.
+//! Bodies without an end of their own. Each has a helper thread.
 //!
-//! For `/v1/events` it takes events from their channel and hands lines to the connection; for
-//! captures and traces it looks every few milliseconds for what observers have written.
+//! For `/v1/events` the thread takes events from their channel and passes lines to the connection.
+//! For captures and traces it looks every few milliseconds for what observers have written.
 //!
-//! Either ends when the connection does, when the daemon stops, or when the channel is closed
+//! The thread ends when the connection ends, when the daemon stops, or when the channel is closed
 //! because its reader was too slow.
 
 use std::convert::Infallible;
@@ -20,20 +20,20 @@ use super::control::ByteStream;
 use super::types::Event;
 use crate::sys::thread;
 
-/// Lines between the helper thread and the connection.
+/// Most lines between the helper thread and the connection.
 const LINES: usize = 16;
-/// Chunks of a capture in the same place.
+/// Most chunks of a capture between the helper thread and the connection.
 const CHUNKS: usize = 4;
 /// Time between looks at an observer that has written nothing.
 const LOOK: Duration = Duration::from_millis(2);
-/// How soon the thread notices that the connection or the daemon has ended.
+/// Time within which the thread notices that the connection or the daemon has ended.
 const TICK: Duration = Duration::from_millis(100);
 
-/// The lines or chunks of one stream.
+/// The lines or chunks of one stream, as a body.
 #[derive(Debug)]
 pub(super) struct Lines(mpsc::Receiver<Bytes>);
 
-/// Starts forwarding `events`; `permit` is held until that ends.
+/// Starts forwarding `events`. `permit` is held until forwarding ends.
 pub(super) fn start(
     events: Receiver<Event>,
     permit: OwnedSemaphorePermit,
@@ -59,14 +59,14 @@ fn forward(events: &Receiver<Event>, lines: &mpsc::Sender<Bytes>, stopped: &watc
             continue;
         };
         line.push(b'\n');
-        // Blocks on a reader that does not read; the connection's write limit ends that.
+        // Blocks if the reader does not read. The connection's write limit ends the wait.
         if lines.blocking_send(line.into()).is_err() {
             return;
         }
     }
 }
 
-/// Starts forwarding what `stream` makes; `permit` is held until that ends.
+/// Starts forwarding what `stream` produces. `permit` is held until forwarding ends.
 pub(super) fn start_bytes(
     stream: Box<dyn ByteStream>,
     permit: OwnedSemaphorePermit,
@@ -85,7 +85,7 @@ fn forward_bytes(
     chunks: &mpsc::Sender<Bytes>,
     stopped: &watch::Receiver<bool>,
 ) {
-    // A daemon that stops has ended the observer: its stream's end is still to come.
+    // A stopping daemon has ended the observer, but the end of the stream is still to be read.
     let mut stopping: Option<Instant> = None;
     loop {
         let mut bytes = Vec::new();
@@ -106,8 +106,8 @@ fn forward_bytes(
     }
 }
 
-/// Waits for a reader that does not read, for as long as it is there; says whether it took the
-/// chunk.
+/// Passes a chunk to the connection. Waits for as long as the reader is there, even if it does not
+/// read. Returns whether the reader took the chunk.
 fn hand_over(
     mut bytes: Bytes,
     chunks: &mpsc::Sender<Bytes>,

@@ -1,8 +1,8 @@
-//! What travels over the API.
+//! The values of the API.
 //!
-//! Names are stable: a field may be added, none is renamed or changes its unit within `/v1`.
-//! Amounts are in base units (bytes, seconds, a ratio from 0 to 1). rx and tx are always from the
-//! *switch's* view: rx is a frame that enters the switch from the port's guest.
+//! Names are stable: within `/v1` a field may be added, but no field is renamed or changes its
+//! unit. Amounts are in base units (bytes, seconds, a ratio from 0 to 1). rx and tx are always from
+//! the *switch's* view: rx is a frame that enters the switch from the port's guest.
 
 use std::collections::BTreeMap;
 
@@ -44,7 +44,7 @@ pub enum PortState {
 }
 
 impl PortState {
-    /// The word used in JSON and tables.
+    /// Returns the word used in JSON and tables.
     pub fn as_str(self) -> &'static str {
         match self {
             PortState::Waiting => "waiting",
@@ -280,7 +280,7 @@ pub struct DirectionStatistics {
 }
 
 impl DirectionStatistics {
-    /// Frames dropped for any reason.
+    /// Returns the number of frames dropped for any reason.
     pub fn dropped(&self) -> u64 {
         self.drops.values().fold(0, |sum, n| sum.saturating_add(*n))
     }
@@ -380,7 +380,7 @@ pub struct VersionView {
 }
 
 impl VersionView {
-    /// This program, in this process.
+    /// Returns the values of this program and process.
     pub fn current() -> Self {
         VersionView {
             version: env!("CARGO_PKG_VERSION").to_string(),

@@ -15,7 +15,7 @@ use crate::api::types::{
     ApiError, CaptureOrder, MirrorAdd, ObserverKind, ObserverView, TraceLine, TraceOrder,
 };
 
-/// Names the observer behind a stream.
+/// Header with the name of the observer behind a stream.
 pub(crate) const OBSERVER: &str = "pollux-observer";
 
 /// All observers: captures, traces, mirrors.

@@ -1,4 +1,4 @@
-//! Guest memory, as far as it has to be told of.
+//! Guest memory in the API, if there is something to report.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;

@@ -1,4 +1,4 @@
-//! Observers, as they travel over the API.
+//! Values of the API about observers.
 
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};

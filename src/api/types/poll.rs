@@ -1,4 +1,4 @@
-//! Poll threads, as they travel over the API.
+//! Values of the API about poll threads.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
