@@ -1,4 +1,4 @@
-//! The command line: what exists, what it is called, and the help that is its reference.
+//! The command line: names, values and help texts.
 //!
 //! Man pages and completions are generated from the same definitions.
 
@@ -22,7 +22,7 @@ mod observe;
 
 pub(super) use observe::{CaptureArgs, ExtcapArgs, MirrorCommand, WatchArgs};
 
-/// What other programs of the kind call `remove` and `list`.
+/// Names that other programs of this kind use for `remove` and `list`.
 const REMOVE: [&str; 3] = ["del", "delete", "rm"];
 const LIST: &str = "ls";
 
@@ -307,7 +307,7 @@ pub enum PollCommand {
 pub struct QueueName {
     /// Name of the port.
     pub port: String,
-    /// The pair; all where `None`.
+    /// The queue pair. `None`: all queue pairs.
     pub queue: Option<u16>,
 }
 
@@ -370,7 +370,7 @@ impl Setting {
     }
 }
 
-/// A `KEY=VALUE` or `NAME:PAIR` that a command does not take.
+/// A `KEY=VALUE` or `NAME:PAIR` that a command does not accept.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SettingError {
     /// A key that cannot be changed, or does not exist.
@@ -389,13 +389,13 @@ pub enum SettingError {
     /// The same for `pollux poll set`.
     #[error("{0:?} cannot be set; known are rebalance=auto|off and idle=POLICY")]
     UnknownPoll(String),
-    /// No such policy.
+    /// Not a valid rebalance policy.
     #[error("rebalance={0} is not valid: auto or off")]
     Rebalance(String),
-    /// No such policy.
+    /// Not a valid idle policy.
     #[error("idle={0} is not valid: busy, adaptive or adaptive:MICROSECONDS (at most 1000000)")]
     Idle(String),
-    /// What stands behind a port's name is no number.
+    /// The text after the port's name is not a number.
     #[error("{0:?}: use NAME or NAME:PAIR, pairs counting from 0")]
     Pair(String),
 }

@@ -1,7 +1,7 @@
-//! A capture as its client sees it: pcapng blocks, into files or as lines.
+//! A capture as its client receives it: pcapng blocks, written to files or printed as lines.
 //!
-//! The API makes pcapng, and the client cuts it into files. So `curl` alone is enough for a
-//! capture, and a rotation needs to know blocks only.
+//! The API sends pcapng, and the client cuts it into files. So `curl` alone is enough for a
+//! capture, and the rotation only needs to recognise blocks.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -23,10 +23,10 @@ const INTERFACE: u32 = 1;
 const PACKET: u32 = 6;
 /// `epb_queue`.
 const EPB_QUEUE: u16 = 6;
-/// Longest block: a frame and its options.
+/// Longest block in bytes: a frame and its options.
 const MAX_BLOCK: usize = 1 << 20;
 
-/// Where a capture goes.
+/// The destination of a capture.
 #[derive(Debug)]
 pub(super) enum Sink {
     /// Lines for people, or JSON.
@@ -37,17 +37,17 @@ pub(super) enum Sink {
     Files(Files),
 }
 
-/// A file, and those that follow when it is full.
+/// A capture file, and the numbered files that follow when it is full.
 #[derive(Debug)]
 pub(super) struct Files {
     path: PathBuf,
     file: File,
     written: u64,
-    /// Bytes after which the next one begins.
+    /// Bytes after which the next file begins.
     limit: Option<u64>,
-    /// Files that stay.
+    /// Number of files that are kept, the newest.
     keep: Option<u64>,
-    /// Number of the present one.
+    /// Number of the current file.
     number: u64,
 }
 
@@ -57,7 +57,7 @@ impl Files {
         limit: Option<u64>,
         keep: Option<u64>,
     ) -> Result<Files, Failure> {
-        // What is there stays until there is something to be written: the capture may be refused.
+        // The file is truncated only at the first write, because the capture may still be refused.
         let options = File::options()
             .write(true)
             .create(true)
@@ -74,8 +74,8 @@ impl Files {
         })
     }
 
-    /// The file of a number: the first has the name that was given, the others end in `.1`, `.2`
-    /// and so on.
+    /// Returns the name of the file with this number. The first file has the given name, the others
+    /// end in `.1`, `.2` and so on.
     fn name(&self, number: u64) -> PathBuf {
         let mut name = self.path.clone().into_os_string();
         if number > 0 {
@@ -94,7 +94,7 @@ impl Files {
         self.file = File::create(self.name(self.number))?;
         self.written = 0;
         if let Some(oldest) = self.keep.and_then(|keep| self.number.checked_sub(keep)) {
-            // Somebody else may have taken it away.
+            // Errors are ignored: somebody may have removed the file.
             let _ = std::fs::remove_file(self.name(oldest));
         }
         self.write(head)
@@ -102,7 +102,7 @@ impl Files {
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.written == 0 {
-            // A pipe has no length.
+            // Errors are ignored: a pipe has no length.
             let _ = self.file.set_len(0);
         }
         self.file.write_all(bytes)?;
@@ -111,20 +111,20 @@ impl Files {
     }
 }
 
-/// A capture being received.
+/// A capture while it is received.
 pub(super) struct Blocks {
     sink: Sink,
     pending: Vec<u8>,
-    /// The section's head and its interfaces, for files that follow.
+    /// The section header and the interface blocks, to begin the following files with.
     head: Vec<u8>,
     parser: Option<Box<PcapNgParser>>,
-    /// What goes to a file, collected.
+    /// Bytes collected for the next write to a file.
     out: Vec<u8>,
-    /// Frames received.
+    /// Number of frames received.
     pub(super) frames: u64,
-    /// Frames that the daemon had no room for, as it said at the end.
+    /// Number of frames for which the daemon had no room, as reported at the end.
     pub(super) missed: u64,
-    /// Why it has ended, as the daemon says.
+    /// Why the capture has ended, as the daemon reports.
     pub(super) ended: Option<String>,
 }
 
@@ -142,7 +142,8 @@ impl Blocks {
         }
     }
 
-    /// Takes what has come: whole blocks go where they belong, a part of one waits for the rest.
+    /// Handles the bytes that have come. Whole blocks are written, a partial block waits for the
+    /// rest.
     pub(super) fn take(&mut self, chunk: &[u8]) -> Result<(), Failure> {
         self.pending.extend_from_slice(chunk);
         let pending = std::mem::take(&mut self.pending);
@@ -229,7 +230,7 @@ impl Blocks {
         Ok(())
     }
 
-    /// Everything received goes out: whoever reads a pipe waits for it.
+    /// Writes everything collected. The reader of a pipe waits for it.
     fn flush(&mut self) -> Result<(), Failure> {
         if self.out.is_empty() {
             return Ok(());
@@ -252,7 +253,7 @@ impl Blocks {
 
     fn unwritten(&self, error: &io::Error) -> Failure {
         match &self.sink {
-            // A pipe, whose reader has enough.
+            // The file is a pipe, and its reader has left.
             Sink::Files(_) if error.kind() == io::ErrorKind::BrokenPipe => Failure::reader_left(),
             Sink::Files(files) => Failure::internal(format!(
                 "cannot write to {:?}: {error}; the capture ends after about {} frames",
@@ -268,13 +269,13 @@ fn garbled() -> Failure {
     Failure::internal("the daemon sends something that is no capture")
 }
 
-/// The word at an offset, in the byte order of this machine, which is the daemon's too.
+/// Returns the 32-bit word at an offset, in native byte order. The daemon runs on the same machine.
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
     let bytes = bytes.get(at..at + 4)?;
     Some(u32::from_ne_bytes(bytes.try_into().ok()?))
 }
 
-/// Direction, queue and reason of a drop.
+/// Returns the direction, the queue and the drop reason of a frame.
 fn particulars(packet: &EnhancedPacketBlock<'_>) -> (&'static str, Option<u32>, Option<String>) {
     let (mut direction, mut queue, mut dropped) = ("-", None, None);
     for option in &packet.options {

@@ -18,7 +18,7 @@ use crate::api::types::{
 };
 use crate::config::{PortSpec, count};
 
-/// Does `command` with the daemon on `socket`.
+/// Executes `command` against the daemon on `socket`.
 pub(super) fn execute(command: Command, socket: PathBuf) -> Result<(), Failure> {
     let client = Client::new(socket);
     match command {
@@ -67,7 +67,7 @@ fn port(client: &Client, command: PortCommand) -> Result<(), Failure> {
     }
 }
 
-/// Makes the path of a port's socket absolute: the daemon's working directory is another one.
+/// Makes the path of a port's socket absolute, because the daemon has another working directory.
 pub(super) fn make_absolute(spec: &mut PortSpec) -> Result<(), Failure> {
     spec.socket = std::path::absolute(&spec.socket).map_err(|error| {
         Failure::bad_arguments(format!("socket path {:?}: {error}", spec.socket))
@@ -169,7 +169,8 @@ fn poll_patch(settings: &[PollSetting], thread: Option<u32>) -> Result<PollSetti
     Ok(patch)
 }
 
-/// A setting that was given before is a mistake: which one is meant?
+/// Returns an error if a setting was given before (`again`), because it is unclear which value is
+/// meant.
 pub(super) fn once(again: bool) -> Result<(), Failure> {
     match again {
         true => Err(Failure::bad_arguments("each setting may be given once")),
@@ -208,13 +209,14 @@ fn stats(client: &Client, watch: Option<u64>, output: Output) -> Result<(), Fail
 }
 
 fn events(client: &Client, output: Output) -> Result<(), Failure> {
-    // A stream that nobody here has ended is one of a daemon that has gone, as for captures.
+    // A stream that this command has not ended was ended by a daemon that has gone, as with
+    // captures.
     let mut outcome = Err(Failure::new(EXIT_NO_DAEMON, "the events broke off"));
     client.stream_lines("/v1/events", |line| {
         let (text, last) = match serde_json::from_str::<Event>(line) {
             Ok(event) if output.json => (format!("{line}\n"), event.kind),
             Ok(event) => (views::event(&event), event.kind),
-            // A later version may say more; it is shown as it is.
+            // A later version may send other lines. They are printed unchanged.
             Err(_) => (format!("{line}\n"), EventKind::Other),
         };
         if let Err(error) = print(&text) {
@@ -235,7 +237,7 @@ fn events(client: &Client, output: Output) -> Result<(), Failure> {
     outcome
 }
 
-/// Gets `target` and prints it as it stands, or as `table` lays it out.
+/// Gets `target` and prints it as JSON, or as `table` formats it.
 pub(super) fn show<T: DeserializeOwned>(
     client: &Client,
     target: &str,
@@ -273,7 +275,7 @@ fn port_target(name: &str) -> Result<String, Failure> {
     Ok(format!("/v1/ports/{}", encode(name)))
 }
 
-/// Percent-encodes what is not plain in a URL.
+/// Percent-encodes all characters that are not plain in a URL.
 pub(super) fn encode(text: &str) -> String {
     let mut encoded = String::with_capacity(text.len());
     for byte in text.bytes() {

@@ -1,4 +1,4 @@
-//! Why a command did not do what it was asked, and the exit codes that say so.
+//! Why a command failed, and the exit codes for it.
 
 use std::error::Error;
 use std::fmt;
@@ -10,7 +10,7 @@ use crate::api::{ControlError, STOPPING, ServerError};
 use crate::config::ConfigError;
 use crate::log;
 
-/// Done.
+/// The command succeeded.
 pub const EXIT_OK: u8 = 0;
 /// Internal error of pollux or the operating system.
 pub const EXIT_INTERNAL: u8 = 1;
@@ -18,14 +18,15 @@ pub const EXIT_INTERNAL: u8 = 1;
 pub const EXIT_BAD_ARGUMENTS: u8 = 2;
 /// No daemon answers on the API socket.
 pub const EXIT_NO_DAEMON: u8 = 3;
-/// No such port or entry.
+/// The port or entry does not exist.
 pub const EXIT_NOT_FOUND: u8 = 4;
-/// Refused: no permission, or in conflict with what exists.
+/// Refused: no permission, or a conflict with what exists.
 pub const EXIT_REFUSED: u8 = 5;
 
-/// What the codes mean, in `--help`, in the man pages and in `docs/operating.md` (a test compares).
+/// Meanings of the exit codes, for `--help`, the man pages and `docs/operating.md` (a test
+/// compares).
 ///
-/// A code tells the cause, not the command: `pollux run --port SPEC` fails with the code that
+/// A code names the cause, not the command: `pollux run --port SPEC` fails with the code that
 /// `pollux port add SPEC` has for the same port.
 pub(super) const EXIT_CODES: [(u8, &str); 6] = [
     (EXIT_OK, "done; `run`: ended by SIGTERM or SIGINT"),
@@ -52,7 +53,7 @@ pub(super) const EXIT_CODES: [(u8, &str); 6] = [
     ),
 ];
 
-/// The same for `--help`.
+/// Formats exit codes and their meanings for `--help`.
 pub(super) fn exit_codes(codes: &[(u8, &str)]) -> String {
     let lines = codes.iter().map(|(code, meaning)| {
         let meaning = meaning.replace('`', "");
@@ -61,7 +62,7 @@ pub(super) fn exit_codes(codes: &[(u8, &str)]) -> String {
     format!("Exit codes:\n{}", lines.collect::<Vec<_>>().join("\n"))
 }
 
-/// Why a command did not do what it was asked, and the exit code that says so.
+/// Why a command failed, with its exit code.
 #[derive(Debug)]
 pub struct Failure {
     code: u8,
@@ -87,17 +88,17 @@ impl Failure {
         Failure::new(EXIT_BAD_ARGUMENTS, text)
     }
 
-    /// A file that cannot be written or made: `what` says which, as in `cannot …`.
+    /// A file that cannot be written or created. `what` completes the sentence `cannot …`.
     pub(super) fn file(what: &str, error: &io::Error) -> Self {
         Failure::new(code_of_io(error.kind()), format!("cannot {what}: {error}"))
     }
 
-    /// Whoever read our output wants no more of it: nothing to say, nothing wrong.
+    /// The reader of our output has left. The command ends without a message and with success.
     pub(super) fn reader_left() -> Self {
         Failure::new(EXIT_OK, "")
     }
 
-    /// The exit code.
+    /// Returns the exit code.
     pub fn code(&self) -> u8 {
         self.code
     }
@@ -119,7 +120,7 @@ impl Failure {
         if let Some(hint) = &self.hint {
             message.push_str(&format!("{}\n", lines(&format!("  {hint}"), 2)));
         }
-        // A daemon's last words wait for nobody, either.
+        // Through the log if it runs, so that the last message of a daemon does not block either.
         if !log::say(&message) {
             text::note(&message);
         }
@@ -168,7 +169,7 @@ fn client_code(error: &ClientError) -> u8 {
     }
 }
 
-/// What the file system refuses is refused; all else is a fault of the system.
+/// Returns the exit code of an I/O error: refused if the file system refuses, else internal.
 fn code_of_io(kind: io::ErrorKind) -> u8 {
     match kind {
         io::ErrorKind::PermissionDenied
@@ -182,7 +183,7 @@ fn code_of_io(kind: io::ErrorKind) -> u8 {
     }
 }
 
-/// The exit code of whatever stopped the daemon from starting.
+/// Returns the exit code of an error that kept the daemon from starting.
 fn code_of(error: &(dyn Error + 'static)) -> u8 {
     let mut next = Some(error);
     while let Some(error) = next {
@@ -215,7 +216,7 @@ fn code_of(error: &(dyn Error + 'static)) -> u8 {
     EXIT_INTERNAL
 }
 
-/// An error and what caused it, on one line.
+/// Formats an error and its causes on one line.
 fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut next = error.source();

@@ -1,32 +1,32 @@
-//! What is logged: `--log`, checked word by word.
+//! Parses `--log` and checks each word.
 //!
-//! The usual filters of `tracing` take any word for the name of a module: a typo makes a silent
-//! daemon. Here a module is one that logs, and a word is a level.
+//! The filters of `tracing` accept any word as the name of a module, so a typo makes the daemon
+//! silent. Here only modules that log and known levels are accepted.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
-/// The modules that log; a test looks for others.
+/// The modules that log. A test checks that no other module logs.
 const MODULES: [&str; 3] = ["pollux", "pollux::api", "pollux::daemon"];
 const LEVELS: &str = "off, error, warn, info, debug or trace";
 
-/// A text that says no levels.
+/// Why a text is not a log filter.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LogFilterError {
-    /// A word that is no level.
+    /// The word is not a level.
     #[error("{0:?} is no level: use {LEVELS}")]
     Level(String),
-    /// Nothing logs under that name.
+    /// No module of this name logs.
     #[error("no module {0:?} logs: use {modules}", modules = MODULES.join(" or "))]
     Module(String),
-    /// The same twice.
+    /// A module, or the default, has two levels.
     #[error("{0} has two levels")]
     Twice(String),
 }
 
-/// `info`, or `warn,pollux::api=debug`: the level of all, and of modules that have another one.
+/// `info`, or `warn,pollux::api=debug`: the default level, and the modules with another level.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogFilter {
     all: LevelFilter,
@@ -34,7 +34,7 @@ pub struct LogFilter {
 }
 
 impl LogFilter {
-    /// The same as the library takes it.
+    /// Returns the filter in the library's form.
     pub(super) fn targets(&self) -> Targets {
         Targets::new()
             .with_default(self.all)
@@ -52,7 +52,8 @@ impl FromStr for LogFilter {
                 Some((module, word)) => (Some(module), word),
                 None => (None, part),
             };
-            // Numbers are levels to the library, which nothing here says.
+            // The library accepts numbers as levels. The help does not mention numbers, so they are
+            // refused.
             let level = Some(word).filter(|word| word.bytes().all(|b| b.is_ascii_alphabetic()));
             let level = level.and_then(|word| word.parse().ok().filter(|_| !word.is_empty()));
             let level: LevelFilter = level.ok_or_else(|| LogFilterError::Level(word.into()))?;
@@ -97,7 +98,7 @@ mod tests {
         let text = "warn,pollux::api=debug";
         assert!(enabled(text, "pollux::api::server", Level::DEBUG));
         assert!(!enabled(text, "pollux::daemon", Level::INFO));
-        // Who wants to know more of one module does not want less of the others.
+        // A module with more detail does not silence the others.
         assert!(enabled("pollux::api=trace", "pollux::daemon", Level::INFO));
     }
 

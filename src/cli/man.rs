@@ -1,7 +1,7 @@
-//! The man pages: a page a command, from the definitions that the command line is parsed by.
+//! The man pages: one page for each command, from the definitions of the command line.
 //!
-//! `clap_mangen` leaves values out of the synopsis, lists arguments as options and knows no
-//! examples, files and exit codes, so only its writer of roff is used.
+//! `clap_mangen` leaves values out of the synopsis, lists arguments as options, and has no
+//! examples, files and exit codes. So only its writer of roff is used.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use super::text;
 use super::{Cli, Failure};
 use crate::bench;
 
-/// Examples of each command; a test parses them.
+/// Examples of each command. A test parses them.
 const EXAMPLES: [(&str, &[&str]); 12] = [
     (
         "pollux",
@@ -75,7 +75,7 @@ const EXAMPLES: [(&str, &[&str]); 12] = [
     ),
 ];
 
-/// Environment variables that commands heed without an option of their own.
+/// Environment variables that commands use and that have no option.
 const ENVIRONMENT: [(&str, &str); 3] = [
     ("NO_COLOR", "no colours, where it is set to anything"),
     (
@@ -117,7 +117,7 @@ fn write(pollux: &Command, command: &Command, dir: &Path) -> Result<(), Failure>
     subcommands(command).try_for_each(|command| write(pollux, command, dir))
 }
 
-/// `pollux port add`.
+/// Returns the full name of a command, such as `pollux port add`.
 fn name(command: &Command) -> &str {
     command.get_bin_name().unwrap_or(command.get_name())
 }
@@ -131,7 +131,7 @@ fn subcommands(command: &Command) -> impl Iterator<Item = &Command> {
     command.get_subcommands().filter(shown)
 }
 
-/// The first paragraph of what a command says of itself.
+/// Returns the first line of a command's description, without its full stop.
 fn summary(command: &Command) -> String {
     let about = command.get_about().map(ToString::to_string);
     let about = about.unwrap_or_default();
@@ -143,9 +143,9 @@ fn page(pollux: &Command, command: &Command) -> String {
     let mut roff = Roff::new();
     let version = format!("pollux {}", env!("CARGO_PKG_VERSION"));
     let title = title(command);
-    // A date would change with every build.
+    // No date, because it would change with every build.
     roff.control("TH", [&title, "1", " ", &version, "Pollux manual"]);
-    // Options and paths are to be copied: no hyphens and no wider blanks.
+    // Users copy options and paths, so hyphenation and justification are off.
     roff.control("nh", []).control("ad", ["l"]);
     roff.control("SH", ["NAME"]);
     roff.text([roman(format!("{title} - {}", summary(command)))]);
@@ -184,12 +184,12 @@ fn page(pollux: &Command, command: &Command) -> String {
     roff.render()
 }
 
-/// Help without the marks of Markdown.
+/// Removes the marks of Markdown from a help text.
 fn plain(text: &str) -> String {
     text.replace('`', "")
 }
 
-/// Values of an argument, `SPEC`, or nothing for a flag.
+/// Returns the value names of an argument, such as `SPEC`. `None` for a flag.
 fn values(arg: &Arg) -> Option<String> {
     let takes = arg.is_positional() || arg.get_action().takes_values();
     let names = arg.get_value_names().filter(|_| takes)?;
@@ -197,7 +197,7 @@ fn values(arg: &Arg) -> Option<String> {
     Some(names.join(" "))
 }
 
-/// An option or argument, as it is written.
+/// Returns an option or argument in the form in which it is typed.
 fn form(arg: &Arg) -> Vec<Inline> {
     let mut form = Vec::new();
     let short = arg.get_short().map(|short| format!("-{short}"));
@@ -224,12 +224,12 @@ fn synopsis(roff: &mut Roff, command: &Command) {
     let mut line = vec![bold(name(command))];
     let (places, options): (Vec<&Arg>, Vec<&Arg>) = shown(command).partition(|a| a.is_positional());
     for arg in options.into_iter().chain(places) {
-        // Every command has it.
+        // Every command has `--help`.
         if arg.get_id() == "help" {
             continue;
         }
         let mut form = form(arg);
-        // One name is enough here.
+        // The synopsis shows only the long name.
         if let (Some(long), false) = (arg.get_long(), arg.is_positional()) {
             form[0] = bold(format!("--{long}"));
         }
@@ -297,7 +297,7 @@ fn list(roff: &mut Roff, title: &str, entries: impl Iterator<Item = (Inline, Str
     }
 }
 
-/// The command that this one belongs to, and its sisters.
+/// Lists the command's family and the other commands in it.
 fn see_also(roff: &mut Roff, pollux: &Command, command: &Command) {
     let own = title(command);
     let mut pages = vec!["pollux".to_string()];
@@ -333,7 +333,7 @@ mod tests {
             assert!(all.iter().any(|name| name == of), "{of}");
             for line in lines {
                 let words = line.split('\'').enumerate().flat_map(|(n, part)| {
-                    // Every other one was quoted.
+                    // Every other part was quoted.
                     let words: Vec<&str> = match n % 2 {
                         0 => part.split_whitespace().collect(),
                         _ => vec![part],

@@ -43,24 +43,24 @@ pub use failure::{
     Failure,
 };
 
-/// What QEMU's backend conventions ask for; its schema defines no features for `net`.
+/// The answer that QEMU's backend conventions require. Their schema defines no features for `net`.
 const CAPABILITIES: &str = "{\"type\":\"net\"}\n";
 
-/// Runs the switch until it is told to stop. An error that is a [`Failure`] brings its own exit
-/// code; those of the API server and of configuration are known here.
+/// Runs the switch until it is told to stop. An error that is a [`Failure`] has its own exit code.
+/// The exit codes of API server errors and configuration errors are known here.
 pub type Runner = fn(DaemonConfig) -> Result<(), Box<dyn Error>>;
 
-/// Measures a backend; says by itself what went wrong, and returns the exit code.
+/// Runs a benchmark. It reports its errors by itself and returns the exit code.
 pub type Bencher = fn(&bench::Args) -> u8;
 
-/// Does what the command line says; `run` is called for `pollux run`.
+/// Executes the command line. `run` is called for `pollux run`, `bench` for `pollux bench`.
 pub fn main(run: Runner, bench: Bencher) -> ExitCode {
     let capabilities = std::env::args_os()
         .skip(1)
         .take_while(|argument| argument != OsStr::new("--"))
         .any(|argument| argument == OsStr::new("--print-capabilities"));
     let result = if capabilities {
-        // Before parsing: other options, even unknown ones, are to be ignored.
+        // Checked before parsing: other options must be ignored, even unknown ones.
         text::print(CAPABILITIES)
     } else {
         parse().and_then(|cli| dispatch(cli, run, bench))
@@ -79,7 +79,7 @@ pub fn main(run: Runner, bench: Bencher) -> ExitCode {
 fn parse() -> Result<Cli, Failure> {
     let matches = Cli::command().try_get_matches().map_err(|e| usage(&e))?;
     let cli = Cli::from_arg_matches(&matches).map_err(|e| usage(&e))?;
-    // The environment may name it for other commands.
+    // `POLLUX_API_SOCKET` may be set for other commands, so only the option counts here.
     let named = matches.value_source("api_socket") == Some(ValueSource::CommandLine);
     let needs_none = matches!(
         cli.command,
@@ -92,7 +92,7 @@ fn parse() -> Result<Cli, Failure> {
     Ok(cli)
 }
 
-/// Prints help, or what is wrong with the arguments, as wide as the terminal is.
+/// Prints help or an error about the arguments, as wide as the terminal.
 fn usage(error: &clap::Error) -> Failure {
     if !error.use_stderr() {
         let printed = error
@@ -102,7 +102,7 @@ fn usage(error: &clap::Error) -> Failure {
     }
     let message = error.render().ansi().to_string();
     let message = text::fit(&message, text::columns(&io::stderr()), 2);
-    // Nobody is left to tell if this fails.
+    // If this write fails, nobody can be told.
     let _ = anstream::AutoStream::auto(io::stderr()).write_all(message.as_bytes());
     Failure::new(EXIT_BAD_ARGUMENTS, "")
 }
@@ -117,7 +117,7 @@ fn dispatch(cli: Cli, run: Runner, bench: Bencher) -> Result<(), Failure> {
         Command::Run(args) => run_daemon(args, socket_path(cli.api_socket)?, run),
         Command::Bench(args) => match bench(&args) {
             EXIT_OK => Ok(()),
-            // It has said why.
+            // `bench` has already reported the reason.
             code => Err(Failure::new(code, "")),
         },
         Command::Completions { shell } => completions(shell),
@@ -126,7 +126,7 @@ fn dispatch(cli: Cli, run: Runner, bench: Bencher) -> Result<(), Failure> {
     }
 }
 
-/// The API socket: as given, or where the daemon of this user puts it by itself.
+/// Returns the API socket: the given path, or this user's default path.
 fn socket_path(given: Option<PathBuf>) -> Result<PathBuf, Failure> {
     given.or_else(api::default_socket).ok_or_else(|| {
         Failure::bad_arguments(
@@ -144,7 +144,7 @@ fn run_daemon(args: RunArgs, api_socket: PathBuf, run: Runner) -> Result<(), Fai
     let lines = tracing_subscriber::fmt::layer()
         .compact()
         .with_writer(log)
-        // It would print to standard error by itself.
+        // The layer would print its own errors to standard error.
         .log_internal_errors(false)
         .with_ansi(text::takes_escapes(&io::stderr()))
         .with_target(false);
@@ -169,7 +169,7 @@ fn run_daemon(args: RunArgs, api_socket: PathBuf, run: Runner) -> Result<(), Fai
     run(config).map_err(Failure::from_runner)
 }
 
-/// The ports as the API would have them, which knows no working directory but the daemon's.
+/// Checks the ports and makes their paths absolute, as the API requires.
 fn check_ports(mut ports: Vec<PortSpec>) -> Result<Vec<PortSpec>, Failure> {
     if ports.len() > MAX_PORTS {
         return Err(Failure::bad_arguments(format!(

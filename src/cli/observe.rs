@@ -30,7 +30,7 @@ pub(super) fn capture(client: &Client, args: &CaptureArgs) -> Result<(), Failure
     Ok(())
 }
 
-/// What a capture's end means: what to say of one that ended as it should, or what went wrong.
+/// Returns the text to print after a capture that ended as it should, else the failure.
 fn outcome(blocks: &Blocks, name: &str, port: &str, end: CaptureEnd) -> Result<String, Failure> {
     let frames = count(blocks.frames, "frame");
     let text = format!("{frames} captured, {} missed", blocks.missed);
@@ -43,7 +43,7 @@ fn outcome(blocks: &Blocks, name: &str, port: &str, end: CaptureEnd) -> Result<S
             Err(Failure::new(EXIT_NO_DAEMON, format!("{why}; {text}")))
         }
         (Some(why), _) => Ok(format!("{name} has ended ({why}): {text}")),
-        // Whoever asked for the end knows why it came.
+        // The user asked for the end, so no reason is printed.
         (None, CaptureEnd::BrokenOff) => Ok(format!("{name} was broken off: {frames} captured")),
         (None, CaptureEnd::Whole) => {
             let text = format!("the capture broke off; {frames} captured");
@@ -52,7 +52,7 @@ fn outcome(blocks: &Blocks, name: &str, port: &str, end: CaptureEnd) -> Result<S
     }
 }
 
-/// Receives a capture to its end; returns what to say of that.
+/// Receives a capture to its end. Returns the text to print.
 fn receive(
     client: &Client,
     port: &str,
@@ -114,7 +114,7 @@ pub(super) fn trace(
                 };
                 (text, Some((reason, missed)))
             }
-            // A later version may say more; it is shown as it is.
+            // A later version may send other lines. They are printed unchanged.
             Err(_) => (format!("{line}\n"), None),
         };
         if let Err(error) = print(&text) {
@@ -143,7 +143,7 @@ pub(super) fn trace(
     outcome
 }
 
-/// A frame's way on one line.
+/// Formats the way of a frame on one line.
 fn traced(frame: &TraceFrame) -> String {
     let place = |port: &str, queue: Option<u16>| match queue {
         Some(queue) => format!("{port}:{queue}"),
@@ -239,10 +239,10 @@ fn mirror_table(mirrors: &[ObserverView]) -> String {
     table.render()
 }
 
-/// Before the name of a port, or [`ALL_PORTS`], in the names of Wireshark's interfaces.
+/// Prefix of a port's name, or of [`ALL_PORTS`], in the names of Wireshark's interfaces.
 const PREFIX: &str = "pollux-";
 
-/// What Wireshark asks of a program in its extcap directory.
+/// Answers the requests of Wireshark to a program in its extcap directory.
 pub(super) fn extcap(client: &Client, args: &ExtcapArgs) -> Result<(), Failure> {
     if args.extcap_interfaces {
         return print(&interfaces(client));
@@ -268,8 +268,8 @@ pub(super) fn extcap(client: &Client, args: &ExtcapArgs) -> Result<(), Failure> 
         ));
     }
     let (true, Some(fifo)) = (args.capture, &args.fifo) else {
-        // It asks whether a filter is one: no word is yes, and the capture itself says what is
-        // wrong.
+        // Wireshark asks whether a filter is valid. No output means yes. The capture itself reports
+        // what is wrong with a filter.
         return Ok(());
     };
     let port = interface.strip_prefix(PREFIX).unwrap_or(interface);
@@ -289,7 +289,7 @@ pub(super) fn extcap(client: &Client, args: &ExtcapArgs) -> Result<(), Failure> 
 fn interfaces(client: &Client) -> String {
     let version = env!("CARGO_PKG_VERSION");
     let mut text = format!("extcap {{version={version}}}\n");
-    // Without a daemon there is nothing to capture on, which is no error to Wireshark.
+    // Without a daemon there is no interface. This is no error for Wireshark.
     let ports = client.get("/v1/ports").and_then(|answer| answer.read());
     let ports: Vec<PortView> = ports.unwrap_or_default();
     let mut add = |name: &str, display: &str| {

@@ -1,4 +1,4 @@
-//! Text for people: escaping, aligned tables, numbers, and a standard output that may close early.
+//! Text for people: escaping, aligned tables, numbers, and output that may close early.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -11,7 +11,8 @@ use anstream::{AutoStream, ColorChoice};
 
 use super::Failure;
 
-/// Writes to standard output; a reader that has left (`| head`) ends the command without a fuss.
+/// Writes to standard output. If the reader has left (`| head`), the command ends without a
+/// message.
 pub(super) fn print(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())
@@ -19,7 +20,7 @@ pub(super) fn print(text: &str) -> Result<(), Failure> {
         .map_err(unprinted)
 }
 
-/// Standard output that takes no more.
+/// Returns the failure for an error of standard output.
 pub(super) fn unprinted(error: io::Error) -> Failure {
     match error.kind() {
         io::ErrorKind::BrokenPipe => Failure::reader_left(),
@@ -27,8 +28,9 @@ pub(super) fn unprinted(error: io::Error) -> Failure {
     }
 }
 
-/// How many columns a line may have there: those of the terminal, or as many as `COLUMNS` says.
-/// `None` where neither is known: a program that reads wants one line a record.
+/// Returns the number of columns for lines on `stream`: from the terminal, or from `COLUMNS`.
+/// `None` if neither is known. The reader is then a program, which expects one line for each
+/// record.
 pub(super) fn columns(stream: &impl AsFd) -> Option<usize> {
     let terminal = rustix::termios::tcgetwinsize(stream);
     let terminal = terminal.ok().map(|size| usize::from(size.ws_col));
@@ -36,7 +38,7 @@ pub(super) fn columns(stream: &impl AsFd) -> Option<usize> {
     terminal.filter(|columns| *columns > 0).or_else(said)
 }
 
-/// A line broken at blanks, so that it has at most `width` columns where its words allow; all
+/// Breaks a line at blanks, so that it has at most `width` columns where its words allow. All
 /// further lines begin with `hang` blanks.
 pub(super) fn wrap(line: &str, width: usize, hang: usize) -> String {
     let mut text = String::with_capacity(line.len() + 8);
@@ -57,7 +59,7 @@ pub(super) fn wrap(line: &str, width: usize, hang: usize) -> String {
     text
 }
 
-/// Characters that take a column: all but those of escape sequences for colours.
+/// Counts the characters that take a column: all but those of escape sequences for colours.
 fn visible(text: &str) -> usize {
     let mut inside = false;
     let shown = text.chars().filter(|c| {
@@ -69,7 +71,7 @@ fn visible(text: &str) -> usize {
     shown.count()
 }
 
-/// Each line of a text wrapped, if there is a width.
+/// Wraps each line of a text, if there is a width.
 pub(super) fn fit(text: &str, width: Option<usize>, hang: usize) -> String {
     let Some(width) = width else {
         return text.to_string();
@@ -78,19 +80,19 @@ pub(super) fn fit(text: &str, width: Option<usize>, hang: usize) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// Whether colours and the like may be written there: to a terminal that understands them, unless
-/// `NO_COLOR` says no. The same rule as that of the help and of the messages about arguments.
+/// Whether escape sequences may be written to `stream`. It must be a terminal that supports them,
+/// and `NO_COLOR` must not be set. clap uses the same rule for the help and its messages.
 pub(super) fn takes_escapes(stream: &impl RawStream) -> bool {
     stream.is_terminal() && AutoStream::choice(stream) != ColorChoice::Never
 }
 
-/// Writes to standard error; if that fails nobody is left to tell.
+/// Writes to standard error. If that fails, nobody can be told.
 pub(super) fn note(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
-/// Control characters, and those that reorder or hide text, as escapes: names, paths and messages
-/// may come from a frontend, and must not drive the operator's terminal.
+/// Escapes control characters, and characters that reorder or hide text. Names, paths and messages
+/// may come from a frontend, and must not control the operator's terminal.
 pub(super) fn escape(text: &str) -> Cow<'_, str> {
     let unsafe_char = |c: char| {
         c.is_control()
@@ -131,7 +133,8 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// A header with `>` marks a column of numbers, aligned to the right.
+    /// Creates a table with these headers. A header with `>` marks a column of numbers, aligned to
+    /// the right.
     pub(super) fn new(headers: &[&'static str]) -> Self {
         let columns = headers
             .iter()
@@ -151,7 +154,8 @@ impl Table {
         self.rows.push(cells.collect());
     }
 
-    /// The table; the last column is wrapped where the terminal is too narrow for it.
+    /// Formats the table for standard output. The last column is wrapped if the terminal is too
+    /// narrow.
     pub(super) fn render(&self) -> String {
         self.render_in(columns(&io::stdout()))
     }
@@ -185,9 +189,9 @@ impl Table {
     }
 }
 
-/// A row with its last cell in as many lines as it takes to fit.
+/// Wraps the last cell of a row into as many lines as needed.
 fn fit_last(row: &str, widths: &[usize], columns: Option<usize>) -> String {
-    /// Narrower than this nothing can be read.
+    /// In a narrower column the text would be unreadable, so it is not wrapped.
     const LEAST: usize = 16;
     let before = widths.iter().rev().skip(1).map(|width| width + 2).sum();
     match columns {
@@ -202,12 +206,12 @@ fn fit_last(row: &str, widths: &[usize], columns: Option<usize>) -> String {
     }
 }
 
-/// A number in at most six characters: `999`, `12.3k`, `4.56M`.
+/// Formats a number in at most six characters: `999`, `12.3k`, `4.56M`.
 pub(super) fn short(value: f64) -> String {
     const UNITS: [&str; 7] = ["", "k", "M", "G", "T", "P", "E"];
     let mut value = value.max(0.0);
     let mut unit = 0;
-    // 999.5 would be printed as 1000.
+    // 999.5 and more would be printed as 1000.
     while value >= 999.5 && unit + 1 < UNITS.len() {
         value /= 1000.0;
         unit += 1;
@@ -221,11 +225,11 @@ pub(super) fn short(value: f64) -> String {
     format!("{value:.digits$}{}", UNITS[unit])
 }
 
-/// An amount of memory, in the units that memory is made in: `201 MiB`.
+/// Formats an amount of memory in binary units: `201 MiB`.
 pub(super) fn memory_size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     let (mut value, mut unit) = (bytes as f64 / 1024.0, 0);
-    // 1023.5 would be printed as 1024.
+    // 1023.5 and more would be printed as 1024.
     while value >= 1023.5 && unit + 1 < UNITS.len() {
         value /= 1024.0;
         unit += 1;
@@ -234,7 +238,7 @@ pub(super) fn memory_size(bytes: u64) -> String {
     format!("{value:.digits$} {}", UNITS[unit])
 }
 
-/// A duration in at most seven characters.
+/// Formats a duration in seconds in at most seven characters.
 pub(super) fn seconds(value: f64) -> String {
     match value.max(0.0) {
         0.0 => "0".into(),
@@ -246,7 +250,7 @@ pub(super) fn seconds(value: f64) -> String {
     }
 }
 
-/// `2026-11-21T01:02:03.123Z` from seconds since 1970.
+/// Formats seconds since 1970 as `2026-11-21T01:02:03.123Z`.
 pub(super) fn timestamp(time: f64) -> String {
     let millis = (time.max(0.0) * 1000.0).round() as u64;
     let (days, millis_of_day) = (millis / 86_400_000, millis % 86_400_000);
@@ -265,15 +269,15 @@ pub(super) fn timestamp(time: f64) -> String {
     text
 }
 
-/// The same with all nanoseconds.
+/// Formats a time since 1970 like `timestamp`, with all nanoseconds.
 pub(super) fn timestamp_ns(time: Duration) -> String {
     let whole = timestamp(time.as_secs() as f64);
     let seconds = whole.split('.').next().unwrap_or_default();
     format!("{seconds}.{:09}Z", time.subsec_nanos())
 }
 
-/// The Gregorian date of a day counted from 1970-01-01. Years start in March here, so that a leap
-/// day is the last of its year, and eras have 400 years of 146,097 days.
+/// Returns the Gregorian date of a day counted from 1970-01-01. In this calculation years start in
+/// March, so a leap day is the last day of its year. Eras have 400 years of 146,097 days.
 fn date(days: u64) -> (u64, u64, u64) {
     let days = days + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);

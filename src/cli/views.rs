@@ -11,10 +11,10 @@ use crate::api::types::{
 };
 use crate::config::{SocketMode, count, thread_list};
 
-/// Regions that cannot be used and are named; all of them are in the JSON.
+/// Most unusable regions that are listed. The JSON has all of them.
 const UNUSABLE_SHOWN: usize = 4;
 
-/// `pollux port list`.
+/// Formats `pollux port list`.
 pub(super) fn ports(ports: &[PortView]) -> String {
     if ports.is_empty() {
         return "no ports; add one with: pollux port add NAME,socket=PATH\n".into();
@@ -32,7 +32,7 @@ pub(super) fn ports(ports: &[PortView]) -> String {
     table.render()
 }
 
-/// `pollux port show`.
+/// Formats `pollux port show`.
 pub(super) fn port(port: &PortView) -> String {
     let mut text = String::new();
     let width = columns(&io::stdout());
@@ -56,7 +56,7 @@ pub(super) fn port(port: &PortView) -> String {
         "ring reset",
         if port.ring_reset { "offered" } else { "off" },
     );
-    // A frontend's socket is not ours to set.
+    // In client mode the frontend creates the socket, so there is nothing to show.
     if port.mode == SocketMode::Server {
         let mode = port.socket_mode.map(|mode| format!("{mode:04o}"));
         line("socket mode", mode.as_deref().unwrap_or("-"));
@@ -246,7 +246,7 @@ fn counters(statistics: &PortStatistics) -> String {
     text
 }
 
-/// `pollux fdb list`.
+/// Formats `pollux fdb list`.
 pub(super) fn fdb(entries: &[FdbEntry]) -> String {
     let mut table = Table::new(&["MAC", "PORT", ">AGE", "TYPE"]);
     for entry in entries {
@@ -265,7 +265,7 @@ pub(super) fn fdb(entries: &[FdbEntry]) -> String {
     table.render()
 }
 
-/// `pollux poll set`: how that is now.
+/// Formats `pollux poll set`: the current settings.
 pub(super) fn poll_settings(settings: &PollSettings) -> String {
     let thread = settings.thread.map(|thread| format!(" thread={thread}"));
     format!(
@@ -276,7 +276,7 @@ pub(super) fn poll_settings(settings: &PollSettings) -> String {
     )
 }
 
-/// `pollux poll list`: what the threads do, and how fast they take over changes.
+/// Formats `pollux poll list`: what the threads do, and how fast they adopt changes.
 pub(super) fn poll_threads(threads: &[PollThreadView]) -> String {
     let mut table = Table::new(&[
         ">THREAD",
@@ -341,7 +341,7 @@ pub(super) fn poll_threads(threads: &[PollThreadView]) -> String {
     format!("{}\n{}", table.render(), taken_over.render())
 }
 
-/// The first few queues of a thread; all of them are in the JSON.
+/// Returns the first few queues of a thread. The JSON has all of them.
 fn queues(thread: &PollThreadView) -> String {
     const SHOWN: usize = 3;
     let mut names: Vec<String> = thread
@@ -362,7 +362,7 @@ fn queues(thread: &PollThreadView) -> String {
     names.join(", ")
 }
 
-/// `pollux stats`.
+/// Formats `pollux stats`.
 pub(super) fn stats(stats: &StatsView) -> String {
     let mut table = Table::new(&[
         "PORT",
@@ -420,7 +420,7 @@ pub(super) fn stats(stats: &StatsView) -> String {
     )
 }
 
-/// `pollux stats --watch`: what happened between two readings, per second.
+/// Formats `pollux stats --watch`: the changes between two readings, per second.
 pub(super) fn rates(then: &StatsView, now: &StatsView) -> String {
     let elapsed = (now.uptime_seconds - then.uptime_seconds).max(1e-3);
     let mut table = Table::new(&[
@@ -434,7 +434,7 @@ pub(super) fn rates(then: &StatsView, now: &StatsView) -> String {
         ">TX DROP/S",
     ]);
     for port in &now.ports {
-        // A port that is new, or was made anew under the same name, counts from zero.
+        // A new port, or a port created again under the same name, counts from zero.
         let earlier = then.ports.iter().find(|other| other.name == port.name);
         let earlier = earlier
             .map(|port| port.statistics.clone())
@@ -463,7 +463,7 @@ pub(super) fn rates(then: &StatsView, now: &StatsView) -> String {
     )
 }
 
-/// A line of `pollux events`.
+/// Formats a line of `pollux events`.
 pub(super) fn event(event: &Event) -> String {
     let kind = serde_json::to_value(event.kind).unwrap_or_default();
     let place = match (&event.port, event.queue) {

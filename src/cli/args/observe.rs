@@ -160,7 +160,7 @@ pub struct ExtcapArgs {
     pub snaplen: u32,
 }
 
-/// A number of bytes; K, M and G stand for powers of 1024.
+/// Parses a number of bytes. K, M and G stand for powers of 1024.
 fn parse_bytes(text: &str) -> Result<u64, String> {
     let (digits, unit) = match text.char_indices().last() {
         Some((at, 'K' | 'k')) => (&text[..at], 1 << 10),
