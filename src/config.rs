@@ -1,7 +1,7 @@
-//! Plain configuration values: what an operator says, checked, without any I/O.
+//! Plain configuration values from the operator, checked, without any I/O.
 //!
-//! The same types serve the command line (`--port vm1,socket=…`), the API's JSON and, in-process,
-//! tests and `pollux bench`.
+//! The command line (`--port vm1,socket=…`), the API's JSON, the tests and `pollux bench` use the
+//! same types.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -24,13 +24,13 @@ pub const MAX_PORTS: usize = 4096;
 /// Why a configuration value is refused. The text names the value and the accepted form.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
-    /// The port's name is empty, too long or holds other characters.
+    /// The port's name is empty, too long or has other characters.
     #[error("port name {0:?}: use 1 to {MAX_PORT_NAME} letters, digits, '-', '_' or '.'")]
     PortName(String),
-    /// A name that means something else.
+    /// The name is reserved, because it stands for every port.
     #[error("port name {0:?} is reserved: it stands for every port")]
     Reserved(String),
-    /// An option of a socket that Pollux makes, for one that the frontend makes.
+    /// An option for a socket that Pollux creates, but the frontend creates the socket.
     #[error(
         "port {name}: {key} is for mode=server: with mode=client the frontend makes the socket"
     )]
@@ -40,7 +40,7 @@ pub enum ConfigError {
         /// The option.
         key: &'static str,
     },
-    /// No `socket=` given.
+    /// `socket=` is missing.
     #[error("port {0}: a socket is needed: {0},socket=/run/pollux/{0}.sock")]
     NoSocket(String),
     /// The socket path does not fit into a socket address.
@@ -53,7 +53,7 @@ pub enum ConfigError {
         /// Length of the path in bytes.
         len: usize,
     },
-    /// A key that no option has.
+    /// The key is not an option.
     #[error(
         "port {name}: unknown option {key:?}; known are {}",
         port::known_keys()
@@ -64,7 +64,7 @@ pub enum ConfigError {
         /// The unknown key.
         key: String,
     },
-    /// A value that its option does not take.
+    /// The value is not valid for its option.
     #[error("port {name}: {key}={value} is not valid: {expected}")]
     Value {
         /// The port.
@@ -76,7 +76,7 @@ pub enum ConfigError {
         /// What is accepted.
         expected: &'static str,
     },
-    /// An option given twice.
+    /// An option is given twice.
     #[error("port {name}: {key} is given twice")]
     Twice {
         /// The port.
@@ -84,16 +84,16 @@ pub enum ConfigError {
         /// The option.
         key: String,
     },
-    /// `--idle` takes another form.
+    /// Not a valid value of `--idle`.
     #[error("idle policy {0:?}: use busy, adaptive or adaptive:MICROSECONDS (at most 1000000)")]
     Idle(String),
-    /// `--rebalance` takes another word.
+    /// Not a valid value of `--rebalance`.
     #[error("rebalance {0:?}: use auto or off")]
     Rebalance(String),
-    /// `--poll-cpus` takes another form.
+    /// Not a valid value of `--poll-cpus`.
     #[error("CPU list {0:?}: use numbers and ranges such as 0,2-3, each CPU once")]
     Cpus(String),
-    /// `--direction` takes another word.
+    /// Not a valid value of `--direction`.
     #[error("direction {0:?}: use rx, tx or both")]
     Direction(String),
 }
@@ -106,28 +106,28 @@ pub fn count(number: u64, what: &str) -> String {
     }
 }
 
-/// Everything `pollux run` needs to start.
+/// The configuration of `pollux run`.
 #[derive(Clone, Debug)]
 pub struct DaemonConfig {
-    /// Ports present from the start.
+    /// Ports that are added at the start.
     pub ports: Vec<PortSpec>,
-    /// One pinned poll thread for each; one unpinned thread where empty.
+    /// A pinned poll thread is started on each CPU. If empty, one unpinned thread is started.
     pub poll_cpus: Vec<usize>,
     /// What poll threads do without work: one policy for all, or one for each of `poll_cpus`.
-    /// Threads that are added later have the one for all, or else the default.
+    /// Threads added later use the common policy, or the default if each thread has its own.
     pub idle: IdleList,
     /// Whether queues move between poll threads by themselves.
     pub rebalance: Rebalance,
-    /// Where the API listens; no API where `None` (in-process use).
+    /// Path of the API socket. `None`: no API (in-process use).
     pub api_socket: Option<PathBuf>,
     /// Group that may use the API socket besides root and the daemon's own user.
     pub api_group: Option<String>,
-    /// Age at which a learned address is forgotten.
+    /// Age at which a learned address is removed.
     pub mac_ageing: Duration,
-    /// Most addresses in the FDB.
+    /// Largest number of addresses in the FDB.
     pub fdb_size: usize,
-    /// Directory of what packed rings need after a restart of the switch; nothing is kept where
-    /// `None`.
+    /// Directory of the records that packed rings need after a restart of the switch. `None`: no
+    /// records.
     pub ring_state: Option<PathBuf>,
 }
 

@@ -1,4 +1,4 @@
-//! What an observer looks at, as an operator says it.
+//! Configuration values of observers.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,16 +7,16 @@ use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
 
-/// Observers of all kinds that a daemon may have at once.
+/// Most observers of all kinds that a daemon may have at once.
 pub const MAX_OBSERVERS: usize = 32;
-/// Bytes of each frame that an observer keeps unless told otherwise: more than any frame has.
+/// Default number of bytes kept of each frame. No frame is longer.
 pub const MAX_SNAPLEN: u32 = 65_549;
 /// Longest filter expression, in bytes.
 pub const MAX_FILTER: usize = 1024;
 /// Most frames that one trace follows.
 pub const MAX_TRACE: u64 = 10_000;
 
-/// In place of a port's name: every port. No port can be named so.
+/// Stands for every port in place of a port's name. No port can have this name.
 pub const ALL_PORTS: &str = "all";
 
 /// Which frames of a port, from the switch's view.
@@ -33,12 +33,12 @@ pub enum ObserveDirection {
 }
 
 impl ObserveDirection {
-    /// Whether frames that enter the switch are among them.
+    /// Whether frames that enter the switch are observed.
     pub fn rx(self) -> bool {
         self != ObserveDirection::Tx
     }
 
-    /// Whether frames that leave the switch are among them.
+    /// Whether frames that leave the switch are observed.
     pub fn tx(self) -> bool {
         self != ObserveDirection::Rx
     }

@@ -1,4 +1,4 @@
-//! Where poll threads run and what they do without work, as an operator says it.
+//! Configuration values of poll threads: their CPUs and what they do without work.
 
 use std::fmt;
 use std::str::FromStr;
@@ -40,7 +40,7 @@ impl FromStr for Rebalance {
     }
 }
 
-/// What a poll thread does when it finds no work; in JSON a string such as `adaptive:50`.
+/// What a poll thread does when it finds no work. In JSON it is a string such as `adaptive:50`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum IdlePolicy {
@@ -51,7 +51,8 @@ pub enum IdlePolicy {
 }
 
 impl Default for IdlePolicy {
-    /// 50 µs: longer than a guest needs between two bursts, far shorter than a scheduler tick.
+    /// 50 µs is longer than a guest needs between two bursts, and far shorter than a scheduler
+    /// tick.
     fn default() -> Self {
         IdlePolicy::Adaptive(Duration::from_micros(50))
     }
@@ -98,14 +99,14 @@ impl fmt::Display for IdlePolicy {
     }
 }
 
-/// What poll threads do without work, `busy,adaptive`: one policy for all, or one for each in their
-/// order.
+/// What poll threads do without work, such as `busy,adaptive`: one policy for all, or one for each
+/// in their order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IdleList(pub Vec<IdlePolicy>);
 
 impl IdleList {
-    /// What threads do that have no place in the list. Where each thread has its own policy, none
-    /// of these is meant for others: they have the default.
+    /// Returns the policy of threads that have no place in the list. If each thread has its own
+    /// policy, the others get the default.
     pub fn of_all(&self) -> IdlePolicy {
         match self.0[..] {
             [all] => all,
@@ -137,7 +138,7 @@ impl fmt::Display for IdleList {
     }
 }
 
-/// A list of CPUs, `0,2-3`, in the order given.
+/// A list of CPUs such as `0,2-3`, in the order given.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuList(pub Vec<usize>);
 
