@@ -30,25 +30,25 @@ use crate::sys::eventfd::KickFd;
 use crate::sys::pages::PageGuard;
 use crate::virtio::{ReceiveQueue, TransmitQueue};
 
-/// The half of a port that anybody may hold.
+/// The half of a port that any thread may hold.
 #[derive(Debug)]
 pub struct PortShared {
-    /// What the operator asked for.
+    /// The configuration of the port.
     pub spec: PortSpec,
     /// Slot and generation of this registration.
     pub reference: PortRef,
     /// Counters, one block for each poll thread.
     pub stats: PortStats,
-    /// Who makes its calls.
+    /// Decides who signals the port's drivers: poll threads or the session.
     pub calls: Arc<CallGuard>,
-    /// Messages of its frontends that had to wait, because there were too many.
+    /// Number of messages of the port's frontends that had to wait, because too many came at once.
     pub paced_messages: AtomicU64,
-    /// Who touches its guests' memory.
+    /// Decides who touches its guests' memory: any poll thread or the thread of slow ports.
     pub pages: PageGuard,
 }
 
 impl PortShared {
-    /// A port that is not registered yet. Fails where no descriptor is left.
+    /// Creates a port that is not registered yet. Returns an error if no descriptor is left.
     pub fn new(spec: PortSpec, reference: PortRef) -> io::Result<Arc<Self>> {
         Ok(Arc::new(PortShared {
             spec,
@@ -60,7 +60,7 @@ impl PortShared {
         }))
     }
 
-    /// Its name.
+    /// Returns the name of the port.
     pub fn name(&self) -> &str {
         &self.spec.name
     }
@@ -77,9 +77,9 @@ impl fmt::Display for PortShared {
 pub struct Transmit {
     /// The ring.
     pub queue: Arc<TransmitQueue>,
-    /// Signalled by the driver; none where the driver is polled only.
+    /// Signalled by the driver. `None` if the ring must be polled.
     pub kick: Option<Arc<KickFd>>,
-    /// Signalled for the driver; none where the driver polls.
+    /// Signalled for the driver. `None` if the driver polls.
     pub call: Option<Arc<CallFd>>,
     /// SET_VRING_ENABLE. A started but disabled transmitq is drained and its frames discarded.
     pub enabled: bool,
@@ -90,9 +90,9 @@ pub struct Transmit {
 pub struct Receive {
     /// The ring.
     pub queue: Arc<ReceiveQueue>,
-    /// Signalled for the driver; none where the driver polls.
+    /// Signalled for the driver. `None` if the driver polls.
     pub call: Option<Arc<CallFd>>,
-    /// SET_VRING_ENABLE. A disabled receiveq gets nothing.
+    /// SET_VRING_ENABLE. Nothing is delivered to a disabled receiveq.
     pub enabled: bool,
 }
 
@@ -105,14 +105,14 @@ pub struct QueuePair {
     pub receive: Option<Receive>,
 }
 
-/// What a session has set up at one moment: immutable, a new one for every change.
+/// The setup of a session at one moment. It is immutable: each change makes a new device.
 #[derive(Debug)]
 pub struct Device {
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
     /// Acknowledged virtio features.
     pub features: u64,
-    /// NUMA node of the rings, as far as the kernel tells.
+    /// NUMA node of the rings, if the kernel reports it.
     pub numa_node: Option<usize>,
     /// Queue pairs by number; a pair that is not set up is empty.
     pub pairs: Vec<QueuePair>,
