@@ -130,7 +130,7 @@ pub enum CaptureEnd {
     /// The stream ended as a whole: the daemon ended it, or the receiver of the chunks told the
     /// client to stop.
     Whole,
-    /// The daemon was asked to end the stream, but its end did not come.
+    /// The daemon was asked to end the stream, but the rest of the stream did not come.
     BrokenOff,
 }
 

@@ -297,7 +297,7 @@ fn list(roff: &mut Roff, title: &str, entries: impl Iterator<Item = (Inline, Str
     }
 }
 
-/// Lists the command's family and the other commands in it.
+/// Lists `pollux`, its commands, and the other commands of the same family.
 fn see_also(roff: &mut Roff, pollux: &Command, command: &Command) {
     let own = title(command);
     let mut pages = vec!["pollux".to_string()];

@@ -18,7 +18,7 @@ use crate::sys::thread;
 use crate::vhost_user::{self, SessionEnd, SessionOptions, SessionStatus, Stopper};
 
 /// Most frontends accepted on one port in one turn of the control loop. The limit keeps a storm of
-/// connections from delaying the commands of others.
+/// connections from delaying the commands of others for long.
 const ACCEPTS: u32 = 8;
 /// Time until the next attempt, after a frontend could not be accepted.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
@@ -144,7 +144,7 @@ impl Control {
                 }
                 // The earlier frontend may be gone and its session still be ending, so the new
                 // frontend waits. An even newer frontend replaces the one that waits. That refusal
-                // is reported here, because each new arrival extends `doubt_until`.
+                // is counted here, because each new arrival extends `doubt_until`.
                 Some(session) => {
                     record.doubt_until = Some(now + DOUBT);
                     if let Some(crowded_out) = record.waiting.replace(stream) {

@@ -1,8 +1,8 @@
-//! The control thread: listening sockets, reconnect timers, signals and commands. It publishes at
-//! most once a turn for all of them.
+//! The control thread: listening sockets, reconnect timers, signals and commands. The posts of all
+//! sessions in one turn share one publication.
 //!
-//! The control thread is the only owner of the registry. It never waits for a poll thread or a
-//! frontend without a bound. Others that must wait do so on their own threads.
+//! The control thread is the only owner of the registry. It waits for no frontend, and for no poll
+//! thread to acknowledge. Whatever must wait for these does so on another thread.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,7 +28,7 @@ use crate::sys::signal::{Signal, Signals};
 use crate::sys::wake::Wake;
 use crate::vhost_user::{MEMORY_LOST, RingRecords};
 
-/// Time between two attempts to connect to a frontend in client mode.
+/// Time between two attempts to connect to a frontend that listens (mode=client).
 pub(super) const RECONNECT: Duration = Duration::from_millis(100);
 /// Time between looks at acknowledgements while retired topologies or moves wait for them.
 const RETIRE: Duration = Duration::from_millis(1);
@@ -207,7 +207,8 @@ impl Control {
         }
     }
 
-    /// Tries to connect to frontends in client mode. Returns when the next attempt is due.
+    /// Tries to connect to frontends that listen (mode=client). Returns when the next attempt is
+    /// due.
     fn connect_due(&mut self, now: Instant) -> Option<Instant> {
         let mut next: Option<Instant> = None;
         let mut reached = Vec::new();

@@ -3,7 +3,7 @@
 //! | thread | does | may block? |
 //! |---|---|---|
 //! | `poll-N` (any number, pinned by `--poll-cpus`) | passes over its transmit queues; delivers into any port | never (`poll`) |
-//! | `poll-slow` (made when needed) | the same for ports whose memory is slow to touch | in the page faults of these ports, never behind others' claims |
+//! | `poll-slow` (made when needed) | passes over the transmit queues of ports whose memory is slow to touch | in the page faults of these ports, never behind others' claims |
 //! | `session-NAME` (one for each frontend) | the vhost-user conversation, and the commands of its guest's driver | yes, only its own VM waits |
 //! | control (the caller of [`run`]) | sockets, timers, signals, commands; owns the registry; the only publisher | briefly |
 //! | `reaper` | drops retired topologies: munmap in steps, close | yes |

@@ -164,7 +164,7 @@ impl PollThreads {
         reader
     }
 
-    /// Threads that may be given queues by an operator or by the balance.
+    /// Threads that may be given queues: those that do not leave, without the thread of slow ports.
     pub(super) fn staying(&self) -> impl Iterator<Item = usize> + '_ {
         let staying = self
             .threads
@@ -304,8 +304,8 @@ impl PollThread {
 struct Work {
     /// Address of the queue. It is not reused while the view that holds the queue is current.
     queue: usize,
-    /// Address of the kick; 0 means that the queue must be polled. A new kick counts as work,
-    /// because a kick by the old one may have been removed from epoll with it.
+    /// Address of the kick; 0 means that the queue must be polled. A new kick counts as work: a
+    /// signal of the old kick may have been lost when the old kick left epoll.
     kick: usize,
     enabled: bool,
 }
