@@ -1,10 +1,10 @@
-//! What a driver commands (virtio 1.2 §5.1.6.5), and whether it holds.
+//! A driver's commands (virtio 1.2 §5.1.6.5), and how the device answers them.
 //!
-//! A command is answered with OK where what it asks for is so afterwards, and with an error where
-//! it is not. Filters are best effort in virtio: a device may pass more than its driver asked for
-//! (notes in §5.1.6.5.1 to §5.1.6.5.3). A port passes whatever is sent to it: it learns addresses
-//! and looks at no VLAN of a frame. So each mode that lets more pass holds, and each filter is
-//! obeyed as far as a driver may rely on it.
+//! A command is answered with OK if the device then does what the command asks for, and with an
+//! error otherwise. Filters are best effort in virtio: a device may pass more frames than its
+//! driver asked for (notes in §5.1.6.5.1 to §5.1.6.5.3). A port passes every frame that is sent to
+//! it: it learns addresses and looks at no VLAN of a frame. So modes that let more frames pass, and
+//! filters, are both answered with OK.
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET, VIRTIO_NET_CTRL_MAC_TABLE_SET,
@@ -16,24 +16,25 @@ use virtio_bindings::virtio_net::{
 
 /// The answer to a command that holds.
 pub(super) const OK: u8 = VIRTIO_NET_OK as u8;
-/// The answer to any other.
+/// The answer to every other command.
 pub(super) const ERR: u8 = VIRTIO_NET_ERR as u8;
-/// Bytes of an Ethernet address.
+/// Length of an Ethernet address in bytes.
 const ADDRESS: usize = 6;
-/// VLANs that there are.
+/// Number of VLAN identifiers (12 bits).
 const VLANS: u16 = 4096;
 
-/// What a command that holds changes.
+/// What a command that is answered with OK changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change {
-    /// Nothing: it is so already.
+    /// Nothing: the device does already what the command asks for.
     None,
-    /// Frames go to so many pairs.
+    /// Frames go to the first so many queue pairs.
     Pairs(u16),
 }
 
-/// Reads a command of a driver that has acknowledged these features and knows of so many pairs;
-/// `None` is an error.
+/// Reads a command. `features` are those that the driver has acknowledged; `pairs` is the highest
+/// number of queue pairs that it may ask for. Returns `None` if the command is to be answered with
+/// an error.
 pub(super) fn read(command: &[u8], features: u64, pairs: u16) -> Option<Change> {
     let (&[class, kind], data) = command.split_first_chunk()?;
     let has = |feature: u32| (features & (1 << feature) != 0).then_some(());
@@ -44,16 +45,17 @@ pub(super) fn read(command: &[u8], features: u64, pairs: u16) -> Option<Change> 
         }
         (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET) => {
             has(VIRTIO_NET_F_CTRL_RX)?;
-            // Unicast addresses, then those of groups.
+            // The unicast table, then the multicast table (§5.1.6.5.2).
             behind_table(behind_table(data)?)?
                 .is_empty()
                 .then_some(Change::None)
         }
         (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET) => {
             has(VIRTIO_NET_F_CTRL_MAC_ADDR)?;
-            // Frames to the address come once it was learned, and before. But where the driver
-            // reads its address in the device's configuration it would have to be the new one, and
-            // that is the frontend's.
+            // Frames to the new address reach the driver in any case: they are flooded until the
+            // switch has learned the address. But with VIRTIO_NET_F_MAC the driver reads its
+            // address in the configuration space, which must then have the new address. The
+            // configuration space is the frontend's.
             let unicast = matches!(data, [first, ..] if first & 1 == 0);
             let can = data.len() == ADDRESS && unicast && has(VIRTIO_NET_F_MAC).is_none();
             can.then_some(Change::None)
@@ -69,7 +71,7 @@ pub(super) fn read(command: &[u8], features: u64, pairs: u16) -> Option<Change> 
                 .contains(&wanted)
                 .then_some(Change::Pairs(wanted))
         }
-        // Not offered, or not known.
+        // The command's feature is not offered, or the command is unknown.
         _ => None,
     }
 }
@@ -78,7 +80,8 @@ fn number(data: &[u8]) -> Option<u16> {
     <[u8; 2]>::try_from(data).ok().map(u16::from_le_bytes)
 }
 
-/// What follows a number of addresses and so many of them.
+/// Skips a table: its number of addresses (32 bits) and the addresses. Returns the bytes after the
+/// table, or `None` if `data` is too short.
 fn behind_table(data: &[u8]) -> Option<&[u8]> {
     let (count, addresses) = data.split_first_chunk()?;
     let count = usize::try_from(u32::from_le_bytes(*count)).ok()?;

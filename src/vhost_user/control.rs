@@ -1,10 +1,11 @@
-//! When a session looks for commands of its guest's driver.
+//! When a session looks for commands in its guest's controlq.
 //!
 //! No poll thread ever looks for commands, because a command may wait for all poll threads. The
-//! session watches the kick descriptor as poll threads watch theirs: by edges in an epoll and
-//! without reading it, which the descriptor's other owners could make block. A driver that kicks or
-//! commands without end waits for itself: it gets so many turns at once, then one a millisecond,
-//! with a few commands each. The frontend's messages are served in between.
+//! session watches the kick descriptor as poll threads watch theirs: edge-triggered in an epoll,
+//! and without reading it. Other owners of the descriptor could make a read block. A driver that
+//! kicks or commands without end delays only itself. It gets `TURNS` turns at once, then one a
+//! millisecond, with at most `COMMANDS` commands each. The frontend's messages are served in
+//! between.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -15,17 +16,17 @@ use super::device::DeviceState;
 use crate::sys::epoll::Sleeper;
 use crate::sys::eventfd::KickFd;
 
-/// Most commands answered in a turn of the session.
+/// Most commands that are answered in one turn of the session.
 const COMMANDS: usize = 16;
-/// Turns that may follow each other at once.
+/// Turns that may follow each other without a pause.
 const TURNS: u32 = 64;
-/// Time after which one more may.
+/// Time after which one more turn is allowed.
 const TURN: Duration = Duration::from_millis(1);
 
 /// The session's part in its guest's controlq.
 pub(super) struct Control {
     watched: Option<(Arc<KickFd>, Sleeper)>,
-    /// There may be commands.
+    /// Whether there may be commands.
     due: bool,
     left: u32,
     refilled: Instant,
@@ -41,8 +42,8 @@ impl Control {
         }
     }
 
-    /// Answers commands, if there may be any. Returns how long to leave the rest alone, if there
-    /// may be more.
+    /// Answers commands, if there may be any. Returns how long to wait before the next turn, if
+    /// there may be more commands.
     pub(super) fn serve(
         &mut self,
         device: &mut DeviceState,
@@ -63,14 +64,15 @@ impl Control {
         Ok(self.due.then_some(Duration::ZERO))
     }
 
-    /// What becomes readable when the driver kicks. Nobody listens while commands wait for their
-    /// turn.
+    /// Returns the descriptor that becomes readable when the driver kicks. Returns `None` while
+    /// commands wait for their turn.
     pub(super) fn bell(&self) -> Option<BorrowedFd<'_>> {
         let (_, sleeper) = self.watched.as_ref().filter(|_| !self.due)?;
         Some(sleeper.as_fd())
     }
 
-    /// The bell was rung.
+    /// The driver has kicked: takes the event out of the epoll, and notes that there may be
+    /// commands.
     pub(super) fn kicked(&mut self) {
         if let Some((_, sleeper)) = &self.watched {
             sleeper.sleep(Some(Duration::ZERO), |_| {});
@@ -78,7 +80,8 @@ impl Control {
         self.due = true;
     }
 
-    /// Nothing came for long: a controlq may be without a kick, or we without the means to see it.
+    /// No message and no kick came for a while. The controlq may have no kick descriptor, or its
+    /// epoll could not be made. So the session looks for commands all the same.
     pub(super) fn idle(&mut self, device: &DeviceState) {
         self.due |= device.controlq_kick().is_some();
     }
@@ -89,7 +92,7 @@ impl Control {
         if self.watched.as_ref().is_some_and(|(kick, _)| same(kick)) {
             return;
         }
-        // Closing an epoll is all that it takes to leave its descriptors.
+        // Closing the old epoll also removes the old descriptor from it.
         self.watched = kick.and_then(|kick| {
             let sleeper = Sleeper::new().ok()?;
             sleeper.add_kick(&*kick, 0).ok()?;

@@ -1,12 +1,12 @@
-//! Calls that the session makes.
+//! Calls to drivers that the session makes.
 //!
 //! These are calls that poll threads leave to the session because signalling them is slow, and one
 //! call for each ring that starts. No poll thread makes the latter, because its other guests would
 //! wait.
 //!
-//! The session, too, calls by kernel AIO: a `write` that blocks would hold session and port for
-//! ever. If the frontend makes its calls slow, only the frontend waits: this thread calls nobody
-//! else.
+//! The session, too, calls through kernel AIO: a `write` that blocks would hold session and port
+//! for ever. If the frontend makes its calls slow, only that frontend waits, because this thread
+//! makes no other guest's calls.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,15 +18,16 @@ use crate::sys::call::{CallGuard, SLOW, Way};
 use crate::sys::sched::own_cpu_time;
 use crate::sys::wake::Wake;
 
-/// A session spends at most one part in so many of its time on signalling.
+/// A session spends at most one part in `SHARE` of its time on signalling, unless `LONGEST_PAUSE`
+/// cuts the pause short.
 const SHARE: u32 = 10;
-/// Longest pause for that.
+/// Longest pause after slow signalling.
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// The session's part in its port's calls.
 pub(super) struct Deferred {
     guard: Arc<CallGuard>,
-    /// What was reported last.
+    /// Whether the last report was that calls are deferred.
     reported: bool,
 }
 
@@ -38,18 +39,18 @@ impl Deferred {
         }
     }
 
-    /// Rung when there is something to make.
+    /// The bell that is rung when there are calls to make.
     pub(super) fn bell(&self) -> &Wake {
         self.guard.bell()
     }
 
-    /// Makes the calls that were left to it. Returns how long to do nothing then, and whether they
-    /// are still owed: the kernel has no context for them.
+    /// Makes the calls that were left to the session. Returns how long to pause then, and whether
+    /// the calls are still owed because the kernel has no AIO context for them.
     pub(super) fn make(&mut self, device: &mut DeviceState) -> (Duration, bool) {
         self.look(device);
         let made = with_spare(|caller| {
             let begun = own_cpu_time();
-            // A descriptor that is refused costs its own call only.
+            // If a descriptor is refused, only its own call is lost.
             let due = device.calls().filter(|call| call.take_deferred());
             let made = caller.signal(due.map(std::os::fd::AsFd::as_fd), |_, _| {});
             (made, own_cpu_time().saturating_sub(begun))
@@ -71,7 +72,7 @@ impl Deferred {
         (pause, false)
     }
 
-    /// Forgives what is long past, and reports what has changed.
+    /// Lets the guard forgive after a calm, and reports if the way of making calls has changed.
     pub(super) fn look(&mut self, device: &mut DeviceState) {
         self.guard.forgive();
         let deferred = self.guard.way() == Way::Deferred;

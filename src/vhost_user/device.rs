@@ -1,10 +1,10 @@
-//! What a frontend has set up so far, and the [`Device`] that follows from it.
+//! What a frontend has set up so far, and the [`Device`] that results from it.
 //!
 //! Every change ends in [`DeviceState::update`]: rings that can start now are started, and a new
 //! device is posted. Every change that takes something away goes through [`DeviceState::stop`]
-//! first: rings are taken out, the device without them is posted and settled, and only then do they
-//! hand over their position and disappear. Rings that a change does not concern stay the same queue
-//! objects in the next device.
+//! first: rings are taken out, the device without them is posted, and all poll threads acknowledge
+//! it. Only then are the rings' positions read and the rings dropped. Rings that a change does not
+//! concern stay the same queue objects in the next device.
 
 mod controlq;
 mod features;
@@ -24,7 +24,7 @@ use crate::memory::{FaultMark, GuestMemory};
 use crate::port::{Device, QueuePair};
 use crate::sys::call::CallFd;
 
-/// A frontend that stays longer has something else to go for.
+/// A frontend that leaves later than this did not leave because of the number of queue pairs.
 const GAVE_UP_WITHIN: Duration = Duration::from_secs(5);
 
 /// The state of one conversation.
@@ -33,7 +33,8 @@ pub(super) struct DeviceState {
     pub(super) sink: Arc<dyn DeviceSink>,
     status: Arc<SessionStatus>,
     reporter: Reporter,
-    /// GET_FEATURES was answered: from then on the crate may acknowledge what asks for it.
+    /// GET_FEATURES was answered. From then on the crate sends the acknowledgements that a frontend
+    /// asks for.
     pub(super) features_read: bool,
     features: Option<u64>,
     protocol: u64,
@@ -44,20 +45,20 @@ pub(super) struct DeviceState {
     /// GET_QUEUE_NUM was answered.
     pub(super) queues_asked: bool,
     begun: Instant,
-    /// Rings whose position the answer to the message at hand tells, or that it resets: their
-    /// records are forgotten when it is on its way.
+    /// Rings whose position the answer to the present message tells, or which this message resets.
+    /// Their records are forgotten when the answer is on its way.
     handed_over: Vec<RingName>,
     /// Index of the controlq, where one may be in use.
     controlq: Option<usize>,
-    /// Something was said since commands were last looked for.
+    /// A message came after which there may be commands.
     controlq_changed: bool,
-    /// Queue pairs that the driver has commanded, as far as that is known.
+    /// Number of queue pairs that the driver has commanded, if known.
     pairs_in_use: Option<u16>,
-    /// The last post was a device.
+    /// Whether the last post was a device, not `None`.
     posted: bool,
     /// The truncation of guest memory was reported.
     loss_reported: bool,
-    /// Why the handler refused the message at hand; the crate's error type does not carry it.
+    /// Why the handler refused the present message; the crate's error type cannot carry the reason.
     failure: Option<SessionError>,
 }
 
@@ -98,7 +99,8 @@ impl DeviceState {
     }
 
     pub(super) fn fail(&mut self, error: SessionError) {
-        // Recorded before the answer: who has read it finds the reason.
+        // Recorded before the answer is sent: whoever has read the answer finds the reason in the
+        // status.
         self.record(&error);
         self.failure = Some(error);
     }
@@ -111,7 +113,7 @@ impl DeviceState {
         self.rings.iter().any(|ring| ring.running.is_some())
     }
 
-    /// Where the drivers are called.
+    /// Returns the call descriptors of all rings.
     pub(super) fn calls(&self) -> impl Iterator<Item = &CallFd> {
         self.rings.iter().filter_map(|ring| ring.call.as_deref())
     }
@@ -120,7 +122,7 @@ impl DeviceState {
         &self.memory
     }
 
-    /// A ring by the index of a message, at full width.
+    /// Returns the ring with the index of a message, which has all 32 bits.
     pub(super) fn ring(&mut self, index: u32) -> Result<&mut Vring, SessionError> {
         let rings = self.rings.len();
         let at = usize::try_from(index).unwrap_or(usize::MAX);
@@ -141,8 +143,8 @@ impl DeviceState {
         self.start(true);
     }
 
-    /// A running ring has another call descriptor. A call by the one before may not have reached
-    /// the driver: once nobody uses that any more, a spare one is owed.
+    /// A running ring has a new call descriptor. A call through the old one may not have reached
+    /// the driver. So one spare call is owed, once no poll thread uses the old descriptor any more.
     pub(super) fn replaced_call(&mut self, index: u8) {
         let posted = self.start(true);
         if let Some(ring) = self.rings.get_mut(usize::from(index)) {
@@ -150,7 +152,7 @@ impl DeviceState {
         }
     }
 
-    /// Notes the spare calls that are due now. Returns whether others will be.
+    /// Notes the spare calls that are due now. Returns whether others will be due later.
     pub(super) fn owe_spare_calls(&mut self) -> bool {
         let mut later = false;
         for ring in &mut self.rings {
@@ -167,12 +169,13 @@ impl DeviceState {
         later
     }
 
-    /// Takes page faults of rings that have started: after their calls, which drivers wait for.
+    /// Touches the first buffers of started rings. This comes after the rings' calls, because
+    /// drivers wait for these.
     pub(super) fn touch(&mut self) {
         self.rings.iter_mut().for_each(Vring::touch);
     }
 
-    /// Starts what can start; posts then, or `always`.
+    /// Starts the rings that can start. Posts if a ring has started, or if `always` is set.
     fn start(&mut self, always: bool) -> Option<super::Ticket> {
         let posted = if self.start_rings() || always {
             self.post()
@@ -183,7 +186,7 @@ impl DeviceState {
         posted
     }
 
-    /// Tries to start every ring that does not run; true if one did.
+    /// Tries to start every ring that does not run. Returns whether one has started.
     fn start_rings(&mut self) -> bool {
         let mut any = false;
         self.find_controlq();
@@ -228,8 +231,7 @@ impl DeviceState {
             packed,
             base,
         });
-        // A packed ring's base has two halves, of which one counts; a split ring knows better than
-        // any.
+        // All 32 bits of a packed ring's base are compared, and 16 bits of a split ring's.
         let counts = if packed { u32::MAX } else { 0xffff };
         if let Some(asked) = asked.filter(|asked| *asked & counts != base) {
             self.event(SessionEvent::BaseDiffers {
@@ -246,7 +248,8 @@ impl DeviceState {
         true
     }
 
-    /// Keeps why a ring does not run, and tells it once.
+    /// Keeps why a ring does not run. Reports the reason once, unless the ring only waits for
+    /// something.
     fn refuse(&mut self, at: usize, reason: Refusal) {
         let ring = &mut self.rings[at];
         let name = ring.name;
@@ -255,8 +258,8 @@ impl DeviceState {
         }
     }
 
-    /// The answer to the last message is on its way: the frontend knows where its rings stand, or
-    /// does not want to know.
+    /// The answer to the last message is on its way. The frontend knows the positions of its
+    /// stopped rings, or does not want to know. So the records of these rings are forgotten.
     pub(super) fn answered(&mut self) {
         let rings = self.handed_over.drain(..);
         if let Some(records) = &self.options.records {
@@ -264,7 +267,7 @@ impl DeviceState {
         }
     }
 
-    /// The device of all running rings; `None` if nothing runs.
+    /// Returns the device of all running rings; `None` if no ring runs.
     fn device(&self) -> Option<Arc<Device>> {
         if !self.is_running() {
             return None;
@@ -277,9 +280,9 @@ impl DeviceState {
                     pair.receive = ring.receive(enabled && !ring.left_out);
                 } else if enabled || ring.enable == Some(false) {
                     // Frames on a disabled ring are discarded (vhost-user, "Ring states"). But
-                    // frontends start rings before they enable them for the first time, and what a
-                    // guest had in its ring when its last backend died must not get lost in
-                    // between: until then the ring waits.
+                    // frontends start rings before they enable them for the first time. Frames that
+                    // were in the ring when the last backend died must not get lost in between, so
+                    // the ring waits until it is enabled.
                     pair.transmit = ring.transmit(enabled);
                 }
             }
@@ -302,7 +305,7 @@ impl DeviceState {
         Some(self.sink.post(device))
     }
 
-    /// Posts, and waits until every poll thread works with it.
+    /// Posts the device as it is now, and waits until every poll thread has acknowledged it.
     fn settle(&mut self) -> Result<(), Gone> {
         match self.post() {
             Some(ticket) => self.sink.settle(ticket),
@@ -310,8 +313,8 @@ impl DeviceState {
         }
     }
 
-    /// Stops the running rings that `which` selects. When this returns, nobody touches them any
-    /// more, and each ring's base is where it stands.
+    /// Stops the running rings that `which` selects. After that no poll thread touches these rings,
+    /// and each ring's `base` is its position.
     fn stop(&mut self, which: impl Fn(&Vring) -> bool) -> Result<(), Gone> {
         let mut stopped: Vec<(usize, Running)> = Vec::new();
         for (at, ring) in self
@@ -325,7 +328,7 @@ impl DeviceState {
         if stopped.is_empty() {
             return Ok(());
         }
-        // The status refers to the queues, too.
+        // The status also holds references to the queues.
         self.refresh();
         self.settle()?;
         for (at, running) in stopped {
@@ -339,9 +342,9 @@ impl DeviceState {
 
     // ---- messages -------------------------------------------------------------------------------
 
-    /// A new map: all rings stop, move over to it, and go on where they stood. One that is not in
-    /// it any more stays stopped. The same map again stops none: frames that come meanwhile would
-    /// be lost for nothing.
+    /// A new memory map: all rings stop, are translated by the new map, and go on at their
+    /// positions. A ring that the new map does not contain stays stopped. If the map has not
+    /// changed, no ring stops: frames that come meanwhile would be lost for nothing.
     pub(super) fn set_memory(&mut self, memory: GuestMemory) -> Result<(), SessionError> {
         if memory.is_laid_out_like(&self.memory) {
             self.memory = Arc::new(memory);
@@ -359,8 +362,8 @@ impl DeviceState {
     }
 
     pub(super) fn set_size(&mut self, index: u32, size: u32) -> Result<(), SessionError> {
-        // Before SET_FEATURES it may still become a packed ring, whose size need not be a power of
-        // two.
+        // Before SET_FEATURES the ring may still become a packed ring, whose size need not be a
+        // power of two.
         let packed = ring_features(self.features.unwrap_or(self.options.offered())).packed;
         let ring = self.ring(index)?;
         let name = ring.name;
@@ -374,8 +377,8 @@ impl DeviceState {
         Ok(())
     }
 
-    /// SET_VRING_ADDR. QEMU sends it again while rings run; the same addresses change nothing, and
-    /// others restart the ring there.
+    /// SET_VRING_ADDR. QEMU sends this message again while rings run. Equal addresses change
+    /// nothing. Other addresses restart the ring there.
     pub(super) fn set_addresses(
         &mut self,
         index: u32,
@@ -387,8 +390,8 @@ impl DeviceState {
             return Ok(());
         }
         let name = ring.name;
-        // Where everything is known already, a wrong address is an error; else it is found when the
-        // ring starts.
+        // A wrong address is an error if size, features and memory are known already. Otherwise it
+        // is found when the ring starts.
         if let (Some(size), Some(features), true) = (ring.size, features, memory.len_bytes() > 0) {
             let places = addresses.places(&memory, size, ring_features(features));
             if places.is_none() && addresses.refusal(&memory) == Refusal::NotMapped {
@@ -406,12 +409,13 @@ impl DeviceState {
         let ring = self.ring(index)?;
         ring.base = Some(base);
         ring.asked = base;
-        // Its last base may have been what kept it from starting.
+        // The old base may have been the reason why the ring did not start.
         self.start(false);
         Ok(())
     }
 
-    /// GET_VRING_BASE: the ring is stopped, and stays so until the next kick descriptor comes.
+    /// GET_VRING_BASE: stops the ring until the next kick descriptor comes. Returns the ring's
+    /// base.
     pub(super) fn stop_ring(&mut self, index: u32) -> Result<u32, SessionError> {
         let name = self.ring(index)?.name;
         self.stop(|ring| ring.name == name)?;
@@ -422,8 +426,8 @@ impl DeviceState {
         Ok(base)
     }
 
-    /// SET_VRING_ENABLE, which may come before anything else. Disabled means that nobody delivers
-    /// any more.
+    /// SET_VRING_ENABLE, which may come before any other message. When a disable returns, no poll
+    /// thread delivers into the ring any more.
     pub(super) fn enable(&mut self, index: u32, value: u32) -> Result<(), SessionError> {
         let enable = match value {
             0 => false,
@@ -432,8 +436,8 @@ impl DeviceState {
         };
         let ring = self.ring(index)?;
         let running = ring.running.is_some();
-        // A ring that does not run is disabled as it is. DPDK's virtio-user in server mode says so
-        // first of all on every new connection, and means to enable the ring once it has started.
+        // A disable of a ring that does not run is not kept. DPDK's virtio-user in server mode
+        // begins every new connection with it, and enables the ring after its start.
         let told = (enable || running).then_some(enable);
         let before = std::mem::replace(&mut ring.enable, told);
         if before == told {
@@ -452,8 +456,8 @@ impl DeviceState {
         Ok(())
     }
 
-    /// RESET_DEVICE: rings stop and everything about them but the call descriptors is forgotten;
-    /// memory stays.
+    /// RESET_DEVICE: stops all rings and forgets their settings, except the call descriptors.
+    /// Memory stays.
     pub(super) fn reset(&mut self) -> Result<(), SessionError> {
         self.stop(|_| true)?;
         self.handed_over
@@ -464,8 +468,8 @@ impl DeviceState {
         Ok(())
     }
 
-    /// How a frontend left that never set features: QEMU, where it is to have more queue pairs than
-    /// are offered, asks for their number and gives up, and tries again at once.
+    /// Whether the frontend left because it wants more queue pairs than are offered. Then QEMU asks
+    /// for their number, hangs up without setting features, and tries again at once.
     pub(super) fn gave_up(&self, now: Instant) -> bool {
         let short = now.saturating_duration_since(self.begun) < GAVE_UP_WITHIN;
         self.queues_asked && self.features.is_none() && short
@@ -473,11 +477,11 @@ impl DeviceState {
 
     // ---- end ------------------------------------------------------------------------------------
 
-    /// Lets go of rings and memory, whatever happened before.
+    /// Lets go of all rings and of the memory, whatever happened before.
     pub(super) fn release(&mut self) -> Result<(), Gone> {
         let stopped = self.stop(|_| true);
-        // A stop that failed has taken the rings out all the same, and the port is gone with its
-        // topology.
+        // A stop that failed has taken the rings out, too, and no poll thread has the removed port
+        // any more.
         self.memory = Arc::new(GuestMemory::new(Arc::clone(self.memory.fault_mark())));
         self.rings.clear();
         self.controlq = None;

@@ -7,7 +7,7 @@ use super::event::RingName;
 use crate::memory::MemoryError;
 use crate::sys::eventfd::NotEventFd;
 
-/// A request by its number, shown by its name where it has one.
+/// A request by its number. It is shown by its name if it has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request(pub u32);
 
@@ -35,7 +35,7 @@ pub enum SessionError {
          or shared=on (cloud-hypervisor)"
     )]
     PrivateMemory,
-    /// Memory that cannot be taken.
+    /// A memory table or region that is refused.
     #[error("guest memory not usable: {0}")]
     Memory(#[from] MemoryError),
     /// Features that were never offered.
@@ -55,7 +55,7 @@ pub enum SessionError {
     /// A ring that does not exist.
     #[error("ring {index} was named, but there are {rings}")]
     RingIndex {
-        /// As sent, at full width.
+        /// The index as sent, with all 32 bits.
         index: u32,
         /// How many there are.
         rings: usize,
@@ -85,7 +85,7 @@ pub enum SessionError {
     /// SET_VRING_ENABLE with a number that is neither 0 nor 1.
     #[error("SET_VRING_ENABLE with value {0}")]
     EnableValue(u32),
-    /// A notification descriptor of a kind that could stall us.
+    /// A notification descriptor that is not an eventfd and so could block the switch.
     #[error("{ring}: {source}; only eventfds are taken")]
     Notification {
         /// Which ring.
@@ -97,7 +97,7 @@ pub enum SessionError {
     /// A message of a feature that was not offered or not negotiated, or an unknown one.
     #[error("{0} is not supported here")]
     Unsupported(Request),
-    /// The crate found the message malformed.
+    /// The `vhost` crate found the message malformed.
     #[error("{request}: {source}")]
     Malformed {
         /// Which message.
@@ -139,7 +139,7 @@ pub enum SessionError {
         /// What is possible.
         max: usize,
     },
-    /// Part of a message, then nothing.
+    /// A part of a message came, and the rest did not come in time.
     #[error("a message stayed incomplete for {seconds} s")]
     Incomplete {
         /// How long it was waited for.
@@ -163,7 +163,7 @@ pub enum SessionError {
 }
 
 impl SessionError {
-    /// Whether it says why there is no guest memory.
+    /// Whether the error explains why there is no guest memory.
     pub(super) fn concerns_memory(&self) -> bool {
         match self {
             SessionError::PrivateMemory | SessionError::Memory(_) => true,
@@ -180,17 +180,17 @@ impl SessionError {
     }
 }
 
-/// How the end of a frontend begins that wants more queue pairs.
+/// Start of the text for a frontend that left because it wants more queue pairs.
 pub const ASKED_FOR_QUEUES: &str =
     "the frontend disconnected after asking for the number of queue pairs";
 
-/// How a session ended. Its rings and its memory are let go by then.
+/// How a session ended. Its rings and its memory were let go before that.
 #[derive(Debug)]
 pub enum SessionEnd {
     /// The frontend hung up, or the session was stopped from outside.
     Disconnected,
-    /// The frontend hung up after it had asked for the number of queue pairs: it needs more of
-    /// them.
+    /// The frontend hung up after it had asked for the number of queue pairs: it needs more than
+    /// are offered.
     AskedForQueues {
         /// How many are offered.
         pairs: u16,

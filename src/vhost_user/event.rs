@@ -10,17 +10,17 @@ use super::ring::Refusal;
 use crate::memory::Unusable;
 use crate::virtio::Broken;
 
-/// Why a port does not work whose guest's memory went away under us.
+/// The state of a port whose guest's memory was taken away while it was mapped.
 pub const MEMORY_LOST: &str =
     "guest memory is lost: its file was truncated, or its file system is full";
 
-/// A ring by its vring index: receiveq `2n`, transmitq `2n + 1`, and one for commands (virtio 1.2
+/// A ring by its vring index: receiveq `2n`, transmitq `2n + 1`, and the controlq (virtio 1.2
 /// §5.1.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingName {
-    /// The index.
+    /// The index of the vring.
     pub index: u16,
-    /// The driver's commands come by it.
+    /// Whether the ring is the controlq, which carries the driver's commands.
     pub is_controlq: bool,
 }
 
@@ -33,7 +33,7 @@ impl RingName {
         }
     }
 
-    /// The controlq, where it has this index.
+    /// The controlq with this index.
     pub(super) fn controlq(index: u16) -> Self {
         RingName {
             index,
@@ -41,12 +41,12 @@ impl RingName {
         }
     }
 
-    /// Whether the switch delivers into it.
+    /// Whether the switch delivers frames into the ring.
     pub fn is_receiveq(self) -> bool {
         !self.is_controlq && self.index.is_multiple_of(2)
     }
 
-    /// Number of its queue pair.
+    /// Number of the ring's queue pair.
     pub fn pair(self) -> u16 {
         self.index / 2
     }
@@ -80,14 +80,14 @@ pub enum SessionEvent {
     Memory {
         /// Regions it has now.
         regions: usize,
-        /// Their size.
+        /// Size of all regions in bytes.
         bytes: u64,
     },
     /// A region of the guest's memory is not mapped.
     MemoryUnusable(Unusable),
     /// Nothing was ever written to the rings that run, although the driver kicks.
     NeverChanges,
-    /// The guest's memory went away under us; it is served no further.
+    /// The guest's memory was taken away while it was mapped. The guest is not served any more.
     MemoryLost,
     /// A ring started.
     RingStarted {
@@ -100,9 +100,9 @@ pub enum SessionEvent {
         /// Position it starts at, as GET_VRING_BASE would answer it.
         base: u32,
     },
-    /// A ring does not start where SET_VRING_BASE said: a split ring starts at its used index, a
-    /// packed ring where both halves of its base should have said (virtio-user's upper half is
-    /// always 0).
+    /// A ring does not start where SET_VRING_BASE said. A split ring starts at its used index. In
+    /// the base of a packed ring both halves should be equal, but the upper half of virtio-user's
+    /// is always 0.
     BaseDiffers {
         /// Which.
         ring: RingName,
@@ -143,9 +143,9 @@ pub enum SessionEvent {
     },
     /// Signalling the frontend's call descriptors is slow: this session does it from now on.
     CallsDeferred,
-    /// It is fast again: poll threads do it.
+    /// Signalling is fast again: poll threads make the calls.
     CallsDirect,
-    /// The system refuses what this session needs for its calls; it tries on.
+    /// The system refuses what this session needs for its calls. The session goes on trying.
     CallsImpossible {
         /// Why, in words.
         reason: Arc<str>,
@@ -155,7 +155,7 @@ pub enum SessionEvent {
         /// Why, in words.
         reason: Arc<str>,
     },
-    /// More was to be reported, but a frontend must not fill the log.
+    /// Some events were not reported, because a frontend must not fill the log.
     Suppressed {
         /// How many events.
         count: u64,
@@ -163,7 +163,7 @@ pub enum SessionEvent {
 }
 
 impl SessionEvent {
-    /// Whether somebody should do something about it.
+    /// Whether an operator should do something about it.
     pub fn is_warning(&self) -> bool {
         matches!(
             self,
@@ -244,12 +244,12 @@ impl fmt::Display for SessionEvent {
     }
 }
 
-/// Events that may come at once; a start of 256 rings says everything.
+/// Events that may come at once. A start of 256 rings stays below that.
 const BURST: u32 = 600;
-/// Time after which one more may come.
+/// Time after which one more event may come.
 const REFILL: Duration = Duration::from_millis(250);
 
-/// Passes events on, no more than a frontend's honest life needs.
+/// Passes events on, but only as many as an honest frontend causes.
 pub(super) struct Reporter {
     sink: Arc<dyn DeviceSink>,
     left: u32,

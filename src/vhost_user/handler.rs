@@ -1,7 +1,7 @@
 //! The crate's requests, turned into changes of the device state.
 //!
-//! Only what is offered does anything; the crate gates most of the rest by the negotiated features,
-//! and what it lets through is refused here.
+//! Only requests of offered features have an effect. The crate refuses most others because their
+//! features were not negotiated. The rest is refused here.
 
 use std::fs::File;
 
@@ -23,7 +23,7 @@ use crate::sys::call::CallFd;
 use crate::sys::eventfd::KickFd;
 
 impl DeviceState {
-    /// Keeps the reason of a refusal, which the crate's error cannot carry.
+    /// Keeps the reason of a refusal, because the crate's error cannot carry it.
     fn told<T>(&mut self, result: Result<T, SessionError>) -> CrateResult<T> {
         result.map_err(|error| {
             self.fail(error);
@@ -85,8 +85,9 @@ fn spec(region: &VhostUserMemoryRegion, file: File) -> RegionSpec {
 }
 
 impl VhostUserBackendReqHandlerMut for DeviceState {
-    // A backend without INFLIGHT or a second connection has no use for ownership; both are
-    // tolerated at any time, as the specification recommends for RESET_OWNER.
+    // A backend without INFLIGHT or a second connection has no use for ownership. SET_OWNER and
+    // RESET_OWNER are accepted at any time and do nothing, as the specification recommends for
+    // RESET_OWNER.
     fn set_owner(&mut self) -> CrateResult<()> {
         Ok(())
     }
@@ -167,8 +168,8 @@ impl VhostUserBackendReqHandlerMut for DeviceState {
         self.told(result)
     }
 
-    /// The descriptor is closed: it is the frontend's to be stalled with, and frontends only log
-    /// what it says.
+    /// The descriptor is closed. A frontend could make a write to it block, and frontends only log
+    /// the errors that come through it.
     fn set_vring_err(&mut self, index: u8, _file: Option<File>) -> CrateResult<()> {
         let result = self.ring(index.into()).map(|_| ());
         self.told(result)
@@ -188,7 +189,7 @@ impl VhostUserBackendReqHandlerMut for DeviceState {
         Ok(self.options.queue_num().into())
     }
 
-    /// Not reached: the session reads this message itself.
+    /// Not reached: the session handles this message itself.
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> CrateResult<()> {
         let result = self.enable(index, enable.into());
         self.told(result)

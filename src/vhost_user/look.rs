@@ -1,16 +1,17 @@
-//! Whether drivers use the rings that run. The session looks once in a while; a poll thread never
-//! does.
+//! Finds out whether drivers use the rings that run. The session looks now and then. A poll thread
+//! never does.
 //!
 //! A guest with private memory that has a file looks like a healthy guest: the file can be mapped,
-//! but what the guest writes is not in the file. Its rings stay as they were made. The ring of a
-//! driver whose link is down also stays as it was made, but that driver does not kick. In both
-//! cases nothing can pass, and the port says so.
+//! but what the guest writes is not in the file. The rings in the file never change. The rings of a
+//! driver whose link is down never change either, but that driver does not kick. In both cases no
+//! frame can pass, and the port's state says so.
 //!
-//! A receiveq that is enabled, and has never had a buffer while others have, gets no flows.
-//! Frontends enable what they have configured, whatever their guest uses (cloud-hypervisor ignores
-//! its number of pairs, Dragonball never disables). The flows of an unused queue would be lost for
-//! ever. The queue gets flows again within half a second of its first buffer. From then on it keeps
-//! them until its next start: a queue that has run empty is full, not unused.
+//! An enabled receiveq that never had a buffer gets no flows while others have buffers. Frontends
+//! enable every ring that they have configured, whether or not the guest uses it. (Cloud-hypervisor
+//! ignores the guest's number of pairs, Dragonball never disables a ring.) The flows of an unused
+//! queue would be lost for ever. The queue gets flows again within half a second of its first
+//! buffer. From then on the queue keeps flows until its next start: a queue that runs out of
+//! buffers later is overloaded, not unused.
 
 use std::time::{Duration, Instant};
 
@@ -18,21 +19,21 @@ use super::device::DeviceState;
 use super::event::SessionEvent;
 use super::ring::Vring;
 
-/// How long a driver may leave its rings alone after their start. Frontends start them before
-/// drivers fill them.
+/// How long a driver may leave a ring empty after its start. Frontends start rings before drivers
+/// fill them.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How often a silent session looks at its rings.
+/// How often a session without messages looks at its rings.
 const LOOK: Duration = Duration::from_secs(2);
-/// The same while a driver is waited for.
+/// How often a session looks at its rings while it waits for a driver to use them.
 const LOOK_CLOSELY: Duration = Duration::from_millis(500);
 
-/// What a driver has made of a ring since it started.
+/// Whether a driver has used a ring since the ring started.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Usage {
     begun: Option<Instant>,
-    /// Where it started.
+    /// The base at the ring's start.
     base: u32,
-    /// Something was put into it.
+    /// Whether the driver has put something into the ring.
     pub(super) used: bool,
 }
 
@@ -45,7 +46,7 @@ impl Usage {
         }
     }
 
-    /// Where it started.
+    /// Returns the base at the ring's start.
     pub(super) fn base(&self) -> u32 {
         self.base
     }
@@ -56,12 +57,12 @@ impl Usage {
     }
 }
 
-/// Nothing was put into any ring.
+/// The driver has put nothing into any ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Silence {
-    /// As of a driver whose link is down.
+    /// The driver may not have started its queues, for example because its link is down.
     Quiet,
-    /// Although it kicks, and what it should have written are zeros.
+    /// The driver kicks, but what it should have written is zero.
     Kicks,
 }
 
@@ -95,14 +96,15 @@ impl Vring {
 }
 
 impl DeviceState {
-    /// When to look again, if no message comes.
+    /// Returns the time until the next look, if no message comes; `None` if no ring runs.
     pub(super) fn next_look(&self) -> Option<Duration> {
         let closely = self.silence.is_some() || self.rings.iter().any(|ring| ring.left_out);
         let wait = if closely { LOOK_CLOSELY } else { LOOK };
         self.is_running().then_some(wait)
     }
 
-    /// Looks at the rings that run, and draws the conclusions.
+    /// Looks at the rings that run: finds silence, and receiveqs that get no flows. Posts if the
+    /// latter have changed.
     pub(super) fn look_at_rings(&mut self, now: Instant) {
         self.rings.iter_mut().for_each(Vring::look);
         self.look_for_silence(now);

@@ -1,10 +1,10 @@
 //! Messages before the crate sees them.
 //!
 //! The crate reads a header and then a body with one call each, and takes half a body for an error.
-//! So each header is peeked at first, and nothing is read before the whole message has arrived. It
-//! must arrive within a deadline from its first byte on; between messages a frontend may be silent
-//! for ever. What the crate does not know is read here, which also makes the kernel close any
-//! descriptor that came with it.
+//! So each header is peeked at first, and nothing is read before the whole message has arrived. The
+//! message must arrive within a deadline from its first byte on. Between messages a frontend may be
+//! silent for ever. A message that the crate does not know is read here. Reading it without room
+//! for descriptors makes the kernel close those that came with it.
 
 use std::io::{ErrorKind, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -23,9 +23,10 @@ use crate::sys::wake::Wake;
 
 /// Bytes of a header: request, flags, size.
 pub(super) const HEADER: usize = 12;
-/// How often half a message is looked at again: there is no event for "more of it has come".
+/// How often the session looks again at a message that has arrived in part. There is no event for
+/// "more bytes have come".
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
-/// The only version there is.
+/// The only protocol version that exists.
 const VERSION: u32 = 1;
 
 /// A message whose header was looked at and which has arrived completely.
@@ -34,8 +35,8 @@ pub(super) struct Arrived {
     pub(super) request: Request,
     flags: u32,
     pub(super) size: u32,
-    /// It carries file descriptors. Unknown, and said to be false, where the sender wrote more than
-    /// this message at once.
+    /// Whether the message carries file descriptors. Always false if the sender wrote more than
+    /// this message at once: then it is unknown.
     pub(super) has_files: bool,
 }
 
@@ -72,11 +73,11 @@ impl Arrived {
     }
 }
 
-/// What waiting for a message came to.
+/// Why `wait` has returned.
 pub(super) enum Waited {
     /// A complete message.
     Message(Arrived),
-    /// `idle` went by without a byte.
+    /// No byte came for the time `idle`.
     Idle,
     /// The bell was rung.
     Bell,
@@ -84,8 +85,9 @@ pub(super) enum Waited {
     Kick,
 }
 
-/// Waits for the next message, for the bell or for a kick. With `idle`, returns after that time
-/// without any.
+/// Waits for the next message, for the bell or for a kick. With `idle`, returns after that time at
+/// the latest, unless a message has begun. A message that has begun must be complete within
+/// `deadline`.
 pub(super) fn wait(
     stream: &UnixStream,
     bell: &Wake,
@@ -102,13 +104,14 @@ pub(super) fn wait(
     let begun = Instant::now();
     let (mut arrived, may_have_files) = loop {
         let mut header = [0; HEADER];
-        // Without room for descriptors, which leaves them where they are.
+        // No room for descriptors: a peek then leaves them with the message.
         let nowhere = &mut RecvAncillaryBuffer::default();
         let (bytes, truncated) = peek(stream, &mut header, nowhere)?;
         match bytes {
             0 => return Err(SessionError::Disconnected),
             HEADER => break (Arrived::parse(&header)?, truncated),
-            // A peek ends behind the bytes that carry descriptors, however many follow.
+            // A peek ends after the bytes that carry descriptors, even if more bytes follow. So
+            // this header was sent in two parts.
             _ if truncated && queued(stream)? >= HEADER => return Err(SessionError::SplitHeader),
             _ => wait_for_more(stream, begun, deadline, bytes)?,
         }
@@ -123,8 +126,8 @@ pub(super) fn wait(
     }
 }
 
-/// Waits until a reply can be sent without blocking. A socket is writable with at most a quarter of
-/// its buffer in use, and no reply is as long as the rest.
+/// Waits until a reply can be sent without blocking. The kernel calls a socket writable while at
+/// most a quarter of its buffer is in use. Every reply is shorter than the rest.
 pub(super) fn wait_writable(stream: &UnixStream, deadline: Duration) -> Result<(), SessionError> {
     if ready(stream, PollFlags::OUT, Some(deadline))? {
         Ok(())
@@ -135,18 +138,19 @@ pub(super) fn wait_writable(stream: &UnixStream, deadline: Duration) -> Result<(
     }
 }
 
-/// Reads a message that arrived. Reading without room for descriptors makes the kernel close them.
+/// Reads a message that has arrived, and returns its body. Reading without room for descriptors
+/// makes the kernel close them.
 pub(super) fn take(mut stream: &UnixStream, arrived: &Arrived) -> Result<Vec<u8>, SessionError> {
     let mut bytes = vec![0; arrived.len()];
     stream.read_exact(&mut bytes)?;
     Ok(bytes.split_off(HEADER))
 }
 
-/// Ends the conversation, and reads what nobody will look at, so that descriptors in it are closed
-/// here. Else whoever is the last to close the socket would close them, and that may take as long
-/// as their sender likes: they can be sockets that linger, or files on FUSE.
+/// Ends the conversation. Reads and drops what is left, so that this thread closes the descriptors
+/// in it. Otherwise the last thread to close the socket would close them. Closing a descriptor
+/// takes as long as its sender likes: it can be a socket that lingers, or a file on FUSE.
 pub(super) fn discard(mut stream: &UnixStream) {
-    // Fails only where the peer has gone already. Nothing comes from here on.
+    // Fails only if the peer has gone already. Nothing arrives after this.
     let _ = stream.shutdown(Shutdown::Both);
     let mut bytes = [0; 1024];
     loop {
@@ -174,8 +178,9 @@ pub(super) fn acknowledge(
     Ok(stream.write_all(&bytes)?)
 }
 
-/// What there is to do first. The bell goes before messages, or a chatty frontend would have no
-/// calls; a kick goes behind them, for a driver must not keep its frontend waiting.
+/// What the session does first. The bell goes before messages: otherwise a frontend that sends
+/// without pause would have no calls. A kick goes after messages: a driver must not keep its
+/// frontend waiting.
 enum Ready {
     Bell,
     Kick,
@@ -191,7 +196,7 @@ fn first_ready(
     let mut fds = [
         PollFd::new(bell, PollFlags::IN),
         PollFd::new(stream, PollFlags::IN),
-        // Without a kick to wait for, the stream stands here for it.
+        // Without a kick, the stream takes its place in the array.
         PollFd::from_borrowed_fd(kick.unwrap_or(stream.as_fd()), PollFlags::IN),
     ];
     let count = poll_for(&mut fds, timeout)?;
@@ -203,8 +208,8 @@ fn first_ready(
     })
 }
 
-/// Polls for one event; false when the time is over. Errors and hang-ups count as events: the call
-/// after this one finds them.
+/// Polls for one event. Returns false when the time is over. Errors and hang-ups count as events:
+/// the next call on the stream reports them.
 fn ready(
     stream: &UnixStream,
     events: PollFlags,
@@ -232,8 +237,8 @@ fn timespec(duration: Duration) -> Timespec {
     }
 }
 
-/// Sleeps a little; an error once the deadline is over or the peer has gone without having sent
-/// more than `seen` bytes.
+/// Sleeps for `LOOK_AGAIN`. Returns an error once the deadline is over, or if the peer has gone
+/// without having sent more than `seen` bytes.
 fn wait_for_more(
     stream: &UnixStream,
     begun: Instant,
@@ -251,22 +256,23 @@ fn wait_for_more(
     Ok(())
 }
 
-/// Bytes that have arrived.
+/// Returns the number of bytes that have arrived and were not read.
 fn queued(stream: &UnixStream) -> Result<usize, SessionError> {
     let bytes = ioctl_fionread(stream).map_err(SessionError::io)?;
     Ok(usize::try_from(bytes).unwrap_or(usize::MAX))
 }
 
-/// Whether the message of `len` bytes, which is there as a whole, carries descriptors.
+/// Whether a message of `len` bytes, which has arrived completely, carries descriptors.
 ///
-/// Refuses more of them than the crate has room for: it would take the message for not received,
-/// and wait for it again. Peeking with room makes copies of them, closed with the buffer.
+/// Refuses more descriptors than the crate has room for: the crate would take the message for not
+/// received, and wait for it again. Peeking with room makes copies of the descriptors, which are
+/// closed with the buffer.
 ///
-/// A peek goes on to what was sent next, even where it has all the bytes it asked for, and stops
-/// only behind what carries descriptors. So it asks for a byte more than the message has: with that
-/// byte, they are the next message's.
+/// A peek goes on into the next message, even if it has all the bytes it asked for. It stops only
+/// after bytes that carry descriptors. So the peek asks for one byte more than the message has: if
+/// it gets that byte, the descriptors belong to the next message.
 fn own_files(stream: &UnixStream, len: usize) -> Result<bool, SessionError> {
-    // One more, for alignment may leave room for it.
+    // Room for one more: padding may leave room for one more descriptor than was asked for.
     let mut space =
         [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_ATTACHED_FD_ENTRIES + 1))];
     let mut files = RecvAncillaryBuffer::new(&mut space);
@@ -287,7 +293,8 @@ fn own_files(stream: &UnixStream, len: usize) -> Result<bool, SessionError> {
     Ok(count > 0 && seen <= len)
 }
 
-/// Peeks; the bytes seen, and whether `files` had no room for all descriptors that come with them.
+/// Peeks. Returns the number of bytes seen, and whether `files` had no room for all descriptors
+/// that come with them.
 fn peek(
     stream: &UnixStream,
     bytes: &mut [u8],

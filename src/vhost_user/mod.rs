@@ -2,8 +2,9 @@
 //!
 //! [`serve`] is the whole life of a session thread. It reads messages and keeps what they said in a
 //! `DeviceState`. After each message that changes something it hands a new immutable [`Device`] to
-//! a [`DeviceSink`]. It knows nothing of a switch, of topologies or of poll threads. All that it
-//! ever waits for, through [`DeviceSink::settle`], is "nobody uses the old device any more".
+//! a [`DeviceSink`]. It knows nothing of a switch, of topologies or of poll threads. A session
+//! waits for one thing only, through [`DeviceSink::settle`]: that nobody uses the old device any
+//! more.
 //!
 //! Framing, descriptor passing and most message checks are those of the `vhost` crate
 //! (`BackendReqHandler`). `message` looks at each header first, waits until the whole message has
@@ -11,15 +12,15 @@
 //!
 //! Rules:
 //! * Everything a frontend sends is hostile. Nothing here panics. Nothing waits for ever on half a
-//!   message or on a peer that reads no replies. No descriptor is kept that the message should not
-//!   have had.
+//!   message or on a peer that reads no replies. A descriptor that its message must not carry is
+//!   closed.
 //! * Memory and rings are let go in one place (`DeviceState::stop`): first the sink gets a device
 //!   without them, then everybody has acknowledged it, then they are dropped.
 //! * A session waits for acknowledgements only where the protocol demands it: GET_VRING_BASE,
 //!   memory changes, disable, reset, disconnect. The wait has no deadline. A thread that has not
 //!   acknowledged may still write into the guest's memory, so an earlier answer would be wrong.
 //! * A refused message is answered with a non-zero acknowledgement where the frontend asked for
-//!   one, and ends the session otherwise. Settings that merely do not work yet are kept: real
+//!   one, and ends the session otherwise. Settings that do not work yet are kept, because real
 //!   frontends send them in any order.
 //!
 //! Left out: dirty logging, in-flight descriptors, vIOMMU, postcopy, device configuration space.
@@ -63,26 +64,27 @@ pub struct Ticket(pub u64);
 #[error("the port was removed")]
 pub struct Gone;
 
-/// What becomes of a session's state outside of it.
+/// Takes a session's device and its events, and tells the session when poll threads have
+/// acknowledged.
 pub trait DeviceSink: Send + Sync {
-    /// Makes `device` what poll threads see, soon; `None` when nothing is started any more. Never
-    /// blocks. A later post replaces an earlier one that was not published yet.
+    /// Makes `device` what poll threads see, soon; `None` when no ring runs any more. Never blocks.
+    /// A later post replaces an earlier one that was not published yet.
     fn post(&self, device: Option<Arc<Device>>) -> Ticket;
 
-    /// Blocks until every poll thread works with that post or a later one.
+    /// Blocks until every poll thread works with the post of `ticket` or a later one.
     fn settle(&self, ticket: Ticket) -> Result<(), Gone>;
 
-    /// Whether they do already.
+    /// Whether every poll thread works with the post of `ticket` or a later one. Does not block.
     fn is_settled(&self, ticket: Ticket) -> bool;
 
-    /// Who makes the port's calls.
+    /// Returns the guard that decides who makes the port's calls.
     fn calls(&self) -> Arc<CallGuard>;
 
-    /// How long the session leaves the message that has just come alone: none of an honest frontend
-    /// waits.
+    /// Returns how long the session must wait before it handles the message that has just come. An
+    /// honest frontend's messages never wait.
     fn pace(&self) -> Duration;
 
-    /// Something worth a line in the log.
+    /// Reports something worth a line in the log.
     fn event(&self, event: SessionEvent);
 }
 

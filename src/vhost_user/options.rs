@@ -1,7 +1,7 @@
 //! What a session offers to its frontend.
 //!
-//! RSS and HASH_REPORT are not offered. Pollux keeps no indirection table, and reports no hash of a
-//! frame to its receiver.
+//! RSS and HASH_REPORT are not offered. Their commands come through the controlq. QEMU and
+//! cloud-hypervisor keep the controlq to themselves and do not pass this configuration on.
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::virtio_config::{
@@ -37,19 +37,19 @@ pub const OFFERED_FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
     // For legacy drivers. Their headers may share a buffer with the frame anyway.
     | bit(VIRTIO_F_ANY_LAYOUT)
     | bit(VIRTIO_F_NOTIFY_ON_EMPTY)
-    // Cloud-hypervisor shows its guest what it and the backend have in common, and MQ needs
+    // Cloud-hypervisor offers its guest only features that the backend offers, too, and MQ needs
     // CTRL_VQ. Receive modes, VLANs and the address are best effort in virtio (§5.1.6.5): a port
-    // that passes more than was asked for obeys.
+    // that passes more frames than the driver asked for complies.
     | CTRL_VQ
     | bit(VIRTIO_NET_F_CTRL_RX)
     | bit(VIRTIO_NET_F_CTRL_VLAN)
     | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
     | PROTOCOL_FEATURES;
 
-/// Bits that a frontend may acknowledge although they are not offered. Each speaks of the device's
-/// configuration, which is the frontend's own: what it tells its guest there asks nothing of a
-/// backend and changes no byte of a ring. Dragonball acknowledges MTU and MAC, and DPDK's backend
-/// takes the first. Every other bit could change what the guest writes or reads, and ends the
+/// Bits that a frontend may acknowledge although they are not offered. Each concerns only the
+/// configuration space of the device, which is the frontend's. So these bits ask nothing of a
+/// backend and change no byte of a ring. Dragonball acknowledges MTU and MAC. DPDK's backend
+/// accepts MTU, too. Every other bit could change what the guest writes or reads, and ends the
 /// session.
 const CONFIGURATION: u64 = bit(VIRTIO_NET_F_MTU)
     | bit(VIRTIO_NET_F_MAC)
@@ -57,8 +57,9 @@ const CONFIGURATION: u64 = bit(VIRTIO_NET_F_MTU)
     | bit(VIRTIO_NET_F_STANDBY)
     | bit(VIRTIO_NET_F_SPEED_DUPLEX);
 
-/// What is offered to frontends that pass a reset of one ring on, which QEMU 7.2 does not: it tells
-/// the driver yes, and the backend nothing, which then serves a ring that is no more.
+/// Offered in addition to frontends that pass on the reset of one ring. QEMU 7.2 does not: it
+/// accepts the driver's reset and tells the backend nothing, which then serves a ring that no
+/// longer exists.
 pub const RING_RESET: u64 = bit(VIRTIO_F_RING_RESET);
 
 /// Everything that may be offered.
@@ -70,7 +71,7 @@ pub(super) const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(VhostUserProtocolFeatures::RESET_DEVICE);
 
-/// KICK, CALL and ERR name a ring in 8 bits.
+/// Most queue pairs: KICK, CALL and ERR name a ring with 8 bits.
 const MAX_PAIRS: u16 = 128;
 /// Most rings of one session.
 pub(super) const MAX_RINGS: u16 = 2 * MAX_PAIRS;
@@ -82,12 +83,13 @@ pub struct SessionOptions {
     pub queue_pairs: u16,
     /// Virtio features to offer; bits outside [`SUPPORTED_FEATURES`] are ignored.
     pub features: u64,
-    /// Where packed rings keep what they need after a restart of the switch, if anywhere.
+    /// Where the records of packed rings are kept; `None`: nowhere, so packed rings do not survive
+    /// a restart of the switch.
     pub records: Option<RingRecords>,
 }
 
 impl SessionOptions {
-    /// The usual features for this many queue pairs.
+    /// Options with [`OFFERED_FEATURES`], this many queue pairs and no records.
     pub fn new(queue_pairs: u16) -> Self {
         SessionOptions {
             queue_pairs,
@@ -100,28 +102,29 @@ impl SessionOptions {
         self.queue_pairs.clamp(1, MAX_PAIRS)
     }
 
-    /// Virtio features as GET_FEATURES answers them: MQ where there is more than one pair, and no
-    /// feature without those that it needs, whatever was asked for.
+    /// Returns the virtio features as GET_FEATURES answers them. MQ is among them if there is more
+    /// than one pair. A feature is left out if a feature that it needs is missing.
     pub(super) fn offered(&self) -> u64 {
         let several = if self.pairs() > 1 { MQ } else { 0 };
         without_unmet((self.features & SUPPORTED_FEATURES & !MQ) | several | PROTOCOL_FEATURES)
     }
 
-    /// What a frontend may acknowledge.
+    /// Returns all features that a frontend may acknowledge.
     pub(super) fn acceptable(&self) -> u64 {
         self.offered() | CONFIGURATION
     }
 
-    /// The answer to GET_QUEUE_NUM. QEMU compares it with its queue pairs and cloud-hypervisor with
-    /// its rings; crosvm and libkrun make as many rings, of which a driver needs the third for its
-    /// commands.
+    /// Returns the answer to GET_QUEUE_NUM. QEMU compares the answer with its queue pairs,
+    /// cloud-hypervisor with its rings. crosvm and libkrun make as many rings as the answer says,
+    /// and a driver needs the third ring for its commands.
     pub(super) fn queue_num(&self) -> u16 {
         let controlled = self.offered() & CTRL_VQ != 0;
         self.pairs().max(if controlled { 3 } else { 2 })
     }
 
-    /// Rings that can be configured: pairs of whatever GET_QUEUE_NUM answered, and one for commands
-    /// behind them. Those of pairs that are not offered are remembered and never started.
+    /// Returns the number of rings that can be configured: two for each pair that GET_QUEUE_NUM
+    /// answered, and the controlq after them. Settings of rings of pairs that are not offered are
+    /// kept, but these rings never start.
     pub(super) fn rings(&self) -> u16 {
         (2 * self.queue_num() + 1).min(MAX_RINGS)
     }
@@ -146,7 +149,7 @@ pub(super) fn has_ring_reset(features: u64) -> bool {
     features & RING_RESET != 0
 }
 
-/// Whether commands may come, and by which ring: the third, or the last that there is.
+/// Returns which ring is the controlq; `None` without CTRL_VQ.
 pub(super) fn controlq(features: u64) -> Option<Controlq> {
     match (features & CTRL_VQ != 0, features & MQ != 0) {
         (false, _) => None,
@@ -160,11 +163,12 @@ pub(super) fn controlq(features: u64) -> Option<Controlq> {
 pub(super) enum Controlq {
     /// Without MQ.
     Third,
-    /// With MQ it has number 2 × max_virtqueue_pairs, which is the frontend's to say to its guest.
+    /// With MQ: ring 2 × max_virtqueue_pairs. The frontend tells this number to its guest only.
     Last,
 }
 
-/// Without the protocol feature bit there is no SET_VRING_ENABLE, and every ring is enabled.
+/// Whether SET_VRING_ENABLE exists. Without the bit VHOST_USER_F_PROTOCOL_FEATURES every ring is
+/// enabled.
 pub(super) fn has_enable(features: u64) -> bool {
     features & PROTOCOL_FEATURES != 0
 }

@@ -1,21 +1,21 @@
-//! Where the records of packed rings are kept ([`crate::virtio::redo`]): one small file a ring, in
-//! a directory in memory.
+//! Keeps the records of packed rings ([`crate::virtio::redo`]): one small file for each ring, in a
+//! directory in memory.
 //!
 //! **Why files, and not INFLIGHT_SHMFD, which was made for this.** No frontend asks for it here.
-//! QEMU uses it for its block devices and not for vhost-user-net, DPDK's virtio-user not at all,
-//! and cloud-hypervisor's guests have no packed rings. A descriptor that the frontend kept would
-//! also be memory that a frontend can write.
+//! QEMU uses INFLIGHT_SHMFD for its block devices and not for vhost-user-net. DPDK's virtio-user
+//! does not use it. Cloud-hypervisor's guests have no packed rings. Besides, the frontend could
+//! write to a record in a descriptor that it keeps.
 //!
-//! **When a record is believed.** Only for the very same ring: the same memory file (its inode
-//! lives as long as its VM), the same addresses, size and features, and the same SET_VRING_BASE. A
-//! frontend that has lost its backend repeats what it said at the last start. A frontend whose
-//! guest has reset its device says slot 0. One case is left: a guest that reset a device which had
-//! started at slot 0 and has its new ring in the old place. That shows in the ring, which its
-//! driver cleared.
+//! **When a record is believed.** Only if memory file, addresses, size, features and SET_VRING_BASE
+//! of the ring are equal to those in the record. The inode of the memory file lives as long as its
+//! VM. A frontend that has lost its backend repeats the SET_VRING_BASE of the last start. A
+//! frontend whose guest has reset its device sends slot 0. One case is left: the device had started
+//! at slot 0, was reset, and the new ring has the place of the old one. The ring itself shows this,
+//! because its driver has cleared it.
 //!
 //! **When a record is forgotten.** When a position was handed over (GET_VRING_BASE), after
-//! RESET_DEVICE, and with its port. Not before the answer is on its way: a process that is killed
-//! in between would leave a ring whose position nobody knows.
+//! RESET_DEVICE, and when its port is removed. A record is not forgotten before the answer is on
+//! its way: if the process were killed in between, nobody would know the position of the ring.
 //!
 //! **When a ring cannot go on.** Without the directory, a guest with packed rings stands still
 //! after a restart of the switch, until it resets its device. So does a guest whose switch is
@@ -38,7 +38,7 @@ use crate::virtio::redo::{IDENTITY, Redo};
 /// First word of a record: its name, and a number that changes with its form.
 const RECORD_MAGIC: u64 = u64::from_le_bytes(*b"plxring\x03");
 
-/// Why a ring has no record. It works all the same, until the switch is restarted.
+/// Why a ring has no record. Without a record the ring works until the switch is restarted.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
     /// The file cannot be made.
@@ -49,7 +49,7 @@ pub enum RecordError {
         /// Why not.
         source: io::Error,
     },
-    /// The file cannot be mapped: the directory is not in memory, for one.
+    /// The file cannot be mapped, for example because the directory is not in memory.
     #[error("{path:?}: {source}")]
     Memory {
         /// The file.
@@ -67,7 +67,7 @@ pub struct RingRecords {
 }
 
 impl RingRecords {
-    /// The records of port `port` in `dir`, which is made where it is missing.
+    /// The records of port `port` in `dir`. The directory is made when the first record is.
     pub fn new(dir: &Path, port: &str) -> Self {
         RingRecords {
             dir: dir.to_path_buf(),
@@ -79,8 +79,9 @@ impl RingRecords {
         self.dir.join(format!("{}.{}", self.port, ring.index))
     }
 
-    /// The record of a packed ring that is about to start: the one that is there, if it is this
-    /// ring's, or a new one. `asked` is what the frontend said at the ring's first start.
+    /// Returns the record of a packed ring that is about to start: the existing record if it
+    /// belongs to this ring, or a new one. `asked` is the base that the frontend will send again if
+    /// it loses its connection.
     pub(super) fn open(
         &self,
         ring: RingName,
@@ -95,7 +96,8 @@ impl RingRecords {
         if let Some(redo) = found.and_then(|words| Redo::found(words, &identity)) {
             return Ok(redo);
         }
-        // Complete before it has its name: there is no moment with half a record.
+        // The record gets its name when it is complete. So a record under this name is never
+        // incomplete.
         let failed = |path: &Path| {
             let path = path.to_path_buf();
             move |source| RecordError::File { path, source }
@@ -111,14 +113,15 @@ impl RingRecords {
         options.create_new(true).mode(0o600);
         let file = open(options, &new).map_err(failed(&new))?;
         let made = || {
-            // Now, not at the first store to a page that there is no memory for.
+            // Memory is reserved now. Otherwise a lack of memory would show at the first store to a
+            // page.
             fallocate(&file, FallocateFlags::empty(), 0, bytes)
                 .map_err(|errno| failed(&new)(errno.into()))?;
             let words = map(&file, bytes).map_err(|source| RecordError::Memory {
                 path: new.clone(),
                 source,
             })?;
-            // The lower half of a base is what counts.
+            // Only the lower half of the base counts.
             let redo = Redo::new(words, &identity, setup.base as u16);
             std::fs::rename(&new, &path).map_err(failed(&path))?;
             Ok(redo)
@@ -128,27 +131,28 @@ impl RingRecords {
         })
     }
 
-    /// Where a record is made.
+    /// Returns the path at which a record is made before it gets its name.
     fn unfinished(&self, ring: RingName) -> PathBuf {
         self.dir.join(format!("{}.{}.new", self.port, ring.index))
     }
 
-    /// The ring's position is no longer the switch's to know.
+    /// Removes the record of a ring whose position was handed over or reset.
     pub(super) fn forget(&self, ring: RingName) {
-        // One that was never made is forgotten, too.
+        // Fails if there is no record, which is as good.
         let _ = std::fs::remove_file(self.path(ring));
-        // Left by a process that was killed while it made it.
+        // An unfinished record is left if a process is killed while it makes one.
         let _ = std::fs::remove_file(self.unfinished(ring));
     }
 
-    /// The port is gone.
+    /// Removes the records of all rings of the port, which was removed.
     pub fn forget_all(&self) {
         (0..MAX_RINGS).for_each(|ring| self.forget(RingName::new(ring)));
     }
 }
 
 fn open(mut options: OpenOptions, path: &Path) -> io::Result<File> {
-    // Whatever somebody put there: no link is followed, and no pipe waited for.
+    // Somebody else may have put a link or a pipe there. No link is followed, and no pipe is waited
+    // for.
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits();
     options
         .read(true)
@@ -158,12 +162,12 @@ fn open(mut options: OpenOptions, path: &Path) -> io::Result<File> {
 }
 
 fn map(file: &File, bytes: u64) -> Result<Words, MemoryError> {
-    // The mark is nobody's: the file is ours, and nobody truncates it.
+    // Nobody reads this mark: the file is ours, and nobody truncates it.
     let mark: Arc<FaultMark> = FaultMark::new();
     PinnedWindow::map(file, 0, bytes, &mark).map(Words::mapped)
 }
 
-/// What makes a ring the same ring.
+/// Returns the words that must be equal for a record to belong to a ring.
 fn identity(asked: u32, setup: &RingSetup) -> [u64; IDENTITY] {
     let features = setup.features;
     let features = [

@@ -1,24 +1,24 @@
 //! One vring: what the frontend said about it, and the queue once it runs.
 //!
-//! **When a ring starts.** A ring runs when its size, its addresses, a kick descriptor (or the word
-//! that there is none), the features and the memory are known, until GET_VRING_BASE. The order does
-//! not matter: QEMU, cloud-hypervisor and DPDK agree on none.
+//! **When a ring starts.** A ring starts once its size, its addresses, its kick descriptor (or the
+//! message that it has none), the features and the memory are known. It runs until GET_VRING_BASE.
+//! The messages may come in any order: QEMU, cloud-hypervisor and DPDK each use another one.
 //!
-//! **Where a ring starts.** A split ring starts at the `used.idx` found in its memory, whatever
-//! SET_VRING_BASE said; a difference is logged. That is exact for QEMU, for cloud-hypervisor (which
-//! sends its available index) and for DPDK's virtio-user (which sends 0). A packed ring starts
-//! where SET_VRING_BASE says, unless the switch has been away: nothing in the ring's memory says
-//! where it stands, so that is kept in a record (`virtio::redo`).
+//! **Where a ring starts.** A split ring starts at the `used.idx` in its memory, whatever
+//! SET_VRING_BASE said. A difference is logged. This start is exact for QEMU, for cloud-hypervisor
+//! (which sends its available index) and for DPDK's virtio-user (which sends 0). A packed ring
+//! starts where SET_VRING_BASE says, unless the switch was restarted. Nothing in the ring's memory
+//! tells its position, so the position is kept in a record (`virtio::redo`).
 //!
-//! **The call at a start.** Every start is a new queue object, and its session calls its driver
-//! once: the driver may be asleep on work that was finished before a restart. No poll thread makes
-//! that call, because its other guests would wait. A new call descriptor of a running ring is
-//! called too, once all poll threads have acknowledged it: a call through the old one may not have
-//! reached the driver.
+//! **The call at a start.** Every start makes a new queue object, and the session calls the driver
+//! once. The driver may be asleep, waiting for work that was finished before a restart. No poll
+//! thread makes that call, because its other guests would wait. A new call descriptor of a running
+//! ring is called too, once all poll threads have acknowledged it. A call through the old
+//! descriptor may not have reached the driver.
 //!
 //! **A disabled ring.** Frames on a disabled ring are discarded, as the protocol says. But a
-//! transmitq that was never told waits for its first SET_VRING_ENABLE: frontends send that message
-//! last, and a guest's pending frames must survive a restart of the switch.
+//! transmitq for which SET_VRING_ENABLE never came waits for it. Frontends send that message last,
+//! and a guest's pending frames must survive a restart of the switch.
 
 use std::sync::Arc;
 
@@ -36,10 +36,10 @@ use crate::virtio::{
     SetupError, TransmitQueue, packed, split,
 };
 
-/// Base of a packed ring that was never told one: slot 0, both wrap counters 1 (virtio 1.2 §2.8.1).
+/// Base of a packed ring without SET_VRING_BASE: slot 0, both wrap counters 1 (virtio 1.2 §2.8.1).
 const PACKED_START: u32 = 0x8000_8000;
 
-/// Where a ring stands that was never told a base.
+/// Returns the base of a ring without SET_VRING_BASE.
 pub(super) fn first_base(packed: bool) -> u32 {
     if packed { PACKED_START } else { 0 }
 }
@@ -59,10 +59,10 @@ pub enum Refusal {
     /// SET_VRING_ADDR has not come.
     #[error("its addresses are not set")]
     NoAddresses,
-    /// SET_VRING_KICK has not come since the ring stopped.
+    /// SET_VRING_KICK has not come since the ring last stopped.
     #[error("the driver has not started it")]
     NotStarted,
-    /// A controlq by which nothing came yet.
+    /// A controlq without a command so far.
     #[error("its driver has commanded nothing yet")]
     NoCommand,
     /// Some part of the ring is outside of guest memory.
@@ -83,7 +83,7 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// Whether the frontend simply has not come that far.
+    /// Whether the ring only waits for a message or a command that is still to come.
     pub fn is_waiting(self) -> bool {
         matches!(
             self,
@@ -97,7 +97,7 @@ impl Refusal {
     }
 }
 
-/// SET_VRING_ADDR: addresses as the frontend has them, translated anew for every memory table.
+/// SET_VRING_ADDR: user addresses of the frontend, translated anew for every memory table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Addresses {
     pub(super) descriptors: u64,
@@ -109,7 +109,7 @@ pub(super) struct Addresses {
 type Places = (PinnedWindow, PinnedWindow, PinnedWindow);
 
 impl Addresses {
-    /// Each area whole in one region.
+    /// Returns the three areas; `None` unless each area lies within one region.
     pub(super) fn places(
         &self,
         memory: &GuestMemory,
@@ -160,7 +160,7 @@ impl Running {
         })
     }
 
-    /// Where it stands, as GET_VRING_BASE answers it.
+    /// Returns the position, as GET_VRING_BASE answers it.
     pub(super) fn base(&self) -> u32 {
         match self {
             Running::Receive(queue) => queue.base(),
@@ -169,7 +169,7 @@ impl Running {
         }
     }
 
-    /// Whether something is available in it that the switch has not taken yet.
+    /// Whether the ring has available buffers that the switch has not taken yet.
     pub(super) fn has_available(&self) -> bool {
         match self {
             Running::Receive(queue) => queue.has_available(),
@@ -178,7 +178,8 @@ impl Running {
         }
     }
 
-    /// Whether nobody has ever written to its part of the driver, as far as that is looked at.
+    /// Whether the driver seems never to have written to its area of the ring. Only a part of that
+    /// area is read.
     pub(super) fn is_blank(&self) -> bool {
         match self {
             Running::Receive(queue) => queue.is_blank(),
@@ -203,33 +204,33 @@ pub(super) struct Vring {
     pub(super) size: Option<u16>,
     pub(super) addresses: Option<Addresses>,
     pub(super) base: Option<u32>,
-    /// What the frontend was last told, or told us: what it will say again should it lose its
-    /// connection.
+    /// The base that the frontend last sent or was last told. It will send this base again if it
+    /// loses its connection.
     pub(super) asked: u32,
     /// SET_VRING_KICK came since the ring last stopped, with a descriptor or without.
     pub(super) kicked: bool,
     pub(super) kick: Option<Arc<KickFd>>,
     pub(super) call: Option<Arc<CallFd>>,
-    /// The post with which the call descriptor replaced another one that poll threads may have used
-    /// until then.
+    /// The post in which the call descriptor replaced an older one. Poll threads may use the older
+    /// one until they have acknowledged this post.
     pub(super) spare_after: Option<Ticket>,
-    /// SET_VRING_ENABLE, once it has come; that the ring is disabled counts while it runs, and
-    /// until it is stopped.
+    /// The value of SET_VRING_ENABLE, once it has come. `Some(false)` is set only while the ring
+    /// runs, and is forgotten when the ring is halted.
     pub(super) enable: Option<bool>,
     pub(super) running: Option<Running>,
-    /// Why it does not run, found at the last try.
+    /// Why the ring does not run, found at the last attempt to start it.
     pub(super) refusal: Option<Refusal>,
-    /// Its being broken was reported.
+    /// Whether it was reported that the ring is broken.
     pub(super) broken_reported: bool,
-    /// A receiveq whose first buffers were touched since it started.
+    /// Whether the first buffers of a receiveq were touched since its start.
     touched: bool,
-    /// What its driver has made of it since it started.
+    /// Whether the driver has used the ring since its start.
     pub(super) usage: Usage,
-    /// A receiveq that is enabled and out of use, see `look`.
+    /// Whether this receiveq is enabled but gets no flows because it was never used, see `look`.
     pub(super) left_out: bool,
-    /// Why it has no record that would outlive the switch.
+    /// Why the ring has no record that outlives the switch; `None` if it has one or needs none.
     pub(super) no_record: Option<Arc<str>>,
-    /// NUMA node of the ring where it last started, if the kernel tells.
+    /// NUMA node of the ring's memory, found when the ring last started, if the kernel tells.
     node: Option<usize>,
 }
 
@@ -257,12 +258,12 @@ impl Vring {
         }
     }
 
-    /// NUMA node of a ring that runs, if the kernel tells.
+    /// Returns the NUMA node of a ring that runs, if the kernel tells.
     pub(super) fn numa_node(&self) -> Option<usize> {
         self.running.as_ref().and(self.node)
     }
 
-    /// Everything but the call descriptor is forgotten: a frontend that resets sends the rest
+    /// Forgets everything but the call descriptor. A frontend that resets its device sends the rest
     /// again.
     pub(super) fn reset(&mut self) {
         let call = self.call.take();
@@ -272,42 +273,46 @@ impl Vring {
         };
     }
 
-    /// The frontend has said what only a ring has that its driver uses.
+    /// Whether the frontend has set what it sets only for rings that a driver uses: size, addresses
+    /// or kick.
     pub(super) fn is_told(&self) -> bool {
         self.size.is_some() || self.addresses.is_some() || self.kicked
     }
 
-    /// It does not run, or its frontend has disabled it.
+    /// Whether the ring does not run, or its frontend has disabled it.
     pub(super) fn is_idle(&self) -> bool {
         self.running.is_none() || self.enable == Some(false)
     }
 
-    /// It stays stopped until the next kick descriptor comes. Returns where it stands.
+    /// Keeps the stopped ring from starting until the next kick descriptor comes. Returns the
+    /// ring's base.
     pub(super) fn halt(&mut self, features: Option<u64>) -> u32 {
         self.kicked = false;
         self.kick = None;
-        // What a driver sends before the next start is for whom the ring is enabled then.
+        // A disabled ring counts as not told: what the driver puts into it before the next
+        // SET_VRING_ENABLE is kept, not discarded.
         self.enable = self.enable.filter(|enabled| *enabled);
-        // A frontend that passes the reset of one ring on starts it again without another call
-        // descriptor.
+        // A frontend that passes on the reset of one ring (VIRTIO_F_RING_RESET) starts the ring
+        // again without a new call descriptor.
         if !features.is_some_and(has_ring_reset) {
             self.call = None;
         }
-        // A frontend saves the answer and restores it as it is: of a packed ring that never ran it
-        // must be a place in the first lap.
+        // A frontend saves the answer and restores it unchanged. So the answer for a packed ring
+        // that never ran must be a position in the first lap.
         let packed = features.is_some_and(|features| ring_features(features).packed);
         self.asked = self.base.unwrap_or(first_base(packed));
         self.asked
     }
 
-    /// What the ring needs to start, or what is missing or wrong.
+    /// Returns what the ring needs to start, or what is missing or wrong.
     pub(super) fn setup(
         &self,
         features: Option<u64>,
         memory: &Arc<GuestMemory>,
         pairs: u16,
     ) -> Result<RingSetup, Refusal> {
-        // First, so that a driver that needs more queues than there are is told so.
+        // This check comes first, so that the reason for a driver with too many queues is not
+        // hidden by another one.
         if self.kicked && !self.name.is_controlq && self.name.pair() >= pairs {
             return Err(Refusal::NotOffered { pairs });
         }
@@ -340,7 +345,8 @@ impl Vring {
     /// Starts the ring; returns its base.
     pub(super) fn start(&mut self, setup: &RingSetup) -> Result<u32, Refusal> {
         let running = Running::start(self.name, setup)?;
-        // A page that the start has touched already: for this alone none of the guest's is.
+        // The start has touched this page already, so it exists. No page of the guest is touched
+        // only to ask for its node.
         self.node = node_of(&[setup.used.window().address()]);
         self.broken_reported = false;
         self.touched = false;
@@ -352,17 +358,17 @@ impl Vring {
         Ok(base)
     }
 
-    /// The one call that every start owes its driver, which may sleep on work that was finished
-    /// before.
+    /// Notes the one call that every start owes its driver. The driver may be asleep, waiting for
+    /// work that was finished before a restart.
     pub(super) fn call_started(&self) {
         let Some(call) = &self.call else {
-            // The first descriptor of a running ring is called for being new.
+            // Without a descriptor now: the first one that comes is called because it is new.
             return;
         };
         let wanted = match &self.running {
             Some(Running::Receive(queue)) => queue.take_call_wanted(),
             Some(Running::Transmit(queue)) => queue.take_call_wanted(&FullBarrier::new()),
-            // A driver waits for what it has commanded, and that is returned from here on.
+            // A driver waits for the answers to its commands, which are all given after this start.
             Some(Running::Control(_)) | None => false,
         };
         if wanted {
@@ -370,8 +376,8 @@ impl Vring {
         }
     }
 
-    /// Takes the page faults of a receiveq's first buffers, so that no poll thread has to. A driver
-    /// may post them after its ring has started: then at a later call.
+    /// Touches a receiveq's first buffers, so that no poll thread takes their page faults. A driver
+    /// may post its buffers after the start. Then a later call touches them.
     pub(super) fn touch(&mut self) {
         if let Some(Running::Receive(queue)) = &self.running
             && !self.touched
@@ -380,7 +386,8 @@ impl Vring {
         }
     }
 
-    /// The ring as a poll thread's transmitq.
+    /// Returns the ring as poll threads take frames from it; `None` unless it is a running
+    /// transmitq.
     pub(super) fn transmit(&self, enabled: bool) -> Option<Transmit> {
         match &self.running {
             Some(Running::Transmit(queue)) => Some(Transmit {
@@ -393,7 +400,7 @@ impl Vring {
         }
     }
 
-    /// The ring as a place to deliver to.
+    /// Returns the ring as poll threads deliver into it; `None` unless it is a running receiveq.
     pub(super) fn receive(&self, enabled: bool) -> Option<Receive> {
         match &self.running {
             Some(Running::Receive(queue)) => Some(Receive {
@@ -406,8 +413,8 @@ impl Vring {
     }
 }
 
-/// Whether a ring may have this many entries; `packed` where the ring is or may become a packed
-/// one.
+/// Returns `size` if a ring may have this many entries. `packed`: the ring is packed, or may become
+/// packed.
 pub(super) fn size_possible(size: u32, packed: bool) -> Option<u16> {
     let possible = (1..=MAX_RING_SIZE).contains(&size) && (packed || size.is_power_of_two());
     u16::try_from(size).ok().filter(|_| possible)

@@ -1,4 +1,5 @@
-//! The life of a session thread: messages, one after the other, until either side has had enough.
+//! The life of a session thread: it handles one message after the other until either side ends the
+//! session.
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -18,12 +19,13 @@ use super::status::SessionStatus;
 use super::{DeviceSink, Gone};
 use crate::sys::call::CallFd;
 
-/// For the rest of a message whose first byte came, and for a frontend to read our replies.
+/// How long the rest of a message may take after its first byte, and how long a frontend may leave
+/// replies unread.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// How often a session looks whether poll threads have let go of a call descriptor: mostly they
-/// have by then.
+/// How often a session checks whether poll threads have let go of an old call descriptor. Mostly
+/// they have by the first check.
 const LOOK_SOON: Duration = Duration::from_millis(1);
-/// How often it tries to make calls that the kernel had no means for.
+/// How often a session tries again to make calls for which the kernel had no AIO context.
 const TRY_AGAIN: Duration = Duration::from_millis(50);
 
 /// Ends a session from outside.
@@ -31,7 +33,7 @@ const TRY_AGAIN: Duration = Duration::from_millis(50);
 pub struct Stopper(UnixStream);
 
 impl Stopper {
-    /// For the session that will be served on this stream.
+    /// A stopper for the session that will be served on this stream.
     pub fn new(stream: &UnixStream) -> std::io::Result<Self> {
         stream.try_clone().map(Stopper)
     }
@@ -39,15 +41,17 @@ impl Stopper {
     /// Makes [`serve`] return [`SessionEnd::Disconnected`] soon. May be called at any time and
     /// several times.
     pub fn stop(&self) {
-        // Fails only where the peer has gone already.
+        // Fails only if the peer has gone already.
         let _ = self.0.shutdown(Shutdown::Both);
     }
 }
 
-/// Converses with one frontend until it goes or must go: the whole life of a session thread.
+/// Serves one frontend until it leaves or is refused: the whole life of a session thread. Returns
+/// how the session ended.
 ///
-/// However it ends, the sink has been told and has settled before this returns, and before the
-/// frontend sees the socket closed (unless it closed it, or a [`Stopper`] did).
+/// Before this returns, a device without rings was posted and all poll threads have acknowledged
+/// it. The frontend sees the socket closed only after that, unless the frontend or a [`Stopper`]
+/// closed it.
 pub fn serve(
     stream: UnixStream,
     options: SessionOptions,
@@ -69,8 +73,8 @@ pub(super) fn serve_with(
     let end = match Session::new(&stream, Arc::clone(&device), deadline) {
         Ok(mut session) => {
             let end = SessionEnd::from(session.run());
-            // While the socket is open: a frontend may take its end for "nobody uses the memory any
-            // more".
+            // The socket is still open here. A frontend may take the closed socket for "nobody uses
+            // the memory any more".
             finish(&device, end)
         }
         Err(error) => finish(&device, error.into()),
@@ -84,7 +88,7 @@ fn lock(device: &Mutex<DeviceState>) -> MutexGuard<'_, DeviceState> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The one place where a session's memory and rings are let go for good.
+/// Ends the session: the only place where a session's memory and rings are let go for good.
 fn finish(device: &Mutex<DeviceState>, end: SessionEnd) -> SessionEnd {
     let mut device = lock(device);
     if let SessionEnd::Protocol(error) = &end {
@@ -115,7 +119,7 @@ impl<'s> Session<'s> {
         device: Arc<Mutex<DeviceState>>,
         deadline: Duration,
     ) -> Result<Self, SessionError> {
-        // The crate spins on a socket that does not block.
+        // The crate would spin on a non-blocking socket.
         stream.set_nonblocking(false)?;
         let deferred = Deferred::new(lock(&device).sink.calls());
         let handler = BackendReqHandler::from_stream(stream.try_clone()?, Arc::clone(&device));
@@ -142,7 +146,7 @@ impl<'s> Session<'s> {
             let mut device = lock(&self.device);
             self.control.serve(&mut device, Instant::now())?
         };
-        // What commands have made due comes with the rest.
+        // Commands may have made calls due, so calls come after commands.
         let idle = self.call();
         let idle = more.map_or(idle, |more| Some(idle.map_or(more, |idle| idle.min(more))));
         let bell = self.deferred.bell();
@@ -168,15 +172,15 @@ impl<'s> Session<'s> {
         }
         wait_writable(self.stream, self.deadline)?;
         match arrived.request.code() {
-            // The crate refuses it before SET_FEATURES, which is when QEMU sends it first.
+            // The crate refuses this message before SET_FEATURES, but QEMU sends it that early.
             Some(FrontendReq::SET_VRING_ENABLE) => self.enable(&arrived),
             Some(code) if !unknown_to_crate(code) => self.dispatch(&arrived, code),
             _ => self.refuse_unknown(&arrived),
         }
     }
 
-    /// Makes the calls that are due, then what takes longer. Returns when to look again, if nothing
-    /// comes.
+    /// Makes the calls that are due, then touches buffers, which takes longer. Returns after which
+    /// time to look again if nothing comes.
     fn call(&mut self) -> Option<Duration> {
         let mut device = lock(&self.device);
         let later = device.owe_spare_calls();
@@ -199,7 +203,8 @@ impl<'s> Session<'s> {
     }
 
     fn dispatch(&mut self, arrived: &Arrived, code: FrontendReq) -> Result<(), SessionError> {
-        // Some requests report their failure in the reply, and leave its reason here.
+        // Forgets an old reason: some requests report their failure in the reply, and leave its
+        // reason here.
         lock(&self.device).take_failure();
         let result = self.handler.handle_request();
         let mut device = lock(&self.device);
@@ -212,8 +217,9 @@ impl<'s> Session<'s> {
             };
         };
         let failure = device.take_failure();
-        // The crate acknowledges what the handler refused, but not what it refused itself, except a
-        // table that it has read and found wrong.
+        // The crate sends an acknowledgement if the handler refused the message, but not if the
+        // crate refused it. The exception is a memory table that the crate has read and found
+        // wrong.
         let wrong_table =
             code == FrontendReq::SET_MEM_TABLE && matches!(source, CrateError::InvalidMessage);
         let acknowledged = failure.is_some() || wrong_table;
@@ -223,7 +229,8 @@ impl<'s> Session<'s> {
             (None, CrateError::Disconnected | CrateError::SocketBroken(_)) => {
                 return Err(SessionError::Disconnected);
             }
-            // All of the message has arrived: what it had no room for are descriptors in the body.
+            // The whole message has arrived. So what the crate had no room for are descriptors that
+            // came with the body.
             (None, CrateError::SocketRetry(_)) => {
                 return Err(SessionError::FilesInBody(arrived.request));
             }
@@ -268,14 +275,14 @@ impl<'s> Session<'s> {
         take(self.stream, arrived)?;
         let error = SessionError::Unsupported(arrived.request);
         if arrived.request.code().is_some_and(wants_value) {
-            // An acknowledgement would be taken for the value asked for.
+            // The frontend would take an acknowledgement for the value that it has asked for.
             return Err(error);
         }
         self.answer(arrived, Err(error))
     }
 
-    /// Acknowledges a message that the crate did not see, or ends the session where it cannot be
-    /// refused.
+    /// Acknowledges a message that the crate did not see. Returns an error, which ends the session,
+    /// if the message is refused and the frontend asked for no acknowledgement.
     fn answer(
         &mut self,
         arrived: &Arrived,
@@ -296,7 +303,8 @@ impl<'s> Session<'s> {
     }
 }
 
-/// Messages that have a name, but no code in the crate that reads them. None is offered.
+/// Whether the crate has a name for this message, but no code that handles it. None of these is
+/// offered.
 fn unknown_to_crate(code: FrontendReq) -> bool {
     matches!(
         code,
@@ -316,7 +324,7 @@ fn unknown_to_crate(code: FrontendReq) -> bool {
     )
 }
 
-/// Messages of what is offered that are answered with a value, not acknowledged.
+/// Whether this offered message is answered with a value, not with an acknowledgement.
 fn answers_value(code: FrontendReq) -> bool {
     matches!(
         code,
@@ -328,7 +336,7 @@ fn answers_value(code: FrontendReq) -> bool {
     )
 }
 
-/// Messages that the crate does not know and that are answered with a value.
+/// Whether this message, which the crate does not handle, is to be answered with a value.
 fn wants_value(code: FrontendReq) -> bool {
     matches!(
         code,
@@ -339,8 +347,8 @@ fn wants_value(code: FrontendReq) -> bool {
     )
 }
 
-/// Refusals after which nothing can work: the crate has noted features that we did not accept, or a
-/// value was asked for and there is none.
+/// Whether the session must end when this message is refused. Either the crate has noted features
+/// that were not accepted, or a value was asked for and there is none.
 fn ends_session(code: FrontendReq) -> bool {
     matches!(
         code,

@@ -1,7 +1,8 @@
-//! What `port show` tells of a session.
+//! The state of a session, as `port show` shows it.
 //!
-//! Shared between the session and whoever asks. Queues are referred to, so that positions are those
-//! of the moment, but never handed out: the asking thread cannot become their last owner.
+//! The session and the threads that ask share this state. It refers to the queues, so that
+//! positions are current. Queues are never handed out, so an asking thread cannot become their last
+//! owner.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,22 +17,22 @@ use crate::virtio::Broken;
 pub struct RingStatus {
     /// Which.
     pub ring: RingName,
-    /// Entries, if known.
+    /// Number of entries, if known.
     pub size: Option<u16>,
     /// Packed, not split.
     pub packed: bool,
-    /// It runs.
+    /// The ring runs.
     pub started: bool,
-    /// SET_VRING_ENABLE, or no need of it.
+    /// The ring is enabled: by SET_VRING_ENABLE, or because that message was not negotiated.
     pub enabled: bool,
-    /// Where it stands, as GET_VRING_BASE would answer it.
+    /// The ring's position, as GET_VRING_BASE would answer it.
     pub position: Option<u32>,
     /// Why it does not run.
     pub refusal: Option<Refusal>,
-    /// What the driver did that is impossible.
+    /// What the driver did that breaks the ring.
     pub broken: Option<Broken>,
-    /// A receiveq that is enabled, never had a buffer, and is not delivered into while others have
-    /// some.
+    /// The ring is an enabled receiveq that never had a buffer. It gets no frames, because other
+    /// receiveqs have buffers.
     pub left_out: bool,
     /// Why a restart of the switch would lose its position.
     pub no_record: Option<Arc<str>>,
@@ -40,7 +41,7 @@ pub struct RingStatus {
 /// A session at the moment of asking.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StatusSnapshot {
-    /// In words, what state the port is in.
+    /// The state of the port, in words.
     pub state: String,
     /// Frames can pass both ways through at least one queue pair.
     pub working: bool,
@@ -50,13 +51,13 @@ pub struct StatusSnapshot {
     pub protocol_features: u64,
     /// Regions of guest memory.
     pub memory_regions: usize,
-    /// Their size.
+    /// Their size in bytes.
     pub memory_bytes: u64,
     /// Regions that are not mapped.
     pub memory_unusable: Vec<Unusable>,
-    /// Why memory was refused that the guest has all the same.
+    /// Why the last memory table or region was refused.
     pub memory_refused: Option<String>,
-    /// The rings that the frontend said anything of.
+    /// The rings of the offered queue pairs, and others that the frontend has set up.
     pub rings: Vec<RingStatus>,
     /// The last message that was refused, or what ended the session.
     pub last_error: Option<String>,
@@ -70,7 +71,7 @@ pub(super) struct RingEntry {
     pub(super) enabled: bool,
     pub(super) running: Option<Running>,
     pub(super) refusal: Option<Refusal>,
-    /// Where it started.
+    /// The base at the ring's start.
     pub(super) base: u32,
     pub(super) left_out: bool,
     pub(super) no_record: Option<Arc<str>>,
@@ -87,7 +88,7 @@ pub(super) struct Inner {
     pub(super) silence: Option<Silence>,
     pub(super) fault: Option<Arc<FaultMark>>,
     pub(super) rings: Vec<RingEntry>,
-    /// The last refusal that concerns memory; forgotten when memory comes.
+    /// The last refusal that concerns memory. It is forgotten when memory comes.
     pub(super) memory_error: Option<String>,
     pub(super) last_error: Option<String>,
     pub(super) ended: bool,
@@ -100,7 +101,7 @@ pub struct SessionStatus {
 }
 
 impl SessionStatus {
-    /// Of a session that has not begun.
+    /// The status of a session that has not begun.
     pub fn new() -> Arc<Self> {
         Arc::default()
     }
@@ -109,7 +110,7 @@ impl SessionStatus {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The state right now.
+    /// Returns the present state.
     pub fn snapshot(&self) -> StatusSnapshot {
         let inner = self.lock();
         let rings: Vec<RingStatus> = inner.rings.iter().map(|entry| entry.read(&inner)).collect();
@@ -138,7 +139,7 @@ impl RingStatus {
         self.started && self.enabled && self.broken.is_none()
     }
 
-    /// What keeps this ring from working, in words.
+    /// Returns in words what keeps this ring from working; `None` if nothing does.
     fn problem(&self) -> Option<String> {
         let ring = self.ring;
         if let Some(broken) = self.broken {
@@ -176,7 +177,8 @@ impl Inner {
         self.fault.as_ref().is_some_and(|mark| mark.is_set())
     }
 
-    /// Not any more as soon as one of the rings has moved, which the session sees a little later.
+    /// Returns the silence that the session has found, unless a ring has moved since. The session
+    /// itself sees the move a little later.
     fn silence(&self) -> Option<Silence> {
         let moved = |ring: &RingEntry| {
             let base = ring.running.as_ref().map(Running::base);
@@ -212,8 +214,8 @@ impl Inner {
                     memory-backend-memfd,share=on (QEMU) or shared=on (cloud-hypervisor)"
                 .into();
         }
-        // A broken ring matters most, then what the first pair lacks, then rings the driver tried
-        // in vain.
+        // A broken ring is told first, then a ring that the driver tried to start in vain, then
+        // what the first pair lacks.
         let broken = rings.iter().find(|ring| ring.broken.is_some());
         let first = rings
             .iter()

@@ -1,14 +1,13 @@
 //! The controlq: which ring it is, and what its driver commands.
 //!
 //! QEMU, cloud-hypervisor and DPDK answer commands themselves and hand no controlq over. crosvm and
-//! libkrun hand it over. With MQ the controlq is the ring behind all pairs that the guest knows of,
-//! and the frontend never says how many these are. So the controlq is the last ring that the
-//! frontend has told of, as long as there is no transmitq for which that ring would be the
-//! receiveq.
+//! libkrun hand it over. With MQ the controlq is the ring after all pairs that the guest knows of,
+//! and the frontend never says how many these are. So the controlq is taken to be the last ring
+//! that the frontend has set up, if its index is even. (If the index is odd, the last ring is a
+//! transmitq.)
 //!
 //! While a frontend sets up one ring after the other, each receiveq looks like the controlq for a
-//! moment. So the controlq starts with its first command, and buffers to receive into are no
-//! command.
+//! moment. So the controlq starts with its first command. A receive buffer is not a command.
 
 use std::sync::Arc;
 
@@ -23,14 +22,14 @@ use crate::vhost_user::ring::{Refusal, Running, first_base};
 use crate::virtio::ControlQueue;
 use crate::virtio::chain::Windows;
 
-/// Most pieces of memory of one command. Linux' longest has four.
+/// Most pieces of memory of one command. Linux' longest command has four.
 const PIECES: usize = 64;
-/// Most bytes of one command that are read: a table of more than a thousand addresses. A longer one
-/// fails.
+/// Most bytes of one command that are read: enough for a table of more than a thousand addresses. A
+/// longer command fails.
 const BYTES: usize = 8192;
 
 impl DeviceState {
-    /// Finds the controlq, after whatever may have changed that.
+    /// Finds out again which ring is the controlq. To be called after each change that may matter.
     pub(super) fn find_controlq(&mut self) {
         self.controlq_changed = true;
         let found = match self.features.and_then(controlq) {
@@ -47,7 +46,7 @@ impl DeviceState {
         }
         if let Some(ring) = self.controlq.and_then(|at| self.rings.get_mut(at)) {
             let name = ring.name;
-            // No poll thread has it: there is nothing to wait for.
+            // No poll thread uses this ring, so there is nothing to wait for.
             if let Some(running) = ring.running.take() {
                 let base = running.base();
                 ring.base = Some(base);
@@ -64,27 +63,27 @@ impl DeviceState {
         self.pairs_in_use = None;
     }
 
-    /// Whether the driver wants frames in this receiveq (virtio 1.2 §5.1.6.5.5): not before it has
-    /// commanded so many pairs. A controlq that was not handed over says nothing, and neither does
-    /// one that was in use before the switch was started: then every queue that is enabled gets
-    /// frames.
+    /// Whether the driver wants frames in this receiveq (virtio 1.2 §5.1.6.5.5): only once it has
+    /// commanded so many pairs. The command is unknown if the controlq was not handed over, or was
+    /// in use before the switch was started. Then every enabled queue gets frames.
     pub(super) fn is_in_use(&self, ring: RingName) -> bool {
         let pairs = self.pairs_in_use.filter(|_| self.controlq.is_some());
         !ring.is_receiveq() || pairs.is_none_or(|pairs| ring.pair() < pairs)
     }
 
-    /// The controlq's kick descriptor: `None` without a controlq that its driver may use.
+    /// Returns the controlq's kick descriptor, if it has one. The outer `None`: there is no
+    /// controlq, or SET_VRING_KICK has not come for it.
     pub(in crate::vhost_user) fn controlq_kick(&self) -> Option<Option<Arc<KickFd>>> {
         let ring = self.rings.get(self.controlq?)?;
         ring.kicked.then(|| ring.kick.clone())
     }
 
-    /// Whether something was said since the last time by which commands may have become readable.
+    /// Whether commands may have become readable by a message since the last call.
     pub(in crate::vhost_user) fn take_controlq_changed(&mut self) -> bool {
         std::mem::take(&mut self.controlq_changed)
     }
 
-    /// Answers at most so many commands, and says whether there may be more.
+    /// Answers at most `most` commands. Returns whether there may be more.
     pub(in crate::vhost_user) fn serve_controlq(&mut self, most: usize) -> Result<bool, Gone> {
         let Some(at) = self.controlq.filter(|at| self.rings[*at].kicked) else {
             return Ok(false);
@@ -124,7 +123,7 @@ impl DeviceState {
         Ok(true)
     }
 
-    /// The controlq, started if it can be.
+    /// Returns the controlq, and starts it first if it does not run; `None` if it cannot start.
     fn open_controlq(&mut self, at: usize) -> Option<Arc<ControlQueue>> {
         let pairs = self.options.pairs();
         let ring = &mut self.rings[at];
@@ -144,7 +143,8 @@ impl DeviceState {
         }
     }
 
-    /// It stands there: a driver that has commanded nothing yet uses the first pair alone.
+    /// The controlq runs from `base` on. A driver that has commanded nothing yet uses the first
+    /// pair only.
     fn controlq_opened(&mut self, base: u32) {
         let packed = self.features.is_some_and(|f| ring_features(f).packed);
         let commanded = match self.features.and_then(controlq) {
@@ -171,7 +171,8 @@ impl DeviceState {
         self.refresh();
     }
 
-    /// The ring has no more commands. A ring that never had one is no controlq, and is let go.
+    /// The ring has no more commands. A ring that never had a command may be no controlq, and is
+    /// let go.
     fn pause_controlq(&mut self, at: usize, served: bool) -> bool {
         if !served {
             self.rings[at].running = None;
@@ -189,7 +190,8 @@ impl DeviceState {
             Some(Change::None) => Ok(OK),
             Some(Change::Pairs(pairs)) => {
                 if self.pairs_in_use.replace(pairs) != Some(pairs) {
-                    // Once the driver reads the answer, no frame goes beyond (§5.1.6.5.5.2).
+                    // The answer comes after all poll threads have acknowledged the new number:
+                    // from then on no frame goes to a later pair (§5.1.6.5.5.2).
                     self.settle()?;
                     self.refresh();
                 }
@@ -199,7 +201,8 @@ impl DeviceState {
     }
 }
 
-/// A private copy of what is commanded. What is too long is cut off, and fails for its length.
+/// Returns a private copy of a command. A command that is too long is cut off, and fails because of
+/// its length.
 fn copied(pieces: &[Window<'_>]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for piece in pieces {

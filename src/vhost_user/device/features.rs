@@ -1,4 +1,4 @@
-//! What a frontend negotiates, and the rings that it sets up anew without having stopped them.
+//! Negotiation of features, and rings that a frontend sets up anew without having stopped them.
 
 use super::DeviceState;
 use crate::vhost_user::Gone;
@@ -14,14 +14,15 @@ impl DeviceState {
         self.protocol & Features::REPLY_ACK.bits() != 0
     }
 
-    /// Whether the crate leaves that to the session: it does not believe that a frontend knows of
-    /// acknowledgements which has not asked for the features. Such a frontend would wait for ever.
+    /// Whether the session must acknowledge by itself. The `vhost` crate does not, for a frontend
+    /// that never sent GET_FEATURES. Such a frontend would wait for ever.
     pub(in crate::vhost_user) fn acknowledges_alone(&self) -> bool {
         self.acknowledges() && !self.features_read
     }
 
-    /// SET_FEATURES. While rings run, only bits that do not concern rings may change; the new set
-    /// is posted. Rings that the frontend has disabled are given up where it says otherwise.
+    /// SET_FEATURES. While rings are in use, only bits that do not concern rings may change, and
+    /// the new features are posted. If the other bits change while every ring is stopped or
+    /// disabled, the rings are given up.
     pub(in crate::vhost_user) fn set_features(
         &mut self,
         features: u64,
@@ -60,11 +61,11 @@ impl DeviceState {
         Ok(())
     }
 
-    /// Before a message that a running ring cannot take. libkrun's reset disables its rings, asks
-    /// for no base, and then sends everything anew. Nothing is delivered to a ring that its
-    /// frontend has disabled, so that what says how to start it again says that it has stopped: it
-    /// stops here, as for GET_VRING_BASE, until the next kick descriptor comes. A ring in use is
-    /// not taken from under its driver: that message is refused.
+    /// Called before a message that a running ring cannot take. libkrun's reset disables its rings,
+    /// asks for no base, and then sends everything anew. Nobody delivers into a disabled ring. A
+    /// message that sets the ring up anew therefore means that the ring has stopped. It stops here,
+    /// as for GET_VRING_BASE, until the next kick descriptor comes. For a ring in use the message
+    /// is refused: the ring is not taken away from its driver.
     pub(super) fn give_up_idle(
         &mut self,
         index: u32,
@@ -84,7 +85,7 @@ impl DeviceState {
         Ok(self.give_up(|ring| ring.name == name)?)
     }
 
-    /// Stops running rings whose positions nobody asks for.
+    /// Stops the running rings that `which` selects, without GET_VRING_BASE.
     fn give_up(&mut self, which: impl Fn(&Vring) -> bool) -> Result<(), Gone> {
         let given_up = |ring: &Vring| ring.running.is_some() && which(ring);
         let names = self.rings.iter().filter(|ring| given_up(ring));

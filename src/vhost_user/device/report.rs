@@ -1,4 +1,4 @@
-//! What a session tells of its device: its status, errors, what a driver broke.
+//! What a session reports of its device: status, errors, broken rings.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -30,7 +30,7 @@ impl DeviceState {
             .report(SessionEvent::MessageRefused { reason }, now);
     }
 
-    /// Reports regions that cannot be used and were not there before.
+    /// Reports regions that cannot be used, except those that `before` has, too.
     pub(super) fn report_unusable(&mut self, before: &GuestMemory) {
         let known: Vec<Unusable> = before.unusable().collect();
         let memory = Arc::clone(&self.memory);
@@ -39,7 +39,7 @@ impl DeviceState {
         }
     }
 
-    /// Reports what a driver broke since the last look.
+    /// Reports lost memory and rings that broke since the last look, and looks at the rings' usage.
     pub(in crate::vhost_user) fn look(&mut self, now: Instant) {
         if self.memory.faulted() && !std::mem::replace(&mut self.loss_reported, true) {
             self.reporter.report(SessionEvent::MemoryLost, now);
