@@ -1,10 +1,10 @@
-//! Which CPU a thread runs on.
+//! Pinning threads to CPUs, and the CPUs that a thread may run on.
 
 use std::io;
 use std::path::Path;
 
-/// Highest CPU number we deal in, plus one; the kernel's own limit on the largest x86-64 builds is
-/// 8192.
+/// Highest CPU number that is supported, plus one. The kernel's limit on the largest x86-64 builds
+/// is 8192.
 pub const MAX_CPUS: usize = 4096;
 
 const WORDS: usize = MAX_CPUS / 64;
@@ -12,19 +12,19 @@ const WORDS: usize = MAX_CPUS / 64;
 /// Why a thread could not be pinned.
 #[derive(Debug, thiserror::Error)]
 pub enum PinError {
-    /// The machine has no such CPU, or it is switched off.
+    /// The machine has no such CPU, or the CPU is offline.
     #[error("CPU {cpu} does not exist or is offline")]
     NoSuchCpu {
         /// The CPU asked for.
         cpu: usize,
     },
-    /// The CPU exists, but not for this process.
+    /// The CPU exists, but this process may not use it.
     #[error("CPU {cpu} is not allowed for this process (cpuset of its cgroup or container)")]
     NotAllowed {
         /// The CPU asked for.
         cpu: usize,
     },
-    /// Anything else.
+    /// Any other error.
     #[error("thread cannot be pinned to CPU {cpu}")]
     Os {
         /// The CPU asked for.
@@ -48,7 +48,7 @@ pub fn pin(cpu: usize) -> Result<(), PinError> {
         return Ok(());
     }
     let source = io::Error::last_os_error();
-    // EINVAL means either, so ask.
+    // EINVAL means that the CPU is offline or not allowed, so /sys is asked which.
     Err(match source.raw_os_error() {
         Some(libc::EINVAL) if !is_online(cpu) => PinError::NoSuchCpu { cpu },
         Some(libc::EINVAL) => PinError::NotAllowed { cpu },
@@ -59,7 +59,7 @@ pub fn pin(cpu: usize) -> Result<(), PinError> {
 fn is_online(cpu: usize) -> bool {
     match std::fs::read_to_string("/sys/devices/system/cpu/online") {
         Ok(list) => list_contains(list.trim(), cpu),
-        // Without /sys nothing better is known.
+        // Without /sys the CPU is assumed to exist.
         Err(_) => true,
     }
 }
@@ -75,12 +75,12 @@ fn list_contains(list: &str, number: usize) -> bool {
     })
 }
 
-/// The CPUs that the calling thread may run on, in order.
+/// Returns the CPUs that the calling thread may run on, in ascending order.
 pub fn allowed_cpus() -> io::Result<Vec<usize>> {
     allowed_cpus_of(0)
 }
 
-/// The same of any thread, by its id; 0 is the calling one.
+/// Returns the CPUs that a thread may run on, by the thread's id; 0 is the calling thread.
 pub fn allowed_cpus_of(thread: u32) -> io::Result<Vec<usize>> {
     let thread = libc::pid_t::try_from(thread).unwrap_or(libc::pid_t::MAX);
     let mut mask = [0u64; WORDS];
@@ -94,7 +94,7 @@ pub fn allowed_cpus_of(thread: u32) -> io::Result<Vec<usize>> {
     Ok((0..MAX_CPUS).filter(is_set).collect())
 }
 
-/// Lets a thread, by its id, run on these CPUs only.
+/// Lets a thread, by its id, run on `cpus` only.
 pub fn restrict(thread: u32, cpus: &[usize]) -> io::Result<()> {
     let thread = libc::pid_t::try_from(thread).unwrap_or(libc::pid_t::MAX);
     let mut mask = [0u64; WORDS];
@@ -113,12 +113,12 @@ pub fn restrict(thread: u32, cpus: &[usize]) -> io::Result<()> {
     }
 }
 
-/// The NUMA node of a CPU; `None` on machines without nodes and for CPUs that do not exist.
+/// Returns the NUMA node of a CPU; `None` on machines without nodes and for CPUs that do not exist.
 pub fn numa_node(cpu: usize) -> Option<usize> {
     node_in(Path::new(&format!("/sys/devices/system/cpu/cpu{cpu}")))
 }
 
-/// The directory of a CPU has a link named after its node.
+/// Returns the node after which a link in a CPU's directory is named.
 fn node_in(directory: &Path) -> Option<usize> {
     std::fs::read_dir(directory).ok()?.find_map(|entry| {
         let name = entry.ok()?.file_name();

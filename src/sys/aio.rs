@@ -1,18 +1,18 @@
-//! Signalling call eventfds without ever sleeping.
+//! Signals call eventfds without ever sleeping.
 //!
 //! A `write` to a frontend's eventfd blocks for ever if the frontend filled the eventfd and cleared
 //! O_NONBLOCK. No check before the write closes that race. The kernel's asynchronous I/O signals an
-//! eventfd when a request completes, and that never sleeps: a full eventfd just stays full, which
-//! wakes its reader, too. So a batch of calls is a batch of one-byte writes to /dev/null, which
-//! complete at once: one `io_submit` for all calls of a pass. A call costs about twice a bare
-//! `write`.
+//! eventfd when a request completes, and this never sleeps. A full eventfd stays full, and its
+//! reader is woken all the same. So a batch of calls is a batch of one-byte writes to /dev/null,
+//! which complete at once. One `io_submit` makes all calls of a pass. A call costs about twice a
+//! bare `write`.
 //!
 //! A [`Caller`] belongs to one thread at a time. After `new` it allocates nothing and blocks
-//! nowhere. A descriptor that is refused costs nothing but its own call.
+//! nowhere. If a descriptor is refused, only its own call is lost.
 //!
-//! Completions pile up in a ring that the kernel shares with the process. Nobody needs them, so
-//! they are discarded by moving the head to the tail: the documented user-space side of that ring.
-//! If the layout of the ring is unknown, io_getevents without waiting discards them.
+//! Completions collect in a ring that the kernel shares with the process. Nobody needs them. They
+//! are discarded by moving the head of the ring to its tail, as user space may do. If the layout of
+//! the ring is unknown, io_getevents without waiting discards them.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -25,7 +25,7 @@ use rustix::io::Errno;
 
 use super::refused::{Wanted, refused};
 
-/// Calls per system call; more are sent in several.
+/// Most calls of one system call. More calls take several system calls.
 pub const BATCH: usize = 128;
 
 const IOCB_CMD_PWRITE: u16 = 1;
@@ -60,7 +60,7 @@ struct IoEvent {
     result2: i64,
 }
 
-/// The head of `struct aio_ring`, which the kernel maps at the address that is the context's id.
+/// The head of `struct aio_ring`. The kernel maps the ring at the address that is the context's id.
 #[repr(C)]
 struct Ring {
     id: u32,
@@ -84,10 +84,11 @@ const SPARE_CALLERS: usize = 8;
 /// processor with one locked must not stop all others.
 static SPARE: [Mutex<Option<Caller>>; SPARE_CALLERS] = [const { Mutex::new(None) }; SPARE_CALLERS];
 
-/// Lets `work` make calls, for a thread that does so now and then. Such threads share: a context
-/// each would count against `aio-max-nr`, and takes the kernel milliseconds to end. Nobody waits
-/// for another one's calls. Once it has worked, and while no more than one thread at a time calls
-/// it, it does not fail any more.
+/// Lets `work` make calls, for a thread that makes calls only now and then. Such threads share
+/// callers: a context for each thread would count against `aio-max-nr`, and the kernel takes
+/// milliseconds to end a context. No thread waits for the calls of another one. Returns an error if
+/// no caller is free and the kernel refuses a new context. After the first success this cannot fail
+/// as long as one thread at a time calls it.
 pub fn with_spare<R>(work: impl FnOnce(&mut Caller) -> R) -> io::Result<R> {
     let taken = SPARE.iter().find_map(|place| place.try_lock().ok()?.take());
     let mut caller = match taken {
@@ -107,7 +108,7 @@ pub fn with_spare<R>(work: impl FnOnce(&mut Caller) -> R) -> io::Result<R> {
     Ok(result)
 }
 
-/// What all callers write to: one descriptor, however many there are.
+/// Returns the file that all callers write to: one descriptor for all of them.
 fn null() -> io::Result<&'static File> {
     static NULL: OnceLock<File> = OnceLock::new();
     if let Some(null) = NULL.get() {
@@ -117,7 +118,7 @@ fn null() -> io::Result<&'static File> {
     Ok(NULL.get_or_init(|| null))
 }
 
-/// One thread's means to signal call eventfds.
+/// What one thread needs to signal call eventfds.
 pub struct Caller {
     context: libc::c_ulong,
     // `None`: layout unknown.
@@ -140,13 +141,13 @@ impl std::fmt::Debug for Caller {
 }
 
 impl Caller {
-    /// A caller for batches of up to [`BATCH`]: a poll thread's.
+    /// Makes a caller for batches of up to [`BATCH`] calls, as a poll thread needs it.
     pub fn new() -> io::Result<Caller> {
         Caller::for_batches(BATCH)
     }
 
-    /// Makes a context of the kernel. Fails where AIO is switched off (seccomp, CONFIG_AIO) or
-    /// `/proc/sys/fs/aio-max-nr` is used up.
+    /// Makes a caller for batches of up to `batch` calls, with a context of the kernel. Fails if
+    /// AIO is switched off (seccomp, CONFIG_AIO) or `/proc/sys/fs/aio-max-nr` is used up.
     pub fn for_batches(batch: usize) -> io::Result<Caller> {
         let null = null().map_err(|error| refused(Wanted::Descriptor, error))?;
         let mut context: libc::c_ulong = 0;
@@ -169,8 +170,9 @@ impl Caller {
         })
     }
 
-    /// Signals every eventfd of `fds` once, and returns how many were. For one that is refused,
-    /// `refused` gets its place in `fds` and the reason (EINVAL: no eventfd); the others go on.
+    /// Signals every eventfd of `fds` once. Returns how many were signalled. If a descriptor is
+    /// refused, `refused` gets its place in `fds` and the reason (EINVAL: no eventfd), and the
+    /// others are still signalled.
     pub fn signal<'f>(
         &mut self,
         fds: impl IntoIterator<Item = BorrowedFd<'f>>,
@@ -196,10 +198,12 @@ impl Caller {
         }
     }
 
-    /// Submits the first `count` requests. The kernel stops at the first one it refuses: it says
-    /// how many it took before that, and the reason when that one is the first of a call.
+    /// Submits the first `count` requests. The kernel stops at the first request that it refuses
+    /// and returns how many it took. It returns the reason only if the refused request is the first
+    /// one of the call.
     fn submit(&mut self, count: usize, mut refused: impl FnMut(usize, Errno)) -> usize {
-        // Anew each time, since the requests were written through another pointer since.
+        // The pointers are made anew each time, because the requests were written through another
+        // pointer since the last time.
         let base = self.iocbs.as_mut_ptr();
         for (at, pointer) in self.pointers.iter_mut().enumerate() {
             *pointer = base.wrapping_add(at);
@@ -214,7 +218,8 @@ impl Caller {
                     signalled += taken;
                     reaped = false;
                 }
-                // The context is full: only completions of earlier batches can be in it.
+                // The context is full. Only completions of earlier batches can fill it, so they are
+                // discarded.
                 Err(Errno::AGAIN) if !reaped => {
                     self.reap();
                     reaped = true;
@@ -250,7 +255,7 @@ impl Caller {
         usize::try_from(result).map_err(|_| last_errno())
     }
 
-    /// Discards completions, so that the context has room again.
+    /// Discards all completions, so that the context has room again.
     fn reap(&mut self) {
         let Some(ring) = self.ring else {
             return self.reap_by_call();
@@ -297,7 +302,7 @@ impl Drop for Caller {
     }
 }
 
-/// The ring of a context, if it is of the one layout there ever was.
+/// Returns the ring of a context, if it has the only layout that ever existed.
 fn known_ring(context: libc::c_ulong) -> Option<NonNull<Ring>> {
     let ring = std::ptr::with_exposed_provenance_mut::<Ring>(context as usize);
     let ring = NonNull::new(ring)?;

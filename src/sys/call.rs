@@ -1,4 +1,4 @@
-//! Calls to drivers, and who pays for slow ones.
+//! Calls to drivers, and which port pays for slow calls.
 //!
 //! A signal of an eventfd takes as long as waking all that wait on the eventfd. A frontend can hang
 //! twenty thousand waiters on its own eventfd, which makes a signal take most of a millisecond. So
@@ -6,15 +6,15 @@
 //!
 //! - *Batch*: one system call for all calls of a pass. This is normal.
 //! - *Alone*: after a slow batch each of its ports is a suspect. Poll threads make a suspect's
-//!   calls one by one and time them by the thread's CPU clock. A thread that lost its CPU proves
-//!   nothing.
+//!   calls one by one and time them by the thread's CPU clock. Time in which the thread had no CPU
+//!   does not count: it says nothing about the port.
 //! - *Deferred*: after one slow call made alone. Poll threads ring the bell of the port's session,
 //!   and the session signals. Eight fast signals in a row lead back to *alone*.
 //!
 //! Once slow calls have cost poll threads more than [`BUDGET_US`], fast signals no longer lead
 //! back. Only a minute without a slow signal forgives everything, from any state.
 //!
-//! The port is charged, not the descriptor or the session: a frontend renews both at will.
+//! The port is charged, not the descriptor or the session, because a frontend renews both at will.
 
 use std::fs::File;
 use std::io;
@@ -26,13 +26,13 @@ use std::time::{Duration, Instant};
 use super::eventfd::{NotEventFd, eventfd};
 use super::wake::Wake;
 
-/// A signal that takes longer is slow.
+/// A signal that takes more CPU time than this is slow.
 pub const SLOW: Duration = Duration::from_micros(50);
 /// Time that each of several signals made at once may take, on top of [`SLOW`] for all of them: a
 /// signal wakes somebody.
 const SLOW_PER_SIGNAL: Duration = Duration::from_micros(3);
 
-/// Whether so many signals, made at once, were slow.
+/// Whether a batch of `signals` signals that took the CPU time `cost` was slow.
 pub fn are_slow(signals: u32, cost: Duration) -> bool {
     cost > SLOW.saturating_add(SLOW_PER_SIGNAL.saturating_mul(signals))
 }
@@ -40,10 +40,11 @@ pub fn are_slow(signals: u32, cost: Duration) -> bool {
 /// What a port's slow signals may cost poll threads, in microseconds, before its session makes them
 /// for good.
 pub const BUDGET_US: u32 = 500;
-/// Fast signals of the session in a row after which poll threads try again. A processor that was
-/// busy with something else while it counted our time makes a signal look slow, too.
+/// Fast signals of the session in a row after which poll threads try again. They try again because
+/// a signal may have looked slow for another reason: interrupts are counted as CPU time of the
+/// thread.
 const PROBATION: u32 = 8;
-/// Time without a slow signal after which everything is forgiven.
+/// Time without a slow signal after which all cost is forgiven.
 const CALM: Duration = Duration::from_secs(60);
 
 /// How a call is to be made.
@@ -51,7 +52,7 @@ const CALM: Duration = Duration::from_secs(60);
 pub enum Way {
     /// In a batch with others.
     Batch,
-    /// By itself, timed: the port is under suspicion.
+    /// By itself, and timed: the port is a suspect.
     Alone,
     /// By the port's session.
     Deferred,
@@ -60,11 +61,12 @@ pub enum Way {
 /// What one port's calls have cost, over all of its sessions.
 #[derive(Debug)]
 pub struct CallGuard {
-    /// Microseconds of slow signals since the last calm; 1 is mere suspicion.
+    /// CPU time of slow signals since the last calm, in microseconds; 1 means that the port is only
+    /// a suspect.
     spent_us: AtomicU32,
     /// Fast signals that the session has still to make before poll threads try again.
     probation: AtomicU32,
-    /// The last slow signal, in milliseconds since `made`.
+    /// Time of the last slow signal, in milliseconds since `made`.
     last_slow_ms: AtomicU64,
     made: Instant,
     slow: AtomicU64,
@@ -73,7 +75,7 @@ pub struct CallGuard {
 }
 
 impl CallGuard {
-    /// For a port that nobody has called yet.
+    /// A guard for a port that was never called.
     pub fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(CallGuard {
             spent_us: AtomicU32::new(0),
@@ -86,12 +88,12 @@ impl CallGuard {
         }))
     }
 
-    /// Rung by poll threads when the session has calls to make.
+    /// Returns the bell that poll threads ring when the session has calls to make.
     pub fn bell(&self) -> &Wake {
         &self.bell
     }
 
-    /// How the port's calls are made now.
+    /// Returns how the port's calls are made now.
     #[inline]
     pub fn way(&self) -> Way {
         match self.spent_us.load(Ordering::Relaxed) {
@@ -101,12 +103,12 @@ impl CallGuard {
         }
     }
 
-    /// Slow signals that poll threads paid for, batches not counted.
+    /// Returns the number of slow signals that poll threads have made one by one.
     pub fn slow(&self) -> u64 {
         self.slow.load(Ordering::Relaxed)
     }
 
-    /// Signals made by the port's sessions.
+    /// Returns the number of signals made by the port's sessions.
     pub fn deferred(&self) -> u64 {
         self.deferred.load(Ordering::Relaxed)
     }
@@ -115,13 +117,13 @@ impl CallGuard {
         u64::try_from(self.made.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// A batch with a call of this port was slow.
+    /// Notes that a batch with a call of this port was slow.
     pub fn suspect(&self) {
         self.last_slow_ms.store(self.now_ms(), Ordering::Relaxed);
         self.spent_us.fetch_max(1, Ordering::Relaxed);
     }
 
-    /// A poll thread made a call by itself, which cost this much CPU time.
+    /// Notes that a poll thread has made one call by itself, which took the CPU time `cost`.
     pub fn made_alone(&self, cost: Duration) {
         if cost <= SLOW {
             return;
@@ -137,11 +139,12 @@ impl CallGuard {
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
     }
 
-    /// The session made `calls` calls at once, which cost this much CPU time together.
+    /// Notes that the session has made `calls` calls at once, which took the CPU time `cost`
+    /// together.
     pub fn made_deferred(&self, calls: u64, cost: Duration) {
         if self.way() == Way::Batch {
-            // Of rings that have started. Whether the port's calls are slow is found out where
-            // somebody pays for it.
+            // These calls were for rings that have started, and cost no poll thread anything. So
+            // they do not count.
             return;
         }
         self.deferred.fetch_add(calls, Ordering::Relaxed);
@@ -158,7 +161,7 @@ impl CallGuard {
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, served);
     }
 
-    /// Forgives everything after a calm; to be called now and then.
+    /// Forgives all cost after a calm. To be called now and then.
     pub fn forgive(&self) {
         let calm = self.now_ms() - self.last_slow_ms.load(Ordering::Relaxed).min(self.now_ms());
         if self.way() != Way::Batch && u128::from(calm) >= CALM.as_millis() {
@@ -173,12 +176,12 @@ impl CallGuard {
 pub struct CallFd {
     fd: OwnedFd,
     guard: Arc<CallGuard>,
-    /// A deferred call that the session has not made yet.
+    /// Whether the session still has a call to make.
     owed: AtomicBool,
 }
 
 impl CallFd {
-    /// Takes the descriptor if it is an eventfd, closes it if not.
+    /// Takes the descriptor if it is an eventfd. Otherwise closes it and returns an error.
     pub fn new(file: File, guard: Arc<CallGuard>) -> Result<Self, NotEventFd> {
         Ok(CallFd {
             fd: eventfd(file)?,
@@ -187,30 +190,31 @@ impl CallFd {
         })
     }
 
-    /// The guard of its port.
+    /// Returns the guard of the descriptor's port.
     #[inline]
     pub fn guard(&self) -> &CallGuard {
         &self.guard
     }
 
-    /// Leaves the call to the session. Returns the bell to signal, unless it has been rung for an
-    /// earlier call.
+    /// Leaves a call to the session. Returns the bell to signal, unless the bell has been rung for
+    /// an earlier call.
     pub fn defer(&self) -> Option<BorrowedFd<'_>> {
         (!self.owed.swap(true, Ordering::AcqRel)).then(|| self.guard.bell.as_fd())
     }
 
-    /// Notes a call that the session owes itself: of a ring that has started, or because the
-    /// descriptor is a new one.
+    /// Notes a call that the session makes anyway: for a ring that has started, or for a new
+    /// descriptor.
     pub fn owe(&self) {
         self.owed.store(true, Ordering::Release);
     }
 
-    /// Whether there is one that the session has to make.
+    /// Whether the session has a call to make.
     pub fn is_owed(&self) -> bool {
         self.owed.load(Ordering::Acquire)
     }
 
-    /// Whether a call was left to the session, which makes it now.
+    /// Takes the call that was left to the session, which makes the call now. Returns whether there
+    /// was one.
     pub fn take_deferred(&self) -> bool {
         self.owed.load(Ordering::Relaxed) && self.owed.swap(false, Ordering::AcqRel)
     }

@@ -1,4 +1,4 @@
-//! Where an idle poll thread sleeps: on the kick eventfds of its queues, and on a bell of its own.
+//! The sleep of an idle poll thread: on the kick eventfds of its queues, and on a bell of its own.
 //!
 //! Nothing else wakes the thread. A publication rings the bell only of threads whose work changed,
 //! so other threads sleep through the changes of other ports.
@@ -21,10 +21,10 @@ use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use super::refused::{Wanted, refused};
 use super::wake::Wake;
 
-/// Stands for the thread's own bell; no kick may use it.
+/// Token of the thread's own bell; no kick may use it.
 const BELL: u64 = u64::MAX;
 
-/// Events taken with one system call. More only means another turn of the loop.
+/// Most events that are taken with one system call. The rest is taken by the next call.
 const EVENTS: usize = 32;
 
 /// What ended a sleep.
@@ -32,11 +32,11 @@ const EVENTS: usize = 32;
 pub struct Woken {
     /// Somebody called [`Sleeper::wake`].
     pub bell: bool,
-    /// How many kicks were handed out.
+    /// How many kicks were passed to the closure.
     pub kicks: u32,
 }
 
-/// One thread's bed.
+/// What one thread sleeps on: an epoll with kicks, and a bell.
 #[derive(Debug)]
 pub struct Sleeper {
     epoll: OwnedFd,
@@ -53,10 +53,10 @@ impl Sleeper {
         Ok(Sleeper { epoll, bell })
     }
 
-    /// Lets `kick` wake the thread; `token` (anything but `u64::MAX`) is what `sleep` hands out
-    /// then.
+    /// Lets `kick` wake the thread. `sleep` passes `token` to its closure then. The token must not
+    /// be `u64::MAX`.
     ///
-    /// A kick that came before is handed out, too, at the next sleep.
+    /// The next sleep also reports a kick that came before this call.
     pub fn add_kick(&self, kick: impl AsFd, token: u64) -> io::Result<()> {
         debug_assert_ne!(token, BELL);
         let flags = EventFlags::IN | EventFlags::ET;
@@ -64,7 +64,7 @@ impl Sleeper {
         Ok(())
     }
 
-    /// The reverse. A sleep that is just returning may still hand out the token.
+    /// Removes a kick. A sleep that is just returning may still report its token.
     pub fn remove(&self, kick: impl AsFd) -> io::Result<()> {
         epoll::delete(&self.epoll, kick)?;
         Ok(())
@@ -75,11 +75,11 @@ impl Sleeper {
         self.bell.wake();
     }
 
-    /// Sleeps until a kick, the bell, or the end of `timeout` (`None`: no end). A signal ends it
-    /// too.
+    /// Sleeps until a kick, the bell, or the end of `timeout` (`None`: no end). A signal ends the
+    /// sleep too.
     pub fn sleep(&self, timeout: Option<Duration>, mut kicked: impl FnMut(u64)) -> Woken {
         let timeout = timeout.map(|t| Timespec {
-            // Longer than the kernel can count is as good as for ever.
+            // A time that is too long for the kernel's type is as good as for ever.
             tv_sec: i64::try_from(t.as_secs()).unwrap_or(i64::MAX / 2),
             tv_nsec: t.subsec_nanos().into(),
         });
@@ -88,11 +88,11 @@ impl Sleeper {
             data: EventData::new_u64(0),
         };
         let mut events = [none; EVENTS];
-        // Errors other than EINTR need a broken descriptor; returning early is right for both.
+        // The error is EINTR, or the descriptor is broken. To return early is right in both cases.
         let count = epoll::wait(&self.epoll, &mut events, timeout.as_ref()).unwrap_or(0);
         let mut woken = Woken::default();
         for event in events.iter().take(count) {
-            // Copied: the event is packed on x86-64.
+            // The field is copied, because the event is a packed struct on x86-64.
             let data = event.data;
             match data.u64() {
                 BELL => woken.bell |= self.bell.drain(),
@@ -106,7 +106,8 @@ impl Sleeper {
     }
 }
 
-/// Readable while a sleep would end at once: to watch it beside other things.
+/// The descriptor is readable while a sleep would end at once. So it can be watched together with
+/// others.
 impl AsFd for Sleeper {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()

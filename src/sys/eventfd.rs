@@ -1,30 +1,30 @@
 //! The notification descriptors that a frontend hands over.
 //!
-//! The protocol would allow pipes and anything else. Only eventfds are taken: a call is signalled
-//! through kernel AIO, which knows nothing else, and a pipe's reader could stall us. They stay the
-//! frontend's: it holds the same file description, and may fill it or make it blocking at any time.
-//! So nobody reads or writes one directly. A call ([`super::call`]) is signalled by
-//! [`super::aio::Caller`], and a kick is watched by [`super::epoll::Sleeper`].
+//! The protocol would allow pipes and other descriptors. Only eventfds are taken: kernel AIO, which
+//! signals calls, signals only eventfds, and the reader of a pipe could block the switch. The
+//! frontend holds the same file description, and may fill the eventfd or make it blocking at any
+//! time. So no thread reads or writes such an eventfd directly. A call ([`super::call`]) is
+//! signalled by [`super::aio::Caller`], and a kick is watched by [`super::epoll::Sleeper`].
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 
-/// What the kernel calls an eventfd. Paths of real files start with a slash, so nothing else has
-/// it.
+/// The kernel's name for an eventfd in /proc. Names of real files start with a slash, so no file
+/// has this name.
 const EVENTFD: &[u8] = b"anon_inode:[eventfd]";
 
 /// Why a descriptor is not taken for notifications.
 #[derive(Debug, thiserror::Error)]
 pub enum NotEventFd {
-    /// It is something else.
+    /// The descriptor is something else.
     #[error("descriptor {fd} is no eventfd")]
     Other {
         /// The number it has here.
         fd: i32,
     },
-    /// /proc does not say what it is.
+    /// /proc does not say what the descriptor is.
     #[error("what descriptor {fd} is cannot be read from /proc/self/fd")]
     Unknown {
         /// The number it has here.
@@ -40,8 +40,8 @@ pub(super) fn eventfd(file: File) -> Result<OwnedFd, NotEventFd> {
     let target = rustix::fs::readlink(format!("/proc/self/fd/{fd}"), Vec::new())
         .map_err(|source| NotEventFd::Unknown { fd, source })?;
     if target.as_bytes() == EVENTFD {
-        // As received it would be open in a child process. A failure leaves it at that: there is
-        // none.
+        // A received descriptor would stay open in a child process. A failure is ignored, because
+        // the switch starts no child process.
         let _ = rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::CLOEXEC);
         Ok(file.into())
     } else {
@@ -53,20 +53,21 @@ pub(super) fn eventfd(file: File) -> Result<OwnedFd, NotEventFd> {
 #[derive(Debug)]
 pub struct KickFd {
     fd: OwnedFd,
-    /// What was in it when it came: QEMU's begin with 1.
+    /// The eventfd's count when it came, because QEMU's eventfds begin with 1. `None` if the count
+    /// is unknown.
     first: Option<u64>,
 }
 
 impl KickFd {
-    /// Takes the descriptor if it is an eventfd, closes it if not.
+    /// Takes the descriptor if it is an eventfd. Otherwise closes it and returns an error.
     pub fn new(file: File) -> Result<Self, NotEventFd> {
         let fd = eventfd(file)?;
         let first = count(&fd);
         Ok(KickFd { fd, first })
     }
 
-    /// Whether the driver is known to have kicked since the descriptor came. Nobody takes kicks
-    /// out, so they add up.
+    /// Whether the driver is known to have kicked since the descriptor came. Nobody reads the
+    /// eventfd, so its count only grows.
     pub fn was_kicked(&self) -> bool {
         self.first
             .is_some_and(|first| count(&self.fd).is_some_and(|count| count > first))
@@ -79,7 +80,8 @@ impl AsFd for KickFd {
     }
 }
 
-/// What is in an eventfd, if /proc says so: to read it could block, and would take it out.
+/// Returns the count of an eventfd, if /proc tells. Reading the eventfd could block, and would
+/// reset the count.
 fn count(fd: &OwnedFd) -> Option<u64> {
     let info = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
     let info = std::fs::read_to_string(info).ok()?;
@@ -88,8 +90,8 @@ fn count(fd: &OwnedFd) -> Option<u64> {
     u64::from_str_radix(count.trim(), 16).ok()
 }
 
-/// Makes descriptor `to` a copy of `from`, whatever it was: a test's way to pass off one kind for
-/// another.
+/// Makes descriptor `to` a copy of `from`, whatever `to` was. With this a test passes one kind of
+/// descriptor off as another.
 #[cfg(test)]
 pub(crate) fn dup_over(from: i32, to: i32) -> i32 {
     // SAFETY: both descriptors are open and the test's own.

@@ -1,10 +1,10 @@
-//! A listening unix socket whose file is what it should be before anybody can connect.
+//! A listening unix socket whose file has the right mode and group before anybody can connect.
 //!
-//! Mode and group of the file are set between `bind` and `listen`, when a connection is still
-//! refused, so there is no moment at which it is open to all; the umask, which belongs to the whole
-//! process, stays as it is. They are set through a descriptor of the file that was bound: whoever
-//! may write the directory could put a link in its place at any moment, and a change by path would
-//! follow it, to a file of the attacker's choice.
+//! Mode and group of the file are set between `bind` and `listen`, when connections are still
+//! refused. So the socket is never open to all. The umask, which belongs to the whole process, is
+//! not changed. Mode and group are set through a descriptor of the bound file. A change by path
+//! would be unsafe: whoever may write to the directory could replace the file by a link, and the
+//! change would follow the link to a file of the attacker's choice.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -21,7 +21,7 @@ use rustix::net::{
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {what} it")]
 pub struct ListenError {
-    /// What was tried, as in "cannot … it".
+    /// What was attempted, as in "cannot … it".
     pub what: &'static str,
     /// What the system said.
     #[source]
@@ -35,18 +35,18 @@ fn failed(what: &'static str) -> impl Fn(rustix::io::Errno) -> ListenError {
     }
 }
 
-/// The file of a socket that this process bound; removed on drop, unless another one stands in its
-/// place by then.
+/// The file of a socket that this process bound. The file is removed on drop, unless another file
+/// has its place by then.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    /// Device and inode.
+    /// Device and inode of the file.
     identity: Option<(u64, u64)>,
 }
 
 impl SocketFile {
-    /// Listens on `path`, without ever blocking. Without a mode the umask decides; without a group
-    /// the directory or the process does.
+    /// Listens on `path`. The socket is non-blocking. Without `mode` the umask decides; without
+    /// `group` the directory or the process does.
     pub fn listen(
         path: &Path,
         mode: Option<u32>,
@@ -84,7 +84,7 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     Some((data.dev(), data.ino()))
 }
 
-/// Sets group and mode of a socket file of our own. A link, somebody else's file and one with a
+/// Sets group and mode of a socket file of our own. A link, somebody else's file, and a file with a
 /// second name are refused.
 fn set_access(path: &Path, mode: Option<u32>, group: Option<u32>) -> Result<(), ListenError> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -99,14 +99,13 @@ fn set_access(path: &Path, mode: Option<u32>, group: Option<u32>) -> Result<(), 
             source: io::Error::other("something else was put in its place"),
         });
     }
-    // The group first: the mode may be meant for it alone.
+    // The group is set first: the mode may be meant for this group alone.
     if let Some(group) = group {
         let group = Some(Gid::from_raw(group));
         chownat(&file, "", None, group, AtFlags::EMPTY_PATH).map_err(failed("set the group of"))?;
     }
     if let Some(mode) = mode {
-        // A descriptor that is only a place takes no fchmod; its name in /proc leads to the very
-        // file.
+        // fchmod does not work on an O_PATH descriptor. Its name in /proc leads to the file itself.
         let place = format!("/proc/self/fd/{}", file.as_raw_fd());
         chmod(place, Mode::from_raw_mode(mode)).map_err(failed("set the mode of"))?;
     }

@@ -1,19 +1,19 @@
-//! Memory files, as a frontend makes them: for the load generator, for our own shared records, and
-//! for tests.
+//! Memory files (memfd) like those of a frontend: for the load generator and for tests.
 
 use std::fs::File;
 use std::io;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
-/// An unnamed memory file of `size` zero bytes, closed on exec.
+/// Makes a memory file of `size` zero bytes, closed on exec. `name` is only shown in /proc.
 pub fn create(name: &str, size: u64) -> io::Result<File> {
     let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     ftruncate(&fd, size)?;
     Ok(File::from(fd))
 }
 
-/// The same with huge pages of the default size; fails where none are reserved only when touched.
+/// Makes a memory file of huge pages of the default size. If none are reserved, this succeeds, and
+/// the first touch fails.
 pub fn create_huge(name: &str, size: u64) -> io::Result<File> {
     let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB)?;
     ftruncate(&fd, size)?;

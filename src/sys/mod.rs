@@ -5,8 +5,8 @@
 //! read-copy-update by which control reaches the poll threads. No file knows of rings, messages or
 //! frames.
 //!
-//! `refused` words what the system refuses. What has a safe wrapper in `rustix` or `vmm-sys-util`
-//! uses that wrapper; the rest calls `libc`.
+//! `refused` words what the system refuses. System calls go through the safe wrappers of `rustix`
+//! and `vmm-sys-util` where these exist, and through `libc` otherwise.
 
 pub mod affinity;
 pub mod aio;

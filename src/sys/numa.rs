@@ -1,10 +1,10 @@
-//! On which NUMA node memory is.
+//! The NUMA node of memory.
 
-/// Most pages that are asked about at once.
+/// Most pages that one call asks about.
 pub const MAX_PAGES: usize = 16;
 
-/// The node of the first of these pages that any memory stands behind; `None` where none does, and
-/// on kernels without NUMA. Touches and moves nothing.
+/// Returns the node of the first of these pages that has memory; `None` if none has, and on kernels
+/// without NUMA. Touches and moves nothing.
 pub fn node_of(pages: &[usize]) -> Option<usize> {
     let count = pages.len().min(MAX_PAGES);
     let mut status = [-1_i32; MAX_PAGES];

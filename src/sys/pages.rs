@@ -1,34 +1,36 @@
-//! What touching the memory of a port's guests costs, and who pays for that.
+//! The cost of touching the memory of a port's guest, and which port pays for it.
 //!
-//! A frontend can make its guest's memory slow to touch. A hole that it punches keeps whoever
-//! touches a page inside waiting until the whole hole is punched. Pages that do not exist are made
-//! on the thread that touches them first. So poll threads notice page faults in long passes, find
-//! out whose memory it was (`poll::watch`), and charge the port here. A port whose memory has cost
-//! more than [`BUDGET_US`] is *slow*: from then on a thread that only such ports share touches its
-//! memory.
+//! A frontend can make its guest's memory slow to touch. While the frontend punches a hole, a
+//! thread that touches a page inside waits until the whole hole is punched. A page that does not
+//! exist is made by the thread that touches it first. So poll threads notice page faults in long
+//! passes, find out whose memory it was (`poll::watch`), and charge the port here. A port whose
+//! memory has cost more than [`BUDGET_US`] is *slow*. From then on only one thread touches its
+//! memory: the thread that all slow ports share.
 //!
-//! - The budget is cost, not faults: a guest's first use of each page is one short fault. A frame
-//!   that lies in one such page is not charged (`poll::watch`). [`REFILL_US`] a second are
-//!   forgiven, for guests that go on to new pages now and then.
-//! - Only a minute without a slow touch ends the state. The time of the last slow touch outlives
-//!   the session.
-//! - A slow port may make the switch touch ever new pages, more than `LAPS` times all that its
-//!   guest has. Then the guest punches holes again and again, and its session is ended.
-//! - Pages that are made quickly cost nothing here, and a frontend may bring new memory again and
-//!   again. So nothing here bounds the memory that is charged to the switch's memory cgroup.
+//! - The budget counts time, not faults, because a guest's first use of each page is one short
+//!   fault. A burst of 64 frames, each in a page used for the first time, stays below what
+//!   `poll::watch` charges. [`REFILL_US`] a second are forgiven, for guests that now and then need
+//!   more.
+//! - The port stays slow until a minute has passed without a slow touch. A new session does not
+//!   restart that minute.
+//! - A slow port may make the switch touch more than `LAPS` times as many new pages as its guest
+//!   has. Then its frontend must be punching holes again and again, and its session is ended.
+//! - Pages that are made quickly are not charged, and a frontend may bring new memory again and
+//!   again. So this file does not bound the memory that is charged to the switch's memory cgroup.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// What a port's memory may cost poll threads, in microseconds, before it is slow.
+/// What a port's memory may cost poll threads, in microseconds, before the port is slow.
 pub const BUDGET_US: u32 = 50_000;
-/// What of that is forgiven each second, in microseconds.
+/// How much of the cost is forgiven each second, in microseconds.
 pub const REFILL_US: u32 = 10_000;
-/// Time without a slow touch after which a slow port is like any other one again.
+/// Time without a slow touch after which a slow port is normal again.
 const CALM: Duration = Duration::from_secs(60);
-/// How often a slow guest may have the switch touch each page for the first time.
+/// A slow guest may make the switch touch so many times as many new pages as it has, in one
+/// session.
 const LAPS: u64 = 4;
-/// Pages that are always within that.
+/// Pages that every guest may have made in addition, however small it is (1 GiB of 4 KiB pages).
 const FEW_PAGES: u64 = 1 << 18;
 
 /// Who touches a port's memory.
@@ -38,12 +40,13 @@ pub enum Pace {
     /// Any poll thread.
     #[default]
     Normal,
-    /// Any poll thread that is not alarmed (`poll::watch`); alarmed threads leave it alone. A poll
-    /// thread found that it is slow, and control has not seen that yet.
+    /// Poll threads that are not alarmed: a poll thread found that the memory is slow, and control
+    /// has not seen the mark yet.
     Marked,
-    /// The thread of slow ports.
+    /// Only the thread of slow ports.
     Slow,
-    /// Any poll thread, but what is on its way to the thread of slow ports goes first.
+    /// Any poll thread, but frames that are already on their way to the thread of slow ports go
+    /// first.
     Returning,
 }
 
@@ -51,14 +54,15 @@ pub enum Pace {
 #[derive(Debug)]
 pub struct PageGuard {
     pace: AtomicU8,
-    /// Microseconds that have not been forgiven.
+    /// Cost that has not been forgiven, in microseconds.
     spent_us: AtomicU32,
-    /// The last slow touch, in milliseconds since `made`.
+    /// Time of the last slow touch, in milliseconds since `made`.
     last_ms: AtomicU64,
     made: Instant,
     faults: AtomicU64,
     cost_us: AtomicU64,
-    /// Faults up to the moment in which it became slow, or in which its session began.
+    /// Number of faults when the port's pace last changed or its last session began, whichever was
+    /// later.
     faults_before: AtomicU64,
 }
 
@@ -77,7 +81,7 @@ impl Default for PageGuard {
 }
 
 impl PageGuard {
-    /// Who touches the memory now.
+    /// Returns who touches the memory now.
     #[inline]
     pub fn pace(&self) -> Pace {
         match self.pace.load(Ordering::Relaxed) {
@@ -88,7 +92,8 @@ impl PageGuard {
         }
     }
 
-    /// For control, the only one that takes a mark back.
+    /// Sets who touches the memory. Only control calls this: poll threads mark a port with
+    /// [`charge`](Self::charge).
     pub fn set_pace(&self, pace: Pace) {
         if pace == Pace::Normal {
             self.spent_us.store(0, Ordering::Relaxed);
@@ -97,17 +102,17 @@ impl PageGuard {
         self.pace.store(pace as u8, Ordering::Relaxed);
     }
 
-    /// A session begins: what its guest has made the switch touch is counted anew.
+    /// Begins to count new pages for [`is_endless`](Self::is_endless): a session has begun.
     pub fn begin_count(&self) {
         self.faults_before.store(self.faults(), Ordering::Relaxed);
     }
 
-    /// Page faults that were slow.
+    /// Returns the number of slow page faults in all sessions.
     pub fn faults(&self) -> u64 {
         self.faults.load(Ordering::Relaxed)
     }
 
-    /// What they have cost.
+    /// Returns the cost of all slow page faults.
     pub fn cost(&self) -> Duration {
         Duration::from_micros(self.cost_us.load(Ordering::Relaxed))
     }
@@ -116,8 +121,8 @@ impl PageGuard {
         u64::try_from(self.made.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// A thread has waited so long for so many page faults. Whether the port is marked because of
-    /// this.
+    /// Charges the port for `faults` page faults that have cost a thread the time `cost`. Returns
+    /// whether the port was marked because of this charge.
     pub fn charge(&self, cost: Duration, faults: u64) -> bool {
         let cost_us = u32::try_from(cost.as_micros()).unwrap_or(u32::MAX);
         self.faults.fetch_add(faults, Ordering::Relaxed);
@@ -141,7 +146,7 @@ impl PageGuard {
                 .is_ok()
     }
 
-    /// Once a second: forgives a little.
+    /// Forgives [`REFILL_US`]. To be called once a second.
     pub fn refill(&self) {
         if self.spent_us.load(Ordering::Relaxed) > 0 {
             let less = |spent: u32| Some(spent.saturating_sub(REFILL_US));
@@ -152,15 +157,15 @@ impl PageGuard {
         }
     }
 
-    /// Whether the last slow touch is long past.
+    /// Whether the last slow touch was a minute ago or more.
     pub fn is_calm(&self) -> bool {
         let last = self.last_ms.load(Ordering::Relaxed);
         let calm = self.now_ms().saturating_sub(last);
         u128::from(calm) >= CALM.as_millis()
     }
 
-    /// Whether a guest with so many bytes of memory has made the switch touch more new pages than
-    /// there can be.
+    /// Whether a slow guest with `bytes` bytes of memory has made the switch touch more new pages
+    /// than an honest guest can.
     pub fn is_endless(&self, bytes: u64) -> bool {
         let page = rustix::param::page_size() as u64;
         let faults = self.faults()

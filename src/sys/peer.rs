@@ -1,7 +1,7 @@
 //! Who is at the other end of a unix socket, and what users and groups are called.
 //!
-//! The kernel recorded the credentials when the peer connected, so a process that changes its user
-//! afterwards, or whose number was taken over by another, fools nobody.
+//! The kernel recorded the credentials when the peer connected. So a process that changes its user
+//! afterwards deceives nobody, and neither does another process that gets its number.
 
 use std::ffi::CString;
 use std::io;
@@ -10,18 +10,18 @@ use std::os::fd::{AsFd, AsRawFd};
 /// The peer's credentials when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// Effective user.
+    /// Effective user id.
     pub uid: u32,
-    /// Effective group.
+    /// Effective group id.
     pub gid: u32,
-    /// Process, in our PID namespace; 0 if it is in another.
+    /// Process id in our PID namespace; 0 if the process is in another namespace.
     pub pid: i32,
 }
 
 impl Peer {
-    /// Credentials of the peer of a connected unix socket.
+    /// Returns the credentials of the peer of a connected unix socket.
     pub fn of(socket: impl AsFd) -> io::Result<Peer> {
-        // Not rustix's: a pid of 0 has no place in its type.
+        // rustix's call is not used: its type cannot hold a pid of 0.
         let mut credentials = libc::ucred {
             pid: 0,
             uid: 0,
@@ -49,7 +49,7 @@ impl Peer {
     }
 }
 
-/// Supplementary groups of the peer when it connected.
+/// Returns the peer's supplementary groups at the time when it connected.
 pub fn supplementary_groups(socket: impl AsFd) -> io::Result<Vec<u32>> {
     let fd = socket.as_fd().as_raw_fd();
     let mut groups = vec![0u32; 32];
@@ -66,7 +66,7 @@ pub fn supplementary_groups(socket: impl AsFd) -> io::Result<Vec<u32>> {
             return Ok(groups);
         }
         let error = io::Error::last_os_error();
-        // ERANGE: `len` says how much is needed.
+        // ERANGE: `len` has been set to the number of bytes that are needed.
         if error.raw_os_error() != Some(libc::ERANGE) || count <= groups.len() {
             return Err(error);
         }
@@ -74,8 +74,8 @@ pub fn supplementary_groups(socket: impl AsFd) -> io::Result<Vec<u32>> {
     }
 }
 
-/// The number of a group, or `None` where there is none of that name. A number stands for itself
-/// unless a group has it for a name, as with `chgrp`.
+/// Returns the id of a group, or `None` if there is no group of that name. A number is the id
+/// itself, unless a group has this number as its name, as with `chgrp`.
 pub fn group_id(name: &str) -> io::Result<Option<u32>> {
     let found = look_up(name, |name, buffer| {
         // SAFETY: all zeroes is a valid group (null pointers, gid 0).
@@ -89,7 +89,7 @@ pub fn group_id(name: &str) -> io::Result<Option<u32>> {
     Ok(found.or_else(|| name.parse().ok()))
 }
 
-/// The number of a user, or `None` where there is none of that name.
+/// Returns the id of a user, or `None` if there is no user of that name.
 pub fn user_id(name: &str) -> io::Result<Option<u32>> {
     look_up(name, |name, buffer| {
         // SAFETY: all zeroes is a valid passwd (null pointers, uid 0).
@@ -102,7 +102,7 @@ pub fn user_id(name: &str) -> io::Result<Option<u32>> {
     })
 }
 
-/// Calls `ask` with ever more room, since nobody knows how long an entry is.
+/// Calls `ask` with ever larger buffers, because the length of an entry is not known in advance.
 fn look_up(
     name: &str,
     ask: impl Fn(&CString, &mut [libc::c_char]) -> (libc::c_int, Option<u32>),
@@ -114,7 +114,7 @@ fn look_up(
     let mut buffer = vec![0; 4096];
     loop {
         match ask(&name, &mut buffer) {
-            // Some databases say "not found" with an error.
+            // Some databases report "not found" as an error.
             (0, id) => return Ok(id),
             (libc::ENOENT | libc::ESRCH, _) => return Ok(None),
             (libc::EINTR, _) => {}

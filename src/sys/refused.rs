@@ -1,5 +1,5 @@
-//! What the system refuses, in an operator's words: what was asked for, why not, and which limit to
-//! raise.
+//! Errors of the system in an operator's words: what was asked for, why it was refused, and which
+//! limit to raise.
 
 use std::io;
 
@@ -10,11 +10,11 @@ pub enum Wanted {
     Thread,
     /// A descriptor: a socket, an eventfd, an epoll.
     Descriptor,
-    /// A context of asynchronous I/O, by which poll threads call drivers.
+    /// A context of asynchronous I/O, through which poll threads call drivers.
     AsyncIo,
 }
 
-/// The same error, with what was asked for and the limit that is behind it.
+/// Returns the error with two additions: what was asked for, and which limit is reached.
 pub fn refused(wanted: Wanted, error: io::Error) -> io::Error {
     let what = match wanted {
         Wanted::Thread => "a thread",

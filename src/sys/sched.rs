@@ -21,18 +21,19 @@ pub fn own_cpu_time() -> Duration {
     Duration::new(time.tv_sec.unsigned_abs(), nanos)
 }
 
-/// What the calling thread has met since it started.
+/// Page faults and waits of the calling thread since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Page faults.
     pub faults: u64,
-    /// Times that it waited for something: in a page fault too, if that had to wait.
+    /// Times that the thread waited for something, page faults that had to wait included.
     pub waits: u64,
     /// Times that the kernel gave its CPU to another thread.
     pub preemptions: u64,
 }
 
-/// What the calling thread has met. A system call: not for every pass.
+/// Returns page faults and waits of the calling thread. This is a system call, so not for every
+/// pass.
 pub fn own_usage() -> Usage {
     // SAFETY: all zeroes is a valid rusage.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };

@@ -1,7 +1,7 @@
 //! Signals as events of the control loop.
 //!
-//! SIGTERM and SIGINT are blocked in `main` before any thread starts, so every thread inherits
-//! that, and read from a signalfd. SIGBUS stays unblocked everywhere (see `memory::fence`).
+//! SIGTERM and SIGINT are blocked in `main` before any thread starts, so every thread inherits the
+//! mask. A signalfd makes them readable. SIGBUS stays unblocked everywhere (see `memory::fence`).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -15,8 +15,8 @@ pub enum Signal {
     Interrupt,
 }
 
-/// Makes both signals wait, for the calling thread and all that it starts from now on, until
-/// [`Signals::block`] has a place to read them from: for threads that are there before that.
+/// Blocks SIGTERM and SIGINT in the calling thread and in those that it starts from now on. For
+/// threads that start before [`Signals::block`], which makes the signals readable.
 pub fn hold() -> io::Result<()> {
     block().map(drop)
 }
@@ -36,13 +36,13 @@ fn block() -> io::Result<libc::sigset_t> {
     Ok(set)
 }
 
-/// The blocked signals, readable.
+/// A signalfd from which the blocked signals are read.
 #[derive(Debug)]
 pub struct Signals(OwnedFd);
 
 impl Signals {
-    /// Blocks SIGTERM and SIGINT for the calling thread and all it starts from now on, and ignores
-    /// SIGPIPE. Called from `main` before any thread.
+    /// Blocks SIGTERM and SIGINT in the calling thread and in those that it starts from now on, and
+    /// ignores SIGPIPE. To be called from `main` before any thread starts.
     pub fn block() -> io::Result<Signals> {
         ignore_sigpipe()?;
         let set = block()?;
@@ -56,7 +56,7 @@ impl Signals {
         Ok(Signals(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// The next pending signal, if any.
+    /// Returns the next pending signal, if any. Never blocks.
     pub fn next_pending(&self) -> Option<Signal> {
         // `ssi_signo` is the first field of the kernel's record.
         let mut record = [0u8; size_of::<libc::signalfd_siginfo>()];
@@ -85,8 +85,9 @@ impl AsRawFd for Signals {
     }
 }
 
-/// Writing to a socket whose peer is gone is an error, not the end of the process. Rust's runtime
-/// does this for programs, but not for a library in somebody else's.
+/// Ignores SIGPIPE: writing to a socket whose peer is gone must be an error, not the end of the
+/// process. Rust's runtime ignores it in Rust programs, but not where this library is part of
+/// another program.
 fn ignore_sigpipe() -> io::Result<()> {
     // SAFETY: ignoring a signal runs no code of ours.
     let before = unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };

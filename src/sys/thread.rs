@@ -1,12 +1,12 @@
-//! Threads of our own.
+//! Starting threads.
 
 use std::io;
 use std::thread::{Builder, JoinHandle};
 
 use super::refused::{Wanted, refused};
 
-/// Starts a thread that has a name. Where none is to be had, that is an answer: nothing panics, and
-/// what `body` owns is dropped here.
+/// Starts a thread with a name. If the system refuses a thread, this returns an error and does not
+/// panic. What `body` owns is dropped then.
 pub fn spawn<T: Send + 'static>(
     name: impl Into<String>,
     body: impl FnOnce() -> T + Send + 'static,

@@ -1,6 +1,6 @@
 //! Waking a thread of our own that sleeps in epoll.
 //!
-//! The eventfd is nobody else's, so reading and writing it cannot block.
+//! No other process has the eventfd, so reading and writing it cannot block.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -9,12 +9,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::refused::{Wanted, refused};
 
-/// A bell: rung by any thread, heard by the one that watches it.
+/// A bell: any thread rings it, and one thread watches it.
 #[derive(Debug)]
 pub struct Wake(EventFd);
 
 impl Wake {
-    /// A bell that nobody rang yet.
+    /// Makes a bell that was not rung yet.
     pub fn new() -> io::Result<Self> {
         let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         event
@@ -22,13 +22,15 @@ impl Wake {
             .map_err(|error| refused(Wanted::Descriptor, error))
     }
 
-    /// Makes the descriptor readable. Ringing again before anybody heard changes nothing.
+    /// Rings the bell: makes the descriptor readable. A second ring before the first one was taken
+    /// changes nothing.
     pub fn wake(&self) {
-        // Fails only when the counter is full, which is readable, too.
+        // Fails only if the counter is full. Then the descriptor is readable, too.
         let _ = self.0.write(1);
     }
 
-    /// Makes it unreadable, and says whether somebody had rung. Look for work *after* this.
+    /// Makes the descriptor unreadable. Returns whether the bell was rung. Look for work *after*
+    /// this.
     pub fn drain(&self) -> bool {
         self.0.read().is_ok()
     }
