@@ -1,15 +1,14 @@
 //! Ethernet II header and IEEE 802.1Q tag.
 //!
-//! The header is read with two overlapping eight-byte loads (bytes 0 to 7 and 6 to 13), which is
-//! why [`Mac`] is a number and not six bytes: comparing, hashing and classifying addresses are then
-//! single instructions.
+//! The header is read with two overlapping eight-byte loads (bytes 0 to 7 and 6 to 13). So [`Mac`]
+//! is a number and not six bytes: to compare or classify addresses then takes single instructions.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Destination, source, EtherType.
+/// Length of the header: destination, source, EtherType.
 pub const HEADER_LEN: usize = 14;
 /// Length of one 802.1Q tag, between source address and inner EtherType.
 pub const VLAN_TAG_LEN: usize = 4;
@@ -22,13 +21,13 @@ mod field {
     pub(super) const DESTINATION_WORD: Range<usize> = 0..8;
     /// Source address and EtherType.
     pub(super) const SOURCE_WORD: Range<usize> = 6..14;
-    /// Tag control information and inner EtherType, where the frame is tagged.
+    /// Tag control information and inner EtherType, if the frame is tagged.
     pub(super) const TAG: Range<usize> = 14..18;
 }
 
 const ETHERTYPE_8021Q: u16 = 0x8100;
 const ETHERTYPE_8021AD: u16 = 0x88a8;
-/// 01-80-C2-00-00-00, the first of the sixteen addresses that bridges do not forward.
+/// 01-80-C2-00-00-00, the first of the 16 addresses that bridges do not forward.
 const LINK_LOCAL: u64 = 0x0180_c200_0000;
 const ADDRESS_BITS: u64 = 0xffff_ffff_ffff;
 /// The group bit: lowest bit of the first byte on the wire.
@@ -45,45 +44,45 @@ impl Mac {
     /// The broadcast address.
     pub const BROADCAST: Mac = Mac(ADDRESS_BITS);
 
-    /// From the lower 48 bits of a number.
+    /// Makes an address from the lower 48 bits of a number.
     #[inline]
     pub const fn from_bits(bits: u64) -> Mac {
         Mac(bits & ADDRESS_BITS)
     }
 
-    /// From six bytes in wire order.
+    /// Makes an address from six bytes in wire order.
     #[inline]
     pub const fn from_bytes(bytes: [u8; 6]) -> Mac {
         let [a, b, c, d, e, f] = bytes;
         Mac(u64::from_be_bytes([0, 0, a, b, c, d, e, f]))
     }
 
-    /// As a number below 2^48.
+    /// Returns the address as a number below 2^48.
     #[inline]
     pub const fn bits(self) -> u64 {
         self.0
     }
 
-    /// Six bytes in wire order.
+    /// Returns the six bytes in wire order.
     pub const fn bytes(self) -> [u8; 6] {
         let [_, _, a, b, c, d, e, f] = self.0.to_be_bytes();
         [a, b, c, d, e, f]
     }
 
-    /// Multicast or broadcast: no station's own address.
+    /// Whether the address is multicast or broadcast, and so not the address of a station.
     #[inline]
     pub const fn is_multicast(self) -> bool {
         self.0 & GROUP_BIT != 0
     }
 
-    /// All bits zero, which no station uses.
+    /// Whether all bits are zero. No station uses this address.
     #[inline]
     pub const fn is_zero(self) -> bool {
         self.0 == 0
     }
 
-    /// 01-80-C2-00-00-00 to -0F (IEEE 802.1Q, table 8-1): spanning tree, pause, LACP, LLDP; these
-    /// concern one link and must not cross a bridge.
+    /// Whether the address is 01-80-C2-00-00-00 to -0F (IEEE 802.1Q, table 8-1): spanning tree,
+    /// pause, LACP, LLDP. Such frames concern one link and must not cross a bridge.
     #[inline]
     pub const fn is_link_local(self) -> bool {
         self.0 & !0xf == LINK_LOCAL
@@ -125,14 +124,14 @@ impl TryFrom<String> for Mac {
 impl FromStr for Mac {
     type Err = MacParseError;
 
-    /// Six groups of exactly two hexadecimal digits, all separated by `:` or all by `-`. One digit
-    /// is refused: it is more often a digit that was forgotten than a zero that was left out.
+    /// Parses six groups of exactly two hexadecimal digits, all separated by `:` or all by `-`. A
+    /// group of one digit is refused: more often a digit was forgotten than a zero left out.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let separator = if text.contains('-') { '-' } else { ':' };
         let mut bits = 0;
         let mut groups = 0;
         for group in text.split(separator) {
-            // `from_str_radix` alone would take a sign.
+            // `from_str_radix` alone would accept a sign.
             if group.len() != 2 || !group.bytes().all(|b| b.is_ascii_hexdigit()) || groups == 6 {
                 return Err(MacParseError);
             }
@@ -153,17 +152,17 @@ impl FromStr for Mac {
 pub struct VlanTag {
     /// Priority (3 bits), drop eligible (1), VLAN identifier (12).
     pub tci: u16,
-    /// EtherType behind the tag; another tag's, where there are two.
+    /// EtherType after the tag. With two tags it is that of the second tag.
     pub inner_ethertype: u16,
 }
 
 impl VlanTag {
-    /// The VLAN identifier; 0 marks a frame that carries only a priority.
+    /// Returns the VLAN identifier; 0 marks a frame that carries only a priority.
     pub const fn vid(self) -> u16 {
         self.tci & 0xfff
     }
 
-    /// The priority code point, 0 to 7.
+    /// Returns the priority code point, 0 to 7.
     pub const fn priority(self) -> u16 {
         self.tci >> 13
     }
@@ -177,7 +176,7 @@ pub struct EthernetFrame<'a> {
     source_word: u64,
 }
 
-/// The eight bytes at `range`, if the frame has them.
+/// Returns the eight bytes at `range` as a big-endian number, if the frame has them.
 #[inline]
 fn word(bytes: &[u8], range: std::ops::Range<usize>) -> Option<u64> {
     let word = bytes.get(range)?.try_into().ok()?;
@@ -185,7 +184,7 @@ fn word(bytes: &[u8], range: std::ops::Range<usize>) -> Option<u64> {
 }
 
 impl<'a> EthernetFrame<'a> {
-    /// A view of `bytes`; `None` if they do not hold a whole header.
+    /// Returns a view of `bytes`; `None` if they are shorter than a header.
     #[inline]
     pub fn parse(bytes: &'a [u8]) -> Option<EthernetFrame<'a>> {
         Some(EthernetFrame {
@@ -207,13 +206,13 @@ impl<'a> EthernetFrame<'a> {
         Mac(self.source_word >> 16)
     }
 
-    /// EtherType as it stands in the header: the tag's own, where the frame is tagged.
+    /// EtherType in the header. If the frame is tagged, this is the tag's own EtherType.
     #[inline]
     pub const fn ethertype(&self) -> u16 {
         (self.source_word & 0xffff) as u16
     }
 
-    /// The outermost tag; `None` if there is none, or the bytes end inside it.
+    /// Returns the outermost tag; `None` if there is none, or if the bytes end inside it.
     pub fn vlan(&self) -> Option<VlanTag> {
         if !matches!(self.ethertype(), ETHERTYPE_8021Q | ETHERTYPE_8021AD) {
             return None;

@@ -1,12 +1,12 @@
-//! Flows: which frames must stay in order, told from a frame's first bytes.
+//! Flows: finds out from a frame's first bytes which frames must stay in order.
 //!
-//! A flow is what has the same addresses, protocol and ports; a port with several receive queues
-//! gets all frames of a flow in one of them. What two machines exchange through a tunnel would be
-//! one flow for the whole tunnel, so the hash goes on into the inner headers of VXLAN (RFC 7348),
-//! Geneve (RFC 8926), GRE (RFC 2784, 2890), and IP in IP.
+//! Frames with equal addresses, protocol and ports are one flow. A port with several receive queues
+//! gets all frames of a flow in one queue. By its outer headers a tunnel between two machines would
+//! be one flow. So the hash goes on into the inner headers of VXLAN (RFC 7348), Geneve (RFC 8926),
+//! GRE (RFC 2784, 2890), and IP in IP.
 //!
-//! All lengths and offsets in a frame are its sender's: whatever does not fit the bytes at hand
-//! ends the walk, and the hash is of what was read until then. Every frame has a hash.
+//! All lengths and offsets in a frame come from its sender. If one of them does not fit the bytes
+//! that are there, the walk ends, and the hash covers what was read before. Every frame has a hash.
 
 use super::HEADER_LEN;
 
@@ -23,29 +23,30 @@ const PROTOCOL_UDP: u8 = 17;
 const PROTOCOL_IPV6: u8 = 41;
 const PROTOCOL_GRE: u8 = 47;
 const PROTOCOL_SCTP: u8 = 132;
-/// IPv6 extension headers that a payload may follow: hop by hop, routing, destination options.
+/// IPv6 extension headers that are skipped: hop by hop, routing, destination options.
 const EXTENSIONS: [u8; 3] = [0, 43, 60];
 
 const PORT_VXLAN: u16 = 4789;
 const PORT_GENEVE: u16 = 6081;
 
-/// Headers walked through, tags and extension headers among them: more are no frame's.
+/// Most headers that are read, tags and extension headers included. No honest frame has more.
 const MAX_HEADERS: usize = 12;
 
-/// What stands at an offset.
+/// The kind of header at an offset.
 #[derive(Clone, Copy)]
 enum Layer {
     Ethernet,
-    /// Behind an EtherType.
+    /// A header after this EtherType.
     Network(u16),
-    /// Behind an IP header that was no fragment's.
+    /// A header after an IP header with this protocol, which was not a fragment's.
     Transport(u8),
 }
 
-/// The hash of the flow that a frame with these first bytes belongs to; all 32 bits are well mixed.
+/// Returns the hash of the flow to which a frame with these first bytes belongs. All 32 bits are
+/// well mixed.
 ///
-/// The outermost addresses, protocol and ports count, and those of every tunnel inside that is
-/// visible. A frame that is neither IPv4 nor IPv6 is told from others by its MAC addresses and
+/// The hash covers the outermost addresses, protocol and ports, and those inside of every tunnel
+/// that is visible. For a frame that is neither IPv4 nor IPv6 it covers MAC addresses and
 /// EtherType.
 pub fn flow_hash(head: &[u8]) -> u32 {
     let mut hash = Hash(0x9e37_79b9_7f4a_7c15);
@@ -92,8 +93,8 @@ fn number(head: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes([bytes[0], bytes[1]]))
 }
 
-/// A MAC header. Its addresses count only where nothing else tells flows apart: two routers'
-/// addresses say nothing.
+/// Reads a MAC header. Its addresses are hashed only if nothing else tells flows apart: between two
+/// routers all frames have equal addresses.
 fn ethernet(head: &[u8], at: usize, hash: &mut Hash) -> Option<(Layer, usize)> {
     let kind = number(head, at + 12)?;
     if !is_walked(kind) {
@@ -117,8 +118,8 @@ fn network(head: &[u8], at: usize, kind: u16, hash: &mut Hash) -> Option<(Layer,
             let (len, protocol) = (usize::from(first & 15) * 4, *head.get(at + 9)?);
             hash.add(bytes(head, at + 12, 8)?);
             hash.add(&[protocol]);
-            // More fragments, or an offset: the ports are in the first fragment only, and all
-            // belong together.
+            // The frame is a fragment: it has "more fragments" or an offset. Only the first
+            // fragment has the ports, and all fragments must stay in one flow.
             let fragment = number(head, at + 6)? & 0x3fff != 0;
             let whole = first >> 4 == 4 && len >= 20 && !fragment;
             whole.then_some((Layer::Transport(protocol), len))
@@ -129,11 +130,12 @@ fn network(head: &[u8], at: usize, kind: u16, hash: &mut Hash) -> Option<(Layer,
             (head.get(at)? >> 4 == 6).then_some((Layer::Transport(protocol), 40))
         }
         ETHERTYPE_8021Q | ETHERTYPE_8021AD => {
-            // The VLAN, without the priority: a flow may change that on its way.
+            // The VLAN without the priority, which may differ between frames of a flow.
             hash.add(&(number(head, at)? & 0xfff).to_be_bytes());
             let inner = number(head, at + 2)?;
             if !is_walked(inner) {
-                // Back to the addresses, which are all there is. Tags stand behind them, up to two.
+                // Without IP only the MAC addresses tell flows apart. They are at the start of the
+                // frame, before the tags.
                 hash.add(bytes(head, 0, 12)?);
                 hash.add(&inner.to_be_bytes());
                 return None;
@@ -156,7 +158,7 @@ fn transport(head: &[u8], at: usize, protocol: u8, hash: &mut Hash) -> Option<(L
             hash.add(bytes(head, at, 4)?);
             match number(head, at + 2)? {
                 PORT_VXLAN => {
-                    // The identifier, without its reserved byte.
+                    // The network identifier, without its reserved byte.
                     hash.add(bytes(head, at + 12, 3)?);
                     Some((Layer::Ethernet, 16))
                 }
@@ -171,8 +173,8 @@ fn transport(head: &[u8], at: usize, protocol: u8, hash: &mut Hash) -> Option<(L
         }
         PROTOCOL_GRE => {
             let flags = number(head, at)?;
-            // Checksum, key, sequence number (RFC 2890); source routes and versions are not walked
-            // through.
+            // Checksum, key, sequence number (RFC 2890). Headers with source routes or another
+            // version end the walk.
             let field = |bit: u16| if flags & bit != 0 { 4 } else { 0 };
             let key = at + 4 + field(0x8000);
             if flags & 0x2000 != 0 {
@@ -190,7 +192,7 @@ fn transport(head: &[u8], at: usize, protocol: u8, hash: &mut Hash) -> Option<(L
             let len = (usize::from(*head.get(at + 1)?) + 1) * 8;
             Some((Layer::Transport(*head.get(at)?), len))
         }
-        // A fragment (44) has no ports but in its first; ESP (50) and others have none.
+        // Only the first fragment (44) has ports. ESP (50) and others have none.
         other => {
             hash.add(&[other]);
             None

@@ -1,8 +1,8 @@
-//! Views of the bytes on the wire: offsets as constants, one length check, accessors that cannot
-//! fail afterwards.
+//! Views of the bytes on the wire. Offsets are constants. One length check is enough, and accessors
+//! cannot fail after it.
 //!
-//! A view borrows plain bytes and therefore never guest memory: callers copy the headers out once
-//! and look at the copy, so that what was checked is what is delivered.
+//! A view borrows plain bytes, so never guest memory. Callers copy the headers once and look at the
+//! copy. So the headers that are checked are those that are delivered.
 
 mod ethernet;
 mod flow;

@@ -1,6 +1,6 @@
-//! A frame's headers in one line of words.
+//! A frame's headers as one line of text.
 
-// Addresses only: plain values, and nothing that reaches a network.
+// Only address types, which are plain values. Nothing here opens a network connection.
 use core::net::{Ipv4Addr, Ipv6Addr};
 use std::fmt::Write;
 
@@ -10,8 +10,8 @@ use etherparse::{
 
 use super::Mac;
 
-/// The headers of a frame of `len` bytes that begins with `head`, as far as they are there: tags,
-/// addresses, protocol, ports, flags.
+/// Returns in words the headers of a frame of `len` bytes that begins with `head`: tags, addresses,
+/// protocol, ports, flags, as far as `head` contains them.
 pub fn summary(head: &[u8], len: u32) -> String {
     let mut text = String::new();
     let Ok(packet) = LaxSlicedPacket::from_ethernet(head) else {
