@@ -1,13 +1,14 @@
 //! Counters of ports and poll threads.
 //!
-//! Each poll thread writes only its own block, padded to whole cache lines, so a counter is a
-//! relaxed load, an addition and a relaxed store: no locked instruction and no shared line on the
-//! data path. Whoever wants a number (API, metrics) adds the blocks up; a sum taken while frames
-//! flow is a few frames old and its parts may be of different instants.
+//! Each poll thread writes only its own block, which is padded to whole cache lines. So to count is
+//! a relaxed load, an addition and a relaxed store, without a locked instruction or a shared line
+//! on the data path. API and metrics add the blocks up. A sum that is taken while frames flow is a
+//! few frames old, and its parts may be of different instants.
 //!
-//! A dropped frame is a normal, counted outcome. Every drop has exactly one [`DropReason`], counted
-//! at the port that caused it: at the ingress port if the frame never got a destination, at the
-//! egress port if one destination did not get it. *rx* and *tx* are always the switch's view.
+//! A dropped frame is a normal, counted outcome. Every drop has exactly one [`DropReason`] and is
+//! counted at one port: at the ingress port if the frame never got a destination, at the egress
+//! port if one destination did not get the frame. *rx* and *tx* are always meant from the switch's
+//! view.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -19,7 +20,7 @@ mod counter;
 
 pub use counter::Counter;
 
-/// Most poll threads; each port holds one block of counters for each.
+/// Most poll threads. Each port has one block of counters for each of them.
 pub const MAX_POLL_THREADS: usize = 32;
 
 /// Which port a drop is counted at.
@@ -27,7 +28,7 @@ pub const MAX_POLL_THREADS: usize = 32;
 pub enum Direction {
     /// At the port through which the frame entered the switch.
     Rx,
-    /// At the port that the frame should have left through.
+    /// At the port through which the frame should have left.
     Tx,
 }
 
@@ -70,8 +71,8 @@ drop_reasons! {
     RxMemoryFault = "rx_memory_fault", Rx;
     /// The sender's buffer is in guest memory that the switch cannot map.
     RxMemoryUnusable = "rx_memory_unusable", Rx;
-    /// The sender's memory is slow to touch: the poll thread that found that has read no more of
-    /// it.
+    /// The sender's memory is slow to touch. The poll thread that found this did not read the
+    /// frame.
     RxMemorySlow = "rx_memory_slow", Rx;
     /// Multicast, broadcast or zero source address.
     RxBadSource = "rx_bad_source", Rx;
@@ -83,18 +84,18 @@ drop_reasons! {
     NoDestination = "no_destination", Rx;
     /// Taken from a ring that is started but disabled: read and discarded, as vhost-user demands.
     RxDisabledQueue = "rx_disabled_queue", Rx;
-    /// No free buffer in the receive queue, also not at the end of the pass.
+    /// The receive queue has no free buffer, and had none at the end of the pass either.
     EgressRingFull = "egress_ring_full", Tx;
-    /// Other poll threads won the race for the receive queue too many times.
+    /// Other poll threads claimed buffers of the receive queue first, too many times in a row.
     EgressContended = "egress_contended", Tx;
     /// Longer than the receiver's buffers or its ring can ever take.
     EgressTooLong = "egress_too_long", Tx;
     /// No receive queue of the port is started and enabled in the view of the switch in which the
-    /// frame was decided: the port is not ready yet, or was disabled, or its frontend is just
-    /// going. Once that has gone its stations are unknown, and frames to them flooded; so it is
-    /// with a port that was removed.
+    /// frame was decided: the port is not ready yet, or was disabled, or its frontend is about to
+    /// disconnect. Once the frontend has gone, the port's stations are unknown, and frames to them
+    /// are flooded. The same holds for a port that was removed.
     EgressNotReady = "egress_not_ready", Tx;
-    /// The receive queue's ring is impossible; nothing is delivered into it until its next start.
+    /// The receive queue's ring is broken. Nothing is delivered into it until its next start.
     EgressRingBroken = "egress_ring_broken", Tx;
     /// The receiver's memory could not be written: its file was truncated, or its file system is
     /// full.
@@ -107,17 +108,17 @@ drop_reasons! {
 /// What one poll thread counted at one port.
 #[derive(Debug, Default)]
 pub struct PortCounters {
-    /// Well-formed frames that entered the switch, whatever became of them.
+    /// Well-formed frames that entered the switch, dropped ones included.
     pub rx_frames: Counter,
-    /// Their bytes, without virtio-net headers.
+    /// Bytes of these frames, without virtio-net headers.
     pub rx_bytes: Counter,
     /// Frames delivered into the port.
     pub tx_frames: Counter,
-    /// Their bytes, without virtio-net headers.
+    /// Bytes of these frames, without virtio-net headers.
     pub tx_bytes: Counter,
     /// Receive buffers returned unused: a malformed chain, or one too small for any frame.
     pub bad_buffers: Counter,
-    /// Those of them that are in guest memory which the switch cannot map.
+    /// Those bad buffers that are in guest memory which the switch cannot map.
     pub unusable_buffers: Counter,
     drops: [Counter; DropReason::ALL.len()],
 }
@@ -153,12 +154,12 @@ impl Default for PortStats {
 }
 
 impl PortStats {
-    /// All zero.
+    /// Makes a port's counters, all zero.
     pub fn new() -> PortStats {
         PortStats::default()
     }
 
-    /// The block of poll thread `thread`, for that thread alone to write.
+    /// Returns the block of poll thread `thread`. Only that thread may write to it.
     ///
     /// # Panics
     ///
@@ -168,7 +169,7 @@ impl PortStats {
         &self.threads[thread]
     }
 
-    /// The sum over all poll threads.
+    /// Returns the sums over all poll threads.
     pub fn sum(&self) -> PortTotals {
         let mut totals = PortTotals::default();
         for block in &self.threads {
@@ -219,8 +220,8 @@ const BUCKETS_PER_DOUBLING: usize = 8;
 /// Buckets of a [`Histogram`]: up to two hours in nanoseconds.
 pub const HISTOGRAM_BUCKETS: usize = 40 * BUCKETS_PER_DOUBLING;
 
-/// Counts values by their highest four bits: each power of two from 8 on has eight buckets, and the
-/// last bucket holds everything above. One writer.
+/// Counts values by their highest four bits. Each power of two from 8 on has eight buckets. The
+/// last bucket counts all larger values, too. A histogram has one writer.
 #[derive(Debug)]
 pub struct Histogram {
     buckets: [Counter; HISTOGRAM_BUCKETS],
@@ -247,26 +248,27 @@ impl Histogram {
         self.max.raise_to(value);
     }
 
-    /// The largest value that bucket `i` counts; `None` for the last bucket, which has no bound.
+    /// Returns the largest value that bucket `i` counts; `None` for the last bucket, which has no
+    /// bound.
     pub fn upper_bound(i: usize) -> Option<u64> {
         let shift = (i / BUCKETS_PER_DOUBLING).saturating_sub(1);
         let first = i - BUCKETS_PER_DOUBLING * shift;
         (i + 1 < HISTOGRAM_BUCKETS).then(|| ((first as u64 + 1) << shift) - 1)
     }
 
-    /// The counts of all buckets.
+    /// Returns the counts of all buckets.
     pub fn counts(&self) -> [u64; HISTOGRAM_BUCKETS] {
         std::array::from_fn(|i| self.buckets[i].get())
     }
 
-    /// The largest value seen.
+    /// Returns the largest value that was recorded.
     pub fn max(&self) -> u64 {
         self.max.get()
     }
 }
 
-/// What a poll thread tells about itself; written by that thread alone, in every pass, so on lines
-/// of its own (two, since processors fetch them in pairs).
+/// A poll thread's own counters. Only this thread writes them, in every pass. So they have cache
+/// lines of their own: two, because processors fetch lines in pairs.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub struct ThreadStats {
@@ -276,51 +278,51 @@ pub struct ThreadStats {
     pub idle_passes: Counter,
     /// Nanoseconds spent in passes that found work.
     pub busy_ns: Counter,
-    /// Nanoseconds spent polling, with or without work, sleeps not included.
+    /// Nanoseconds spent polling, with or without work, without sleeps.
     pub total_ns: Counter,
     /// Frames taken from transmit queues.
     pub frames: Counter,
-    /// Bursts they were handled in.
+    /// Bursts in which the frames were handled.
     pub bursts: Counter,
     /// Times the thread went to sleep.
     pub sleeps: Counter,
     /// Times it was woken.
     pub wakeups: Counter,
-    /// Topologies it took over.
+    /// Topologies that the thread has adopted.
     pub topologies: Counter,
     /// Calls made to drivers.
     pub calls: Counter,
     /// Calls that the kernel refused.
     pub calls_refused: Counter,
-    /// Times chains were completed although another thread's claim before their frames was still
-    /// open.
+    /// Times chains were completed although an earlier claim of another thread was still open.
     pub completed_early: Counter,
     /// Page faults in guests' memory that were slow: see `poll::watch`.
     pub slow_faults: Counter,
-    /// Nanoseconds that these took.
+    /// Nanoseconds that these faults took.
     pub slow_faults_ns: Counter,
-    /// Nanoseconds in passes during which the thread had no CPU, as far as it noticed: see `poll`.
+    /// Nanoseconds in passes during which the thread was descheduled, as far as it noticed: see
+    /// `poll`.
     pub off_cpu_ns: Counter,
-    /// Length of the passes that found work, in nanoseconds on the CPU.
+    /// Lengths of the passes that found work, in nanoseconds on the CPU.
     pub pass_ns: Histogram,
-    /// Length of those that began with taking over a new topology, with or without work; `pass_ns`
-    /// has the others.
+    /// Lengths of the passes that began with adopting a topology, with or without work. They are
+    /// not in `pass_ns`.
     pub takeover_ns: Histogram,
-    /// From the publication of a topology to its acknowledgement, while the thread was awake, in
-    /// nanoseconds.
+    /// Times from the publication of a topology to its acknowledgement, while the thread was awake,
+    /// in nanoseconds.
     pub acknowledge_ns: Histogram,
 }
 
 impl ThreadStats {
-    /// Counts a topology that was taken over so long after it (or one before it that was skipped)
-    /// was published.
+    /// Counts a topology that was adopted. `after` is the time since the publication of this
+    /// topology, or of an earlier one that was skipped.
     pub fn acknowledged(&self, after: Duration) {
         self.topologies.add(1);
         let ns = u64::try_from(after.as_nanos()).unwrap_or(u64::MAX);
         self.acknowledge_ns.record(ns);
     }
 
-    /// Counts a pass of `ns` nanoseconds; `takes_over`: it began with taking over a topology.
+    /// Counts a pass of `ns` nanoseconds. `takes_over`: the pass began with adopting a topology.
     #[inline]
     pub fn pass(&self, ns: u64, found_work: bool, takes_over: bool) {
         self.passes.add(1);

@@ -1,4 +1,4 @@
-//! A number with one writer. The model checker runs this file as it stands (`tests/models`).
+//! A number with one writer. The model checker runs this file unchanged (`tests/models`).
 
 use crate::sync::atomic::{AtomicU64, Ordering};
 
@@ -13,7 +13,8 @@ impl Counter {
         self.0.store(self.get().wrapping_add(n), Ordering::Relaxed);
     }
 
-    /// Raises the number to `n` if it is smaller. One writer, as for [`add`](Self::add).
+    /// Raises the number to `n` if the number is smaller. To be called by one thread only, as
+    /// [`add`](Self::add).
     #[inline]
     pub fn raise_to(&self, n: u64) {
         if n > self.get() {
@@ -21,7 +22,7 @@ impl Counter {
         }
     }
 
-    /// The present value.
+    /// Returns the present value.
     #[inline]
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
