@@ -1,13 +1,13 @@
-//! The log: lines that nobody waits for.
+//! The log. No thread waits until its lines are written.
 //!
-//! Whoever logs puts a line into a bounded buffer, and a thread writes the lines to standard error.
-//! A reader that stands still stops that thread alone. A reader that has gone, or a full disk,
-//! costs lines and nothing else. Lost lines are counted, and are told of in a line where they are
-//! missing, once lines can be written again.
+//! A thread that logs puts a line into a bounded buffer, and the log's own thread writes the lines
+//! to standard error. If the reader of standard error stands still, only the log's thread waits. If
+//! the reader has gone, or the disk is full, only lines are lost. Lost lines are counted. A line
+//! tells their number at the place where they are missing, once lines can be written again.
 //!
-//! The non-blocking writer of `tracing-appender` does not do: it does not count lines that it
-//! failed to write, and at its end it prints to standard error itself, which blocks or panics just
-//! where this must not.
+//! The non-blocking writer of `tracing-appender` is not used. It does not count lines that it
+//! failed to write. At its end it prints to standard error itself, which blocks or panics exactly
+//! where the log must not.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -25,37 +25,38 @@ use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 
 use crate::sys::{signal, thread};
 
-/// Lines that may wait to be written.
+/// Most lines that wait to be written.
 const LINES: usize = 2048;
 /// How long the end of the process waits for its last lines.
 const LAST_LINES: Duration = Duration::from_secs(1);
-/// How long a thread that panics waits for its message: it may be the last of the process.
+/// How long a thread that panics waits until its message is written. The message may be the last
+/// one of the process.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// The log of this process.
 static LOG: OnceLock<Log> = OnceLock::new();
 
-/// Lines that were lost.
+/// Numbers of lines that were lost.
 #[derive(Debug, Default)]
 struct Lost {
-    /// There was no room for them.
+    /// Lines for which the buffer had no room.
     refused: AtomicU64,
-    /// They could not be written.
+    /// Lines that could not be written.
     failed: AtomicU64,
 }
 
-/// What goes to the thread that writes.
+/// What the log's thread receives.
 enum Item {
     Line {
         text: Box<[u8]>,
-        /// Lines before this one for which there was no room.
+        /// Number of lines before this one for which there was no room.
         refused: u64,
     },
-    /// Answers when everything before it is written.
+    /// Asks for an answer when everything before it is written.
     Flush(Sender<()>),
 }
 
-/// A way into the log.
+/// A handle through which lines are put into the log.
 #[derive(Clone, Debug)]
 pub struct Log {
     items: Sender<Item>,
@@ -63,13 +64,13 @@ pub struct Log {
 }
 
 impl Log {
-    /// Makes standard error the log of this process; panics are told of there, too. From here on
-    /// SIGTERM and SIGINT wait for whoever asks for them.
+    /// Makes standard error the log of this process. Panics are logged, too. From here on SIGTERM
+    /// and SIGINT stay pending until somebody reads them.
     pub fn start() -> io::Result<Log> {
-        // The thread that writes must not be the one that is ended by them.
+        // SIGTERM and SIGINT must not be delivered to the log's thread.
         signal::hold()?;
-        // A descriptor of its own: nobody else waits for a lock that this thread holds while it
-        // writes.
+        // The log has a descriptor of its own. So no other thread waits for the lock of `stderr`,
+        // which would be held during a write.
         let out = io::stderr().as_fd().try_clone_to_owned()?;
         let log = Log::to(out.into())?;
         let log = LOG.get_or_init(|| log).clone();
@@ -124,17 +125,18 @@ impl Log {
     }
 }
 
-/// Lines of the log that were lost so far.
+/// Returns the number of lines that were lost so far.
 pub fn lost_lines() -> u64 {
     LOG.get().map_or(0, Log::lost)
 }
 
-/// Puts text into the log as it stands; false if this process has none.
+/// Puts text into the log unchanged. Returns false if this process has no log.
 pub fn say(text: &str) -> bool {
     LOG.get().map(|log| log.put(text.as_bytes())).is_some()
 }
 
-/// Waits until all lines are written, but not for long: the end of the process.
+/// Waits until all lines are written, for `LAST_LINES` at most. To be called at the end of the
+/// process.
 pub fn flush() {
     flush_within(LAST_LINES);
 }
@@ -153,7 +155,7 @@ impl<'a> MakeWriter<'a> for Log {
     }
 }
 
-/// Takes one event of `tracing`, which comes whole.
+/// Takes one event of `tracing`. `tracing` writes each event with one call.
 #[derive(Debug)]
 pub struct Entry<'a>(&'a Log);
 
@@ -168,13 +170,13 @@ impl Write for Entry<'_> {
     }
 }
 
-/// What the thread has.
+/// The state of the log's thread.
 struct LineWriter {
     out: File,
     lost: Arc<Lost>,
-    /// How many lost lines were told of.
+    /// How many lost lines were reported.
     said: u64,
-    /// A part of the last line was written, and then no more of it.
+    /// Whether only a part of the last line was written.
     torn: bool,
 }
 
@@ -189,7 +191,7 @@ impl LineWriter {
                     }
                 }
                 Item::Flush(done) => {
-                    // Whoever flushes may have gone.
+                    // Fails if the thread that flushes waits no longer.
                     let _ = done.send(());
                 }
             }
@@ -199,7 +201,7 @@ impl LineWriter {
         }
     }
 
-    /// Tells of lines that are missing here, if it can.
+    /// Writes a line about the lines that are missing here, if it can.
     fn tell_of_lost(&mut self, refused: u64) {
         let lost = refused + self.lost.failed.load(Ordering::Relaxed);
         let missing = lost.saturating_sub(self.said);
@@ -207,7 +209,7 @@ impl LineWriter {
             return;
         }
         let mut text = if self.torn { "\n" } else { "" }.to_string();
-        // Into memory: neither fails.
+        // Both write to memory and cannot fail.
         let _ = SystemTime.format_time(&mut Formatted::new(&mut text));
         let _ = writeln!(text, "  WARN {missing} lines of the log were lost");
         if self.write(text.as_bytes()) {
@@ -215,7 +217,7 @@ impl LineWriter {
         }
     }
 
-    /// Writes all of it, for as long as that takes, or says that it cannot.
+    /// Writes the whole text, however long this takes. Returns false if that is impossible.
     fn write(&mut self, text: &[u8]) -> bool {
         let mut left = text;
         while !left.is_empty() {
@@ -224,7 +226,7 @@ impl LineWriter {
                 Ok(written) => left = &left[written..],
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    // Somebody who has the same file has made it so.
+                    // Another owner of the file description has made it non-blocking.
                     let _ = poll(&mut [PollFd::new(&self.out, PollFlags::OUT)], None);
                 }
                 Err(_) => break,

@@ -1,8 +1,8 @@
 //! The atomics of the lock-free parts.
 //!
 //! The files that a model checker runs (`virtio/claim.rs`, `sys/snapshot.rs`, `observe/pen.rs`,
-//! `stats/counter.rs`) take their atomics from here and nothing else. The models in `tests/models`
-//! include those files as they stand, beside a `sync` module of their own that hands out the
+//! `stats/counter.rs`) take their atomics from here and use nothing else. The models in
+//! `tests/models` include these files unchanged, beside a `sync` module of their own, which has the
 //! checker's types.
 
 pub use crossbeam_utils::atomic::AtomicCell;
