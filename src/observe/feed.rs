@@ -1,5 +1,5 @@
-//! One poll thread's part of an observer: a buffer that it writes and somebody else reads, and
-//! counters.
+//! One poll thread's part of an observer: its counters, and a buffer that the poll thread writes
+//! and another thread reads.
 
 use std::ops::Add;
 
@@ -13,28 +13,30 @@ use crate::config::MAX_PORTS;
 use crate::memory::{Pieces, Window};
 use crate::stats::Counter;
 
-/// Bytes of a buffer: 40,000 frames of 64 bytes, so 40 ms at a million a second.
+/// Bytes of a buffer: room for 40,000 frames of 64 bytes, which are 40 ms at a million frames a
+/// second.
 const RING_BYTES: usize = 4 << 20;
 
-/// The bytes of a frame, where they are.
+/// The bytes of a frame, at the places where they are now.
 #[derive(Clone, Copy, Debug)]
 pub struct Content<'a, 't> {
     /// The first bytes, a private copy.
     pub head: &'a [u8],
-    /// What follows, in the sender's memory.
+    /// The bytes after `head`, in the sender's memory.
     pub payload: Pieces<'a, 't>,
-    /// Bytes of the frame. Those of a frame that was dropped unread are not there.
+    /// Length of the frame in bytes. The bytes of a frame that was dropped unread are not
+    /// available.
     pub len: u32,
 }
 
 impl Content<'_, '_> {
-    /// Bytes that there are.
+    /// Returns the number of bytes that are available.
     pub fn available(&self) -> usize {
         let payload = self.payload.iter().map(|window| window.len());
         self.head.len() + payload.sum::<usize>()
     }
 
-    /// Hands over the first `len` bytes, piece by piece: from private memory, or from the sender's.
+    /// Hands out the first `len` bytes piece by piece: from private memory, or from the sender's.
     pub(super) fn pieces<S>(
         &self,
         sink: &mut S,
@@ -58,24 +60,24 @@ impl Content<'_, '_> {
     }
 }
 
-/// The writing end of a feed; its poll thread has it while it works.
+/// The writing end of a lane. The lane's poll thread has the pen while it works with a topology.
 #[derive(Debug)]
 pub enum Pen {
-    /// Somebody reads on another thread.
+    /// Another thread reads the records.
     Ring(Producer<u8>),
-    /// The poll thread itself sends it on, in its next pass.
+    /// The poll thread itself sends the copies, in its next pass.
     Mirror(Copies),
 }
 
 /// What an observer has counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Frames that it kept.
+    /// Frames that the observer kept.
     pub captured: u64,
-    /// Frames that did not fit into its buffer, or whose copy found no room in the destination of a
-    /// mirror.
+    /// Frames that did not fit into the buffer, or for whose copy a mirror's destination had no
+    /// room.
     pub missed: u64,
-    /// Frames that its filter refused.
+    /// Frames that the filter refused.
     pub filtered: u64,
 }
 
@@ -94,13 +96,13 @@ impl Add for Counts {
 /// One poll thread's part of an observer.
 pub struct Feed {
     pen: Place<Pen>,
-    /// Several records tell of one frame: only those count that begin one.
+    /// Whether several records belong to one frame. Then only the frame's first record is counted.
     follows: bool,
-    /// Frames kept; of a mirror, delivered.
+    /// Frames that were kept. For a mirror: copies that were delivered.
     pub captured: Counter,
-    /// Frames refused by the filter.
+    /// Frames that the filter refused.
     pub filtered: Counter,
-    /// Frames not kept for lack of room, by slot of the port.
+    /// Frames that were not kept for lack of room, by the port's slot.
     missed: Box<[Counter]>,
 }
 
@@ -144,7 +146,7 @@ impl Feed {
         }
     }
 
-    /// Takes the pen: for the feed's poll thread, while it works with a topology.
+    /// Takes the pen. Only for the lane's poll thread, while it works with a topology.
     pub fn take(&self) -> Held<'_, Pen> {
         self.pen.take()
     }
@@ -153,14 +155,15 @@ impl Feed {
     /// faults here, which would look like those of the guest whose frame it writes (`poll::watch`).
     pub fn prefault(&self) {
         match self.take().pen.as_deref_mut() {
-            // A chunk is cleared when it is made, and nobody sees one that is not committed.
+            // Making a chunk clears all of it, and so touches its pages. Without a commit the
+            // reader never sees it.
             Some(Pen::Ring(producer)) => drop(producer.write_chunk(producer.slots())),
             Some(Pen::Mirror(copies)) => copies.prefault(),
             None => {}
         }
     }
 
-    /// Counts a frame of the port in `slot` that was not kept.
+    /// Counts a frame of the port in `slot` that was not kept for lack of room.
     pub fn miss(&self, slot: u16) {
         if let Some(missed) = self.missed.get(usize::from(slot)) {
             missed.add(1);
@@ -179,12 +182,12 @@ impl Feed {
         }
     }
 
-    /// Writes a record of a frame: `extra`, then as much of the frame as its head says. Counts it,
-    /// or counts that there was no room.
+    /// Writes a record of a frame: `extra`, then as much of the frame as its head says. Counts the
+    /// frame as kept, or as missed if there was no room.
     pub fn write(&self, pen: &mut Pen, record: &Record, extra: &[u8], content: &Content<'_, '_>) {
         let kept = match pen {
             Pen::Ring(producer) => write_ring(producer, record, extra, content),
-            // Counted once its copy is delivered.
+            // A copy is counted when it is delivered.
             Pen::Mirror(copies) => {
                 if !copies.push(record, content) {
                     self.miss(record.port.slot);
@@ -215,8 +218,8 @@ fn write_ring(
     }
 }
 
-/// Writes `heads` and the first `len` bytes of a frame; `false` where there is no room for all of
-/// that.
+/// Writes `heads` and the first `len` bytes of a frame. Returns false, and writes nothing, if there
+/// is no room for all of them.
 #[inline]
 pub fn write_whole<const N: usize>(
     producer: &mut Producer<u8>,
@@ -227,8 +230,8 @@ pub fn write_whole<const N: usize>(
     if producer.slots() < heads.iter().map(|head| head.len()).sum::<usize>() + len {
         return false;
     }
-    // There is room for all of it, so none of the pushes fails; the reader waits until the whole
-    // record is there.
+    // There is room for all bytes, so no push fails. The reader waits until the whole record is
+    // there.
     let push = |producer: &mut Producer<u8>, bytes: &[u8]| {
         let _ = producer.push_entire_slice(bytes);
     };
@@ -260,8 +263,8 @@ impl Reader {
         }
     }
 
-    /// Takes the oldest record there is, and its poll thread's number; `bytes` becomes what follows
-    /// its head.
+    /// Takes the oldest record of all lanes. Returns the number of its poll thread and its head.
+    /// `bytes` is set to the bytes after the head.
     pub fn next(&mut self, bytes: &mut Vec<u8>) -> Option<(usize, Record)> {
         let mut oldest: Option<(usize, Record)> = None;
         for (thread, (consumer, head)) in self.feeds.iter_mut().enumerate() {
@@ -277,7 +280,7 @@ impl Reader {
         let (thread, record) = oldest?;
         let (consumer, head) = &mut self.feeds[thread];
         let len = RECORD_HEAD + record.captured as usize;
-        // Its writer may be in the midst of it.
+        // The record may be incomplete, because its writer is still writing it.
         let chunk = consumer.read_chunk(len).ok()?;
         let (first, second) = chunk.as_slices();
         bytes.clear();
@@ -296,6 +299,6 @@ fn peek(consumer: &mut Consumer<u8>) -> Option<Record> {
     let mut head = [0; RECORD_HEAD];
     head[..first.len()].copy_from_slice(first);
     head[first.len()..].copy_from_slice(second);
-    // Not committed: it stays where it is.
+    // The chunk is not committed, so the head stays in the buffer.
     Some(Record::decode(&head))
 }

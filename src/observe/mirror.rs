@@ -1,19 +1,20 @@
-//! Copies of frames that a poll thread makes in one pass and sends on in its next.
+//! Copies of frames for mirrors: a poll thread makes them in one pass and sends them in its next
+//! pass.
 
 use super::feed::Content;
 use super::record::Record;
 use crate::switch::PortRef;
 
-/// Bytes of copies of one pass: four times what a pass takes from one queue.
+/// Most bytes of copies in one pass: four times what a pass takes from one queue.
 const COPY_BYTES: usize = 256 * 1024;
-/// Copies of one pass.
+/// Most copies in one pass.
 const MOST_COPIES: usize = 4096;
-/// Frames of one pass that are told apart; those beyond may be copied twice. Twice as many places,
-/// so that looking for one is short.
+/// Most frames of one pass that are remembered. Further frames may be copied twice. The table has
+/// twice as many places, so that a search is short.
 const MOST_FRAMES: usize = 2 * MOST_COPIES;
 const PLACES: usize = 2 * MOST_FRAMES;
 
-/// A copy, by its place.
+/// The place of a copy in the buffer, and the port at which it was made.
 #[derive(Clone, Copy, Debug)]
 struct Copy {
     start: u32,
@@ -21,12 +22,12 @@ struct Copy {
     port: PortRef,
 }
 
-/// The frames that were met in one pass, by their names in records.
+/// The frames that were seen in one pass, by their names in records.
 #[derive(Debug)]
 struct Met {
-    /// Numbers in `frames`, from 1 on; 0: none.
+    /// Hash table of numbers of entries in `frames`, from 1 on; 0: no entry.
     places: Box<[u16]>,
-    /// Each with its place.
+    /// The frames, each with its place in the table.
     frames: Vec<((u16, u32), u16)>,
 }
 
@@ -38,13 +39,13 @@ impl Met {
         }
     }
 
-    /// Notes a frame; false if it was met already.
+    /// Notes a frame. Returns false if the frame was noted already.
     fn note(&mut self, frame: (u16, u32)) -> bool {
         if self.frames.len() == MOST_FRAMES {
             return true;
         }
-        // The upper bits of a product with an odd number near 2^64 divided by the golden ratio:
-        // neighbours lie far apart.
+        // The hash is the upper bits of a product with an odd number near 2^64 divided by the
+        // golden ratio. So neighbouring names lie far apart.
         let name = u64::from(frame.0) << 32 | u64::from(frame.1);
         let hash = name.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let mut place = (hash >> (u64::BITS - PLACES.ilog2())) as usize;
@@ -68,9 +69,9 @@ impl Met {
 
 /// Copies that wait for the next pass.
 ///
-/// A frame is copied once for each mirror, where it is first seen in the pass: one that enters
-/// through a port and leaves through another, or is flooded to several, of a mirror's ports is one
-/// frame to whoever looks at the copies.
+/// A frame is copied once for each mirror, where it is first seen in the pass. The frame may enter
+/// through one of the mirror's ports and leave through others. Whoever looks at the copies sees it
+/// once.
 #[derive(Debug)]
 pub struct Copies {
     bytes: Box<[u8]>,
@@ -100,8 +101,8 @@ impl Copies {
         self.bytes[self.used..].fill(1);
     }
 
-    /// Copies what the record says of a frame, unless it was met already; `false` if there is no
-    /// room.
+    /// Copies as much of a frame as the record says, unless the frame was noted already. Returns
+    /// false if there is no room.
     pub(super) fn push(&mut self, record: &Record, content: &Content<'_, '_>) -> bool {
         if !self.met.note(record.frame) {
             return true;
@@ -134,23 +135,23 @@ impl Copies {
         true
     }
 
-    /// Number of copies.
+    /// Returns the number of copies.
     pub fn len(&self) -> usize {
         self.copies.len()
     }
 
-    /// Whether there is none.
+    /// Whether there is no copy.
     pub fn is_empty(&self) -> bool {
         self.copies.is_empty()
     }
 
-    /// The bytes of a copy, and the port that it was made at.
+    /// Returns the bytes of a copy, and the port at which it was made.
     pub fn get(&self, number: usize) -> (&[u8], PortRef) {
         let Copy { start, len, port } = self.copies[number];
         (&self.bytes[start as usize..][..len as usize], port)
     }
 
-    /// Forgets them.
+    /// Forgets all copies.
     pub fn clear(&mut self) {
         self.copies.clear();
         self.met.clear();

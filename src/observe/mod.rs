@@ -1,27 +1,28 @@
 //! Observers: captures, traces and mirrors, each an object of its own.
 //!
-//! What belongs to a port and what belongs to whoever looks at it are separate. An [`Observer`] has
-//! its own filter, buffers, counters and lifetime. Any number of them (up to `MAX_OBSERVERS`) may
-//! look at one port, and none of them matters to another. Observers are registered and taken away
-//! like ports: by publishing a topology with or without them. The last reference is the reaper's,
-//! or the reader's.
+//! A port does not know its observers. An [`Observer`] has its own filter, buffers, counters and
+//! lifetime. Up to `MAX_OBSERVERS` observers may look at one port, and they do not affect each
+//! other. Observers are added and removed like ports: by publishing a topology with or without
+//! them. The last reference belongs to the reaper or to the reader.
 //!
 //! - A poll thread that finds no observer in its topology tests one word a burst.
 //! - Each observer has a [`Feed`] for every poll thread that there can ever be: counters, and a
 //!   bounded buffer that this thread alone writes, without waiting. What does not fit is counted as
 //!   missed. Buffers are reserved when the observer is made. So a poll thread allocates nothing,
 //!   not even for a thread that is added later.
-//! - A poll thread takes its pens (the writing ends) out of the feeds when it adopts a topology,
-//!   and puts them back before it acknowledges another one. That is an exchange of one word each,
-//!   and nothing a frame. So an observer can be in a shared snapshot, without a lock.
-//! - `rtrb` makes the buffers: one writer, one reader, wait-free. Who has the pens, and when a
-//!   reader has seen everything, is in a file of its own, which is model-checked. Successive
-//!   observers share nothing, so a frame lost between them needs no check.
+//! - A poll thread takes its pens (the writing ends) out of the lanes when it adopts a topology,
+//!   and puts them back before it acknowledges another one. That costs an exchange of one word for
+//!   each pen, and nothing for each frame. So an observer can be in a shared snapshot without a
+//!   lock.
+//! - The buffers are those of `rtrb`: one writer, one reader, wait-free. `pen.rs`, which is
+//!   model-checked, decides who has the pens and when a reader has seen everything. Observers share
+//!   nothing with earlier or later ones.
 //!
 //! A capture reads a frame's bytes from the sender's memory, except for the first 128: there a
 //! private copy exists, which is also what is delivered. It does not read the receiver's copy,
-//! which belongs to the receiver from its publication on. A guest that writes to a frame which it
-//! has given away makes these two readings differ, and no third reading would tell which is right.
+//! which belongs to the receiver from its publication on. If a guest writes to a frame after it has
+//! sent it, capture and delivery may differ. Reading the frame once more would not tell which is
+//! right.
 
 mod feed;
 mod filter;
@@ -49,18 +50,18 @@ pub use time::{WallClock, since_1970};
 /// What an observer does with the frames that it sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Hands them to a reader as they pass.
+    /// Hands the frames to a reader as they pass.
     Capture,
-    /// The same of those that are dropped, with the reason.
+    /// Hands the frames that are dropped to a reader, with the reason.
     Drops,
-    /// Tells what becomes of each frame that enters.
+    /// Tells a reader what becomes of each frame that enters.
     Trace,
-    /// Sends copies to a port.
+    /// Sends copies of the frames to a port.
     Mirror(PortRef),
 }
 
 impl Kind {
-    /// The word in the API.
+    /// Returns the word for the kind in the API.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Capture => "capture",
@@ -74,15 +75,16 @@ impl Kind {
 /// What an observer looks at, and how.
 #[derive(Clone, Debug)]
 pub struct ObserverSpec {
-    /// What it does.
+    /// What the observer does with the frames.
     pub kind: Kind,
-    /// The ports; all, those that come later among them, where `None`.
+    /// The ports to look at. `None`: all ports, later ones included.
     pub ports: Option<Box<[PortRef]>>,
-    /// Which of their frames. A drop is rx if it is counted at the frame's ingress, else tx.
+    /// Which frames of these ports. A drop is rx if it is counted at the frame's ingress port,
+    /// otherwise tx.
     pub direction: ObserveDirection,
-    /// Bytes kept of each frame.
+    /// Most bytes that are kept of each frame.
     pub snaplen: u32,
-    /// Which of these frames.
+    /// Which of these frames are kept.
     pub filter: Filter,
 }
 
@@ -97,15 +99,15 @@ impl ObserverSpec {
 /// A capture, trace or mirror.
 #[derive(Debug)]
 pub struct Observer {
-    /// What it looks at.
+    /// What the observer looks at, and how.
     pub spec: ObserverSpec,
     feeds: Box<[CachePadded<Feed>]>,
     ending: Ending,
 }
 
 impl Observer {
-    /// A capture or trace and its reader. `threads` are the poll threads that there are: their
-    /// buffers are touched now, so that they take no page faults later.
+    /// Makes a capture or trace, and its reader. `threads` are the existing poll threads. Their
+    /// buffers are touched now, so that these threads take no page faults later.
     pub fn with_reader(
         spec: ObserverSpec,
         threads: impl Iterator<Item = usize> + Clone,
@@ -127,7 +129,7 @@ impl Observer {
         (observer, Reader::new(consumers))
     }
 
-    /// A mirror, for the same `threads`.
+    /// Makes a mirror. `threads` as for [`with_reader`](Self::with_reader).
     pub fn mirror(
         spec: ObserverSpec,
         threads: impl Iterator<Item = usize> + Clone,
@@ -145,41 +147,44 @@ impl Observer {
         })
     }
 
-    /// The feed of a poll thread.
+    /// Returns the lane of a poll thread.
     #[inline]
     pub fn feed(&self, thread: usize) -> &Feed {
         &self.feeds[thread]
     }
 
-    /// The sum of all feeds; exact once no poll thread has it any more.
+    /// Returns the sums over all lanes. They are exact once no poll thread has the observer any
+    /// more.
     pub fn counts(&self) -> Counts {
         let feeds = self.feeds.iter();
         feeds.fold(Counts::default(), |sum, feed| sum + feed.counts())
     }
 
-    /// Frames of the port in `slot` that did not fit into the buffers.
+    /// Returns the number of frames of the port in `slot` that did not fit into the buffers.
     pub fn missed_at(&self, slot: u16) -> u64 {
         self.feeds.iter().map(|feed| feed.missed_at(slot)).sum()
     }
 
-    /// It was taken out of the topology with this generation. The first reason stays.
+    /// Notes that the observer is no longer in the topology, from `generation` on. If called twice,
+    /// the first reason stays.
     pub fn end(&self, reason: impl Into<String>, generation: u64) {
         self.ending.set(reason.into(), generation);
     }
 
-    /// Whether it was taken out; poll threads may still write to it.
+    /// Whether the observer was taken out of the topology. Poll threads may still write to it.
     pub fn has_ended(&self) -> bool {
         self.ending.is_set()
     }
 
-    /// Why it has ended, once nobody writes to it any more: `reached` says whether all poll threads
-    /// have acknowledged a generation.
+    /// Returns why the observer has ended, once no poll thread writes to it any more; before that
+    /// `None`. `reached` tells whether all poll threads have acknowledged a generation.
     pub fn settled_end(&self, reached: impl FnOnce(u64) -> bool) -> Option<&str> {
         self.ending.settled(reached)
     }
 }
 
-/// Which observers want what of one port: a bit for each, by its number in [`Observers`].
+/// Which observers want which frames of one port: one bit for each observer, by its number in
+/// [`Taps`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Interest {
     /// Frames that enter.
@@ -190,7 +195,7 @@ pub struct Interest {
     pub rx_drops: u32,
     /// Drops counted on the way out.
     pub tx_drops: u32,
-    /// What becomes of frames that enter.
+    /// The way of frames that enter, for traces.
     pub trace: u32,
 }
 
@@ -200,9 +205,9 @@ pub struct Observers {
     /// By number.
     pub all: Box<[Arc<Observer>]>,
     by_slot: Box<[Interest]>,
-    /// Numbers of the mirrors, as bits.
+    /// The mirrors: one bit for each number.
     pub mirrors: u32,
-    /// Somebody wants to know what is decided.
+    /// Whether there is a trace, which wants to know what is decided.
     pub traces: bool,
 }
 
@@ -238,7 +243,7 @@ impl Observers {
         })
     }
 
-    /// Who wants what of the port in a slot.
+    /// Returns which observers want which frames of the port in `slot`.
     #[inline]
     pub fn interest(&self, slot: u16) -> Interest {
         self.by_slot

@@ -1,5 +1,5 @@
-//! Records as a pcapng section: an interface for each port, blocks with nanoseconds, direction,
-//! queue and reason.
+//! Writes records as a pcapng section: an interface for each port, and blocks with the time in
+//! nanoseconds, direction, queue and reason of a drop.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -31,24 +31,24 @@ const OUTBOUND: u32 = 2;
 const NANOSECONDS: u8 = 9;
 /// Type and both lengths of a block.
 const BLOCK_FRAME: usize = 12;
-/// First byte of `if_filter`: a libpcap expression follows, which ours are.
+/// First byte of `if_filter`: a libpcap expression follows. Our filters are such expressions.
 const FILTER_IS_TEXT: u8 = 0;
 
-/// In place of a port where there is none.
+/// Stands for the port of an interface that belongs to no port.
 const NO_PORT: PortRef = PortRef {
     slot: u16::MAX,
     generation: 0,
 };
 
-/// A section in the making; what is written collects until it is taken.
+/// A section that is being written. Its bytes collect until they are taken.
 pub struct Section {
     writer: PcapNgWriter<Vec<u8>>,
-    /// Ports by the number of their interface.
+    /// The ports, by the number of their interface.
     interfaces: Vec<PortRef>,
     started: Duration,
     snaplen: u32,
     filter: Vec<u8>,
-    /// The body of a packet block, to be reused.
+    /// Buffer for the body of a packet block, used again for each block.
     body: Vec<u8>,
 }
 
@@ -59,11 +59,11 @@ impl std::fmt::Debug for Section {
 }
 
 impl Section {
-    /// Begins a section at `started`, since 1970.
+    /// Begins a section at the time `started`, counted from 1970.
     pub fn new(observer: &Observer, started: Duration) -> Result<Section, PcapError> {
         let application = concat!("pollux ", env!("CARGO_PKG_VERSION"));
         let header = SectionHeaderBlock {
-            // Wireshark reads no other from a pipe.
+            // Wireshark reads no other byte order from a pipe.
             endianness: Endianness::native(),
             options: vec![SectionHeaderOption::UserApplication(Cow::Borrowed(
                 application,
@@ -84,7 +84,8 @@ impl Section {
         })
     }
 
-    /// The number of a port's interface, which is described before it is used.
+    /// Returns the number of a port's interface. Writes the interface's description if there is
+    /// none yet.
     pub fn interface(
         &mut self,
         port: PortRef,
@@ -110,12 +111,12 @@ impl Section {
         Ok((self.interfaces.len() - 1) as u32)
     }
 
-    /// Whether a port of this slot has an interface.
+    /// Whether a port of `slot` has an interface.
     pub fn knows_slot(&self, slot: u16) -> bool {
         self.interfaces.iter().any(|port| port.slot == slot)
     }
 
-    /// Writes a record at `time`, since 1970, with the bytes that it has of its frame.
+    /// Writes a record with its frame's bytes, at the time `time`, counted from 1970.
     ///
     /// The block's body is put together here, because the crate cannot write `epb_queue`.
     pub fn frame(
@@ -153,7 +154,7 @@ impl Section {
         if let Some(queue) = record.queue {
             option(&mut body, EPB_QUEUE, &u32::from(queue).to_ne_bytes());
         }
-        // The end of the options.
+        // The option that ends the options.
         body.extend([0; 4]);
         let len = (body.len() + BLOCK_FRAME) as u32;
         self.writer.write_raw_block(&RawBlock {
@@ -166,8 +167,8 @@ impl Section {
         Ok(())
     }
 
-    /// Ends the section: what each interface has seen and missed, and why it ends. `captured` is by
-    /// interface.
+    /// Ends the section: writes how many frames each interface has captured and missed, and why the
+    /// section ends. `captured` is indexed by interface.
     pub fn finish(
         &mut self,
         observer: &Observer,
@@ -176,14 +177,14 @@ impl Section {
         why: &str,
     ) -> Result<(), PcapError> {
         if self.interfaces.is_empty() {
-            // Or nothing could say why it ends.
+            // Without an interface the reason of the end could not be written.
             self.interface(NO_PORT, || "none".to_string())?;
         }
         let (started, ended) = (halves(self.started), halves(time));
         for (number, port) in self.interfaces.iter().enumerate() {
             let captured = captured.get(number).copied().unwrap_or(0);
-            // Counted by slot: what the slot's earlier ports have missed is said once, with the
-            // last of them.
+            // Missed frames are counted for each slot. If several ports have used the slot, the
+            // number is written once, with the last port.
             let later = &self.interfaces[number + 1..];
             let missed = match later.iter().any(|other| other.slot == port.slot) {
                 true => 0,
@@ -205,7 +206,7 @@ impl Section {
         Ok(())
     }
 
-    /// What has collected, moved to the end of `out`.
+    /// Moves the bytes that have collected to the end of `out`.
     pub fn take(&mut self, out: &mut Vec<u8>) {
         out.append(self.writer.get_mut());
     }
@@ -223,8 +224,8 @@ fn option(body: &mut Vec<u8>, code: u16, value: &[u8]) {
     pad(body, value);
 }
 
-/// A time as the two words, upper half first, that stand in a block of statistics; the crate writes
-/// one number.
+/// Returns a time as two 32-bit words, upper half first, as a statistics block has it. The crate
+/// writes the words as one number.
 fn halves(time: Duration) -> u64 {
     let time = nanoseconds(time);
     if cfg!(target_endian = "little") {

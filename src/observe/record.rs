@@ -1,22 +1,22 @@
-//! What poll threads write into an observer's buffers: a head of fixed size, then bytes of the
-//! frame.
+//! The records that poll threads write into an observer's buffers: a head of fixed size, then bytes
+//! of the frame.
 
 use crate::stats::DropReason;
 use crate::switch::PortRef;
 
-/// Bytes of a record before those of its frame.
+/// Bytes of a record's head, which precedes the bytes of its frame.
 pub const RECORD_HEAD: usize = 32;
 
 /// What happened to the frame of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
-    /// It entered the switch through the port.
+    /// The frame entered the switch through the port.
     Received,
-    /// It was delivered into the port.
+    /// The frame was delivered into the port.
     Delivered,
-    /// It was dropped, counted at the port.
+    /// The frame was dropped, and the drop is counted at the port.
     Dropped(DropReason),
-    /// The switch has decided where it goes; its bytes begin with a
+    /// The switch has decided where the frame goes. The record's bytes begin with a
     /// [`Decided`](super::trace::Decided).
     Decided,
 }
@@ -24,26 +24,26 @@ pub enum What {
 /// The head of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
-    /// When, by the raw clock of `quanta`.
+    /// Time by the raw clock of `quanta`.
     pub time: u64,
-    /// Bytes of the frame.
+    /// Length of the frame in bytes.
     pub len: u32,
-    /// Bytes that follow.
+    /// Number of bytes that follow the head.
     pub captured: u32,
-    /// The port it happened at.
+    /// The port at which it happened.
     pub port: PortRef,
-    /// Queue pair of the port; `None` where the frame came to no queue.
+    /// Queue pair of the port; `None` if the frame reached no queue.
     pub queue: Option<u16>,
     /// What happened.
     pub what: What,
-    /// Names the frame among those that one poll thread has in hand: the number of its transmit
-    /// queue in the thread's plan, and the low bits of its position there.
+    /// Names the frame among the present frames of one poll thread: the number of its transmit
+    /// queue in the thread's plan, and the low bits of its position in that queue.
     pub frame: (u16, u32),
 }
 
 impl Record {
-    /// Whether a trace learns of the frame with this record: it was decided upon, or dropped unread
-    /// before that.
+    /// Whether this is the frame's first record in a trace: that of its decision, or of its drop
+    /// before a decision.
     pub(super) fn begins(&self) -> bool {
         match self.what {
             What::Decided => true,
@@ -105,7 +105,7 @@ impl Record {
     }
 }
 
-/// `N` bytes from `at` on, which are there.
+/// Returns `N` bytes from `at` on. The caller knows that `bytes` is long enough.
 pub(super) fn part<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     let mut part = [0; N];
     part.copy_from_slice(&bytes[at..at + N]);

@@ -1,11 +1,11 @@
-//! From the raw clock of poll threads to the time of day.
+//! Converts the raw clock of poll threads to the time of day.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// How often the two clocks are compared: the system's may be set.
+/// How often the two clocks are compared, because the system's clock may be set.
 const COMPARE: Duration = Duration::from_secs(1);
 
-/// Tells the time of day at which a raw clock was read.
+/// Converts a reading of the raw clock to the time of day.
 #[derive(Debug)]
 pub struct WallClock {
     clock: quanta::Clock,
@@ -27,14 +27,14 @@ impl Default for WallClock {
 }
 
 impl WallClock {
-    /// Compares the clocks, if that was long ago.
+    /// Compares the clocks again, if the last comparison is a second old.
     pub fn refresh(&mut self) {
         if self.compared.elapsed() >= COMPARE {
             *self = WallClock::default();
         }
     }
 
-    /// The time since 1970-01-01 00:00 UTC when the raw clock said `raw`.
+    /// Returns the time of day when the raw clock read `raw`, counted from 1970-01-01 00:00 UTC.
     pub fn at(&self, raw: u64) -> Duration {
         if raw >= self.raw {
             self.wall + Duration::from_nanos(self.clock.delta_as_nanos(self.raw, raw))
@@ -45,7 +45,7 @@ impl WallClock {
     }
 }
 
-/// The time of day now, since 1970-01-01 00:00 UTC.
+/// Returns the present time of day, counted from 1970-01-01 00:00 UTC.
 pub fn since_1970() -> Duration {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)

@@ -1,4 +1,4 @@
-//! What becomes of one frame, put together from the records of one poll thread.
+//! Follows one frame through the switch, from the records of one poll thread.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -9,12 +9,12 @@ use crate::switch::PortRef;
 use crate::switch::fdb::Learned;
 use crate::switch::forward::{Decision, Verdict};
 
-/// Bytes of a [`Decided`] before those of its frame.
+/// Bytes of an encoded [`Decided`], which precede the bytes of its frame.
 pub const DECIDED_BYTES: usize = 16;
-/// How long a frame waits for outcomes that were missed.
+/// How long a journey waits for outcomes whose records may have been missed.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Every outcome of learning, in the order of the numbers that stand for them.
+/// Every outcome of learning, in the order of the numbers that encode them.
 const LEARNED: [Learned; 10] = [
     Learned::Known,
     Learned::Refreshed,
@@ -28,35 +28,37 @@ const LEARNED: [Learned; 10] = [
     Learned::Contended,
 ];
 
-/// A decision, as it travels through a buffer.
+/// A decision, as it is written into a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decided {
-    /// What the frame has taught.
+    /// What the switch has learned from the frame.
     pub learned: Option<Learned>,
-    /// The port that its destination is behind.
+    /// The port behind which the destination is, if known.
     pub known: Option<PortRef>,
-    /// Where it goes.
+    /// Where the frame goes.
     pub verdict: Verdict,
-    /// Outcomes that follow, one at least: it is delivered or dropped so many times.
+    /// Number of outcomes that follow, at least one: the frame is delivered or dropped so many
+    /// times.
     pub outcomes: u16,
 }
 
 impl Decided {
-    /// A decision that sends a frame to one port, to `others`, or nowhere.
+    /// Makes the record of a decision. `others` is the number of ports to which a flooded frame
+    /// goes.
     pub fn new(decision: &Decision, others: usize) -> Decided {
         Decided {
             learned: decision.learned,
             known: decision.known,
             verdict: decision.verdict,
             outcomes: match decision.verdict {
-                // Without others it is dropped once.
+                // Without other ports the frame is dropped once.
                 Verdict::Flood => u16::try_from(others.max(1)).unwrap_or(u16::MAX),
                 _ => 1,
             },
         }
     }
 
-    /// To be written before the frame's bytes.
+    /// Returns the bytes to be written before the frame's.
     pub fn encode(&self) -> [u8; DECIDED_BYTES] {
         let mut bytes = [0; DECIDED_BYTES];
         let learned = LEARNED.iter().position(|one| Some(*one) == self.learned);
@@ -102,13 +104,13 @@ impl Decided {
 /// A frame's way through the switch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Journey {
-    /// Where it entered.
+    /// The record of the frame's entry, or of its drop before that.
     pub entered: Record,
-    /// What was decided; `None` if it was dropped before that.
+    /// What was decided; `None` if the frame was dropped before a decision.
     pub decided: Option<Decided>,
-    /// Its first bytes.
+    /// The frame's first bytes.
     pub head: Vec<u8>,
-    /// What became of it, copy by copy.
+    /// What became of each copy of the frame.
     pub outcomes: Vec<Record>,
 }
 
@@ -119,16 +121,17 @@ impl Journey {
     }
 }
 
-/// Puts journeys together.
+/// Collects records to journeys.
 #[derive(Debug, Default)]
 pub struct Tracer {
-    /// By poll thread, in the order of their decisions, with when they were begun.
+    /// Open journeys in the order of their decisions, each with its poll thread and with the time
+    /// when it began.
     open: VecDeque<(usize, Journey, Instant)>,
 }
 
 impl Tracer {
-    /// Takes a record of a poll thread, with its bytes. No journey is begun beyond `limit` that are
-    /// open.
+    /// Takes a record of a poll thread, with its bytes. Begins no journey while `limit` journeys
+    /// are open.
     pub fn take(
         &mut self,
         thread: usize,
@@ -156,8 +159,8 @@ impl Tracer {
         };
         match open.find(same) {
             Some((_, journey, _)) => journey.outcomes.push(record),
-            // Dropped before anything was decided. What else has no beginning began before the
-            // trace.
+            // The frame was dropped before a decision. Other records without a journey belong to
+            // frames that entered before the trace began.
             None if record.begins() && has_room => {
                 let journey = Journey {
                     entered: record,
@@ -171,7 +174,8 @@ impl Tracer {
         }
     }
 
-    /// The next journey that is complete, or will not be any more; `all`: nothing more comes.
+    /// Returns the next journey that is complete, or whose missing outcomes are given up. `all`: no
+    /// more records come, so all journeys are handed out.
     pub fn next(&mut self, now: Instant, all: bool) -> Option<Journey> {
         let (_, journey, since) = self.open.front()?;
         let over = all || now.saturating_duration_since(*since) >= PATIENCE;

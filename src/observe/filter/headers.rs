@@ -1,7 +1,7 @@
-//! What a filter looks at, read from a frame's first bytes.
+//! The header fields that a filter tests, read from a frame's first bytes.
 //!
-//! The walk over tags, IP headers and extension headers is `etherparse`'s, in its lax form: what is
-//! cut off or wrong ends it, and what was read until then counts.
+//! The walk over tags, IP headers and extension headers is `etherparse`'s, in its lax form. A
+//! header that is cut off or wrong ends the walk, and the headers before it count.
 
 use etherparse::{LaxLinkExtSlice, LaxNetSlice, LaxSlicedPacket, LinkSlice};
 
@@ -10,7 +10,7 @@ pub(super) const ARP: u16 = 0x0806;
 /// Protocols with ports at the start of their headers: TCP, UDP, SCTP.
 const WITH_PORTS: [u8; 3] = [6, 17, 132];
 
-/// Addresses of the network layer.
+/// The addresses of the network layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Network {
     V4 {
@@ -29,20 +29,20 @@ pub(super) enum Network {
     Other,
 }
 
-/// The header fields that filters know; `None` and [`Network::Other`] where a frame has no such
-/// thing.
+/// The header fields that filters know. A field is `None` or [`Network::Other`] if the frame does
+/// not have it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Headers {
     pub(super) source: Option<[u8; 6]>,
     pub(super) destination: Option<[u8; 6]>,
     /// Identifier of the outermost tag.
     pub(super) vlan: Option<u16>,
-    /// Behind all tags.
+    /// The EtherType after all tags.
     pub(super) ether_type: Option<u16>,
     pub(super) network: Network,
-    /// Behind all extension headers.
+    /// The protocol after all extension headers.
     pub(super) protocol: Option<u8>,
-    /// Source and destination.
+    /// Source and destination port.
     pub(super) ports: Option<(u16, u16)>,
 }
 
@@ -105,7 +105,7 @@ impl Headers {
             }
             None => None,
         };
-        // Not etherparse's own slices of TCP and UDP: those want the whole header.
+        // Ports are read here, because etherparse's slices of TCP and UDP need the whole header.
         if let (Some([a, b, c, d, ..]), Some(protocol)) = (payload, headers.protocol)
             && WITH_PORTS.contains(&protocol)
         {

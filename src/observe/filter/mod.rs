@@ -1,10 +1,10 @@
 //! Filter expressions: a part of tcpdump's language, compiled when the observer is made.
 //!
-//! No well-kept library compiles tcpdump's language without libpcap, so the part that operators use
-//! most stands here (`docs/observers.md` lists it). An expression becomes a list of tests, each
-//! with where to go on if it holds and if it does not; every step leads to one with a lower number,
-//! so a frame takes at most as many tests as there are. It looks at the private copy of a frame's
-//! first bytes and allocates nothing.
+//! No well-kept library compiles tcpdump's language without libpcap. So this module compiles the
+//! part that operators use most (`docs/observers.md` lists it). An expression becomes a list of
+//! steps. Each step has a test, and the next step for either result. The next step always has a
+//! lower number, so a frame takes at most as many tests as there are steps. A filter looks at the
+//! private copy of a frame's first bytes and allocates nothing.
 
 mod headers;
 mod parse;
@@ -14,7 +14,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use headers::{Headers, Network};
 pub use parse::FilterError;
 
-/// Which end of a frame's journey a test looks at.
+/// Whether a test looks at the source, the destination, or either.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
     Source,
@@ -32,7 +32,7 @@ impl End {
     }
 }
 
-/// An address range: the bits of a mask that must be equal.
+/// A range of addresses: an address, and a mask of the bits that must be equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Net {
     V4 { net: u32, mask: u32 },
@@ -47,7 +47,7 @@ enum Test {
     Arp,
     /// IPv4 or IPv6 with this protocol.
     Protocol(u8),
-    /// A tag; with this identifier, if there is one.
+    /// A VLAN tag. With `Some`: a tag with this identifier.
     Vlan(Option<u16>),
     EtherType(u16),
     Ether(End, [u8; 6]),
@@ -56,13 +56,13 @@ enum Test {
     Net(End, Net),
     /// TCP, UDP or SCTP ports from the first to the last.
     Ports(End, u16, u16),
-    /// Bytes of the frame: at most.
+    /// A frame of at most so many bytes.
     Less(u32),
-    /// At least.
+    /// A frame of at least so many bytes.
     Greater(u32),
 }
 
-/// Where a step leads.
+/// Numbers of steps that end the walk: the frame is accepted or refused.
 const ACCEPT: u16 = u16::MAX;
 const REJECT: u16 = u16::MAX - 1;
 
@@ -82,7 +82,7 @@ pub struct Filter {
 }
 
 impl Default for Filter {
-    /// Accepts every frame.
+    /// A filter that accepts every frame.
     fn default() -> Self {
         Filter {
             text: String::new(),
@@ -93,7 +93,7 @@ impl Default for Filter {
 }
 
 impl Filter {
-    /// Compiles an expression; one without words accepts every frame.
+    /// Compiles an expression. An expression without words accepts every frame.
     pub fn compile(text: &str) -> Result<Filter, FilterError> {
         let Some(expression) = parse::parse(text)? else {
             return Ok(Filter::default());
@@ -107,12 +107,12 @@ impl Filter {
         })
     }
 
-    /// The expression as it was given.
+    /// Returns the expression as it was given.
     pub fn text(&self) -> &str {
         &self.text
     }
 
-    /// Whether a frame of `len` bytes that begins with `head` passes.
+    /// Whether the filter accepts a frame of `len` bytes that begins with `head`.
     #[inline]
     pub fn accepts(&self, head: &[u8], len: u32) -> bool {
         self.first == ACCEPT || self.run(head, len)
@@ -132,7 +132,8 @@ impl Filter {
     }
 }
 
-/// Steps of `expression` that lead to `yes` and `no`; the number of the first.
+/// Appends the steps of `expression`, which lead to `yes` or `no`. Returns the number of the first
+/// step to take.
 fn emit(expression: &parse::Expression, yes: u16, no: u16, steps: &mut Vec<Step>) -> u16 {
     match expression {
         parse::Expression::Test(test) => {

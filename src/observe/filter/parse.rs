@@ -1,4 +1,4 @@
-//! From the text of an expression to its tree.
+//! Parses the text of a filter expression into a tree.
 
 use std::net::IpAddr;
 
@@ -9,32 +9,32 @@ use crate::wire::Mac;
 /// Deepest nesting of parentheses and `not`.
 const MAX_DEPTH: u32 = 64;
 
-/// Why an expression is none.
+/// Why a text is not a filter expression.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FilterError {
-    /// Too long.
+    /// The text is too long.
     #[error("a filter may have at most {MAX_FILTER} bytes")]
     TooLong,
-    /// Nested too deeply.
+    /// The expression is nested too deeply.
     #[error("filter: more than {MAX_DEPTH} parentheses or `not` inside each other")]
     TooDeep,
     /// Something is missing at the end.
     #[error("filter: {expected} is missing at the end")]
     Ends {
-        /// What should come.
+        /// What should follow.
         expected: &'static str,
     },
-    /// Something else should stand there.
+    /// A word stands where another one should be.
     #[error("filter: {found:?} stands where {expected} should be")]
     Unexpected {
-        /// What stands there.
+        /// The word that was found.
         found: String,
-        /// What should.
+        /// What should stand there.
         expected: &'static str,
     },
 }
 
-/// An expression.
+/// A filter expression as a tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Expression {
     Test(Test),
@@ -43,7 +43,7 @@ pub(super) enum Expression {
     Or(Box<Expression>, Box<Expression>),
 }
 
-/// Parses an expression; `None` if there are no words.
+/// Parses an expression. Returns `None` if the text has no words.
 pub(super) fn parse(text: &str) -> Result<Option<Expression>, FilterError> {
     if text.len() > MAX_FILTER {
         return Err(FilterError::TooLong);
@@ -104,7 +104,7 @@ impl<'w> Parser<'w> {
         found
     }
 
-    /// The error that the word just read, or the one to come, is not `expected`.
+    /// Returns the error that the word just read, or the word to come, is not `expected`.
     fn unexpected(&self, expected: &'static str) -> FilterError {
         match self.peek() {
             Some(found) => FilterError::Unexpected {
@@ -183,7 +183,7 @@ impl<'w> Parser<'w> {
         Ok(Expression::Test(test))
     }
 
-    /// `tcp`, and what may follow: `tcp port 80`, `tcp src port 80`.
+    /// Parses what may follow `tcp`, as in `tcp port 80` or `tcp src port 80`.
     fn transport(&mut self, protocol: u8) -> Result<Expression, FilterError> {
         let protocol = Test::Protocol(protocol);
         let here = self.at;
@@ -228,7 +228,7 @@ impl<'w> Parser<'w> {
                 return Err(self.unexpected(EXPECTED));
             }
         };
-        // `ether src host MAC` is tcpdump's long form.
+        // tcpdump also accepts the long form `ether src host MAC`.
         if end != End::Either {
             self.take(&["host"]);
         }
@@ -255,7 +255,7 @@ impl<'w> Parser<'w> {
         })
     }
 
-    /// `host`, `net`, `port` or `portrange`, or an address alone.
+    /// Parses `host`, `net`, `port` or `portrange` with its value, or an address alone.
     fn of_end(&mut self, end: End) -> Result<Test, FilterError> {
         const EXPECTED: &str = "`host`, `net`, `port`, `portrange` or an address";
         match self.next(EXPECTED)? {
@@ -320,7 +320,8 @@ fn both(first: Test, second: Test) -> Expression {
     )
 }
 
-/// An address, or with `prefix` a network; its bits outside the mask must be zero, as in tcpdump.
+/// Parses an address, or a network if `prefix` is set. Bits of a network's address outside the mask
+/// must be zero, as in tcpdump.
 fn net(text: &str, prefix: bool) -> Option<Net> {
     let (address, bits) = match text.split_once('/') {
         Some((address, bits)) if prefix => (address, Some(bits.parse::<u32>().ok()?)),
