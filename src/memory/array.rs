@@ -1,6 +1,6 @@
-//! Arrays of words in guest memory: alignment and length are checked when one is made, so that an
-//! access costs one comparison. Rings are made of them; whatever has its place from a guest goes
-//! through a [`Window`].
+//! Arrays of words in guest memory. Alignment and length are checked when an array is made, so that
+//! an access costs one comparison. Rings are made of arrays. Memory at an address that a guest
+//! gives goes through a [`Window`].
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -53,7 +53,7 @@ word!(u16, AtomicU16);
 word!(u32, AtomicU32);
 word!(u64, AtomicU64);
 
-/// As many words as fit into a piece of guest memory, which stays mapped.
+/// The words of a piece of guest memory, as many as fit. The array keeps them mapped.
 pub struct PinnedArray<T> {
     start: NonNull<T>,
     count: usize,
@@ -69,7 +69,7 @@ unsafe impl<T: Word> Send for PinnedArray<T> {}
 unsafe impl<T: Word> Sync for PinnedArray<T> {}
 
 impl<T: Word> PinnedArray<T> {
-    /// The words of `place`; `None` where they would not be aligned.
+    /// Returns the words of `place`; `None` if they would not be aligned.
     pub fn new(place: &PinnedWindow) -> Option<Self> {
         let start = place.start().cast::<T>();
         start.is_aligned().then(|| PinnedArray {
@@ -80,8 +80,8 @@ impl<T: Word> PinnedArray<T> {
         })
     }
 
-    /// The array as a value: a loop that stores keeps it in registers, where it would look here
-    /// again after each store.
+    /// Returns the array as a value. A loop that stores keeps the value in registers. With a
+    /// reference it would load pointer and length again after each store.
     #[inline(always)]
     pub fn array(&self) -> Array<'_, T> {
         Array {
@@ -91,13 +91,14 @@ impl<T: Word> PinnedArray<T> {
         }
     }
 
-    /// Loads a word. Panics outside the array: indices come from our own code.
+    /// Loads a word. Panics outside the array, because indices come from our own code.
     #[inline(always)]
     pub fn load(&self, index: usize, order: Ordering) -> T {
         self.array().load(index, order)
     }
 
-    /// Loads two neighbouring words, the second one first. Panics outside the array.
+    /// Loads two neighbouring words. Loads the second word first, with `order`, then the first
+    /// word, relaxed. Panics outside the array.
     #[inline(always)]
     pub fn load_two(&self, index: usize, order: Ordering) -> [T; 2] {
         self.array().load_two(index, order)
@@ -109,25 +110,25 @@ impl<T: Word> PinnedArray<T> {
         self.array().store(index, value, order);
     }
 
-    /// Stores two neighbouring words, the second one first. Panics outside the array.
+    /// Stores two neighbouring words, the second word first. Panics outside the array.
     #[inline(always)]
     pub fn store_two(&self, index: usize, values: [T; 2], order: Ordering) {
         self.array().store_two(index, values, order);
     }
 
-    /// Asks the processor to bring a word's line near, for reading.
+    /// Prefetches the cache line of a word, for reading.
     #[inline(always)]
     pub fn prefetch(&self, index: usize) {
         prefetch(self.array().place(index));
     }
 
-    /// The same for writing: no other core keeps the line.
+    /// Prefetches the cache line of a word, for writing: no other core keeps the line.
     #[inline(always)]
     pub fn prefetch_write(&self, index: usize) {
         prefetch_write(self.array().place(index));
     }
 
-    /// All of it, for accesses of other sizes.
+    /// Returns the whole array as a window, for accesses of other sizes.
     #[inline(always)]
     pub fn window(&self) -> Window<'_> {
         // SAFETY: `count` words from `start` on are inside the mapping (`new`), which the borrow
@@ -153,7 +154,7 @@ impl<T: Word> Array<'_, T> {
         unsafe { self.start.as_ptr().add(index) }
     }
 
-    /// The words at `index` and behind.
+    /// Returns the places of the word at `index` and of the next word.
     #[inline(always)]
     fn two(self, index: usize) -> [*mut T; 2] {
         let second = self.place(index + 1);

@@ -1,10 +1,10 @@
 //! The SIGBUS fence: a frontend that truncates its memory file hurts nobody but itself.
 //!
-//! Touching a page behind the end of a mapped file raises SIGBUS, which would kill the switch and
-//! every other guest's network with it. The handler here looks the address up in a fixed table of
-//! mapped regions, puts fresh private pages over the hole, marks the owner, and returns. The access
-//! is repeated and succeeds on memory that the guest no longer sees. Poll threads test the mark
-//! after each burst and stop serving that guest; control cuts off its session.
+//! Touching a page after the end of a mapped file raises SIGBUS. The signal would kill the switch,
+//! and with it every other guest's network. The handler here looks the address up in a fixed table
+//! of mapped regions, puts fresh private pages over the hole, marks the owner, and returns. The
+//! access is repeated and succeeds on memory that the guest no longer sees. Poll threads test the
+//! mark after each burst and stop serving that guest; control cuts off its session.
 //!
 //! Rules:
 //! * [`install`] runs in `main` before any thread exists; SIGBUS is never blocked.
@@ -15,9 +15,9 @@
 //!   range of a dead region, which the kernel may give to somebody else, is never mapped over.
 //!
 //! Rust's standard library gives the main thread and every thread it starts an alternate signal
-//! stack before `main` runs, whoever owns the handler later. So `SA_ONSTACK` needs nothing more.
-//! System calls that meet such a page report EFAULT and raise nothing: their callers must look at
-//! the mark themselves.
+//! stack before `main` runs, whoever owns the handler later. So `SA_ONSTACK` needs nothing more. A
+//! system call that touches such a page returns EFAULT, and no signal is raised. Its caller must
+//! handle that error itself.
 
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
@@ -25,12 +25,12 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crossbeam_utils::CachePadded;
 
-/// Places for regions, of all guests together: 96 guests that use all their slots.
+/// Most regions of all guests together: enough for 96 guests that use all their slots.
 const CAPACITY: usize = 49_152;
 
-/// How many regions all guests together may have. Each is a mapping, and a thread that is made with
-/// the process's last mappings in use ends the process. So a quarter of what `vm.max_map_count`
-/// allows is left for threads and the heap.
+/// Returns how many regions all guests together may have. Each region is a mapping. If the process
+/// has used up its mappings, making a thread ends the process. So a quarter of what
+/// `vm.max_map_count` allows is left for threads and the heap.
 pub fn capacity() -> usize {
     static ALLOWED: OnceLock<usize> = OnceLock::new();
     *ALLOWED.get_or_init(|| {
@@ -39,19 +39,20 @@ pub fn capacity() -> usize {
     })
 }
 
-/// [`capacity`] by the text of the kernel's file; without the file, by the kernel's default.
+/// Returns [`capacity`] for the text of the kernel's file; without the file, for the kernel's
+/// default.
 fn capacity_of(max_map_count: Option<&str>) -> usize {
     let allowed = max_map_count.and_then(|text| text.trim().parse().ok());
     CAPACITY.min(allowed.unwrap_or(65_530) / 4 * 3)
 }
 
-/// What is replaced at once: a page costs 8.4 µs and 2 MiB cost 0.29 ms, but 2 MiB of single pages
-/// cost 4.3 ms.
+/// Bytes that are replaced at once. A single page costs 8.4 µs. 2 MiB at once cost 0.29 ms, and 2
+/// MiB of single pages 4.3 ms.
 const REPLACED: usize = 2 << 20;
 
-/// Set when memory of a guest was taken away under us; never cleared.
+/// Set when memory of a guest was taken away while it was mapped. Never cleared.
 ///
-/// One per session: a guest whose frontend reconnects starts with a clean one.
+/// Each session has its own mark: a guest whose frontend reconnects starts with a clear mark.
 #[derive(Debug, Default)]
 pub struct FaultMark {
     faulted: AtomicBool,
@@ -70,36 +71,38 @@ impl FaultMark {
         self.faulted.load(Ordering::Relaxed)
     }
 
-    /// Declares the guest's memory lost, as a system call that answered EFAULT does.
+    /// Declares the guest's memory lost. The signal handler calls this.
     pub fn set(&self) {
         self.faulted.store(true, Ordering::Relaxed);
-        // Release: who sees the count sees the mark.
+        // Release, pairs with the acquire in [`Faults::is_outdated`]: a thread that sees the count
+        // sees the mark.
         FAULTS.fetch_add(1, Ordering::Release);
     }
 }
 
 /// How often any mark was set.
 ///
-/// Alone on its line: every poll thread reads it for every queue that has frames.
+/// Has a cache line of its own: every poll thread reads it for every queue that has frames.
 static FAULTS: CachePadded<AtomicUsize> = CachePadded::new(AtomicUsize::new(0));
 
-/// A moment, by what had been lost until then: for the many frames during which nothing is, one
-/// look at this spares looks at each sender's mark.
+/// The number of losses at some moment. As long as this number does not change, no sender's mark
+/// needs to be read.
 #[derive(Clone, Copy, Debug)]
 pub struct Faults(usize);
 
 impl Faults {
-    /// Now. Marks set before are for the caller to look at.
+    /// Returns the present number. Marks that were set before must be looked at by the caller.
     pub fn now() -> Self {
         Faults(FAULTS.load(Ordering::Acquire))
     }
 
-    /// A moment before this one, and before every look to come.
+    /// Returns a number that is outdated at every later look.
     pub fn outdated(self) -> Self {
         Faults(self.0.wrapping_sub(1))
     }
 
-    /// Whether a mark was set since. Acquire: who sees the count sees the mark.
+    /// Whether a mark was set since. Acquire, pairs with the release in [`FaultMark::set`]: a
+    /// thread that sees the count sees the mark.
     #[inline(always)]
     pub fn is_outdated(self) -> bool {
         FAULTS.load(Ordering::Acquire) != self.0
@@ -131,8 +134,8 @@ impl Entry {
         let sequence = self.sequence.load(Ordering::Relaxed);
         self.sequence
             .store(sequence.wrapping_add(1), Ordering::Relaxed);
-        // Pairs with the acquire fence in `find`: who sees one of the stores below sees the odd
-        // number.
+        // Pairs with the acquire fence in `find`: a reader that sees one of the stores below sees
+        // the odd number.
         fence(Ordering::Release);
         self.start.store(start, Ordering::Relaxed);
         self.len.store(len, Ordering::Relaxed);
@@ -142,8 +145,8 @@ impl Entry {
             .store(sequence.wrapping_add(2), Ordering::Release);
     }
 
-    /// This entry's region if `addr` is in it. An entry that changes meanwhile is not the one
-    /// looked for: the region of a faulting access is alive, and entries of live regions do not
+    /// Returns this entry's region if `addr` is in it. An entry that changes meanwhile cannot be
+    /// the right one: the region of a faulting access is alive, and entries of live regions do not
     /// change.
     fn find(&self, addr: usize) -> Option<Found> {
         let before = self.sequence.load(Ordering::Acquire);
@@ -167,10 +170,10 @@ struct Found {
     mark: *mut FaultMark,
 }
 
-/// 2.5 MiB of zero pages that are touched only as far as entries are used.
+/// The table: 2.5 MiB of zero pages, which are touched only as far as entries are used.
 static ENTRIES: [Entry; CAPACITY] = [const { Entry::free() }; CAPACITY];
 
-/// Entries from here on were never used: how far the handler looks.
+/// Number of entries that were ever used. The handler looks at these only.
 static USED: AtomicUsize = AtomicUsize::new(0);
 
 /// Entries below `USED` that are free again. Sessions and the reaper take this lock, never a poll
@@ -180,16 +183,17 @@ static FREED: Mutex<Vec<usize>> = Mutex::new(Vec::new());
 /// The handler that was there before ours.
 static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
 
-/// A place in the table; gives it back when dropped. Drop it before the munmap.
+/// An entry of the table, which is given back on drop. It must be dropped before the munmap.
 #[derive(Debug)]
 pub(super) struct Fenced {
     index: usize,
-    // The entry points to it.
+    // The entry points to this mark.
     mark: Arc<FaultMark>,
 }
 
 impl Fenced {
-    /// Enters a mapped range whose file has pages of `page_size`; `None` when the table is full.
+    /// Enters a mapped range whose file has pages of `page_size` bytes. Returns `None` if the table
+    /// is full.
     pub(super) fn insert(
         start: usize,
         len: usize,
@@ -205,8 +209,9 @@ impl Fenced {
             Arc::as_ptr(&mark).cast_mut(),
         );
         if index == USED.load(Ordering::Relaxed) {
-            // Release: who sees the new end sees the entry. The thread that faults has got the
-            // region from us through some synchronisation after this, so it does see it.
+            // Release: a thread that sees the new number sees the entry. A thread that faults has
+            // got the region from us through some synchronisation after this store, so it sees the
+            // entry.
             USED.store(index + 1, Ordering::Release);
         }
         Some(Fenced { index, mark })
@@ -227,7 +232,7 @@ impl Drop for Fenced {
     }
 }
 
-/// Installs the handler, once, and unblocks SIGBUS for this thread and those it will start.
+/// Installs the handler, and unblocks SIGBUS for this thread and those that it will start.
 ///
 /// Called from `main` before any thread. Calling it again changes nothing.
 pub fn install() -> std::io::Result<()> {
@@ -241,7 +246,7 @@ pub fn install() -> std::io::Result<()> {
     let mut previous: libc::sigaction = unsafe { std::mem::zeroed() };
     // SAFETY: asks only; `previous` is valid for writing.
     check(unsafe { libc::sigaction(libc::SIGBUS, ptr::null(), &mut previous) })?;
-    // Kept before ours is active, for the handler reads it.
+    // The old handler is kept before ours is active, because our handler reads it.
     let _ = PREVIOUS.set(previous);
     // SAFETY: as above.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
@@ -253,7 +258,8 @@ pub fn install() -> std::io::Result<()> {
     Ok(())
 }
 
-/// A parent may have left SIGBUS blocked; then the kernel kills at the first fault.
+/// Unblocks SIGBUS. A parent process may have left it blocked, and then the kernel kills the
+/// process at the first fault.
 fn unblock() -> std::io::Result<()> {
     // SAFETY: all zeroes is a valid, empty set.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
@@ -285,8 +291,8 @@ extern "C" fn on_sigbus(
     let saved = unsafe { *errno };
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
     let code = unsafe { (*info).si_code };
-    // Codes up to 0 were sent by somebody and carry no address; an unaligned access is a bug of
-    // ours.
+    // A signal with a code up to 0 was sent by a process and has no address. An unaligned access is
+    // a bug of ours.
     if code <= 0 || code == libc::BUS_ADRALN || !heal(address(info)) {
         pass_on(signal, info, context);
     }
@@ -302,23 +308,24 @@ fn address(info: *mut libc::siginfo_t) -> usize {
     address.addr()
 }
 
-/// Puts fresh pages over `addr` if it is in a region, and marks the owner.
+/// Puts fresh pages over `addr` and marks the owner, if `addr` is in a region. Returns whether both
+/// succeeded.
 fn heal(addr: usize) -> bool {
     let used = USED.load(Ordering::Acquire).min(CAPACITY);
     let Some(found) = ENTRIES[..used].iter().find_map(|entry| entry.find(addr)) else {
         return false;
     };
-    // The mark first: pages that the guest does not see must never be used unmarked.
+    // The mark is set first: pages that the guest does not see must never be used without it.
     // SAFETY: the access that failed was to a live region, which holds its `Fenced`, which holds
     // the mark that the entry points to.
     unsafe { (*found.mark).set() };
     let (start, len) = hole(&found, addr);
-    // Many holes can use up the process's number of mappings; the whole region needs only one.
+    // Many holes can use up the process's mappings. To replace the whole region takes only one.
     replace(start, len) || replace(found.start, found.len)
 }
 
-/// The aligned 2 MiB around `addr`, or its whole huge page (less is EINVAL), as far as the region
-/// goes.
+/// Returns start and length of the part to replace: the aligned 2 MiB around `addr`, or its whole
+/// huge page (less would be EINVAL), within the region.
 fn hole(found: &Found, addr: usize) -> (usize, usize) {
     let step = found.page_size.max(REPLACED);
     let start = (addr & !(step - 1)).max(found.start);
@@ -336,13 +343,14 @@ fn replace(start: usize, len: usize) -> bool {
     if mapped == libc::MAP_FAILED {
         return false;
     }
-    // Frames of other guests may be copied here: not for core dumps. Best effort.
+    // Frames of other guests may be copied here, so core dumps must not contain these pages. Best
+    // effort.
     // SAFETY: the range was mapped just now.
     unsafe { libc::madvise(mapped, len, libc::MADV_DONTDUMP) };
     true
 }
 
-/// Does what would have happened without us.
+/// Does what would have happened without our handler.
 fn pass_on(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let Some(previous) = PREVIOUS.get() else {
         return;

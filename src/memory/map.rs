@@ -1,8 +1,8 @@
 //! The map of one guest's memory: immutable, looked up by poll threads, replaced by sessions.
 //!
-//! A region whose file cannot be used is in the map, too, without a place. Frontends stop at the
-//! first region that is refused, so a refusal would leave a guest without memory for the sake of
-//! one file (`MemoryError::leaves_out`).
+//! A region whose file cannot be used is in the map, too, but is not mapped. Frontends stop at the
+//! first region that is refused. So a refusal would leave a guest without memory because of one
+//! file (`MemoryError::leaves_out`).
 //!
 //! A change makes a new map that shares the regions which did not change. Look-ups need no shared
 //! mutable state, because a "last hit" would move between the caches of poll threads. The four
@@ -19,7 +19,7 @@ use super::{MAX_GUEST_BYTES, MAX_REGIONS, MemoryError, RangeKind, Unusable, Wind
 /// Regions that are compared before the binary search.
 const NEAR: usize = 4;
 
-/// Where a range of guest addresses is mapped. A slot of the same map keeps it so.
+/// Where a range of guest addresses is mapped. A slot of this map keeps the range mapped.
 #[derive(Clone, Copy)]
 struct Span {
     start: u64,
@@ -28,15 +28,15 @@ struct Span {
 }
 
 impl Span {
-    /// Holds no address.
+    /// A span that contains no address.
     const NONE: Span = Span {
         start: 0,
         len: 0,
         host: NonNull::dangling(),
     };
 
-    /// Offset of `addr` in this span. One comparison: below the start, the subtraction wraps to
-    /// more than any length (e.g. 0x0fff − 0x1000 = 2^64 − 1).
+    /// Returns the offset of `addr` in this span. One comparison is enough: for an address below
+    /// the start the subtraction wraps to more than any length (e.g. 0x0fff − 0x1000 = 2^64 − 1).
     #[inline(always)]
     fn offset_of(&self, addr: u64) -> Option<u64> {
         let offset = addr.wrapping_sub(self.start);
@@ -55,14 +55,15 @@ impl Span {
     }
 }
 
-/// One entry of the map: a mapping or why there is none, and where guest and frontend see it.
+/// One entry of the map: a mapping or why there is none, and where guest and frontend see the
+/// region.
 #[derive(Clone, Debug)]
 struct Slot {
     guest_addr: u64,
     user_addr: u64,
     size: u64,
     region: Result<Arc<Region>, Arc<str>>,
-    /// How often it was added (ADD_MEM_REG).
+    /// How often the region was added (ADD_MEM_REG).
     added: u32,
 }
 
@@ -75,10 +76,10 @@ impl Slot {
 /// An immutable map of a guest's memory.
 pub struct GuestMemory {
     near: [Span; NEAR],
-    // All that are mapped, by guest address.
+    // All regions that are mapped, by guest address.
     spans: Box<[Span]>,
     slots: Box<[Slot]>,
-    // Start and length of those that are not.
+    // Start and length of all regions that are not mapped.
     left_out: Box<[(u64, u64)]>,
     mark: Arc<FaultMark>,
 }
@@ -134,8 +135,8 @@ impl GuestMemory {
         }
     }
 
-    /// The map after SET_MEM_TABLE: `specs` and nothing else. Memory that both maps have stays
-    /// mapped where it is.
+    /// Returns the map after SET_MEM_TABLE: `specs` and nothing else. Memory that both maps have
+    /// stays mapped where it is.
     pub fn with_table(&self, specs: Vec<RegionSpec>) -> Result<GuestMemory, MemoryError> {
         if specs.is_empty() {
             return Err(MemoryError::NoRegions);
@@ -149,10 +150,10 @@ impl GuestMemory {
         Ok(GuestMemory::of(slots, Arc::clone(&self.mark)))
     }
 
-    /// The map after ADD_MEM_REG.
+    /// Returns the map after ADD_MEM_REG.
     ///
-    /// The same region may come again: QEMU before 8.0 adds (and removes) everything once for each
-    /// queue pair. It goes when it has been removed as often.
+    /// A region may be added again: QEMU before 8.0 adds and removes everything once for each queue
+    /// pair. The region goes when it was removed as often as it was added.
     pub fn with_region(&self, spec: RegionSpec) -> Result<GuestMemory, MemoryError> {
         if let Some(again) = self.added_again(&spec)? {
             return Ok(again);
@@ -165,7 +166,7 @@ impl GuestMemory {
         Ok(GuestMemory::of(slots, Arc::clone(&self.mark)))
     }
 
-    /// The map after REM_MEM_REG. The three values must be those of one region.
+    /// Returns the map after REM_MEM_REG. The three values must be those of one region.
     pub fn without_region(
         &self,
         guest_addr: u64,
@@ -191,14 +192,14 @@ impl GuestMemory {
         Ok(GuestMemory::of(slots, Arc::clone(&self.mark)))
     }
 
-    /// Whether everything lies at the same addresses here and there, in the same mappings.
+    /// Whether both maps have the same mappings at the same addresses.
     pub fn is_laid_out_like(&self, other: &GuestMemory) -> bool {
         let same = |(one, other): (&Slot, &Slot)| {
             one.guest_addr == other.guest_addr
                 && (one.user_addr, one.size) == (other.user_addr, other.size)
                 && match (&one.region, &other.region) {
                     (Ok(one), Ok(other)) => Arc::ptr_eq(one, other),
-                    // Left out, for one cause.
+                    // Both are left out, for equal causes.
                     (Err(one), Err(other)) => one == other,
                     _ => false,
                 }
@@ -206,8 +207,8 @@ impl GuestMemory {
         self.slots.len() == other.slots.len() && self.slots.iter().zip(&other.slots).all(same)
     }
 
-    /// The map with one more claim to a region that it has: same addresses, same place in the same
-    /// file.
+    /// Returns the map with one more count for a region that it has already: equal addresses, and
+    /// the same place in the same file.
     fn added_again(&self, spec: &RegionSpec) -> Result<Option<GuestMemory>, MemoryError> {
         let is_it = |slot: &Slot| {
             slot.guest_addr == spec.guest_addr
@@ -217,7 +218,7 @@ impl GuestMemory {
         let Some(at) = self.slots.iter().position(is_it) else {
             return Ok(None);
         };
-        // One that is left out stays so whatever file comes with it.
+        // A region that is left out stays so, whatever file comes with it now.
         if let Ok(known) = &self.slots[at].region
             && !Arc::ptr_eq(&self.region(spec)?, known)
         {
@@ -228,7 +229,7 @@ impl GuestMemory {
         Ok(Some(GuestMemory::of(slots, Arc::clone(&self.mark))))
     }
 
-    /// The slot of a region that goes with those `before` it.
+    /// Returns the slot of a region that is added after the slots `before`.
     fn slot(&self, spec: RegionSpec, before: &[Slot]) -> Result<Slot, MemoryError> {
         let mapped = before.iter().filter(|slot| slot.is_mapped());
         let total = mapped.fold(spec.size, |sum, slot| sum.saturating_add(slot.size));
@@ -250,8 +251,8 @@ impl GuestMemory {
         })
     }
 
-    /// The mapping that is there already, or a new one. The file is examined either way: it may
-    /// have shrunk since, and where it did under our hands the old mapping has holes.
+    /// Returns the existing mapping, or a new one. The file is examined in both cases, because it
+    /// may have shrunk since. If it shrank while it was mapped, the old mapping has holes.
     fn region(&self, spec: &RegionSpec) -> Result<Arc<Region>, MemoryError> {
         let examined = Examined::new(&spec.file, spec.offset, spec.size)?;
         let same =
@@ -267,7 +268,8 @@ impl GuestMemory {
         }
     }
 
-    /// The place of `[guest_addr, guest_addr + len)`, or `None` where it is not inside one region.
+    /// Returns the place of `[guest_addr, guest_addr + len)`, or `None` if it is not inside one
+    /// region.
     ///
     /// A range of length 0 must lie inside a region, too.
     #[inline(always)]
@@ -302,9 +304,9 @@ impl GuestMemory {
         span.offset_of(guest_addr).map(|offset| (span, offset))
     }
 
-    /// Hands out the places of `[guest_addr, guest_addr + len)` in order, one per region it
-    /// crosses. False if a byte of it is not mapped, or if `each` said so; earlier places were
-    /// handed out then.
+    /// Hands out the places of `[guest_addr, guest_addr + len)` in order, one for each region that
+    /// it crosses. Returns false if a byte is not mapped, or if `each` returned false. Earlier
+    /// places were handed out then.
     pub fn windows<'m>(
         &'m self,
         guest_addr: u64,
@@ -330,12 +332,13 @@ impl GuestMemory {
         true
     }
 
-    /// The place of a ring, by the frontend's address (SET_VRING_ADDR), whole inside one region.
+    /// Returns the place of a ring's area by the frontend's address (SET_VRING_ADDR); `None` unless
+    /// it lies within one region.
     pub fn pinned(&self, user_addr: u64, len: u64) -> Option<PinnedWindow> {
         self.pin(user_addr, len, |slot| slot.user_addr)
     }
 
-    /// A lasting place by guest address, whole inside one region.
+    /// Returns a pinned place by guest address; `None` unless it lies within one region.
     pub fn pinned_guest(&self, guest_addr: u64, len: u64) -> Option<PinnedWindow> {
         self.pin(guest_addr, len, |slot| slot.guest_addr)
     }
@@ -348,7 +351,7 @@ impl GuestMemory {
         })
     }
 
-    /// The guest address of a frontend's address, for the dirty log.
+    /// Returns the guest address of a frontend's address, for the dirty log.
     pub fn guest_address(&self, user_addr: u64) -> Option<u64> {
         self.slots.iter().find_map(|slot| {
             let offset = user_addr.checked_sub(slot.user_addr)?;
@@ -356,13 +359,14 @@ impl GuestMemory {
         })
     }
 
-    /// Whether memory of this guest was taken away under us: serve it no further.
+    /// Whether memory of this guest was taken away while it was mapped. Then the guest must not be
+    /// served any more.
     #[inline(always)]
     pub fn faulted(&self) -> bool {
         self.mark.is_set()
     }
 
-    /// The mark that faults set.
+    /// Returns the mark that faults set.
     pub fn fault_mark(&self) -> &Arc<FaultMark> {
         &self.mark
     }
@@ -376,14 +380,14 @@ impl GuestMemory {
         below.is_some_and(|(start, len)| guest_addr - start < *len)
     }
 
-    /// The region that is left out in which the frontend's address lies.
+    /// Returns the region that is left out and contains the frontend's address, if there is one.
     pub fn unusable_at(&self, user_addr: u64) -> Option<Unusable> {
         let mut slots = self.slots.iter();
         let is_it = |slot: &&Slot| user_addr.wrapping_sub(slot.user_addr) < slot.size;
         slots.find(is_it).and_then(unusable)
     }
 
-    /// The regions that are left out, by address.
+    /// Returns the regions that are left out, by address.
     pub fn unusable(&self) -> impl Iterator<Item = Unusable> + '_ {
         self.slots.iter().filter_map(unusable)
     }
@@ -393,12 +397,12 @@ impl GuestMemory {
         self.slots.is_empty()
     }
 
-    /// Guest address and length of every region that is mapped, by address.
+    /// Returns guest address and length of every region that is mapped, by address.
     pub fn regions(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.spans.iter().map(|span| (span.start, span.len))
     }
 
-    /// Size of all of them together.
+    /// Returns the size of all mapped regions together, in bytes.
     pub fn len_bytes(&self) -> u64 {
         self.spans.iter().map(|span| span.len).sum()
     }
@@ -441,10 +445,10 @@ impl From<&Slot> for Placed {
     }
 }
 
-/// Whether these regions can be one guest's memory; nothing is mapped before this says so.
+/// Checks that these regions can be one guest's memory. Nothing is mapped before this check.
 fn check_places(placed: Vec<Placed>) -> Result<(), MemoryError> {
-    // Refused, not left out: a frontend is told the number (GET_MAX_MEM_SLOTS), and the list must
-    // have an end.
+    // Too many regions are refused, not left out: the frontend is told the number
+    // (GET_MAX_MEM_SLOTS), and the list must be bounded.
     if placed.len() > MAX_REGIONS {
         return Err(MemoryError::TooManyRegions {
             count: placed.len(),

@@ -1,5 +1,6 @@
-//! In test builds, a look at memory after every store of this thread: what another process finds if
-//! it is killed there. And a list of the places that it asks for and writes to.
+//! Only in test builds. Lets a test look at memory after every store of this thread, as another
+//! process finds it if this one is killed there. Also lists the places that the thread prefetches
+//! and writes to.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -11,12 +12,12 @@ thread_local! {
     static TOUCHED: RefCell<Option<Touched>> = const { RefCell::new(None) };
 }
 
-/// Addresses, in order.
+/// Addresses that were touched, in order.
 #[derive(Debug, Default)]
 pub(crate) struct Touched {
-    /// Asked for ahead, to be read or written.
+    /// Places that were prefetched, for reading or writing.
     pub(crate) asked: Vec<usize>,
-    /// Copied to.
+    /// Ranges that were written by a copy.
     pub(crate) written: Vec<Range<usize>>,
 }
 
@@ -38,7 +39,7 @@ pub(crate) fn wrote(at: usize, len: usize) {
     });
 }
 
-/// Runs something; what it asked for and copied to.
+/// Runs `run`, and returns what it has prefetched and copied to.
 pub(crate) fn touched(run: impl FnOnce()) -> Touched {
     TOUCHED.set(Some(Touched::default()));
     run();
@@ -54,10 +55,10 @@ pub(crate) fn stored() {
     });
 }
 
-/// Runs something, with a look after each of its stores.
+/// Runs `run`, and calls `look` after each of its stores.
 pub(crate) fn watched<R>(look: impl FnMut() + 'static, run: impl FnOnce() -> R) -> R {
     LOOK.set(Some(Box::new(look)));
-    // Also where something panics.
+    // Removes `look` again, even if `run` panics.
     let _away = Away;
     run()
 }

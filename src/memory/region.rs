@@ -1,7 +1,7 @@
 //! One mapping of a frontend's memory file, and places that keep it mapped.
 //!
-//! A [`Region`] is the mapping alone: where the guest sees it is the business of the map that lists
-//! it, so a table in which only addresses moved shares the mapping with the one before. Its file is
+//! A [`Region`] is the mapping only. The map that lists the region knows where the guest sees it.
+//! So a table in which only addresses moved shares the mapping with the table before. The file is
 //! closed as soon as it is mapped.
 
 use std::fs::File;
@@ -19,8 +19,9 @@ const TMPFS_MAGIC: u64 = 0x0102_1994;
 /// `f_type` of hugetlbfs and of memfds with huge pages.
 const HUGETLBFS_MAGIC: u64 = 0x958_458f6;
 
-/// What is unmapped in one call. The address space is locked meanwhile, and poll threads that touch
-/// a page for the first time wait for that lock: 2 GiB at once would be 65 to 95 ms.
+/// Bytes that are unmapped in one call. The call locks the address space, and poll threads that
+/// touch a page for the first time wait for that lock. For 2 GiB at once they would wait 65 to 95
+/// ms.
 const UNMAPPED_AT_ONCE: usize = 2 << 20;
 
 /// A region as a frontend describes it.
@@ -28,7 +29,7 @@ const UNMAPPED_AT_ONCE: usize = 2 << 20;
 pub struct RegionSpec {
     /// Where the guest sees it.
     pub guest_addr: u64,
-    /// Where the frontend has it mapped; ring addresses are given in these.
+    /// Where the frontend has it mapped. Ring addresses are such user addresses.
     pub user_addr: u64,
     /// Length in bytes.
     pub size: u64,
@@ -38,8 +39,8 @@ pub struct RegionSpec {
     pub file: File,
 }
 
-/// What makes two mappings the same memory. The mapping keeps the inode alive, so its number is not
-/// given to another file meanwhile.
+/// Two mappings with equal identities are the same memory. A mapping keeps its inode alive, so no
+/// other file gets the inode's number meanwhile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Identity {
     device: u64,
@@ -48,7 +49,7 @@ pub(super) struct Identity {
     size: u64,
 }
 
-/// A file that was found fit to be mapped.
+/// A file that passed the checks before it is mapped.
 #[derive(Debug)]
 pub(super) struct Examined {
     identity: Identity,
@@ -98,12 +99,12 @@ impl Examined {
     }
 }
 
-/// Page size of the file's pages; an error unless they are memory.
+/// Returns the size of the file's pages. Returns an error if the file is not in memory.
 fn page_size(file: &File) -> Result<u64, MemoryError> {
     let filesystem = fstatfs(file).map_err(MemoryError::Examine)?;
     match filesystem.f_type as u64 {
         TMPFS_MAGIC => Ok(rustix::param::page_size() as u64),
-        // The huge page's size; a power of two, which the fence relies on.
+        // The size of the file's huge pages. The fence relies on a power of two.
         HUGETLBFS_MAGIC => Ok((filesystem.f_bsize as u64).next_power_of_two()),
         magic => Err(MemoryError::WrongFilesystem { magic }),
     }
@@ -187,13 +188,13 @@ impl Region {
         self.size == 0
     }
 
-    /// Device and inode of its file, which nothing else has while this region lives or its owner
-    /// does.
+    /// Returns device and inode of the region's file. No other file has them while this region
+    /// lives.
     pub fn file_id(&self) -> (u64, u64) {
         (self.identity.device, self.identity.inode)
     }
 
-    /// Whether the memory of this region's guest was taken away under us.
+    /// Whether memory of this region's guest was taken away while it was mapped.
     pub fn faulted(&self) -> bool {
         self.fenced.as_ref().is_some_and(|f| f.mark().is_set())
     }
@@ -216,7 +217,7 @@ impl Drop for Region {
         let mut done = 0;
         while done < self.mapped {
             let place = start.wrapping_add(done);
-            // Up to the next multiple of the step, so that no huge page is split on the way.
+            // Each call ends at a multiple of the step, so that no huge page is split.
             let to_boundary = self.unmap_step - place.addr() % self.unmap_step;
             let len = to_boundary.min(self.mapped - done);
             // SAFETY: part of our own mapping; nobody has a window into it, since windows borrow
@@ -229,7 +230,7 @@ impl Drop for Region {
 
 /// A window that keeps the region it lies in mapped.
 ///
-/// Rings use these for their three areas: they look no address up while they run.
+/// Rings use pinned windows for their three areas, so that a running ring looks up no address.
 #[derive(Clone)]
 pub struct PinnedWindow {
     ptr: NonNull<u8>,
@@ -243,7 +244,7 @@ unsafe impl Send for PinnedWindow {}
 unsafe impl Sync for PinnedWindow {}
 
 impl PinnedWindow {
-    /// `[offset, offset + len)` of a region, or `None` where that is not inside.
+    /// Returns `[offset, offset + len)` of a region, or `None` if that is not inside the region.
     pub(super) fn new(region: &Arc<Region>, offset: u64, len: u64) -> Option<PinnedWindow> {
         let offset = usize::try_from(offset).ok()?;
         let len = usize::try_from(len).ok()?;
@@ -259,8 +260,8 @@ impl PinnedWindow {
         })
     }
 
-    /// Maps a piece of a memory file that is not guest memory, such as a dirty log; the same rules
-    /// hold for the file, and a fault sets the guest's mark.
+    /// Maps a piece of a memory file that is not guest memory, such as a ring's record. The file is
+    /// checked like guest memory, and a fault sets `mark`.
     pub fn map(
         file: &File,
         offset: u64,
@@ -282,7 +283,7 @@ impl PinnedWindow {
         })
     }
 
-    /// The place itself.
+    /// Returns the place as a window.
     #[inline(always)]
     pub fn window(&self) -> Window<'_> {
         // SAFETY: inside the region's mapping (`new`, `map`), which `self` keeps alive for the
@@ -290,13 +291,13 @@ impl PinnedWindow {
         unsafe { Window::from_raw(self.ptr, self.len) }
     }
 
-    /// Where its first byte lies in the region's file.
+    /// Returns the offset of the first byte in the region's file.
     pub fn place_in_file(&self) -> u64 {
         let offset = self.ptr.addr().get() - self.region.host.addr().get();
         self.region.identity.offset + offset as u64
     }
 
-    /// Where it is mapped.
+    /// Returns the address at which the window is mapped.
     pub(super) fn start(&self) -> NonNull<u8> {
         self.ptr
     }
@@ -312,7 +313,7 @@ impl PinnedWindow {
         self.len == 0
     }
 
-    /// The region that is kept.
+    /// Returns the region that the window keeps mapped.
     pub fn region(&self) -> &Arc<Region> {
         &self.region
     }

@@ -2,8 +2,8 @@
 //!
 //! A frontend owns its guest's memory and passes a file descriptor of it to the backend.
 //! [`SharedMemory`] is that side: a memfd, mapped here for as long as the value lives, handed out
-//! as windows. By default it is sealed against shrinking, as QEMU seals it; cloud-hypervisor does
-//! not, and a test that truncates the file under the backend needs it unsealed.
+//! as windows. The file may be sealed against shrinking, as QEMU seals it. Cloud-hypervisor does
+//! not seal it, and a test that truncates the file under the backend needs it unsealed.
 
 use std::fs::File;
 use std::io;
@@ -35,7 +35,7 @@ impl SharedMemory {
         SharedMemory::of(file, len)
     }
 
-    /// The first `len` bytes of a file in memory.
+    /// Maps the first `len` bytes of a file in memory.
     pub fn of(file: File, len: usize) -> io::Result<Self> {
         let file = Arc::new(file);
         let region = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&file), 0), len)
@@ -58,12 +58,13 @@ impl SharedMemory {
         &self.file
     }
 
-    /// Where the memory is mapped here: what a frontend calls the user address. Never dereferenced.
+    /// Returns the address at which the memory is mapped here, which a frontend calls the user
+    /// address. It is never dereferenced.
     pub fn address(&self) -> usize {
         self.region.as_ptr().addr()
     }
 
-    /// The bytes `[offset, offset + len)`, or `None` where they are not all inside.
+    /// Returns the bytes `[offset, offset + len)`, or `None` if they are not all inside.
     pub fn window(&self, offset: usize, len: usize) -> Option<Window<'_>> {
         let start = NonNull::new(self.region.as_ptr())?;
         // SAFETY: `region` maps `size()` bytes readable and writable for as long as `self` lives,

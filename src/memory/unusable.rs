@@ -1,16 +1,16 @@
-//! What is said of a region that is not mapped.
+//! The report about a region that is not mapped.
 
 use std::fmt;
 use std::sync::Arc;
 
-/// A region of the guest's that is left out of its map.
+/// A region of a guest's memory that is not mapped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unusable {
     /// Where the guest sees it.
     pub guest_addr: u64,
     /// Length in bytes.
     pub size: u64,
-    /// Why it is left out.
+    /// Why the region is not mapped.
     pub cause: Arc<str>,
 }
 

@@ -1,6 +1,6 @@
 //! A checked place in memory that the guest shares.
 //!
-//! A [`Window`] is pointer and length in one value, so that an access is always checked against the
+//! A [`Window`] is a pointer and a length in one value. So an access is always checked against the
 //! length that was validated with the pointer. Guest memory never becomes a Rust reference to plain
 //! data: the guest writes to it at any time, so only copies and atomic accesses are allowed.
 
@@ -25,9 +25,9 @@ const LINE: usize = 64;
 
 /// A piece of guest memory: where it is mapped here, and how many bytes were checked.
 ///
-/// All offsets and lengths are in bytes. An access outside the window is refused by a panic in the
-/// fixed-size accessors (their offsets come from our own code, never from the guest) and by `None`
-/// in [`Window::sub`], which is where offsets from outside go through.
+/// All offsets and lengths are in bytes. The fixed-size accessors panic outside the window: their
+/// offsets come from our own code, never from the guest. Offsets from the guest go through
+/// [`Window::sub`], which returns `None` outside the window.
 #[derive(Clone, Copy)]
 pub struct Window<'m> {
     ptr: NonNull<u8>,
@@ -62,7 +62,7 @@ impl<'m> Window<'m> {
         }
     }
 
-    /// A window without a byte.
+    /// A window of length 0.
     pub const EMPTY: Window<'m> = Window {
         ptr: NonNull::dangling(),
         len: 0,
@@ -80,13 +80,14 @@ impl<'m> Window<'m> {
         self.len == 0
     }
 
-    /// Where the window starts, for alignment tests, prefetching and look-ups; never dereferenced.
+    /// Returns the address of the window, for alignment tests, prefetching and look-ups. It is
+    /// never dereferenced.
     #[inline(always)]
     pub fn address(&self) -> usize {
         self.ptr.as_ptr() as usize
     }
 
-    /// The part `[offset, offset + len)`, or `None` where it is not inside this window.
+    /// Returns the part `[offset, offset + len)`, or `None` if it is not inside this window.
     #[inline(always)]
     pub fn sub(&self, offset: usize, len: usize) -> Option<Window<'m>> {
         if offset > self.len || len > self.len - offset {
@@ -102,13 +103,13 @@ impl<'m> Window<'m> {
         })
     }
 
-    /// What lies behind the first `offset` bytes, or `None` where there are fewer.
+    /// Returns the part after the first `offset` bytes, or `None` if there are fewer.
     #[inline(always)]
     pub fn behind(&self, offset: usize) -> Option<Window<'m>> {
         self.sub(offset, self.len.checked_sub(offset)?)
     }
 
-    /// Copies `to.len()` bytes from `offset` on out of guest memory. Panics outside the window.
+    /// Copies `to.len()` bytes from guest memory at `offset`. Panics outside the window.
     #[inline(always)]
     pub fn read_bytes(&self, offset: usize, to: &mut [u8]) {
         assert!(
@@ -121,8 +122,8 @@ impl<'m> Window<'m> {
         // since no Rust reference to guest memory exists (`from_raw`). A guest that writes
         // meanwhile makes the bytes arbitrary, which is what callers expect of them anyway.
         unsafe { std::ptr::copy_nonoverlapping(src, to.as_mut_ptr(), to.len()) }
-        // What was read is what stays: without this a compiler might copy from guest memory again
-        // where the local copy is used.
+        // The local copy must not change later. Without this fence the compiler might read guest
+        // memory again where the local copy is used.
         compiler_fence(Ordering::AcqRel);
     }
 
@@ -143,11 +144,11 @@ impl<'m> Window<'m> {
         super::probe::stored();
     }
 
-    /// Copies the first `len` bytes of `from` to the start of this window. Panics where either is
-    /// shorter.
+    /// Copies the first `len` bytes of `from` to the start of this window. Panics if one of the
+    /// windows is shorter.
     ///
-    /// The two may overlap (a guest may send a buffer to itself through a shared file), so this
-    /// moves.
+    /// The two windows may overlap: a guest may send a buffer to itself through a shared file. So
+    /// the copy works as `memmove` does.
     #[inline(always)]
     pub fn copy_from(&self, from: &Window<'_>, len: usize) {
         assert!(
@@ -162,8 +163,9 @@ impl<'m> Window<'m> {
         super::probe::stored();
     }
 
-    /// All of it as atomics, what does not fill the last one left out: for loops that cannot afford
-    /// a check an access. Panics where the window is not aligned for them.
+    /// Returns the window as a slice of atomics, for loops that cannot afford one check for each
+    /// access. Bytes at the end that do not fill an atomic are left out. Panics if the window is
+    /// not aligned for `T`.
     pub fn atomics<T: Atomic>(&self) -> &'m [T] {
         assert!(
             self.address().is_multiple_of(align_of::<T>()),
@@ -250,8 +252,8 @@ impl<'m> Window<'m> {
         super::probe::stored();
     }
 
-    /// Writes to every page without changing anything, so that they are all mapped for writing;
-    /// returns how many there are. A page that the file does not have yet is made.
+    /// Writes to every page without changing a byte, so that all pages are mapped for writing. A
+    /// page that the file does not have yet is made. Returns the number of pages.
     pub fn touch(&self) -> usize {
         let page = rustix::param::page_size();
         let (mut at, mut pages) = (0, 0);
@@ -260,8 +262,8 @@ impl<'m> Window<'m> {
             let byte = unsafe { self.ptr.as_ptr().add(at) };
             // SAFETY: a byte is always aligned, the mapping lives for 'm, and the access is atomic.
             let byte = unsafe { AtomicU8::from_ptr(byte) };
-            // Counts as a write for the processor whether the byte is 0 or not, and stores what was
-            // there.
+            // The processor counts this as a write whether or not the byte is 0. The byte keeps its
+            // value.
             let _ = byte.compare_exchange(0, 0, Ordering::Relaxed, Ordering::Relaxed);
             pages += 1;
             at += page - (self.address() + at) % page;
@@ -269,8 +271,8 @@ impl<'m> Window<'m> {
         pages
     }
 
-    /// Reads a byte of every page, until `go_on` says no. A page that the file does not have yet is
-    /// made.
+    /// Reads a byte of every page, until `go_on` returns false. A page that the file does not have
+    /// yet is made.
     pub fn touch_to_read(&self, mut go_on: impl FnMut() -> bool) {
         let page = rustix::param::page_size();
         let mut at = 0;
@@ -284,7 +286,7 @@ impl<'m> Window<'m> {
         }
     }
 
-    /// Asks the processor to bring the line at `offset` near, for reading.
+    /// Prefetches the cache line at `offset`, for reading.
     ///
     /// Callers stay inside the window. The release profile does not check that: a prefetch
     /// of a place outside changes nothing that a program can see.
@@ -294,26 +296,26 @@ impl<'m> Window<'m> {
         prefetch(self.ptr.as_ptr().wrapping_add(offset));
     }
 
-    /// Asks for the line at `offset` for writing, as [`Window::prefetch`] does for reading: no
-    /// other core keeps the line.
+    /// Prefetches the cache line at `offset` for writing: no other core keeps the line. See
+    /// [`Window::prefetch`].
     #[inline(always)]
     pub fn prefetch_write(&self, offset: usize) {
         debug_assert!(offset < self.len, "prefetch outside the window");
         prefetch_write(self.ptr.as_ptr().wrapping_add(offset));
     }
 
-    /// Asks for all lines for writing. The window is not empty.
+    /// Prefetches all cache lines of the window for writing. The window must not be empty.
     #[inline(always)]
     pub fn prefetch_write_all(&self) {
         for line in (0..self.len).step_by(LINE) {
             prefetch_write(self.ptr.as_ptr().wrapping_add(line));
         }
-        // One more where the window starts within a line.
+        // The last line, which is one more if the window does not start at a line.
         self.prefetch_write(self.len.wrapping_sub(1));
     }
 }
 
-/// Asks the processor for the line at `place`, to be read.
+/// Prefetches the cache line at `place`, for reading.
 #[inline(always)]
 pub(super) fn prefetch<T>(place: *const T) {
     #[cfg(test)]
@@ -326,7 +328,7 @@ pub(super) fn prefetch<T>(place: *const T) {
     }
 }
 
-/// Asks the processor for the line at `place`, to be written.
+/// Prefetches the cache line at `place`, for writing.
 #[inline(always)]
 pub(super) fn prefetch_write<T>(place: *const T) {
     #[cfg(test)]
@@ -340,8 +342,8 @@ pub(super) fn prefetch_write<T>(place: *const T) {
     }
 }
 
-/// Several windows, one after the other: the first one, which mostly is the only one, and the
-/// others.
+/// Several windows, one after the other. The first window, which is mostly the only one, is kept
+/// apart from the others.
 #[derive(Clone, Copy, Debug)]
 pub struct Pieces<'a, 'm> {
     first: Window<'m>,
@@ -352,13 +354,13 @@ impl<'a, 'm> Pieces<'a, 'm> {
     /// No bytes.
     pub const NONE: Self = Pieces::new(Window::EMPTY, &[]);
 
-    /// These.
+    /// Pieces of `first` and `more`, in this order.
     #[inline(always)]
     pub const fn new(first: Window<'m>, more: &'a [Window<'m>]) -> Self {
         Pieces { first, more }
     }
 
-    /// All in order, the first one only if it is not empty.
+    /// Returns all windows in order. The first window is left out if it is empty.
     #[inline(always)]
     pub fn iter(&self) -> impl Iterator<Item = Window<'m>> + Clone + use<'a, 'm> {
         let first = (!self.first.is_empty()).then_some(self.first);

@@ -7,12 +7,12 @@ use std::sync::atomic::AtomicU64;
 
 use super::PinnedWindow;
 
-/// An array of words. Clones are the same words.
+/// An array of words. Clones share the words.
 #[derive(Clone)]
 pub struct Words {
     start: NonNull<AtomicU64>,
     len: usize,
-    /// Keeps them where they are.
+    /// Keeps the words at their address.
     _owner: Owner,
 }
 
@@ -29,7 +29,7 @@ unsafe impl Send for Words {}
 unsafe impl Sync for Words {}
 
 impl Words {
-    /// So many zeros on the heap.
+    /// Makes `len` words on the heap, all zero.
     pub fn zeroed(len: usize) -> Self {
         let words: Arc<[AtomicU64]> = (0..len).map(|_| AtomicU64::new(0)).collect();
         Words {
@@ -39,8 +39,8 @@ impl Words {
         }
     }
 
-    /// The words of a mapped file, which no guest may have mapped: its last bytes, if they are
-    /// fewer than eight, are left out.
+    /// Returns the words of a mapped file, which no guest may have mapped. Bytes at the end that do
+    /// not fill a word are left out.
     pub fn mapped(window: PinnedWindow) -> Self {
         let start = window.start().cast();
         assert!(start.is_aligned(), "files are mapped at pages");
