@@ -48,7 +48,7 @@ use table::{BUCKET_CELLS, Key, Place, Table, Value};
 pub const CAPACITY_RANGE: std::ops::RangeInclusive<usize> = 64..=1 << 22;
 /// A port may hold at least this many addresses, however small the table is.
 const MIN_PER_PORT: usize = 64;
-/// Attempts to take an empty cell before the frame goes on without having taught its source.
+/// Attempts to take an empty cell before the frame goes on without its source being learned.
 const ATTEMPTS: usize = 4;
 
 /// Bounds of an FDB.
@@ -65,8 +65,9 @@ pub struct FdbConfig {
 }
 
 impl FdbConfig {
-    /// A table of `capacity` entries, of which one port may have a quarter (but at least 64):
-    /// room for a guest that is a router or bridge itself, and four hostile ones to fill it.
+    /// Limits for a table of `capacity` entries. One port may have a quarter of them, but at least
+    /// 64. So there is room for a guest that is a router or bridge itself, and only four hostile
+    /// guests together can fill the table.
     pub fn with_capacity(capacity: usize) -> FdbConfig {
         FdbConfig {
             capacity,
@@ -96,21 +97,21 @@ pub enum FdbError {
     /// The system gave no random numbers for the key of the hash.
     #[error("no random numbers for the key of the FDB's hash")]
     Random(#[source] getrandom::Error),
-    /// No cell left for a static entry.
+    /// No cell is free for a static entry.
     #[error("no room in the forwarding table for {0}")]
     NoRoom(Mac),
 }
 
-/// What came of a frame's source address.
+/// The result of learning a frame's source address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Learned {
-    /// Known at this port, and seen in this second already.
+    /// The address is known at this port, and was seen in this second already.
     Known,
-    /// Known at this port; its age starts again.
+    /// The address is known at this port, and its age starts again.
     Refreshed,
-    /// A new entry.
+    /// The address has a new entry.
     New,
-    /// Known at another port, now at this one.
+    /// The address was known at another port, and is now at this one.
     Moved,
     /// Refused: the table is full.
     Full,
@@ -133,11 +134,11 @@ pub struct FdbEntry {
     pub vlan: u16,
     /// The station's address.
     pub mac: Mac,
-    /// The port it is behind.
+    /// The port behind which the station is.
     pub port: PortRef,
-    /// Seconds since a frame came from it; 0 for static entries.
+    /// Seconds since a frame came from the station; 0 for static entries.
     pub age_s: u32,
-    /// Set by the operator: neither ages nor moves.
+    /// Whether the operator has set the entry. Such an entry neither ages nor moves.
     pub is_static: bool,
 }
 
@@ -146,19 +147,20 @@ pub struct Fdb {
     table: Table,
     limits: Limits,
     moves: Moves,
-    /// Entries that were ever learned, and that aged.
+    /// Numbers of entries that were ever learned, and that aged.
     learned: AtomicU64,
     aged: AtomicU64,
-    /// Keys in the table, tombstones not counted.
+    /// Number of keys in the table, without tombstones.
     used: AtomicU32,
     capacity: u32,
     ageing_s: AtomicU32,
-    /// Serialises the control side; what it removed and may not reuse yet.
+    /// Serialises the control side. Holds the cells that were removed and must not be used again
+    /// yet.
     retired: Mutex<Retired>,
 }
 
 impl Fdb {
-    /// An empty table.
+    /// Makes an empty table.
     pub fn new(config: FdbConfig) -> Result<Fdb, FdbError> {
         if !CAPACITY_RANGE.contains(&config.capacity) {
             return Err(FdbError::Capacity(config.capacity));
@@ -183,8 +185,8 @@ impl Fdb {
         Ok(fdb)
     }
 
-    /// The port behind which `mac` is. The caller compares the generation with its topology: the
-    /// entry may be of a port that is gone.
+    /// Returns the port behind which `mac` is. The caller must compare the generation with its
+    /// topology, because the entry may belong to a port that is gone.
     #[inline]
     pub fn lookup(&self, vlan: u16, mac: Mac) -> Option<PortRef> {
         let key = Key::new(vlan, mac);
@@ -192,8 +194,8 @@ impl Fdb {
         Some(value.port())
     }
 
-    /// Notes that a frame from `mac` came in through `port` at second `now_s` of a monotonic
-    /// clock. Writes nothing if that was known, and noted in this second already.
+    /// Notes that a frame from `mac` came in through `port` at second `now_s` of a monotonic clock.
+    /// Writes nothing if the address is known at this port and was seen in this second already.
     #[inline]
     pub fn learn(&self, vlan: u16, mac: Mac, port: PortRef, now_s: u32) -> Learned {
         let key = Key::new(vlan, mac);
@@ -210,8 +212,8 @@ impl Fdb {
         }
     }
 
-    /// Notes the time, at most once a second. Only forward: two threads whose clocks read
-    /// differently would otherwise write in turns.
+    /// Notes the time, at most once a second. The time only grows: otherwise two threads whose
+    /// clocks differ would write in turns.
     #[inline]
     fn refresh(&self, cell: usize, now_s: u32) -> bool {
         let seen = self.table.seen(cell);
@@ -268,7 +270,7 @@ impl Fdb {
         }
     }
 
-    /// Puts `key` into an empty cell; its value is then `PENDING`.
+    /// Puts `key` into an empty cell. The cell's value is then `PENDING`.
     fn take_cell(&self, key: Key) -> Result<usize, Learned> {
         let home = self.table.home(key);
         for _ in 0..ATTEMPTS {
@@ -293,7 +295,7 @@ impl Fdb {
         Err(Learned::Contended)
     }
 
-    /// The entry says something else than `port`.
+    /// The entry names another port than `port`.
     #[cold]
     fn relearn(
         &self,

@@ -7,8 +7,8 @@
 //! 1. A frame shorter than its header, or from a multicast or zero address, is dropped and teaches
 //!    nothing.
 //! 2. The source address is learned at the ingress port, also if the frame is dropped below: the
-//!    station has shown where it is. That learning may be refused (quota, rate of moves) does not
-//!    matter to the frame.
+//!    station has shown where it is. If learning is refused (quota, rate of moves), the frame is
+//!    forwarded all the same.
 //! 3. Link-local destinations (spanning tree, LLDP, LACP, pause) stay on their link.
 //! 4. Multicast and broadcast go to all other ports.
 //! 5. A known destination gets the frame alone, unless it is behind the ingress port. An FDB entry
@@ -23,7 +23,8 @@ use crate::wire::{HEADER_LEN, Mac};
 /// VLAN identifier in FDB keys of ports without VLANs.
 pub const UNTAGGED: u16 = 0;
 
-/// What the decision depends on; taken from the private copy of the headers, never read again.
+/// What the decision depends on. It is taken from the private copy of the headers, which is never
+/// read again from guest memory.
 #[derive(Clone, Copy, Debug)]
 pub struct FrameHead {
     /// Destination address.
@@ -45,14 +46,14 @@ pub enum Verdict {
     Drop(DropReason),
 }
 
-/// A verdict, and what it came from.
+/// A verdict, and how it was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decision {
     /// Where the frame goes.
     pub verdict: Verdict,
-    /// What its source has taught; `None` where it could teach nothing.
+    /// What was learned from the source address; `None` if nothing can be learned from it.
     pub learned: Option<Learned>,
-    /// The port that its destination is behind, as far as that was asked and is known.
+    /// The port behind which the destination is, if it was looked up and is known.
     pub known: Option<PortRef>,
 }
 
@@ -70,8 +71,8 @@ impl Decision {
     }
 }
 
-/// The station that was looked up last, for the other frames of a burst: many guests often send to
-/// one. A move that another thread sees meanwhile counts from the next burst on.
+/// The station that was looked up last, kept for the other frames of a burst, which often have one
+/// destination. A move that another thread sees meanwhile counts from the next burst on.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Found(Option<(Mac, PortRef)>);
 
@@ -89,10 +90,11 @@ impl Found {
     }
 }
 
-/// Decides where `view` goes that came from `ingress`, and learns from it.
+/// Decides where the frame `view` goes, which came from `ingress`, and learns its source.
 ///
-/// `found` is of the same burst, begun empty. `ports` tells the generation of the port in a slot of
-/// the current topology, `None` if the slot is empty. `now_s` is a monotonic clock in seconds.
+/// `found` is empty at the start of a burst and is passed for each of its frames. `ports` tells the
+/// generation of the port in a slot of the current topology, `None` if the slot is empty. `now_s`
+/// is a monotonic clock in seconds.
 #[inline]
 pub fn decide(
     view: &FrameHead,
@@ -110,7 +112,7 @@ pub fn decide(
     }
     let learned = fdb.learn(UNTAGGED, view.src, ingress, now_s);
     if !matches!(learned, Learned::Known | Learned::Refreshed) {
-        // It may be the one that was found, elsewhere now.
+        // The station in `found` may be this source, which is at another port now.
         *found = Found::default();
     }
     let learned = Some(learned);
@@ -120,8 +122,8 @@ pub fn decide(
         }
         return Decision::new(Verdict::Flood, learned);
     }
-    // Not left to the look-up: where learning was refused, a frame to its own sender would flood.
-    // Where its sender is, that frame itself has shown.
+    // A frame to its own sender is not looked up: if learning was refused, the frame would be
+    // flooded. But the sender is known to be at the ingress port.
     if view.dst == view.src {
         return Decision {
             known: Some(ingress),

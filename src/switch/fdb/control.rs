@@ -26,7 +26,7 @@ pub struct RetireMark(u64);
 #[derive(Default)]
 pub(super) struct Retired {
     cells: VecDeque<usize>,
-    /// Cells reclaimed so far: the number of the first in `cells`.
+    /// Number of cells reclaimed so far, which is the number of the first cell in `cells`.
     reclaimed: u64,
 }
 
@@ -35,8 +35,8 @@ impl Fdb {
         self.retired.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Removes learned entries that nobody was heard from for the ageing time, and second cells of
-    /// one key. Returns how many.
+    /// Removes learned entries whose stations have sent nothing for the ageing time, and second
+    /// cells of one key. Returns how many.
     pub fn age(&self, now_s: u32) -> usize {
         let ageing_s = self.ageing_s.load(Ordering::Relaxed);
         let removed = self.remove_where(|cell, key, value| {
@@ -74,26 +74,27 @@ impl Fdb {
         })
     }
 
-    /// Learned entries of a port.
+    /// Returns the number of learned entries of a port.
     pub fn learned(&self, port: PortRef) -> u32 {
         self.limits.count(port)
     }
 
-    /// Forgets a port that is leaving its slot: its entries go, static ones too, and a poll thread
-    /// that still sees the port is refused when it wants to learn for it. (One that was already
-    /// past that check may leave an entry behind; its generation keeps it from being used.)
+    /// Forgets a port that is leaving its slot. Its entries go, static ones too. A poll thread that
+    /// still sees the port cannot learn for it any more. (A thread that has passed this check
+    /// already may leave an entry behind. The entry's generation keeps it from being used.)
     pub fn port_removed(&self, port: PortRef) -> usize {
         self.limits.close(port);
         self.flush(Some(port), false)
     }
 
-    /// Removes one entry, learned or static; false if there is none.
+    /// Removes one entry, learned or static. Returns false if there is none.
     pub fn remove(&self, vlan: u16, mac: Mac) -> bool {
         let mut retired = self.control();
         let key = Key::new(vlan, mac);
         let mut found = false;
         for cell in self.table.candidates(self.table.home(key)) {
-            // Again, if a poll thread moves the entry meanwhile; moves are limited.
+            // The removal is repeated if a poll thread moves the entry meanwhile. Moves are
+            // limited, so the loop ends.
             while self.table.key(cell).load(Ordering::Acquire) == key.word() {
                 let value = self.table.value(cell);
                 if self.retire(&mut retired, cell, value) {
@@ -104,8 +105,8 @@ impl Fdb {
         found
     }
 
-    /// Sets where `mac` is, until [`remove`](Self::remove), whatever frames say. Not subject to
-    /// capacity and quota: guests cannot crowd out the operator.
+    /// Sets where `mac` is, until [`remove`](Self::remove), whatever frames say. Capacity and quota
+    /// do not apply, so that guests cannot crowd out the operator.
     pub fn insert_static(&self, vlan: u16, mac: Mac, port: PortRef) -> Result<(), FdbError> {
         let mut retired = self.control();
         let key = Key::new(vlan, mac);
@@ -131,15 +132,15 @@ impl Fdb {
         Err(FdbError::NoRoom(mac))
     }
 
-    /// The port at which the operator has set `mac`, if it is set.
+    /// Returns the port at which the operator has set `mac`, if any.
     pub fn static_port(&self, vlan: u16, mac: Mac) -> Option<PortRef> {
         let key = Key::new(vlan, mac);
         let (_, value) = self.table.find(self.table.home(key), key)?;
         value.is_static().then(|| value.port())
     }
 
-    /// Gives the first cell of `key` this static value and removes all others. False if no cell has
-    /// the key.
+    /// Gives the first cell of `key` this static value and removes all other cells of `key`.
+    /// Returns false if no cell has the key.
     fn make_static(&self, retired: &mut Retired, key: Key, fixed: Value) -> bool {
         let mut done = false;
         for cell in self.table.candidates(self.table.home(key)) {
@@ -157,18 +158,18 @@ impl Fdb {
         done
     }
 
-    /// Addresses that have moved from port to port since this was last asked: the last move of
-    /// each, and of very many at once some.
+    /// Takes the addresses that have moved since the last call, each with its last move. If very
+    /// many have moved, only some of them are returned.
     pub fn take_moves(&self) -> Vec<Move> {
         self.moves.take()
     }
 
-    /// Addresses that moved to a port since it was registered.
+    /// Returns how many addresses have moved to a port since its registration.
     pub fn moves_to(&self, port: PortRef) -> u64 {
         self.limits.moved_to(port.slot)
     }
 
-    /// What has happened to entries: how many were learned, have moved, have aged.
+    /// Returns how many entries were learned, have moved, and have aged.
     pub fn happened(&self) -> [(&'static str, u64); 3] {
         [
             ("learned", self.learned.load(Ordering::Relaxed)),
@@ -177,7 +178,7 @@ impl Fdb {
         ]
     }
 
-    /// The mark of everything removed so far; `None` if nothing waits to be reclaimed.
+    /// Returns the mark of everything removed so far; `None` if nothing waits to be reclaimed.
     pub fn retired(&self) -> Option<RetireMark> {
         let retired = self.control();
         (!retired.cells.is_empty())
@@ -208,7 +209,7 @@ impl Fdb {
         self.ageing_s.store(seconds, Ordering::Relaxed);
     }
 
-    /// All entries, in no order.
+    /// Returns all entries, in no order.
     pub fn entries(&self, now_s: u32) -> Vec<FdbEntry> {
         let _no_removal = self.control();
         let shown = |(cell, key, value): (usize, Key, Value)| {
@@ -238,7 +239,8 @@ impl Fdb {
         self.len() == 0
     }
 
-    /// The cells with a live value. Keys do not go while the caller holds the control lock.
+    /// Returns the cells with a live value. No key is removed while the caller holds the control
+    /// lock.
     pub(super) fn live_cells(&self) -> impl Iterator<Item = (usize, Key, Value)> {
         (0..self.table.cells()).filter_map(|cell| {
             let key = Key::from_word(self.table.key(cell).load(Ordering::Acquire))?;
@@ -251,12 +253,12 @@ impl Fdb {
         let mut retired = self.control();
         self.live_cells()
             .filter(|&(cell, key, value)| condemned(cell, key, value))
-            // Not if it has moved since: then it is alive.
+            // An entry that has moved since stays: its station is alive.
             .filter(|&(cell, _, value)| self.retire(&mut retired, cell, value))
             .count()
     }
 
-    /// First step of a removal; false if the value has changed.
+    /// Does the first step of a removal. Returns false if the value has changed.
     fn retire(&self, retired: &mut Retired, cell: usize, value: Value) -> bool {
         if !self.table.swap_value(cell, value, Value::FREED) {
             return false;
@@ -282,7 +284,7 @@ impl Fdb {
             .is_some_and(|(first, _)| first != cell)
     }
 
-    /// 0 where a poll thread's clock is ahead of the caller's.
+    /// Returns the age in seconds; 0 if a poll thread's clock is ahead of the caller's.
     fn age_of(&self, cell: usize, now_s: u32) -> u32 {
         let age = now_s.wrapping_sub(self.table.seen(cell).load(Ordering::Relaxed));
         if age > i32::MAX as u32 { 0 } else { age }

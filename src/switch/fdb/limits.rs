@@ -1,4 +1,4 @@
-//! What one port may do to the FDB: how many addresses it holds, and how many it takes from other
+//! Limits of one port in the FDB: how many addresses it holds, and how many it takes from other
 //! ports in a second.
 //!
 //! There are three words a slot. They change only when an entry appears, moves or goes. A refusal
@@ -10,16 +10,16 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::super::PortRef;
 
-/// Attempts of a compare-and-swap before a frame goes on without having taught its source.
+/// Attempts of a compare-and-swap before a frame goes on without its source being learned.
 const ATTEMPTS: usize = 8;
 
-/// Whether a port may have one entry more.
+/// Whether a port may have one more entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Admission {
     Granted,
     /// The port holds as many entries as it may.
     Quota,
-    /// The slot has a later tenant, or is none.
+    /// The slot belongs to a later port, or does not exist.
     Gone,
     /// Other threads were faster too many times.
     Contended,
@@ -31,7 +31,7 @@ struct PortLimits {
     entries: AtomicU64,
     /// Second (upper half) and number of moves in it.
     moves: AtomicU64,
-    /// Addresses that the slot's tenant ever took from other ports.
+    /// Number of addresses that the slot's present port ever took from other ports.
     moved: AtomicU64,
 }
 
@@ -64,7 +64,7 @@ impl Limits {
         }
     }
 
-    /// Counts one entry more for `port`, if it may have one.
+    /// Counts one more entry for `port`, if the port may have one.
     pub(super) fn admit(&self, port: PortRef) -> Admission {
         let Some(limits) = self.ports.get(usize::from(port.slot)) else {
             return Admission::Gone;
@@ -75,7 +75,8 @@ impl Limits {
             let count = if port.generation == generation {
                 count
             } else if is_after(port.generation, generation) {
-                // The first entry of a new tenant; what is left of the last one's is not its.
+                // The first entry of a new port: entries that are left of the slot's last port do
+                // not count.
                 0
             } else {
                 return Admission::Gone;
@@ -95,13 +96,13 @@ impl Limits {
         Admission::Contended
     }
 
-    /// Counts one entry less for `port`. Unbounded, because a lost release would shrink the
-    /// port's quota for good; each repetition means that another thread succeeded.
+    /// Counts one entry less for `port`. The attempts are not bounded, because a lost release would
+    /// shrink the port's quota for good. Each repetition means that another thread succeeded.
     pub(super) fn release(&self, port: PortRef) {
         let Some(limits) = self.ports.get(usize::from(port.slot)) else {
             return;
         };
-        // `Err` means that the count belongs to another tenant: nothing to do.
+        // `Err` means that the count belongs to another port of the slot: nothing to do.
         let _ = limits.entries.fetch_update(Relaxed, Relaxed, |word| {
             let (generation, count) = unpack(word);
             (generation == port.generation && count > 0).then(|| pack(generation, count - 1))
@@ -118,8 +119,8 @@ impl Limits {
             (!is_after(generation, port.generation))
                 .then(|| pack(port.generation.wrapping_add(1), 0))
         });
-        // A thread that was admitted just before may count a move of the last tenant's for the next
-        // one.
+        // A thread that was admitted just before may count a move of the slot's last port for its
+        // next one.
         limits.moved.store(0, Relaxed);
     }
 
@@ -130,7 +131,7 @@ impl Limits {
         }
     }
 
-    /// Addresses that moved to `slot` since its tenant came.
+    /// Returns how many addresses have moved to `slot` since its present port came.
     pub(super) fn moved_to(&self, slot: u16) -> u64 {
         let limits = self.ports.get(usize::from(slot));
         limits.map_or(0, |limits| limits.moved.load(Relaxed))
@@ -144,7 +145,7 @@ impl Limits {
         let mut word = limits.moves.load(Relaxed);
         for _ in 0..ATTEMPTS {
             let (second, count) = unpack(word);
-            // A thread whose clock is behind counts into the second that another one began.
+            // A thread whose clock is behind counts into the second that another thread has begun.
             let (second, count) = if is_after(now_s, second) {
                 (now_s, 0)
             } else {
@@ -165,7 +166,7 @@ impl Limits {
         false
     }
 
-    /// Learned entries that are counted for `port`.
+    /// Returns the number of learned entries that are counted for `port`.
     pub(super) fn count(&self, port: PortRef) -> u32 {
         let limits = self.ports.get(usize::from(port.slot));
         let (generation, count) = unpack(limits.map_or(0, |limits| limits.entries.load(Relaxed)));

@@ -1,4 +1,4 @@
-//! Addresses that have moved from port to port: how many, and which.
+//! Counts the addresses that have moved from port to port, and names them.
 //!
 //! Poll threads note a move, and control takes the notes. A thread that finds a cell in use by
 //! another thread notes nothing and goes on. So all moves are counted, and when moves come faster
@@ -12,7 +12,7 @@ use super::PortRef;
 use super::table::{Key, Value};
 use crate::wire::Mac;
 
-/// Addresses that are kept apart between two looks of control.
+/// Number of cells: so many addresses can be named between two looks of control.
 const CELLS: usize = 64;
 
 /// An address that has moved.
@@ -20,18 +20,18 @@ const CELLS: usize = 64;
 pub struct Move {
     /// The address.
     pub mac: Mac,
-    /// The port that it was behind before its last move.
+    /// The port behind which the address was before its last move.
     pub from: PortRef,
-    /// The port that it is behind since.
+    /// The port behind which the address is since then.
     pub to: PortRef,
-    /// How often it has moved since it was last told of.
+    /// How often the address has moved since it was last reported.
     pub times: u64,
 }
 
 /// The last move of an address.
 #[derive(Default)]
 struct Cell {
-    /// Somebody writes or reads what follows.
+    /// Whether a thread writes or reads the other fields.
     in_use: AtomicBool,
     key: AtomicU64,
     from: AtomicU64,
@@ -41,7 +41,8 @@ struct Cell {
 }
 
 impl Cell {
-    /// Does `work` with the cell, unless somebody else is at work there. Nobody waits.
+    /// Does `work` with the cell, unless another thread uses the cell. Returns `None` then. Never
+    /// waits.
     fn with<T>(&self, work: impl FnOnce(&Cell) -> T) -> Option<T> {
         if self.in_use.swap(true, Acquire) {
             return None;
@@ -67,8 +68,8 @@ impl Default for Moves {
 }
 
 impl Moves {
-    /// Notes a move. `bucket` is of the key's hash, which nobody outside can predict: a port that
-    /// invents moves cannot aim at the cell of another one's.
+    /// Notes a move. `bucket` comes from the key's hash, which no guest can predict: a port that
+    /// invents moves cannot aim at the cell of another port's address.
     pub(super) fn note(&self, bucket: usize, key: Key, from: Value, to: Value) {
         self.count.fetch_add(1, Relaxed);
         self.cells[bucket % CELLS].with(|cell| {
@@ -80,18 +81,18 @@ impl Moves {
         });
     }
 
-    /// Moves there have been.
+    /// Returns the number of all moves.
     pub(super) fn count(&self) -> u64 {
         self.count.load(Relaxed)
     }
 
-    /// What was noted since this was last asked.
+    /// Takes the moves that were noted since the last call.
     pub(super) fn take(&self) -> Vec<Move> {
         let noted = self.cells.iter().filter_map(|cell| {
             if cell.times.load(Relaxed) == 0 {
                 return None;
             }
-            // In use: it is told the next time.
+            // A cell in use is reported by the next call.
             cell.with(|cell| Move {
                 mac: Key::from_word(cell.key.load(Relaxed)).map_or(Mac::BROADCAST, Key::mac),
                 from: Value::from_word(cell.from.load(Relaxed)).port(),

@@ -1,11 +1,10 @@
-//! The cells of the FDB: keys, values, times, and where a key may lie.
+//! The cells of the FDB: keys, values, times, and the places where a key may be.
 //!
 //! A bucket is eight cells. Its keys fill one cache line, so that looking for a key in its first
-//! bucket reads one line and compares eight words; values and times lie in lines of their own.
-//! Each key has two buckets, chosen by a hash that nobody outside can predict: a guest cannot aim
-//! addresses at the bucket of another guest's. At most half of the cells are in use, so that both
-//! buckets of a key are practically never full: filling 500 tables of 8192 to the last entry, not
-//! one of 4,096,000 insertions found them so.
+//! bucket reads one line and compares eight words; values and times lie in lines of their own. Each
+//! key has two buckets. They are chosen by a hash that no guest can predict, so a guest cannot aim
+//! addresses at the bucket of another guest's address. At most half of the cells are in use, so
+//! that both buckets of a key are practically never full.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
@@ -18,10 +17,10 @@ pub(super) const BUCKET_CELLS: usize = 8;
 /// High, so that most look-ups end in the first bucket; below the top, so that a full pair is rare.
 const CROWDED: usize = 6;
 
-/// A cell's key word while nobody has it.
+/// A cell's key word while the cell is free.
 pub(super) const EMPTY: u64 = 0;
-/// A cell's key word from removal until all readers have moved on: equals no key, and is not
-/// `EMPTY`, so nobody can put another key there.
+/// A cell's key word from removal until all readers have moved on. It equals no key. It is not
+/// `EMPTY`, so no thread can put another key there.
 pub(super) const TOMBSTONE: u64 = 1;
 
 /// VLAN and address in one word; bit 63 is set, so no key is `EMPTY` or `TOMBSTONE`.
@@ -59,7 +58,7 @@ impl Key {
 pub(super) struct Value(u64);
 
 impl Value {
-    /// The key is there, its value not yet: unknown to readers.
+    /// The cell has its key, but not its value yet. Readers treat the key as unknown.
     pub(super) const PENDING: Value = Value(0);
     /// Taken out; the last value of a cell before it is `EMPTY` again.
     pub(super) const FREED: Value = Value(1 << 61);
@@ -122,9 +121,9 @@ pub(super) struct Home {
 
 /// What a search for an empty cell found.
 pub(super) enum Place {
-    /// This one was empty.
+    /// This cell was empty.
     Empty(usize),
-    /// The key itself is there, its value is on the way.
+    /// A cell has the key already, and its value will follow.
     Pending,
     /// Both buckets are full.
     Full,
@@ -201,7 +200,7 @@ impl Table {
         Value(self.value_word(cell).load(Ordering::Acquire))
     }
 
-    /// Exchanges a cell's value; false if it was not `old` any more.
+    /// Exchanges a cell's value. Returns false if the value was not `old` any more.
     pub(super) fn swap_value(&self, cell: usize, old: Value, new: Value) -> bool {
         self.value_word(cell)
             .compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Relaxed)
