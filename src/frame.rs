@@ -7,8 +7,9 @@
 //!
 //! The sender's virtio-net header is not passed on. The receiver's header is made here.
 //!
-//! Frames are handled in *bursts*, gathered from several transmit queues of one thread. The reason:
-//! what delivery costs is claims, not frames.
+//! Frames are handled in *bursts*, gathered from several transmit queues of one thread. Each claim
+//! in a receive queue has a price, however many frames it holds, so frames to one receiver should
+//! share a claim.
 
 use std::ops::Range;
 
@@ -20,30 +21,30 @@ use crate::virtio::NET_HDR_SIZE;
 use crate::virtio::chain::{MAX_CHAIN, Windows};
 use crate::wire::HEADER_LEN;
 
-/// Bytes of a frame that are copied at take and decided upon.
+/// Bytes of a frame that are copied when it is taken. Decisions depend on these bytes only.
 pub const HEAD_BYTES: usize = 128;
-/// Most frames handled together.
+/// Most frames of one burst.
 pub const BURST_FRAMES: usize = 64;
-/// A burst is closed once it holds this many bytes.
+/// A burst has no room any more once its frames have this many bytes.
 pub const BURST_BYTES: u32 = 256 * 1024;
 /// Longest frame taken from a guest, in bytes without the virtio-net header.
 pub const MAX_FRAME: u32 = 65_535 + HEADER_LEN as u32;
-/// A burst is closed once so many descriptors were read for its chains of several, 37 of the
-/// longest that Linux sends. Mostly these are pieces of frames. A driver that posts loops of empty
-/// ones, or chains that cannot be used, gets no more for it: its turn is over after some
-/// microseconds, and the next queue's comes.
+/// A burst has no room any more once more than this many descriptors were read for its chains of
+/// several buffers: 37 of the longest chains that Linux sends. Empty descriptors and unusable
+/// chains count too, so a driver that posts only those ends its turn after some microseconds.
 const BURST_PIECES: usize = 704;
-/// Pieces of memory of one burst: as many, and the longest chain.
+/// Most pieces of memory of one burst: room for the longest chain remains as long as
+/// [`BURST_PIECES`] is not exceeded.
 const BURST_WINDOWS: usize = BURST_PIECES + MAX_CHAIN;
-/// Pieces of a frame whose first lines are asked for when it is noted. Longer chains are not worth
-/// their lines: they would push each other out.
+/// Most pieces of a frame whose first lines are prefetched when the frame is noted. Prefetching
+/// more would push lines out of the cache before they are used.
 const ASKED_PIECES: usize = 16;
 
 /// Where `num_buffers` stands in the virtio-net header (virtio 1.2 §5.1.6).
 const NUM_BUFFERS: usize = 10;
 
-/// The virtio-net header that a receiver finds before a frame in so many buffers. The legacy one is
-/// its beginning.
+/// Returns the virtio-net header that a receiver finds in front of a frame in `buffers` buffers.
+/// The legacy header is the beginning of this header.
 #[inline(always)]
 pub fn receive_header(buffers: u16) -> [u8; NET_HDR_SIZE] {
     let mut header = [0; NET_HDR_SIZE];
@@ -51,12 +52,12 @@ pub fn receive_header(buffers: u16) -> [u8; NET_HDR_SIZE] {
     header
 }
 
-/// Writes a header to the start of `buffer`, unless it stands there already.
+/// Writes `header` to the start of `buffer`, unless the same bytes are there already.
 ///
-/// Drivers that use their buffers again leave it as it was, often in a line of its own (DPDK's, in
-/// front of the frame's): not to write what they will read saves that line two ways between the
-/// cores, 7 % of the rate of 64-byte frames, more where the cores are far apart. The driver that
-/// changes it while we look gets what it wrote.
+/// Drivers that use their buffers again leave the header as it was, often in a cache line of its
+/// own (DPDK's driver: in front of the frame's line). If nothing is written, that line does not
+/// have to move between the cores twice. A driver that changes the header at the same time gets
+/// what it wrote.
 #[inline(always)]
 pub fn put_header<const N: usize>(buffer: &Window<'_>, header: &[u8; N]) {
     let mut found = [0; N];
@@ -66,8 +67,8 @@ pub fn put_header<const N: usize>(buffer: &Window<'_>, header: &[u8; N]) {
     }
 }
 
-/// Puts the beginning of `header` at the start of `buffer`, `room` bytes of it at most. Returns
-/// how many bytes were put; `header` is what is left.
+/// Writes the beginning of `header` to the start of `buffer`, at most `room` bytes. Returns the
+/// number of bytes written, and leaves the rest in `header`.
 #[inline(always)]
 pub fn put_header_part(buffer: &Window<'_>, header: &mut &[u8], room: usize) -> usize {
     let (part, left) = header.split_at(header.len().min(room));
@@ -80,7 +81,8 @@ pub fn put_header_part(buffer: &Window<'_>, header: &mut &[u8], room: usize) -> 
     part.len()
 }
 
-/// A legacy header, or a header over several pieces of memory.
+/// Writes a legacy header, or a part of a header that lies over several pieces of memory, byte by
+/// byte.
 #[inline(never)]
 fn put_bytes(buffer: &Window<'_>, bytes: &[u8]) {
     for (at, byte) in bytes.iter().enumerate() {
@@ -97,17 +99,17 @@ pub struct Frame<'t> {
     head: [u8; HEAD_BYTES],
     /// Bytes of the frame.
     pub len: u32,
-    /// Bytes of the sender's virtio-net header.
+    /// Bytes of the sender's virtio-net header, which are skipped.
     header: u16,
-    /// The chain's first buffer; once the head is loaded, what the head left of the buffer that it
-    /// ended in.
+    /// The chain's first buffer. Once the head is loaded: the rest of the buffer in which the head
+    /// ended.
     first: Window<'t>,
-    /// The buffers behind it, in the burst's arena: start and number. Most chains have none, and
-    /// never come near the arena.
+    /// The buffers behind `first`, in the burst's arena: start and number. Most chains have none,
+    /// and never touch the arena.
     more: (u16, u16),
-    /// Number of the queue it came from, in the thread's plan.
+    /// Number of the transmit queue that the frame came from, in the thread's plan.
     pub ingress: u16,
-    /// Its chain's position in that queue.
+    /// Position of the frame's chain in the transmit queue.
     pub position: u64,
 }
 
@@ -127,7 +129,7 @@ impl Frame<'_> {
         HEAD_BYTES.min(self.len as usize)
     }
 
-    /// The private copy of the first bytes, at most [`HEAD_BYTES`].
+    /// Returns the private copy of the first bytes, at most [`HEAD_BYTES`].
     #[inline(always)]
     pub fn head(&self) -> &[u8] {
         &self.head[..self.head_len()]
@@ -139,7 +141,7 @@ impl Frame<'_> {
         self.len as usize <= HEAD_BYTES
     }
 
-    /// Ethernet addresses, destination first: what decides where the frame goes.
+    /// Returns the Ethernet addresses, destination first. They decide where the frame goes.
     #[inline(always)]
     pub fn addresses(&self) -> [u8; 12] {
         let mut addresses = [0; 12];
@@ -153,29 +155,30 @@ impl Frame<'_> {
     }
 }
 
-/// Where a frame comes from.
+/// The chain that a frame comes from.
 #[derive(Clone, Copy, Debug)]
 pub struct Origin {
-    /// Bytes of the virtio-net header in front of it.
+    /// Bytes of the virtio-net header in front of the frame.
     pub header: u16,
-    /// Number of its queue in the thread's plan.
+    /// Number of the transmit queue in the thread's plan.
     pub ingress: u16,
-    /// Its chain's position in that queue.
+    /// Position of the frame's chain in the transmit queue.
     pub position: u64,
 }
 
 /// Frames handled together, gathered from one or several queues.
 ///
-/// Taking is in two steps, so that the cache misses of a burst overlap: [`Burst::note`] for each
-/// chain (which asks for the frame's first lines), then [`Burst::load_heads`] for all of them.
+/// Taking has two steps, so that the cache misses of a burst overlap. [`Burst::note`] for each
+/// chain prefetches the frame's first lines. Then [`Burst::load_heads`] copies the heads of all
+/// frames.
 #[derive(Debug)]
 pub struct Burst<'t> {
-    /// Those beyond `count` are places to be used again. Each is made when it is first needed: all
-    /// of them are 13 KiB, and a poll thread makes two bursts whenever it takes over a change, in 1
-    /// of 2.3 µs then (6 of 16 where its cache is cold).
+    /// Entries beyond `count` are places to be used again. Each place is made when it is first
+    /// needed, because all of them are 13 KiB, and a poll thread makes two bursts whenever it
+    /// adopts a topology.
     frames: ArrayVec<Frame<'t>, BURST_FRAMES>,
     count: usize,
-    /// Buffers of chains of several.
+    /// The arena: buffers of chains that have several.
     windows: Windows<'t, BURST_WINDOWS>,
     bytes: u32,
 }
@@ -197,14 +200,14 @@ impl<'t> Burst<'t> {
         }
     }
 
-    /// Forgets all frames.
+    /// Forgets all frames and windows, and the number of descriptors read.
     #[inline(always)]
     pub fn clear(&mut self) {
         self.windows.clear();
         (self.count, self.bytes) = (0, 0);
     }
 
-    /// Whether another chain of any legal form fits.
+    /// Whether another chain of any legal form fits. Returns `false` after [`Burst::close`].
     #[inline(always)]
     pub fn has_room(&self) -> bool {
         self.count < BURST_FRAMES
@@ -212,38 +215,38 @@ impl<'t> Burst<'t> {
             && self.bytes < BURST_BYTES
     }
 
-    /// Nothing more is to be taken: [`Burst::has_room`] says no until it is cleared. The bytes are
-    /// counted before.
+    /// Makes [`Burst::has_room`] return `false` until the burst is cleared. Overwrites the number
+    /// of bytes: read [`Burst::bytes`] before.
     #[inline(always)]
     pub fn close(&mut self) {
         self.bytes |= BURST_BYTES;
     }
 
-    /// Bytes of the frames.
+    /// Returns the sum of the frames' lengths, in bytes without headers.
     #[inline(always)]
     pub fn bytes(&self) -> u32 {
         self.bytes
     }
 
-    /// The frames, in the order in which they were taken.
+    /// Returns the frames, in the order in which they were taken.
     #[inline(always)]
     pub fn frames(&self) -> &[Frame<'t>] {
         &self.frames[..self.count]
     }
 
-    /// The arena that a take appends its windows to.
+    /// Returns the arena, to which a take appends its windows.
     #[inline(always)]
     pub fn windows_mut(&mut self) -> &mut Windows<'t, BURST_WINDOWS> {
         &mut self.windows
     }
 
-    /// Windows taken so far: where the next chain's begin.
+    /// Returns the number of windows in the arena: where the windows of the next chain begin.
     #[inline(always)]
     pub fn mark(&self) -> usize {
         self.windows.len()
     }
 
-    /// What a frame of this burst has behind its head.
+    /// Returns the payload of a frame of this burst: what follows its head.
     #[inline(always)]
     pub fn payload(&self, frame: &Frame<'t>) -> Pieces<'_, 't> {
         let more = match frame.more.1 {
@@ -253,22 +256,23 @@ impl<'t> Burst<'t> {
         Pieces::new(frame.first, more)
     }
 
-    /// Notes a chain of one buffer as a frame; or says why it is none.
+    /// Notes a chain of one buffer as a frame. Returns the drop reason if the chain is no frame.
     #[inline(always)]
     pub fn note(&mut self, buffer: Window<'t>, from: Origin) -> Result<(), DropReason> {
         let len = u32::try_from(buffer.len()).unwrap_or(u32::MAX);
         self.add(buffer, (0, 0), len, from)
     }
 
-    /// Notes the chain of `len` bytes whose buffers are in the arena from `mark` on; or says why it
-    /// is no frame, and forgets it.
+    /// Notes the chain of `len` bytes, header included, whose buffers are in the arena from `mark`
+    /// on. If the chain is no frame, returns the drop reason and removes the buffers from the
+    /// arena.
     pub fn note_chain(&mut self, mark: usize, len: u32, from: Origin) -> Result<(), DropReason> {
         let noted = match self.windows.get(mark) {
             Some(first) => {
                 let more = (self.windows.len() - mark - 1) as u16;
                 self.add(*first, (mark as u16 + 1, more), len, from)
             }
-            // Its descriptors are all empty.
+            // All descriptors of the chain are empty.
             None => Err(DropReason::RxMalformedChain),
         };
         if noted.is_err() {
@@ -293,9 +297,9 @@ impl<'t> Burst<'t> {
                 _ => DropReason::RxShortFrame,
             });
         }
-        // The sender's core has just written these lines: each would cost about 100 ns when needed,
-        // and a few nanoseconds while others are on their way too. Its header's is left alone, for
-        // nobody reads it.
+        // The sender's core has just written these lines. Each line would cost about 100 ns when it
+        // is needed, and a few nanoseconds while other lines are under way too. The line of the
+        // sender's header is not prefetched, because nobody reads the header.
         let skip = usize::from(from.header);
         if more.1 == 0 || first.len() > skip {
             ask(&first, skip);
@@ -317,7 +321,8 @@ impl<'t> Burst<'t> {
         Ok(())
     }
 
-    /// Copies the heads of all frames; once a burst, when every chain is noted.
+    /// Copies the heads of all frames into private memory. To be called once a burst, when every
+    /// chain is noted.
     #[inline(always)]
     pub fn load_heads(&mut self) {
         for frame in &mut self.frames[..self.count] {
@@ -334,7 +339,8 @@ impl<'t> Burst<'t> {
         }
     }
 
-    /// Forgets the frames from number `count` on, all of one queue, and their buffers.
+    /// Removes the frames from number `count` on, all of one queue, and their buffers from `mark`
+    /// on.
     #[cold]
     pub fn cut(&mut self, count: usize, mark: usize) {
         let cut = &self.frames[count..self.count];
@@ -343,8 +349,8 @@ impl<'t> Burst<'t> {
         self.windows.truncate(mark);
     }
 
-    /// Forgets all frames but those to `keep`, in their order. The buffers of the others stay until
-    /// the burst is cleared.
+    /// Keeps the frames for which `keep` returns `true`, in their order, and removes the others.
+    /// The buffers of removed frames stay in the arena until the burst is cleared.
     #[cold]
     pub fn retain(&mut self, mut keep: impl FnMut(&Frame<'t>) -> bool) {
         let mut kept = 0;
@@ -354,7 +360,8 @@ impl<'t> Burst<'t> {
                 self.bytes -= frame.len;
                 continue;
             }
-            // Mostly all are kept: of a burst beside somebody else's fault.
+            // In most bursts every frame is kept, because the fault is somebody else's. Then
+            // nothing is copied.
             if kept != number {
                 self.frames[kept] = *frame;
             }
@@ -363,7 +370,7 @@ impl<'t> Burst<'t> {
         self.count = kept;
     }
 
-    /// Copies a frame of another burst into this one; `false` if it does not fit.
+    /// Copies a frame of another burst into this one. Returns `false` if the frame does not fit.
     pub fn adopt(&mut self, from: &Burst<'t>, frame: &Frame<'t>) -> bool {
         let start = self.windows.len();
         if self.count == BURST_FRAMES || !self.windows.extend(&from.windows[frame.more()]) {
@@ -380,18 +387,18 @@ impl<'t> Burst<'t> {
     }
 }
 
-/// Asks for the first lines of a frame's bytes in `window`, which begin behind `skip` others. There
-/// are some.
+/// Prefetches the first lines of a frame's bytes in `window`. The frame's bytes begin at `skip`,
+/// which must be less than the window's length.
 #[inline(always)]
 fn ask(window: &Window<'_>, skip: usize) {
     window.prefetch(skip);
     window.prefetch((skip + 63).min(window.len() - 1));
 }
 
-/// The same for the buffers behind the first one.
+/// Prefetches the first lines of the buffers behind the first one, at most [`ASKED_PIECES`].
 #[inline(never)]
 fn ask_more(frame: &Frame<'_>, more: &[Window<'_>]) {
-    // A header in a buffer of its own, or in several.
+    // The header may fill the first buffer, or several.
     let mut skip = usize::from(frame.header).saturating_sub(frame.first.len());
     for window in more.iter().take(ASKED_PIECES) {
         if window.len() > skip {
@@ -401,7 +408,7 @@ fn ask_more(frame: &Frame<'_>, more: &[Window<'_>]) {
     }
 }
 
-/// A place behind all others; there must be room.
+/// Adds an empty place behind all others and returns it. There must be room.
 #[cold]
 #[inline(never)]
 fn make_place<'f, 't>(frames: &'f mut ArrayVec<Frame<'t>, BURST_FRAMES>) -> &'f mut Frame<'t> {
@@ -410,12 +417,12 @@ fn make_place<'f, 't>(frames: &'f mut ArrayVec<Frame<'t>, BURST_FRAMES>) -> &'f 
     &mut frames[last]
 }
 
-/// Reads a head that is spread over several windows (a header in a buffer of its own, or pieces of
-/// one byte).
+/// Copies a head that is spread over several windows: the header may have a buffer of its own, or
+/// the pieces may have one byte each.
 fn gather<'t>(frame: &mut Frame<'t>, windows: &[Window<'t>]) {
     let (mut to_skip, mut filled, head_len) = (usize::from(frame.header), 0, frame.head_len());
     let mut first = frame.first;
-    // The frame's length is the sum of its windows, so none is missing.
+    // The frame's length is the sum of the lengths of its windows, so no window is missing.
     loop {
         let start = to_skip.min(first.len());
         to_skip -= start;
