@@ -1,12 +1,12 @@
 //! The switch as the poll threads see it: an immutable snapshot.
 //!
-//! Control builds a new topology for every change and publishes it (`sys::snapshot`); poll threads
-//! borrow it. A new topology shares with its predecessor the ports and plans that stay unchanged,
+//! Control builds a new topology for every change and publishes it (`sys::snapshot`). Poll threads
+//! borrow it. A new topology shares the ports and plans that did not change with its predecessor,
 //! so a port without a guest changes no thread's plan.
 //!
-//! All that a pass needs stands here ready-made and flat: nothing is allocated, locked or looked up
-//! by name on a poll thread. Whatever a topology refers to (rings, memory, descriptors) lives until
-//! the last poll thread has acknowledged a newer topology.
+//! A topology holds everything that a pass needs, ready-made and flat. So a poll thread allocates
+//! nothing, locks nothing and looks nothing up by name. Whatever a topology refers to (rings,
+//! memory, descriptors) lives until the last poll thread has acknowledged a newer topology.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -30,30 +30,31 @@ use detour::Detour;
 pub struct EgressQueue {
     /// The ring.
     pub queue: Arc<ReceiveQueue>,
-    /// How its driver is called.
+    /// How the queue's driver is called; `None` without a call descriptor.
     pub call: Option<Arc<CallFd>>,
-    /// Queue pair.
+    /// Number of the queue pair.
     pub pair: u16,
 }
 
 /// A port as a place to deliver to.
 #[derive(Debug)]
 pub struct Egress {
-    /// Slot and generation.
+    /// Slot and generation of the port.
     pub reference: PortRef,
     /// Name and counters.
     pub shared: Arc<PortShared>,
     /// The receiver's memory; `None` without a session.
     pub memory: Option<Arc<GuestMemory>>,
-    /// Started and enabled receive queues; empty while the port cannot receive, or not from any
-    /// poll thread.
+    /// Started and enabled receive queues that poll threads may deliver into. Empty while the port
+    /// cannot receive, and while only the thread of slow ports may deliver into it.
     pub queues: Box<[EgressQueue]>,
-    /// Those of a port whose memory is slow to touch, or was until now.
+    /// Started and enabled receive queues of a port whose memory is slow to touch, or was until
+    /// now.
     pub slow_queues: Box<[EgressQueue]>,
-    /// Who may touch its memory: `Marked` is for control alone, and counts as `Normal` here.
+    /// Who may touch the port's memory. `Marked` is for control alone, and counts as `Normal` here.
     pub pace: Pace,
-    /// What it was made of, and who owns the queues of each pair: if both are the same, it serves
-    /// the next topology, too.
+    /// The device that this egress was made of. If device, owners, pace and `shared` are the same
+    /// for the next topology, the next topology shares this egress.
     device: Option<Arc<Device>>,
     owners: Box<[Option<usize>]>,
 }
@@ -63,7 +64,7 @@ pub struct Egress {
 pub struct Ingress {
     /// Slot and generation of the port.
     pub reference: PortRef,
-    /// Queue pair.
+    /// Number of the queue pair.
     pub pair: u16,
     /// Name and counters.
     pub shared: Arc<PortShared>,
@@ -71,56 +72,57 @@ pub struct Ingress {
     pub memory: Arc<GuestMemory>,
     /// The ring.
     pub queue: Arc<TransmitQueue>,
-    /// How its driver is called.
+    /// How the queue's driver is called; `None` without a call descriptor.
     pub call: Option<Arc<CallFd>>,
-    /// How its driver wakes us.
+    /// How the driver wakes the poll thread; `None` without a kick descriptor.
     pub kick: Option<Arc<KickFd>>,
-    /// Disabled: taken and discarded.
+    /// Whether the frontend has enabled the queue. Frames of a disabled queue are taken and
+    /// discarded.
     pub enabled: bool,
 }
 
 /// One poll thread's work.
 #[derive(Debug, Default)]
 pub struct Plan {
-    /// The transmit queues that it owns.
+    /// The transmit queues that the thread owns.
     pub queues: Box<[Ingress]>,
 }
 
 /// A port for [`Topology::build`].
 #[derive(Clone, Debug)]
 pub struct PortEntry {
-    /// Name, counters, slot.
+    /// The port's name, counters and slot.
     pub shared: Arc<PortShared>,
-    /// The session's state, if a frontend is there.
+    /// The session's state; `None` without a frontend.
     pub device: Option<Arc<Device>>,
 }
 
-/// Most transmit queues of one poll thread: the frames of a burst name theirs in 16 bits. What is
-/// beyond rests in its ring until another thread owns it.
+/// Most transmit queues of one poll thread, because a frame names its queue in 16 bits. Frames of
+/// further queues stay in their rings until another thread owns these queues.
 const MAX_PLAN: usize = 1 << 16;
 
 /// The whole switch at one generation.
 #[derive(Debug)]
 pub struct Topology {
-    /// Ports by slot.
+    /// Ports by slot; `None` where a slot has no port.
     pub ports: Box<[Option<Arc<Egress>>]>,
     /// Slots of the ports that can receive: where a flood goes.
     pub flood: Box<[u16]>,
-    /// Work by poll thread.
+    /// The plan of each poll thread.
     pub plans: Box<[Arc<Plan>]>,
-    /// The forwarding data base; the same object in every topology.
+    /// The forwarding data base. Every topology refers to the same object.
     pub fdb: Arc<Fdb>,
     /// Whoever looks on; `None` without any observer.
     pub observers: Option<Observers>,
     /// The way to ports whose memory is slow to touch; `None` without any.
     pub detour: Option<Arc<Detour>>,
-    /// By poll thread: since when there is something published that it has not acknowledged.
+    /// By poll thread: when the oldest change was published that the thread has not acknowledged.
     pub since: Box<[Instant]>,
 }
 
 impl Topology {
-    /// Builds the snapshot for as many poll threads as `since` has entries. `owner` says which poll
-    /// thread owns a port's queue pair.
+    /// Builds the snapshot for as many poll threads as `since` has entries. `owner` returns the
+    /// poll thread that owns a port's queue pair, or `None` if no thread owns it.
     pub fn build(
         entries: &[PortEntry],
         since: Box<[Instant]>,
@@ -130,8 +132,9 @@ impl Topology {
         Topology::succeed(None, entries, since, fdb, owner)
     }
 
-    /// The same behind another one, for as many poll threads. It shares every port and every plan
-    /// that is no other than it was: a change costs what changes, and a look at each port.
+    /// Builds the successor of `before`, for the same number of poll threads. The successor shares
+    /// every port and every plan that has not changed. So the cost is what changes, and a look at
+    /// each port.
     pub fn succeed(
         before: Option<&Topology>,
         entries: &[PortEntry],
@@ -142,7 +145,7 @@ impl Topology {
         let slot = |entry: &PortEntry| usize::from(entry.shared.reference.slot);
         let slots = entries.iter().map(|entry| slot(entry) + 1).max();
         let mut ports: Vec<Option<Arc<Egress>>> = vec![None; slots.unwrap_or(0)];
-        // The threads that own a queue of something that was, or is, not the same.
+        // The threads that own, or owned, a queue of a port that has changed.
         let mut changed = vec![before.is_none(); since.len()];
         let mut touch = |port: &Egress| {
             let owners = port.owners.iter().flatten();
@@ -184,7 +187,7 @@ impl Topology {
         }
     }
 
-    /// This topology with a way to ports whose memory is slow to touch.
+    /// Returns this topology with a way to ports whose memory is slow to touch.
     pub fn with_detour(self, detour: Option<&Arc<Detour>>) -> Self {
         Topology {
             detour: detour.cloned(),
@@ -192,7 +195,7 @@ impl Topology {
         }
     }
 
-    /// The same with observers.
+    /// Returns this topology with observers.
     pub fn with_observers(self, observers: &[Arc<Observer>]) -> Self {
         let ports = self.ports.iter().flatten().map(|port| port.reference);
         Topology {
@@ -201,14 +204,14 @@ impl Topology {
         }
     }
 
-    /// The port in a slot.
+    /// Returns the port in a slot; `None` if the slot has none.
     #[inline(always)]
     pub fn port(&self, slot: u16) -> Option<&Egress> {
         self.ports.get(usize::from(slot))?.as_deref()
     }
 }
 
-/// The plans of the threads that `changed`, made anew, and the others' as they were.
+/// Builds the plans of the threads that `changed`. The other threads keep their plans of `before`.
 fn plans(
     before: Option<&Topology>,
     entries: &[PortEntry],
@@ -248,7 +251,7 @@ fn plans(
     plans.map(plan).collect()
 }
 
-/// The receive queues that frames may be delivered into, each with its pair.
+/// Returns the enabled receive queues of a port, each with the number of its pair.
 fn receive_queues(entry: &PortEntry) -> impl Iterator<Item = (u16, &Receive)> {
     let pairs = entry.device.iter().flat_map(|device| &device.pairs);
     let queues = (0_u16..).zip(pairs);
@@ -259,7 +262,7 @@ fn receive_queues(entry: &PortEntry) -> impl Iterator<Item = (u16, &Receive)> {
 }
 
 impl Egress {
-    /// The receive queues, whoever may deliver into them.
+    /// Returns the port's receive queues, whichever threads may deliver into them.
     pub fn receive_queues(&self) -> &[EgressQueue] {
         match self.pace {
             Pace::Normal | Pace::Marked => &self.queues,
@@ -291,7 +294,7 @@ impl Egress {
         }
     }
 
-    /// Whether it would be the same, made anew.
+    /// Whether an egress made of `entry` and `owner` would be equal to this one.
     fn is_made_of(&self, entry: &PortEntry, owner: impl Fn(u16) -> Option<usize>) -> bool {
         let device = match (&self.device, &entry.device) {
             (Some(one), Some(other)) => Arc::ptr_eq(one, other),
@@ -305,7 +308,8 @@ impl Egress {
     }
 }
 
-/// Who may touch a port's memory, as control has decided.
+/// Returns who may touch a port's memory, as control has decided. `Marked` counts as `Normal`,
+/// because only control changes a port's queues.
 fn pace(port: &PortShared) -> Pace {
     match port.pages.pace() {
         Pace::Marked => Pace::Normal,
@@ -313,7 +317,7 @@ fn pace(port: &PortShared) -> Pace {
     }
 }
 
-/// The numbers of the queue pairs that a port's device has.
+/// Returns the numbers of the queue pairs that a port's device has.
 fn pairs(entry: &PortEntry) -> impl Iterator<Item = u16> {
     let device = entry.device.iter();
     device.flat_map(|device| (0_u16..).zip(&device.pairs).map(|(pair, _)| pair))
@@ -405,8 +409,7 @@ mod tests {
         let more = after(Some(&same), &entries, &[0, 1, 0]);
         assert_eq!(shared(&same, &more), ([true, true], [true, true, true]));
         assert!(more.port(2).is_some());
-        // Another device, another owner, and then none: the port went, or its slot is another
-        // one's.
+        // Another device, then another owner, then another port in the slot, then no port.
         entries[1].device = Some(device());
         let device = after(Some(&more), &entries, &[0, 1, 0]);
         assert_eq!(shared(&more, &device), ([true, false], [true, false, true]));

@@ -21,10 +21,10 @@ use crate::stats::{Counter, MAX_POLL_THREADS};
 use crate::switch::{MAX_SLOTS, PortRef};
 use crate::sync::atomic::{AtomicU64, Ordering};
 
-/// Bytes of a buffer: 700 frames of 1500 bytes. A poll thread that waits for nobody fills it in a
+/// Bytes of a buffer: 700 frames of 1500 bytes. A poll thread that never waits fills a buffer in a
 /// millisecond. A longer buffer would only let a slow guest occupy more memory.
 const BYTES: usize = 1 << 20;
-/// Bytes in front of each frame.
+/// Bytes of the head in front of each frame: slot, generation and length.
 pub const DETOUR_HEAD: usize = 10;
 
 /// One poll thread's buffer.
@@ -32,7 +32,7 @@ pub const DETOUR_HEAD: usize = 10;
 struct DetourQueue {
     writer: Place<Producer<u8>>,
     reader: Place<Consumer<u8>>,
-    /// Frames written, by the poll thread.
+    /// Number of frames written. Only the poll thread writes this counter.
     written: Counter,
     /// What `written` was with the last frame to each port, by slot of the port.
     last: Box<[Counter]>,
@@ -41,7 +41,8 @@ struct DetourQueue {
     done: AtomicU64,
 }
 
-/// The buffers of all poll threads that there can be. Memory is used as far as they are.
+/// The buffers of all poll threads that there can be. A buffer uses memory only as far as it was
+/// written.
 #[derive(Debug)]
 pub struct Detour {
     queues: Box<[DetourQueue]>,
@@ -66,12 +67,12 @@ impl Default for Detour {
 }
 
 impl Detour {
-    /// The writing end of a poll thread, for that one while it works with a topology.
+    /// Takes the writing end of a poll thread, for this thread while it works with a topology.
     pub fn writer(&self, thread: usize) -> Held<'_, Producer<u8>> {
         self.queues[thread].writer.take()
     }
 
-    /// The reading ends by poll thread, for the thread of slow ports while it works with a
+    /// Takes the reading ends by poll thread, for the thread of slow ports while it works with a
     /// topology.
     pub fn readers(&self) -> impl Iterator<Item = Held<'_, Consumer<u8>>> {
         self.queues.iter().map(|queue| queue.reader.take())
@@ -84,7 +85,7 @@ impl Detour {
         queue.last[usize::from(to.slot)].raise_to(queue.written.get());
     }
 
-    /// The thread of slow ports is done with a frame of a poll thread.
+    /// Counts a frame of a poll thread that the thread of slow ports has delivered or dropped.
     pub fn is_done(&self, thread: usize) {
         let done = &self.queues[thread].done;
         done.store(done.load(Ordering::Relaxed) + 1, Ordering::Release);
@@ -118,7 +119,7 @@ impl DetourQueue {
     }
 }
 
-/// What stands in front of a frame of so many bytes to a port.
+/// Returns the head of a frame of `len` bytes to a port.
 pub fn head_of(to: PortRef, len: u32) -> [u8; DETOUR_HEAD] {
     let mut head = [0; DETOUR_HEAD];
     head[..2].copy_from_slice(&to.slot.to_le_bytes());
@@ -127,7 +128,7 @@ pub fn head_of(to: PortRef, len: u32) -> [u8; DETOUR_HEAD] {
     head
 }
 
-/// The reverse.
+/// Returns port and length of a head that [`head_of`] made.
 pub fn read_head([a, b, c, d, e, f, len @ ..]: [u8; DETOUR_HEAD]) -> (PortRef, u32) {
     let to = PortRef {
         slot: u16::from_le_bytes([a, b]),
