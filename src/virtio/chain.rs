@@ -1,8 +1,8 @@
 //! Descriptors and the walk along a chain of them (virtio 1.2 §2.7.5, §2.7.5.3, §2.8.5 to §2.8.7).
 //!
-//! Everything here comes from a hostile driver. Each descriptor is read once into a local copy;
-//! every address is checked against the memory map with its length; every loop is bounded by the
-//! table's size. A walk that fails is an error value, never a shorter chain and never "nothing
+//! Everything here comes from a hostile driver. Each descriptor is read once into a local copy.
+//! Every address is checked against the memory map with its length. Every loop is bounded by the
+//! table's size. A walk that fails returns an error, never a shorter chain, and never "nothing
 //! there".
 
 use std::ops::Deref;
@@ -14,7 +14,7 @@ use crate::memory::{GuestMemory, PinnedArray, Window};
 
 /// The chain goes on at `next`.
 pub const F_NEXT: u16 = 1;
-/// Device-writable buffer.
+/// The device writes to the buffer.
 pub const F_WRITE: u16 = 2;
 /// The buffer holds a table of descriptors.
 pub const F_INDIRECT: u16 = 4;
@@ -23,9 +23,9 @@ pub const DESCRIPTOR_SIZE: usize = 16;
 /// Most descriptors of one chain, most pieces of memory, and most entries of one indirect table.
 ///
 /// A chain may be as long as its ring (virtio 1.2 §2.7.5.3.1). Rings of virtual machines have up to
-/// 1024 entries, as many as QEMU takes in a chain. Linux sends at most 19 pieces, Windows' driver
-/// 256, DPDK's applications 256. Without a bound a ring of 32768 would be a chain that every sender
-/// waits for.
+/// 1024 entries, which is also what QEMU takes in a chain. Linux sends at most 19 pieces, Windows'
+/// driver 256, DPDK's applications 256. Without a bound, a ring of 32768 descriptors could be one
+/// chain, and every other sender would wait while it is read.
 pub const MAX_CHAIN: usize = 1024;
 
 /// One descriptor, copied out of guest memory.
@@ -44,11 +44,11 @@ pub struct Descriptor {
 /// What the device does with a chain's buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// transmitq: device-readable.
+    /// transmitq: the device reads.
     Read,
-    /// receiveq: device-writable.
+    /// receiveq: the device writes.
     Write,
-    /// controlq: what is commanded, then room for the answer.
+    /// controlq: the device reads the command, then writes the answer.
     Command,
 }
 
@@ -64,7 +64,7 @@ pub enum ChainError {
     /// More than [`MAX_CHAIN`] descriptors or pieces.
     #[error("the chain has more than {MAX_CHAIN} buffers")]
     TooManyBuffers,
-    /// The chain is good, and has more pieces than there is room for beside others.
+    /// The chain is good, but the windows have no room left for its pieces.
     #[error("there is no room for the chain's buffers")]
     NoRoom,
     /// A buffer is not in guest memory.
@@ -73,8 +73,8 @@ pub enum ChainError {
     /// A buffer is in a region of guest memory that the switch cannot map.
     #[error("a buffer at {0:#x} is in guest memory that cannot be used")]
     Unusable(u64),
-    /// A device-writable buffer in a transmitq, a device-readable one in a receiveq or behind a
-    /// writable one.
+    /// A device-writable buffer in a transmitq, a device-readable buffer in a receiveq, or in a
+    /// controlq a device-readable buffer behind a device-writable one.
     #[error("a buffer has the wrong direction")]
     Direction,
     /// Indirect descriptors were not negotiated, are nested, combined with NEXT, or the table's
@@ -86,7 +86,7 @@ pub enum ChainError {
     TooLong,
 }
 
-/// The pieces of memory of one or several chains, and what reading these has cost.
+/// The pieces of memory of one or several chains, and how many descriptors were read for them.
 #[derive(Debug)]
 pub struct Windows<'m, const N: usize> {
     pieces: ArrayVec<Window<'m>, N>,
@@ -94,7 +94,7 @@ pub struct Windows<'m, const N: usize> {
 }
 
 impl<'m, const N: usize> Windows<'m, N> {
-    /// None.
+    /// Returns an arena without pieces.
     #[inline(always)]
     pub const fn new() -> Self {
         Windows {
@@ -103,33 +103,36 @@ impl<'m, const N: usize> Windows<'m, N> {
         }
     }
 
-    /// Descriptors read since all was last forgotten, those included that gave no piece: empty
-    /// ones, and those of chains that cannot be used. Never fewer than there are pieces.
+    /// Returns the number of descriptors read since [`Windows::clear`]. Descriptors without a piece
+    /// count too: empty ones, and those of unusable chains. So the number is at least the number of
+    /// pieces.
     #[inline(always)]
     pub fn read(&self) -> u32 {
         self.read
     }
 
-    /// Forgets all.
+    /// Removes all pieces, and resets the number of descriptors read.
     #[inline(always)]
     pub fn clear(&mut self) {
         self.pieces.clear();
         self.read = 0;
     }
 
-    /// Forgets the pieces from number `len` on; what reading them has cost stays.
+    /// Removes the pieces from number `len` on. The number of descriptors read stays, because the
+    /// reading has cost time.
     #[inline(always)]
     pub fn truncate(&mut self, len: usize) {
         self.pieces.truncate(len);
     }
 
-    /// Adds a chain of one piece; `false` where there is no room.
+    /// Adds a chain of one piece. Returns `false` if there is no room.
     #[inline(always)]
     pub fn push(&mut self, piece: Window<'m>) -> bool {
         self.extend(&[piece])
     }
 
-    /// Adds the pieces of a chain; `false` and none of them where there is no room.
+    /// Adds the pieces of a chain. If there is no room for all of them, adds none and returns
+    /// `false`.
     #[inline(always)]
     pub fn extend(&mut self, pieces: &[Window<'m>]) -> bool {
         self.read += pieces.len() as u32;
@@ -153,14 +156,14 @@ impl<'m, const N: usize> Deref for Windows<'m, N> {
 }
 
 impl Descriptor {
-    /// Descriptor `index` of a ring's table, read once.
+    /// Reads descriptor `index` of a ring's table, once.
     #[inline(always)]
     pub fn of_ring(table: &PinnedArray<u64>, index: usize) -> Self {
         let [addr, rest] = table.load_two(2 * index, Ordering::Relaxed);
         Descriptor::new(addr, rest)
     }
 
-    /// From its two words.
+    /// Makes a descriptor of its two 64-bit words.
     #[inline(always)]
     pub fn new(addr: u64, rest: u64) -> Self {
         Descriptor {
@@ -171,8 +174,9 @@ impl Descriptor {
         }
     }
 
-    /// Its buffer, where that is a chain of its own, of the right direction and in one region: how
-    /// most are. Anything else, and any error, is for the walk. `flags` are `third` or `fourth`.
+    /// Returns the descriptor's buffer if the buffer is a whole chain, of the right direction and
+    /// inside one region. Most are. In all other cases, errors too, returns `None`: the walk
+    /// decides. `flags` are `third` (split) or `fourth` (packed).
     #[inline(always)]
     pub fn alone<'m>(
         &self,
@@ -191,14 +195,14 @@ impl Descriptor {
     }
 }
 
-/// Reads descriptor `index` of `table` once. The index is checked by the caller against the table's
+/// Reads descriptor `index` of `table` once. The caller has checked the index against the table's
 /// entries.
 #[inline(always)]
 pub fn read_descriptor(table: &Window<'_>, index: usize) -> Descriptor {
     let offset = index * DESCRIPTOR_SIZE;
     // Two atomic loads, so that no compiler can turn one read into two (check one value, use
-    // another). Ring tables are 16-byte aligned (checked at ring start); an indirect table lies
-    // where the driver likes.
+    // another). Ring tables are 16-byte aligned (checked when the ring starts). An indirect table
+    // lies wherever the driver has put it.
     let (addr, rest) = if table.address().is_multiple_of(8) {
         (
             table.load_u64(offset, Ordering::Relaxed),
@@ -218,17 +222,17 @@ pub fn read_descriptor(table: &Window<'_>, index: usize) -> Descriptor {
 pub struct Collector<'c, 'm, const N: usize> {
     memory: &'m GuestMemory,
     direction: Direction,
-    /// Bytes that are enough: what lies behind is not looked at.
+    /// Once so many bytes are collected, further descriptors are not added.
     wanted: u32,
     total: u64,
     first: usize,
-    /// Of a command: where in `windows` the room for its answer begins.
+    /// For a command: where in `windows` the room for its answer begins.
     answer: Option<usize>,
     windows: &'c mut Windows<'m, N>,
 }
 
 impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
-    /// Appends to `windows` until at least `wanted` bytes are there.
+    /// Makes a collector that appends to `windows` until at least `wanted` bytes are collected.
     #[inline(always)]
     pub fn new(
         memory: &'m GuestMemory,
@@ -248,31 +252,31 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
         }
     }
 
-    /// Whether the bytes wanted are there.
+    /// Whether the wanted bytes are collected.
     #[inline(always)]
     pub fn satisfied(&self) -> bool {
         self.total >= u64::from(self.wanted)
     }
 
-    /// Bytes collected.
+    /// Returns the number of bytes collected, or an error if 32 bits cannot hold it.
     #[inline(always)]
     pub fn total(&self) -> Result<u32, ChainError> {
         u32::try_from(self.total).map_err(|_| ChainError::TooLong)
     }
 
-    /// Takes the buffers back after an error.
+    /// Removes this chain's buffers from `windows`, after an error.
     #[cold]
     pub fn undo(&mut self) {
         self.windows.truncate(self.first);
     }
 
-    /// Counts a descriptor that is read and not looked at.
+    /// Counts a descriptor that was read, but whose buffer is not added.
     #[inline(always)]
     pub fn skip(&mut self) {
         self.windows.read += 1;
     }
 
-    /// Adds one buffer descriptor.
+    /// Adds the buffer of one descriptor, and counts the descriptor.
     #[inline(always)]
     pub fn add(&mut self, addr: u64, len: u32, flags: u16) -> Result<(), ChainError> {
         self.windows.read += 1;
@@ -281,7 +285,8 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
             return self.turn(addr, len, flags);
         }
         if len == 0 {
-            // Legal enough, and its address means nothing (a bad one crashed others).
+            // An empty buffer is legal, and its address means nothing. (A bad address here crashed
+            // other implementations.)
             return Ok(());
         }
         self.total += u64::from(len);
@@ -291,7 +296,8 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
         }
     }
 
-    /// A buffer of the other direction is the first room for the answer of a command, or wrong.
+    /// Handles a buffer of the other direction: in a command, the room for the answer begins with
+    /// it; elsewhere it is an error.
     #[cold]
     fn turn(&mut self, addr: u64, len: u32, flags: u16) -> Result<(), ChainError> {
         if self.direction != Direction::Command {
@@ -302,8 +308,8 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
         self.add(addr, len, flags)
     }
 
-    /// Of a command that was walked: where in its windows the room for the answer begins, if there
-    /// is any.
+    /// For a command that was walked: returns where in `windows` the room for the answer begins, or
+    /// `None` if there is no such room.
     pub fn answer(&self) -> Option<usize> {
         self.answer
     }
@@ -317,7 +323,7 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
         pieces.try_push(window).map_err(|_| ChainError::NoRoom)
     }
 
-    /// A buffer that is not inside one region may lie across two that touch.
+    /// Adds a buffer that is not inside one region. It may lie across regions that touch.
     #[cold]
     fn add_crossing(&mut self, addr: u64, len: u32) -> Result<(), ChainError> {
         let (mut pushed, mut end) = (Ok(()), addr);
@@ -336,7 +342,7 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
         }
     }
 
-    /// Opens an indirect table: its window and its number of entries.
+    /// Opens an indirect table. Returns its window and its number of entries.
     pub fn indirect_table(
         &self,
         addr: u64,
@@ -359,7 +365,7 @@ impl<'c, 'm, const N: usize> Collector<'c, 'm, N> {
 
 /// Follows a split chain from `head`, which the caller checked to be inside `table`.
 ///
-/// Returns the bytes collected; on an error `windows` is as it was.
+/// Returns the number of bytes collected. On an error `windows` is as it was before.
 #[inline(always)]
 pub fn walk_split<'m, const N: usize>(
     table: Window<'m>,
@@ -416,7 +422,8 @@ fn follow_split<'m, const N: usize>(
     }
 }
 
-/// Walks a packed ring's indirect table: all its entries in order, NEXT has no meaning (§2.8.7).
+/// Walks a packed ring's indirect table: all entries in order, because NEXT has no meaning there
+/// (§2.8.7).
 pub fn walk_packed_table<const N: usize>(
     descriptor: Descriptor,
     collector: &mut Collector<'_, '_, N>,
@@ -430,8 +437,8 @@ pub fn walk_packed_table<const N: usize>(
         }
         let mut flags = entry.fourth;
         if collector.direction == Direction::Read {
-            // DPDK's driver leaves WRITE on the header and on some pieces of a frame of several.
-            // Nothing is written there, whatever the flag says.
+            // DPDK's driver leaves WRITE on the header and on some pieces of a frame of several
+            // pieces. The flag is ignored, because the device does not write there anyway.
             flags &= !F_WRITE;
         }
         collector.add(entry.addr, entry.len, flags)?;

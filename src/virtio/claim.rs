@@ -25,17 +25,17 @@
 //! A lost claim and a full ring are ordinary, counted outcomes.
 //!
 //! The price: a thread that is descheduled between [`Claims::try_claim`] and the end of
-//! [`Claims::try_publish`] delays what this one queue's driver sees. No thread waits for it, but
-//! for the time that one claim takes to fill, before a new topology is adopted (`poll::owed` says
-//! what becomes of the senders' chains). Nobody loops. So pin poll threads.
+//! [`Claims::try_publish`] delays what the driver of this queue sees. No thread loops until the
+//! other one goes on. Before it adopts a new topology, a thread waits as long as one claim takes to
+//! fill (`poll::owed` says what becomes of the senders' chains). So pin poll threads.
 //!
 //! Rejected simpler forms:
 //! - A boolean per slot: a late reset wipes the next lap's flag. Hence tags with the position.
 //! - Releasing the token with a store: a loser's claim can be missed. Hence the subtraction.
-//! - One publish round: whoever loses the token after the last look would be forgotten. Hence
-//!   `Again`.
+//! - One publish round: a thread that loses the token after the holder's last look would be
+//!   forgotten. Hence `Again`.
 //! - Looking for filled claims without knowing that there are any: the look takes the line of a tag
-//!   from the thread that is about to write it. Hence the count beside the token.
+//!   away from the thread that is about to write it. Hence the count beside the token.
 
 use crossbeam_utils::CachePadded;
 
@@ -55,19 +55,20 @@ pub trait Publish {
 /// How a try to publish ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Published {
-    /// Everything that was complete is visible, or another thread will make it so: the token's
-    /// holder, or one whose claim stood open before the others and that has still to count it.
+    /// Everything that was complete is visible, or another thread will make it visible. That thread
+    /// holds the token, or its claim was open before the others and it has not counted its claim
+    /// yet.
     Clean,
-    /// Work was still visible after the last round: try again before the pass ends, and until clean
-    /// before sleeping or acknowledging a topology.
+    /// Filled claims were left after the last round. Try again before the pass ends. Before
+    /// sleeping or acknowledging a topology, try until `Clean`.
     Again,
 }
 
-/// In `turn`: somebody has the token.
+/// Bit of `turn`: a thread holds the token.
 const HELD: u64 = 1;
-/// In `turn`: one filled claim.
+/// Added to `turn` for each filled claim.
 const FILLED: u64 = 2;
-/// Bits of a tag that hold the count; the other 48 hold the position plus one.
+/// Bits of a tag that hold the count. The other 48 hold the position plus one.
 const COUNT_BITS: u32 = 16;
 const COUNT_MASK: u64 = (1 << COUNT_BITS) - 1;
 
@@ -80,17 +81,18 @@ pub struct Claims {
     claim: CachePadded<AtomicU64>,
     /// Every position before this one is visible to the driver.
     published: CachePadded<AtomicU64>,
-    /// Bit 0 is the token: taken by whoever publishes. The rest counts the claims that are filled
-    /// and not visible yet.
+    /// Bit 0 is the token of the thread that publishes. The other bits count the claims that are
+    /// filled and not visible yet.
     turn: CachePadded<AtomicU64>,
-    /// The driver wants a call; swapped by every thread that delivered, at the end of its pass.
+    /// The driver wants a call. Every thread that delivered takes the wish at the end of its pass.
     call_wanted: CachePadded<AtomicBool>,
-    /// One tag an entry: (position + 1, count) of the claim that starts there, once it is filled.
+    /// One tag per ring entry: (position + 1, count) of the claim that starts there, once the claim
+    /// is filled.
     tags: Box<[AtomicU64]>,
 }
 
 impl Claims {
-    /// A queue of `size` entries (1 to 32768) that starts at `position`.
+    /// Makes the state of a queue of `size` entries (1 to 32768) that starts at `position`.
     pub fn new(size: u16, position: u64) -> Self {
         Claims {
             claim: CachePadded::new(AtomicU64::new(position)),
@@ -107,8 +109,8 @@ impl Claims {
 
     #[inline(always)]
     fn tag(&self, position: u64) -> &AtomicU64 {
-        // A mask for sizes that are a power of two; a division otherwise (packed rings may have 320
-        // entries), once a claim and once a published run, not once a frame.
+        // A mask for sizes that are a power of two. Other sizes need a division (packed rings may
+        // have 320 entries), once a claim and once a published run, not once a frame.
         let size = self.size();
         let index = if size.is_power_of_two() {
             position & (size - 1)
@@ -118,16 +120,16 @@ impl Claims {
         &self.tags[index as usize]
     }
 
-    /// The position that the next claim would start at.
+    /// Returns the position at which the next claim starts.
     ///
-    /// Acquire, so that the available index which is then compared with it is read later: an older
-    /// index beside a newer position would look like an impossible ring.
+    /// Acquire: the available index, which is then compared with the position, must be read later.
+    /// An older index beside a newer position would look like an impossible ring.
     #[inline(always)]
     pub fn next(&self) -> u64 {
         self.claim.load(Ordering::Acquire)
     }
 
-    /// Everything before this position is visible to the driver.
+    /// Returns the published position. Everything before it is visible to the driver.
     ///
     /// Acquire pairs with the release in `try_publish`.
     #[inline(always)]
@@ -135,19 +137,23 @@ impl Claims {
         self.published.load(Ordering::Acquire)
     }
 
-    /// How many positions from `p` on may be claimed without lapping what is not published yet.
+    /// Returns how many positions from `p` on may be claimed without reaching, one lap later,
+    /// positions that are not published yet.
     ///
-    /// The driver's available index alone is not enough: a guest may raise it without waiting for
-    /// used entries, two open claims would share a tag, and the queue would stick. Acquire (in
-    /// `published`) orders the publisher's reading of a tag before our writing of it one lap later.
+    /// The driver's available index alone is not enough. A guest may raise the index without
+    /// waiting for used entries. Then two open claims would share a tag, and the queue would get
+    /// stuck. Acquire (in `published`) orders the publisher's reading of a tag before our writing
+    /// of the tag one lap later.
     #[inline(always)]
     pub fn room(&self, p: u64) -> u64 {
         (self.published() + self.size()).saturating_sub(p)
     }
 
-    /// Takes `[p, p + n)` if nobody took anything since `p` was read.
+    /// Claims `[p, p + n)` if no thread has claimed anything since `p` was read. Returns whether it
+    /// did.
     ///
-    /// Release pairs with the acquire of `next`; what we write is released by the commit.
+    /// Release pairs with the acquire of `next`. It does not cover the frames, which the commit
+    /// releases.
     #[inline(always)]
     pub fn try_claim(&self, p: u64, n: u16) -> bool {
         let (old, new) = (p, p + u64::from(n));
@@ -157,24 +163,24 @@ impl Claims {
     }
 
     /// Declares the claim `[p, p + n)` filled. The release pairs with the publisher's acquire of
-    /// the tag. To be followed by [`Claims::try_publish`].
+    /// the tag. [`Claims::try_publish`] must follow.
     #[inline(always)]
     pub fn commit(&self, p: u64, n: u16) {
         self.tag(p).store(tag_of(p, n), Ordering::Release);
-        // Behind the tag: whoever has counted the claim finds it, unless another one before it is
-        // still open.
+        // Counted after the tag is written. So a holder that finds the count also finds the tag,
+        // unless a claim before it is still open.
         self.turn.fetch_add(FILLED, Ordering::Release);
     }
 
-    /// Makes every filled claim visible that nothing unfilled stands before, unless another thread
-    /// is at it.
+    /// Makes filled claims visible, up to the first claim that is not filled. Does nothing if
+    /// another thread holds the token.
     ///
-    /// At most two rounds: with more, one thread could be kept publishing for the others for ever.
+    /// At most two rounds. With more, one thread could be kept publishing for the others for ever.
     #[inline(always)]
     pub fn try_publish(&self, ring: &impl Publish) -> Published {
         for _ in 0..2 {
-            // A loser may leave: it has counted its claim before this, so the holder's release
-            // below finds the count, and by it the tag.
+            // A thread that does not get the token may leave. It has counted its claim before, so
+            // the holder's release below finds the count, and through the count the tag.
             let turn = self.turn.fetch_or(HELD, Ordering::AcqRel);
             if turn & HELD != 0 {
                 return Published::Clean;
@@ -184,21 +190,21 @@ impl Claims {
             if end != old {
                 ring.publish(old, end);
                 self.published.store(end, Ordering::Release);
-                // Full barrier between the used index and the driver's event word: the driver
-                // stores its event, then looks at the index (virtio 1.2 §2.7.7.2); without the
-                // barrier both sides may miss the other.
+                // Full barrier between the used index and the driver's event word. The driver
+                // stores its event, then looks at the index (virtio 1.2 §2.7.7.2). Without the
+                // barrier both sides may miss each other.
                 fence(Ordering::SeqCst);
                 if ring.wants_call(old, end) {
-                    // An RMW, so that whoever takes the wish has acquired every publication before
-                    // it, whichever publisher's write it finds. (A store would do, as all are made
-                    // under the token, but only by an argument that the model checker cannot
-                    // follow.) The call itself costs far more.
+                    // An RMW, so that the thread that takes the wish has acquired every publication
+                    // before it, whichever publisher's write it finds. (A store would do, because
+                    // all writes are made under the token, but the model checker cannot follow that
+                    // argument.) The call itself costs far more.
                     self.call_wanted.swap(true, Ordering::AcqRel);
                 }
             }
             let left = self.release(claims);
-            // What is counted and not filled here stands behind an open claim, whose thread will
-            // find it.
+            // A claim that is counted, and not found filled here, is behind an open claim. The
+            // thread of the open claim will find it.
             if left == 0 || self.filled_from(end, 1).1 == 0 {
                 return Published::Clean;
             }
@@ -206,11 +212,13 @@ impl Claims {
         Published::Again
     }
 
-    /// Gives the token back after `claims` claims have become visible; returns how many are left.
+    /// Gives the token back after `claims` claims have become visible. Returns how many counted
+    /// claims are left.
     ///
-    /// A claim may become visible before its own thread has counted it, in place of one behind it
-    /// that is counted: no more than were counted ever do, so this does not go below zero, and that
-    /// thread looks after the other one when it has counted.
+    /// A claim may become visible before its own thread has counted it, in place of a later claim
+    /// that is counted. The number of visible claims never exceeds the number of counted ones, so
+    /// the count does not go below zero. That thread finds the later claim once it has counted its
+    /// own.
     #[inline(always)]
     fn release(&self, claims: u64) -> u64 {
         self.turn
@@ -219,8 +227,8 @@ impl Claims {
             - claims
     }
 
-    /// The end of the unbroken run of at most so many filled claims from `from` on, and how many
-    /// they are.
+    /// Returns the end of the unbroken run of filled claims from `from` on, and the number of
+    /// claims in it, at most `most`.
     #[inline(always)]
     fn filled_from(&self, from: u64, most: u64) -> (u64, u64) {
         let (mut end, mut claims) = (from, 0);
@@ -236,14 +244,14 @@ impl Claims {
         (end, claims)
     }
 
-    /// Asks for a call whatever the driver's event says.
+    /// Makes the next [`Claims::take_call_wanted`] return `true`, whatever the driver's event says.
     pub fn want_call(&self) {
         self.call_wanted.store(true, Ordering::Release);
     }
 
-    /// Whether the driver is to be called now; the caller that gets `true` signals.
+    /// Whether the driver is to be called now. The caller that gets `true` signals.
     ///
-    /// The load first keeps the line shared among threads while nobody wants a call.
+    /// The load before the swap keeps the line shared among threads while no driver wants a call.
     #[inline(always)]
     pub fn take_call_wanted(&self) -> bool {
         self.call_wanted.load(Ordering::Acquire) && self.call_wanted.swap(false, Ordering::AcqRel)
@@ -252,7 +260,7 @@ impl Claims {
 
 #[inline(always)]
 fn tag_of(position: u64, count: u16) -> u64 {
-    // The position keeps its low 48 bits: equal tags are 2^48 positions apart, a month at 100 Mpps,
-    // and no thread stands still across a whole lap of them.
+    // The position keeps its low 48 bits. Equal tags are 2^48 positions apart, a month at 100 Mpps,
+    // and no thread stands still for so long.
     ((position + 1) << COUNT_BITS) | u64::from(count)
 }

@@ -1,4 +1,5 @@
-//! Unit tests of `claim`, in a file of their own: `tests/models` includes `claim.rs` as it stands.
+//! Unit tests of `claim`. They have a file of their own, because `tests/models` includes `claim.rs`
+//! as it is.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

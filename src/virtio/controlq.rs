@@ -1,8 +1,8 @@
-//! A controlq (virtio 1.2 §5.1.6.5): commands that the driver made available, each returned with
-//! its answer.
+//! A controlq (virtio 1.2 §5.1.6.5): takes commands that the driver made available, and returns
+//! each with its answer.
 //!
-//! Its session alone takes and completes, one command after the other. Its state is atomic for
-//! those who ask where it stands.
+//! Only the session takes and completes commands, one after the other. The position is atomic
+//! because other threads read it.
 
 use std::iter::once;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,14 +11,16 @@ use super::chain::Windows;
 use super::claim::Publish;
 use super::{Broken, BrokenMark, FullBarrier, Head, Ring, RingSetup, SetupError};
 
-/// A command, as the driver wrote it; its windows are those of the walk.
+/// A command that was taken. Its buffers are in the windows given to [`ControlQueue::take`].
 #[derive(Clone, Copy, Debug)]
 pub struct Command {
     head: Head,
-    /// Of its windows the first so many are what is commanded, the others room for the answer.
-    /// `None`: the chain cannot be read, or has no such room, and there is no answer.
+    /// Number of windows, from the first on, that hold the command. The windows behind them are
+    /// room for the answer. `None` if the chain cannot be read or has no such room: then there is
+    /// no answer.
     pub asked: Option<usize>,
-    /// The chain begins with room to write: no command does, but every buffer of a receiveq.
+    /// Whether the chain begins with room to write. No command does, but every buffer of a receiveq
+    /// does.
     pub is_room: bool,
 }
 
@@ -26,7 +28,7 @@ pub struct Command {
 #[derive(Debug)]
 pub struct ControlQueue {
     ring: Ring,
-    /// The next command; those before it are returned to the driver.
+    /// Position of the next command. Commands before it are returned to the driver.
     next: AtomicU64,
     size: u16,
     broken: BrokenMark,
@@ -48,8 +50,8 @@ impl ControlQueue {
         self.next.load(Ordering::Relaxed)
     }
 
-    /// The next command, which stays where it is until [`ControlQueue::complete`]; its buffers are
-    /// in `windows`.
+    /// Reads the next command into `windows`. The command stays the next one until
+    /// [`ControlQueue::complete`]. Returns `None` if no command is available or the ring is broken.
     pub fn take<'m, const N: usize>(&'m self, windows: &mut Windows<'m, N>) -> Option<Command> {
         windows.clear();
         if self.broken.is_set() {
@@ -76,7 +78,8 @@ impl ControlQueue {
         }
     }
 
-    /// Returns the command with so many bytes of answer. Says whether its driver is to be called.
+    /// Returns the command to the driver with `answered` bytes of answer. Returns whether the
+    /// driver is to be called.
     pub fn complete(&self, command: Command, answered: u32) -> bool {
         let (from, head) = (self.next(), command.head);
         let to = from + u64::from(head.span);
@@ -87,18 +90,18 @@ impl ControlQueue {
         self.ring.wants_call(from, to)
     }
 
-    /// Asks for kicks, and says whether it is safe to sleep: nothing became available meanwhile.
+    /// Asks for kicks. Returns whether it is safe to sleep: nothing became available meanwhile.
     pub fn arm(&self) -> bool {
         if self.broken.is_set() {
             return true;
         }
         let next = self.next();
         self.ring.want_kicks(true, next);
-        // What is wrong with the ring is found by the next take.
+        // The next take finds an impossible ring, and marks it broken.
         !self.has_available()
     }
 
-    /// Whether a command is available. A ring that is impossible counts as used.
+    /// Whether a command is available. Returns `true` for an impossible ring.
     pub fn has_available(&self) -> bool {
         self.ring.has_available(self.next()).unwrap_or(true)
     }
@@ -108,17 +111,17 @@ impl ControlQueue {
         self.ring.is_blank()
     }
 
-    /// Why the ring is broken, if it is.
+    /// Returns why the ring is broken, or `None`.
     pub fn broken(&self) -> Option<Broken> {
         self.broken.get()
     }
 
-    /// Entries of the ring.
+    /// Returns the number of entries of the ring.
     pub fn size(&self) -> u16 {
         self.size
     }
 
-    /// The answer to GET_VRING_BASE.
+    /// Returns the answer to GET_VRING_BASE.
     pub fn base(&self) -> u32 {
         self.ring.base(self.next())
     }

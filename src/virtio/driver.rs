@@ -5,16 +5,16 @@
 //! token and the number of bytes that the device wrote. One [`DriverRing`] serves one queue and one
 //! thread.
 //!
-//! - Split rings follow virtio 1.2 §2.7, packed rings §2.8. Indices and free lists are private:
-//!   what the device writes is only ever compared with them, so a device that returns what it was
-//!   not given is found out ([`RingFault`]) and corrupts nothing here.
-//! - Free descriptors (packed: buffer ids) are a first-in first-out list. Used in order they come
-//!   back in order, so that descriptors are taken in ring order, as VIRTIO_F_IN_ORDER demands,
-//!   without a second mechanism, and four consecutive ones share a cache line.
-//! - Descriptors are written anew for each buffer, as real drivers do: a device must pay for
-//!   fetching them here as it would there.
-//! - Nothing posted is visible before [`DriverRing::publish`], for packed rings too: the first
-//!   descriptor's flags are held back until then.
+//! - Split rings follow virtio 1.2 §2.7, packed rings §2.8. Indices and free lists are private.
+//!   What the device writes is only compared with them. So a device that returns what it was not
+//!   given is found out ([`RingFault`]), and corrupts nothing here.
+//! - Free descriptors (packed: buffer ids) are a first-in first-out list. Descriptors that are used
+//!   in order come back in order. So descriptors are taken in ring order, as VIRTIO_F_IN_ORDER
+//!   demands, without a second mechanism. Four consecutive descriptors share a cache line.
+//! - Descriptors are written anew for each buffer, as real drivers do. A device must pay here for
+//!   fetching descriptors as it would there.
+//! - Nothing posted is visible before [`DriverRing::publish`], in packed rings too: the flags of
+//!   the first descriptor are held back until then.
 
 mod packed;
 mod split;
@@ -41,17 +41,18 @@ pub const DESC_INDIRECT: u16 = 4;
 /// Bytes of one descriptor, in either kind of ring.
 pub const DESC_SIZE: usize = 16;
 
-/// Rings keep their areas on lines of their own: the two sides write to different ones.
+/// Bytes of a cache line. Each area of a ring begins on a line of its own, because the two sides
+/// write to different areas.
 const LINE: usize = 64;
 
-/// One buffer of a chain: where it is for the device, and which side writes to it.
+/// One buffer of a chain: its place for the device, and the side that writes to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
     /// Guest physical address.
     pub address: u64,
     /// Length in bytes.
     pub len: u32,
-    /// Whether the device writes to it.
+    /// Whether the device writes to the buffer.
     pub writable: bool,
 }
 
@@ -82,14 +83,14 @@ impl Buffer {
 /// A chain that the device has finished with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Used {
-    /// What the chain was posted with.
+    /// The token that the chain was posted with.
     pub token: u32,
     /// Bytes that the device says it wrote. With VIRTIO_F_IN_ORDER a device may return several
-    /// chains with one entry; then only the last one's length means anything.
+    /// chains with one entry. Then only the length of the last chain means anything.
     pub len: u32,
 }
 
-/// Something that only a broken device does.
+/// An error that only a broken device makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingFault {
     /// The device's index moved further than there were buffers.
@@ -220,38 +221,39 @@ impl<'m> DriverRing<'m> {
         }
     }
 
-    /// Descriptors that can be posted.
+    /// Returns the number of descriptors that can be posted.
     #[inline(always)]
     pub fn free(&self) -> u16 {
         either!(self, free())
     }
 
-    /// Chains that the device has, published or not.
+    /// Returns the number of chains posted and not reaped yet, published or not.
     #[inline(always)]
     pub fn outstanding(&self) -> u16 {
         either!(self, outstanding())
     }
 
-    /// Posts a chain of one buffer; false where the ring is full.
+    /// Posts a chain of one buffer. Returns `false` if the ring is full.
     #[inline(always)]
     pub fn post_one(&mut self, buffer: Buffer, token: u32) -> bool {
         either!(self, post_one(buffer, token))
     }
 
-    /// Posts chains of one buffer each, with their tokens, as long as the ring has room; returns
-    /// how many. Cheaper than one at a time.
+    /// Posts chains of one buffer each, with their tokens, as long as the ring has room. Returns
+    /// how many were posted. Cheaper than one at a time.
     #[inline(always)]
     pub fn post_burst(&mut self, chains: &[(Buffer, u32)]) -> usize {
         either!(self, post_burst(chains))
     }
 
-    /// Posts a chain of `buffers`, readable ones first; false where there are too few descriptors.
+    /// Posts a chain of `buffers`, readable ones first. Returns `false` if there are too few free
+    /// descriptors.
     pub fn post(&mut self, buffers: &[Buffer], token: u32) -> bool {
         either!(self, post(buffers, token))
     }
 
-    /// Posts a chain through the indirect table `table`, which the device finds at `address`; false
-    /// where the ring is full or the table too short for `buffers`.
+    /// Posts a chain through the indirect table `table`, which the device finds at `address`.
+    /// Returns `false` if the ring is full or the table too short for `buffers`.
     pub fn post_indirect(
         &mut self,
         table: &Window<'_>,
@@ -274,13 +276,13 @@ impl<'m> DriverRing<'m> {
         either!(self, needs_kick())
     }
 
-    /// Takes back the next chain that the device has finished with.
+    /// Takes back the next chain that the device has finished with; `None` if there is none.
     #[inline(always)]
     pub fn reap(&mut self) -> Option<Used> {
         either!(self, reap())
     }
 
-    /// Takes back chains that the device has finished with, until `burst` is full; cheaper than one
+    /// Takes back chains that the device has finished with, until `burst` is full. Cheaper than one
     /// at a time.
     #[inline(always)]
     pub fn reap_burst<const N: usize>(&mut self, burst: &mut ArrayVec<Used, N>) {
@@ -290,7 +292,7 @@ impl<'m> DriverRing<'m> {
         }
     }
 
-    /// What the device did wrong, once it has; nothing is reaped from then on.
+    /// Returns what the device did wrong, or `None`. After a fault nothing is reaped any more.
     pub fn fault(&self) -> Option<RingFault> {
         either!(self, fault())
     }
@@ -300,26 +302,26 @@ impl<'m> DriverRing<'m> {
         either!(self, suppress_calls());
     }
 
-    /// Asks the device to call at the next used chain; true where one is already there, and no call
-    /// may come for it.
+    /// Asks the device to call at the next used chain. Returns `true` if a chain is used already:
+    /// no call may come for that chain.
     #[must_use]
     pub fn enable_calls(&mut self) -> bool {
         either!(self, enable_calls())
     }
 
-    /// What to tell a backend with SET_VRING_BASE at the start, and what a stop should answer once
-    /// everything posted has been used.
+    /// Returns what to tell a backend with SET_VRING_BASE at the start, and what a stop should
+    /// answer once everything posted has been used.
     pub fn base(&self) -> u32 {
         either!(self, base())
     }
 }
 
-/// virtio 1.2 §2.7.10: whether moving an index from `old` to `new` passes the `event` index.
+/// Whether moving an index from `old` to `new` passes the `event` index (virtio 1.2 §2.7.10).
 ///
 /// Worked example: old 65534, new 2 (four entries: 65534, 65535, 0, 1). Event 0 asks for a
 /// notification when entry 0 was added: 2 − 0 − 1 = 1 < 2 − 65534 = 4 (modulo 65536), so yes. Event
-/// 2 has not been reached: 2 − 2 − 1 = 65535, no. The tempting `old <= event && event < new` fails
-/// at the wrap.
+/// 2 has not been reached: 2 − 2 − 1 = 65535, so no. `old <= event && event < new` looks right, but
+/// fails at the wrap.
 #[inline(always)]
 pub fn passes_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)

@@ -1,9 +1,9 @@
 //! Feature bits that need others (virtio 1.2 §2.2.1, §5.1.3.1).
 //!
-//! A device must not offer a feature without those that it needs, and a driver that finds such an
-//! offer refuses the card: Linux checks it in `virtnet_validate_features`. So one table serves the
-//! session, which offers nothing that breaks it, and every guest of ours, which goes no further
-//! where an offer does.
+//! A device must not offer a feature without the features that it needs. A driver that finds such
+//! an offer refuses the card: Linux checks the offer in `virtnet_validate_features`. So one table
+//! serves two users. A session offers nothing that breaks a rule. A guest of ours stops at an offer
+//! that does.
 
 use std::fmt;
 
@@ -18,7 +18,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_RSS, VIRTIO_NET_F_VQ_NOTF_COAL,
 };
 
-/// A feature, its name, and those of which it needs one.
+/// A feature, its name, and the features of which it needs at least one.
 struct Rule {
     feature: u32,
     name: &'static str,
@@ -39,8 +39,8 @@ const GUEST_CSUM: &[u32] = &[VIRTIO_NET_F_GUEST_CSUM];
 const GUEST_TSO: &[u32] = &[VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6];
 const HOST_TSO: &[u32] = &[VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6];
 
-/// §5.1.3.1, and what Linux checks beyond it: whatever is commanded needs the ring that commands
-/// come by.
+/// The rules of §5.1.3.1, and what Linux checks in addition: a feature that is controlled by
+/// commands needs the ring of commands.
 const RULES: [Rule; 23] = [
     rule(VIRTIO_NET_F_GUEST_TSO4, "GUEST_TSO4", GUEST_CSUM),
     rule(VIRTIO_NET_F_GUEST_TSO6, "GUEST_TSO6", GUEST_CSUM),
@@ -71,10 +71,10 @@ const RULES: [Rule; 23] = [
     rule(VIRTIO_NET_F_VQ_NOTF_COAL, "VQ_NOTF_COAL", CTRL_VQ),
 ];
 
-/// A feature without one that it needs.
+/// A feature that lacks another one that it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unmet {
-    /// The bit of the feature.
+    /// Bit number of the feature.
     pub feature: u32,
     name: &'static str,
     needs: &'static [u32],
@@ -93,8 +93,8 @@ impl fmt::Display for Unmet {
     }
 }
 
-/// The first feature of a set that lacks what it needs; a driver refuses a device that offers such
-/// a set.
+/// Returns the first feature of a set that lacks a feature which it needs, or `None`. A driver
+/// refuses a device that offers a set with such a feature.
 pub fn unmet(features: u64) -> Option<Unmet> {
     let has = |bit: &u32| features & (1 << bit) != 0;
     let rule = RULES
@@ -107,7 +107,7 @@ pub fn unmet(features: u64) -> Option<Unmet> {
     })
 }
 
-/// The largest part of a set in which every feature has what it needs.
+/// Returns the largest part of a set in which every feature has what it needs.
 pub fn without_unmet(mut features: u64) -> u64 {
     while let Some(unmet) = unmet(features) {
         features &= !(1 << unmet.feature);
@@ -128,7 +128,8 @@ mod tests {
             assert_eq!(unmet(set(&[bit])).map(|unmet| unmet.feature), Some(bit));
             assert_eq!(unmet(set(&[17, bit])), None);
         }
-        // One of two is enough, and what is taken away takes others along.
+        // One of two needed features is enough. A feature that is removed takes along those that
+        // need it.
         assert_eq!(unmet(set(&[0, 12, 13])), None);
         assert_eq!(without_unmet(set(&[12, 13, 15])), set(&[15]));
         assert_eq!(without_unmet(set(&[0, 12, 13])), set(&[0, 12, 13]));

@@ -8,18 +8,21 @@
 //! | [`split`], [`packed`] | one ring in guest memory each; [`Ring`] is the enum of the two |
 //! | `share` | who may have the last buffers of a ring that is short of them |
 //! | [`redo`] | what outlives the process, for packed rings |
-//! | [`ControlQueue`] | takes commands and returns them answered, one owner at all |
+//! | [`ControlQueue`] | returns commands with their answers; only its session uses it |
 //! | [`TransmitQueue`] | takes chains and completes them, one owner at a time |
 //! | [`ReceiveQueue`] | delivers, any thread at any time |
-//! | [`Claim`] | what one thread has claimed of it, until it commits |
+//! | [`Claim`] | what one thread has claimed in a receiveq, until the thread commits |
 //! | [`driver`] | the other side of both rings, for the load generator and tests |
 //!
-//! All of it reads memory that a hostile guest writes at the same time: values are read once into
-//! locals, checked there, and used from there. Three classes of trouble: a *malformed chain* is
-//! returned with length 0 and counted, and the ring goes on; an *impossible ring* ([`Broken`])
-//! stops this ring until its next start; nothing is ever fatal.
+//! Everything here reads memory that a hostile guest writes at the same time. So a value is read
+//! once into a local, checked there, and used from there. There are two
+//! classes of trouble, and neither is fatal to the process:
+//!
+//! - A *malformed chain* is returned with length 0 and counted, and the ring goes on.
+//! - An *impossible ring* ([`Broken`]) stops this ring until its next start.
 
-/// In test builds, whether the calling thread makes a deliberate mistake here (`mutants`).
+/// In test builds: whether the calling thread makes a deliberate mistake here (`mutants`). In other
+/// builds: the constant `false`.
 #[cfg(test)]
 macro_rules! mutant {
     ($name:ident) => {
@@ -69,11 +72,12 @@ pub use transmitq::{FullBarrier, Taken, TransmitQueue};
 
 use crate::memory::{GuestMemory, PinnedWindow, Window};
 
-/// Largest ring (virtio 1.2 §2.7 and §2.8: at most 2^15 entries).
+/// Entries of the largest ring (virtio 1.2 §2.7 and §2.8: at most 2^15).
 pub const MAX_RING_SIZE: u32 = 32768;
 /// Bytes of the virtio-net header with `num_buffers` (virtio 1.2 §5.1.6).
 pub const NET_HDR_SIZE: usize = 12;
-/// The same without it: legacy drivers that have not negotiated mergeable buffers (§5.1.6.1).
+/// Bytes of the virtio-net header without `num_buffers`, for legacy drivers that have not
+/// negotiated mergeable buffers (§5.1.6.1).
 pub const LEGACY_NET_HDR_SIZE: usize = 10;
 
 /// Negotiated features that change how a ring is read and written.
@@ -96,7 +100,7 @@ pub struct RingFeatures {
 }
 
 impl RingFeatures {
-    /// Bytes of the virtio-net header in every buffer of the device's rings.
+    /// Returns the bytes of the virtio-net header before each frame.
     pub fn header(self) -> usize {
         if self.version_1 || self.mergeable {
             NET_HDR_SIZE
@@ -106,7 +110,7 @@ impl RingFeatures {
     }
 }
 
-/// Everything a ring needs to start; the windows hold the regions they lie in.
+/// Everything that a ring needs to start. The windows keep the regions alive that they lie in.
 #[derive(Clone, Debug)]
 pub struct RingSetup {
     /// Entries: a power of two for split rings, 1 to 32768.
@@ -119,22 +123,22 @@ pub struct RingSetup {
     pub used: PinnedWindow,
     /// Negotiated features.
     pub features: RingFeatures,
-    /// The value of SET_VRING_BASE, as sent. A split ring starts at its own `used.idx` all the
-    /// same.
+    /// The value of SET_VRING_BASE, as sent. A split ring ignores it and starts at its own
+    /// `used.idx`.
     pub base: u32,
     /// The guest's memory, for the addresses in descriptors.
     pub memory: Arc<GuestMemory>,
-    /// The ring's record, where one is kept; packed rings only.
+    /// The ring's record, if one is kept. Only packed rings have records.
     pub redo: Option<Redo>,
 }
 
 /// Why a ring does not start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SetupError {
-    /// No power of two (split), zero or above 32768.
+    /// The size is no power of two (split), or zero or above 32768.
     #[error("a ring of {0} entries is not possible")]
     Size(u16),
-    /// A part of the ring is longer than the memory it was found in.
+    /// A part of the ring is longer than the memory region that it begins in.
     #[error("the ring is not wholly in guest memory")]
     Short,
     /// Descriptors need 16 bytes, the used ring 4, the available ring 2 (packed: 16, 4, 4).
@@ -145,35 +149,35 @@ pub enum SetupError {
     Base(u32),
 }
 
-/// Why a ring is broken: something that no driver may do and that cannot be answered. It heals with
-/// the ring's next start.
+/// Why a ring is broken: the driver did something that no driver may do, and that cannot be
+/// answered. The ring's next start heals it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Broken {
     /// The available index is further ahead than the ring has entries.
     #[error("available index is {ahead} entries ahead in a ring of {size}")]
     AvailableIndex {
-        /// Distance from our position.
+        /// Distance from the device's position.
         ahead: u16,
-        /// Entries.
+        /// Entries of the ring.
         size: u16,
     },
-    /// An available entry names no descriptor, so that it cannot be returned either.
+    /// An available entry names no descriptor of the ring. So the entry cannot be returned either.
     #[error("available entry names descriptor {head} in a ring of {size}")]
     Head {
         /// The index found.
         head: u16,
-        /// Entries.
+        /// Entries of the ring.
         size: u16,
     },
-    /// A chain in a packed ring has no end, or none where one is looked for.
+    /// A chain in a packed ring does not end within the ring, or within `LONGEST_WALK` descriptors.
     #[error("a chain has no end within {size} descriptors")]
     EndlessChain {
-        /// Entries of the ring, or as many of them as are read in search of the end.
+        /// Entries of the ring, or `LONGEST_WALK` if the ring has more.
         size: u16,
     },
 }
 
-/// Set once by whoever finds the ring broken, read by everybody.
+/// The reason why a ring is broken. Any thread may set it, once; all threads read it.
 #[derive(Debug, Default)]
 struct BrokenMark(OnceLock<Broken>);
 
@@ -185,7 +189,8 @@ impl BrokenMark {
 
     #[cold]
     fn set(&self, broken: Broken) {
-        // The first reason stays; OnceLock's own lock is never waited for: the value is ready.
+        // The first reason stays. No thread waits for the lock inside OnceLock, because the value
+        // is ready when `set` is called.
         let _ = self.0.set(broken);
     }
 
@@ -194,25 +199,27 @@ impl BrokenMark {
     }
 }
 
-/// A chain's identity: what goes back to the driver, and how many positions it covers.
+/// A chain's identity: the number that goes back to the driver, and how many positions the chain
+/// covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
-    /// Split: index of the first descriptor. Packed: buffer id.
+    /// Split: index of the first descriptor. Packed: buffer id of the last descriptor (§2.8.6).
     pub id: u16,
-    /// Positions: 1 (split), descriptors in the ring (packed).
+    /// Number of positions: 1 (split), or the descriptors in the ring (packed).
     pub span: u16,
 }
 
-/// A chain found available: its head, and the bytes of its buffers or why it cannot be used.
+/// A chain that was found available: its head, and the length of its buffers or why they cannot be
+/// used.
 #[derive(Clone, Copy, Debug)]
 pub struct Chain {
-    /// What goes back to the driver.
+    /// Identity of the chain, which goes back to the driver.
     pub head: Head,
-    /// Bytes collected.
+    /// Bytes of the buffers collected, or why the chain cannot be used.
     pub len: Result<u32, ChainError>,
 }
 
-/// Descriptors that are looked at to see whether a driver has ever written any.
+/// Number of descriptors that are read to see whether a driver has ever written any.
 const BLANK_DESCRIPTORS: usize = 256;
 
 /// A started ring of either kind.
@@ -225,7 +232,7 @@ pub enum Ring {
 }
 
 impl Ring {
-    /// Starts a ring; returns it with its first position.
+    /// Starts a ring. Returns the ring with its first position.
     pub fn start(setup: &RingSetup) -> Result<(Self, u64), SetupError> {
         if setup.features.packed {
             packed::PackedRing::start(setup).map(|(ring, at)| (Ring::Packed(ring), at))
@@ -234,23 +241,26 @@ impl Ring {
         }
     }
 
-    /// No position from here on can be available; before it, [`Ring::read_chain`] decides.
+    /// Returns the end of the positions that can be available. Positions at or behind the end are
+    /// not available. Before the end, [`Ring::read_chain`] decides.
     #[inline(always)]
     pub fn available_to(&self, position: u64) -> Result<u64, Broken> {
         match self {
             Ring::Split(ring) => ring.available_to(position),
-            // A packed ring has no index: each head says for itself.
+            // A packed ring has no index. The flags of each head descriptor say whether it is
+            // available.
             Ring::Packed(_) => Ok(u64::MAX),
         }
     }
 
-    /// Whether [`Ring::available_to`] is the end of what is available, and not only a bound.
+    /// Whether [`Ring::available_to`] returns the exact end of what is available, and not only a
+    /// bound.
     #[inline(always)]
     fn knows_its_end(&self) -> bool {
         matches!(self, Ring::Split(_))
     }
 
-    /// Asks for the line that says whether `position` is available.
+    /// Prefetches the line that says whether `position` is available.
     #[inline(always)]
     fn prefetch_available(&self, position: u64) {
         match self {
@@ -259,23 +269,23 @@ impl Ring {
         }
     }
 
-    /// Asks for the other lines of the chain at `position`, if it is available.
+    /// Prefetches the other lines of the chain at `position`, if the chain is available.
     #[inline(always)]
     fn prefetch_next(&self, position: u64) {
         match self {
             Ring::Split(ring) => ring.prefetch_next(position),
-            // All there is to a descriptor is in one line.
+            // A packed descriptor is in one line, which `prefetch_available` has prefetched.
             Ring::Packed(_) => {}
         }
     }
 
-    /// The end of what is available from `position` on, at most `end`. Not for every claim: a
-    /// packed ring is searched.
+    /// Returns the end of what is available from `position` on, at most `end`. Too costly for every
+    /// claim, because a packed ring is searched.
     pub fn free_to(&self, position: u64, end: u64) -> u64 {
         let available = match self.available_to(position) {
             Ok(u64::MAX) => {
-                // Drivers make descriptors available in order; for one that does not, this is just
-                // a number.
+                // A binary search, because drivers make descriptors available in order. For a
+                // driver that does not, the result means nothing, and harms nothing.
                 let (mut free, mut beyond) = (position, end);
                 while free < beyond {
                     let middle = free + (beyond - free) / 2;
@@ -287,13 +297,13 @@ impl Ring {
                 free
             }
             Ok(available) => available,
-            // An impossible ring is found by the next claim.
+            // The next claim finds the impossible ring, and marks it broken.
             Err(_) => position,
         };
         available.min(end)
     }
 
-    /// Whether the position is available.
+    /// Whether the position is available. Returns an error for an impossible ring.
     pub fn has_available(&self, position: u64) -> Result<bool, Broken> {
         match self {
             Ring::Split(ring) => ring.available_to(position).map(|end| end != position),
@@ -301,8 +311,8 @@ impl Ring {
         }
     }
 
-    /// Whether nothing was ever written to the driver's part of the ring: its first descriptors,
-    /// and its index or event.
+    /// Whether the driver never wrote anything: neither to the first descriptors nor to its index
+    /// or event.
     pub fn is_blank(&self) -> bool {
         match self {
             Ring::Split(ring) => ring.is_blank(),
@@ -310,8 +320,8 @@ impl Ring {
         }
     }
 
-    /// The chain at a position before [`Ring::available_to`], where it is available and one usable
-    /// buffer: how most are. Anything else is for [`Ring::read_chain`].
+    /// Returns the chain at a position before [`Ring::available_to`], if the chain is available and
+    /// is one usable buffer. Most chains are. `None` means that [`Ring::read_chain`] decides.
     #[inline(always)]
     pub fn single(&self, position: u64, direction: Direction) -> Option<(Head, Window<'_>)> {
         match self {
@@ -320,7 +330,8 @@ impl Ring {
         }
     }
 
-    /// The same of a transmitq, with its used element of length 0 written.
+    /// As [`Ring::single`] for a transmitq, and also prepares the chain's used element of length 0:
+    /// in the ring (split) or as a note (packed).
     #[inline(always)]
     fn take_single(&self, position: u64) -> Option<(Head, Window<'_>)> {
         match self {
@@ -329,7 +340,8 @@ impl Ring {
         }
     }
 
-    /// Reads the chain at a position before [`Ring::available_to`]; `None` if it is not available.
+    /// Reads the chain at a position before [`Ring::available_to`], until `wanted` bytes are
+    /// collected in `windows`. Returns `None` if the chain is not available.
     #[inline(never)]
     pub fn read_chain<'m, const N: usize>(
         &'m self,
@@ -346,8 +358,8 @@ impl Ring {
         }
     }
 
-    /// Reads the command at a position before [`Ring::available_to`], and where in `windows` the
-    /// room for its answer begins; `None` if it is not available.
+    /// Reads the command at a position before [`Ring::available_to`]. Returns the chain and where
+    /// in `windows` the room for its answer begins, or `None` if no command is available.
     fn read_command<'m, const N: usize>(
         &'m self,
         position: u64,
@@ -381,7 +393,7 @@ impl Ring {
         }
     }
 
-    /// The number that GET_VRING_BASE answers for a position.
+    /// Returns the answer to GET_VRING_BASE for a position.
     fn base(&self, position: u64) -> u32 {
         match self {
             Ring::Split(_) => u32::from(position as u16),

@@ -1,8 +1,8 @@
-//! Deliberate mistakes in the code of packed rings and their records, of which the tests must find
-//! every single one: a simulation of killed processes that does not find them proves nothing.
+//! Deliberate mistakes in the code of packed rings and their records. The tests must find every
+//! single one. A simulation of killed processes that does not find them proves nothing.
 //!
-//! It exists under `cfg(test)` only; in a production build [`mutant!`](super) is the constant
-//! `false`.
+//! The mistakes exist under `cfg(test)` only. In a production build [`mutant!`](super) is the
+//! constant `false`.
 
 use std::cell::Cell;
 
@@ -11,33 +11,33 @@ use std::cell::Cell;
 pub(super) enum Mutant {
     /// The record never says that a run is being published.
     NoRun,
-    /// It says that the run is over before the ring is written.
+    /// The record says that the run is over before the ring is written.
     EarlyEnd,
-    /// It has the run one descriptor too short.
+    /// The record has the run one descriptor too short.
     ShortRun,
-    /// It loses the wrap counter of where a run begins.
+    /// The record loses the wrap counter of the place where a run begins.
     BeginWithoutWrap,
-    /// It loses the wrap counter of where a run ended.
+    /// The record loses the wrap counter of the place where a run ended.
     EndWithoutWrap,
-    /// The length in a note is not what was written.
+    /// A note has no length.
     NoteWithoutLength,
-    /// The buffer's id in a note is another one's.
+    /// A note has the id of another buffer.
     NoteOfAnother,
     /// The driver sees a run's first element before the others.
     FirstElementFirst,
     /// A run is written again although the driver has seen it.
     AlwaysAgain,
-    /// A run that the driver has not seen is left as it is.
+    /// A run that the driver has not seen is not written again.
     NeverAgain,
-    /// A run that the driver has seen is taken for one that never was.
+    /// After a run that the driver has seen, the next process goes on at the start of the run.
     RunForgotten,
-    /// A ring that its driver has cleared is believed to be where its record says.
+    /// A ring that its driver has cleared goes on where its record says.
     ClearedBelieved,
     /// Notes are believed whatever they say.
     NotesBelieved,
-    /// What a start has found is not recorded.
+    /// The position that a start has found is not recorded.
     StartUnrecorded,
-    /// A ring without an event index does not show that a device has been there.
+    /// A ring without an event index is not marked as used by a device.
     StartUnmarked,
     /// A new record does not say where its ring starts.
     NewAtZero,
@@ -66,12 +66,12 @@ thread_local! {
     static MADE: Cell<Option<Mutant>> = const { Cell::new(None) };
 }
 
-/// Whether this thread makes this mistake.
+/// Whether the calling thread makes this mistake.
 pub(super) fn is(mutant: Mutant) -> bool {
     MADE.get() == Some(mutant)
 }
 
-/// Makes a mistake on this thread from now on, or none any more.
+/// Sets the mistake that the calling thread makes from now on; `None` for no mistake.
 pub(super) fn make(mutant: Option<Mutant>) {
     MADE.set(mutant);
 }

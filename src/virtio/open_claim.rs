@@ -7,47 +7,48 @@ use super::receiveq::MIN_FRAME;
 use super::{Head, NET_HDR_SIZE};
 use crate::memory::Window;
 
-/// Most frames of one claim: a claim is open while its frames are copied.
+/// Most frames of one claim. Few, because a claim is open while its frames are copied.
 pub const CLAIM_FRAMES: usize = 32;
-/// Most buffers of one claim; a frame that needs more is too long for this queue.
+/// Most buffers of one claim. A frame that needs more is too long for the queue.
 const CLAIM_HEADS: usize = 128;
-/// Descriptors read after which a claim is closed, unless its first frame alone needs more.
+/// A claim is closed once more than this many descriptors were read, unless its first frame alone
+/// needs more.
 pub(super) const CLAIM_PIECES: usize = 128;
-/// Most pieces of memory of one claim: as many, and the longest chain.
+/// Most pieces of memory of one claim: [`CLAIM_PIECES`] and the longest chain.
 const CLAIM_WINDOWS: usize = CLAIM_PIECES + MAX_CHAIN;
 
 /// A buffer of an open claim.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ClaimedHead<'m> {
-    /// Its first piece of memory.
+    /// The buffer's first piece of memory.
     pub(super) first: Window<'m>,
-    /// The others, in `Claim::windows`: start and number. Most buffers have none.
+    /// The buffer's other pieces, in `Claim::windows`: start and number. Most buffers have none.
     pub(super) more: (u16, u16),
     pub(super) head: Head,
-    /// Bytes that the frame puts here; 0 for a buffer returned unused.
+    /// Bytes of header and frame that go into the buffer; 0 for a buffer that is returned unused.
     pub(super) written: u32,
 }
 
-/// One thread's open claim; a thread has at most one.
+/// One thread's open claim. A thread has at most one.
 #[derive(Debug)]
 pub struct Claim<'m> {
     pub(super) position: u64,
     pub(super) span: u16,
-    /// Bytes of the header before each frame.
+    /// Bytes of the virtio-net header before each frame.
     pub(super) header: usize,
     pub(super) heads: ArrayVec<ClaimedHead<'m>, CLAIM_HEADS>,
-    /// Pieces of buffers of several.
+    /// Pieces of buffers that have several.
     pub(super) windows: Windows<'m, CLAIM_WINDOWS>,
-    /// Heads that go back unused.
+    /// Number of buffers that go back unused.
     pub(super) bad: u16,
-    /// Those of them that are in guest memory which cannot be used.
+    /// Number of buffers in `bad` that lie in guest memory which cannot be used.
     pub(super) unusable: u16,
-    /// Heads of each frame, in order: first and number.
+    /// The buffers of each frame, in order: number of the first in `heads`, and how many.
     pub(super) frames: ArrayVec<(u16, u16), CLAIM_FRAMES>,
 }
 
 impl<'m> Claim<'m> {
-    /// An empty claim, to be reused.
+    /// Returns an empty claim, to be reused.
     pub fn new() -> Self {
         Claim {
             position: 0,
@@ -70,36 +71,38 @@ impl<'m> Claim<'m> {
         self.frames.clear();
     }
 
-    /// Number of frames that got buffers.
+    /// Returns the number of frames that got buffers.
     #[inline(always)]
     pub fn frames(&self) -> usize {
         self.frames.len()
     }
 
-    /// Number of buffers that go back unused, because no frame fits them.
+    /// Returns the number of buffers that go back unused, because they cannot be used or hold too
+    /// little.
     #[inline(always)]
     pub fn bad_buffers(&self) -> u16 {
         self.bad
     }
 
-    /// Number of those among them that are in guest memory which cannot be used.
+    /// Returns the number of unused buffers that lie in guest memory which cannot be used.
     #[inline(always)]
     pub fn unusable_buffers(&self) -> u16 {
         self.unusable
     }
 
-    /// Whether more descriptors were read for it than a claim usually has.
+    /// Whether more descriptors were read for the claim than a claim usually needs.
     pub fn is_costly(&self) -> bool {
         self.windows.read() as usize > CLAIM_PIECES
     }
 
-    /// Number of positions claimed.
+    /// Returns the number of positions claimed.
     #[inline(always)]
     pub fn span(&self) -> u64 {
         u64::from(self.span)
     }
 
-    /// End of the claimed positions: published once `ReceiveQueue::published` reaches it.
+    /// Returns the end of the claimed positions. The claim is visible once
+    /// `ReceiveQueue::published` reaches this position.
     pub fn end(&self) -> u64 {
         self.position + u64::from(self.span)
     }
@@ -110,16 +113,17 @@ impl<'m> Claim<'m> {
         self.header
     }
 
-    /// Number of buffers of frame `index` (`num_buffers` of its header).
+    /// Returns the number of buffers of frame `index` (`num_buffers` of its header).
     #[inline(always)]
     pub fn buffers(&self, index: usize) -> u16 {
         self.frames[index].1
     }
 
-    /// Hands over the windows of frame `index` in order, each with the bytes that go there.
+    /// Calls `piece` with the windows of frame `index` in order, each with the number of bytes that
+    /// go there.
     ///
-    /// Not an iterator: one through buffers and their windows is taken apart for each of them (965
-    /// instructions in place of 916 for 1500 bytes in two buffers).
+    /// Not an iterator: the compiler made more instructions of an iterator over buffers and their
+    /// windows.
     #[inline(always)]
     pub fn each_piece(&self, index: usize, mut piece: impl FnMut(Window<'m>, usize)) {
         let (first, count) = self.frames[index];
@@ -135,7 +139,7 @@ impl<'m> Claim<'m> {
         }
     }
 
-    /// The windows of a buffer behind its first one.
+    /// Calls `piece` with the windows of a buffer behind its first one, for `left` bytes.
     #[inline(never)]
     fn later_pieces(
         &self,
@@ -153,7 +157,8 @@ impl<'m> Claim<'m> {
         }
     }
 
-    /// The single window that holds all of frame `index`, in the usual case that there is one.
+    /// Returns the window that holds all `len` bytes of frame `index`, header included. Usually
+    /// there is one; `None` if the frame has several buffers or its buffer has several pieces.
     #[inline(always)]
     pub fn whole(&self, index: usize, len: usize) -> Option<Window<'m>> {
         let (first, count) = self.frames[index];
@@ -164,9 +169,9 @@ impl<'m> Claim<'m> {
         head.first.sub(0, len)
     }
 
-    /// After a memory fault of the sender: what follows the header of frame `index` becomes zero,
-    /// and each of its buffers shrinks to header and 60 bytes. Length 0 instead would make DPDK's
-    /// vectorised driver compute 65,524.
+    /// Blanks frame `index` after a memory fault of its sender. What follows the header becomes
+    /// zero, and each of the frame's buffers shrinks to header and 60 bytes. Length 0 would make
+    /// DPDK's vectorised driver compute a length of 65,524.
     #[cold]
     pub fn blank(&mut self, index: usize) {
         let (first, count) = self.frames[index];

@@ -1,10 +1,10 @@
 //! The packed virtqueue as the device sees it (virtio 1.2 §2.8).
 //!
-//! Beside [`super::split::SplitRing`] this is the only place that knows the difference. A position
-//! counts descriptors; its slot is `position % size`, its wrap counter 1 in even laps and 0 in odd
-//! ones. Used elements are not written while a claim is filled (the slots behind an earlier,
-//! unpublished claim still belong to it in the driver's eyes): they are noted in the ring's
-//! [record](Redo), and the publisher writes a whole run.
+//! Only this file and [`super::split::SplitRing`] know the difference. A position counts
+//! descriptors. Its slot is `position % size`; its wrap counter is 1 in even laps and 0 in odd
+//! ones. Used elements are not written while a claim is filled: the driver could see them before
+//! those of an earlier, unpublished claim. So they are noted in the ring's [record](Redo), and the
+//! publisher writes a whole run.
 
 mod note;
 
@@ -24,9 +24,9 @@ use crate::memory::{GuestMemory, PinnedArray, PinnedWindow, Window};
 
 /// Descriptor flag: made available in a lap whose wrap counter equals the bit (§2.8.1).
 const F_AVAIL: u16 = 1 << 7;
-/// Descriptor flag: used, likewise.
+/// Descriptor flag: used in a lap whose wrap counter equals this bit and `F_AVAIL` (§2.8.1).
 const F_USED: u16 = 1 << 15;
-/// The flags of used elements in a lap of wrap counter 1; in the others they are 0.
+/// The flags of used elements in a lap of wrap counter 1. In other laps these flags are 0.
 const USED_LAP: u16 = F_AVAIL | F_USED;
 
 /// Event suppression structure (§2.8.10): offset and wrap counter, then flags.
@@ -40,9 +40,8 @@ const EVENT_DESCRIPTOR: u16 = 2;
 /// Bytes of an event suppression structure.
 const EVENT_SIZE: u64 = 4;
 
-/// Most descriptors of a chain that are read in search of its end, where the id stands that it is
-/// returned by: 64 KiB of them, some 10 µs. A longer one, of a ring that is longer still, breaks
-/// it.
+/// The buffer id of a packed chain is in its last descriptor. Up to this many descriptors (64 KiB,
+/// about 10 µs) are read to find it. A longer chain breaks the ring.
 const LONGEST_WALK: u16 = 4 * MAX_CHAIN as u16;
 
 /// Sizes in bytes of descriptor ring, driver area and device area of a packed virtqueue (§2.8).
@@ -62,21 +61,20 @@ pub struct PackedRing {
     device_event: PinnedWindow,
     memory: Arc<GuestMemory>,
     size: u16,
-    /// The bit of a position that changes from lap to lap, for sizes that are a power of two; else
-    /// 0.
+    /// The bit of a position that changes from lap to lap; 0 if the size is no power of two.
     lap_bit: u64,
     event_idx: bool,
     indirect: bool,
-    /// By slot, used elements until their run is published; and how far that has come.
+    /// Used elements by slot, until their run is published; and the published position.
     redo: Redo,
 }
 
 impl PackedRing {
-    /// Checks the geometry, and returns the ring with the position where its record says that an
-    /// earlier process left it, else the one that SET_VRING_BASE names.
+    /// Checks the geometry. Returns the ring with its first position: where its record says that an
+    /// earlier process stopped, or else what SET_VRING_BASE says.
     ///
-    /// The low half of the base is the next available slot with its wrap counter in bit 15; the
-    /// used half is taken to be equal (virtio-user sends `0x8000` alone).
+    /// The base's low half is the next available slot, with its wrap counter in bit 15. The used
+    /// half is taken to be equal (virtio-user sends `0x8000` alone).
     pub fn start(setup: &RingSetup) -> Result<(Self, u64), SetupError> {
         if setup.size == 0 || u32::from(setup.size) > super::MAX_RING_SIZE {
             return Err(SetupError::Size(setup.size));
@@ -121,20 +119,18 @@ impl PackedRing {
             ring.redo.end(ring.word(position));
         }
         if !ring.event_idx && !mutant!(StartUnmarked) {
-            // Drivers look at this word only where it counts, and start with zeros: see `resume`.
+            // Without EVENT_IDX no driver reads this word. `resume` does: 0 is a cleared ring.
             let event = ring.device_event.window();
             event.store_u16(0, ring.word(0), Ordering::Relaxed);
         }
         Ok((ring, position))
     }
 
-    /// Where the record says that an earlier process left this ring, with the run finished that it
-    /// was publishing.
+    /// Finishes the run that an earlier process was publishing. Returns where the run ends.
     ///
-    /// `None` without a record, and where the driver has started anew since: it has cleared its
-    /// ring then, and no process of ours has written that it is polling, or where it wants a kick.
-    /// (Where the frontend knows of that start it has said so by another base, and the record is
-    /// not this ring's.)
+    /// Returns `None` without a record, and if the driver has started anew since: it has then
+    /// cleared its ring. (If the frontend knows of that start, it sends another base: another
+    /// record.)
     fn resume(&self) -> Option<u64> {
         let cleared = self.device_event.window().load_u32(0, Ordering::Acquire) == 0;
         if !self.redo.resumes() || cleared && !mutant!(ClearedBelieved) {
@@ -155,8 +151,7 @@ impl PackedRing {
         Some(if mutant!(RunForgotten) { from } else { to })
     }
 
-    /// Whether the notes of `[from, to)` are those of whole elements: a record that we did not
-    /// write is not believed.
+    /// Whether the notes of `[from, to)` are whole elements. If not, we did not write the record.
     fn has_notes(&self, from: u64, to: u64) -> bool {
         let mut position = from;
         while position < to {
@@ -170,27 +165,27 @@ impl PackedRing {
         position == to && to - from <= u64::from(self.size)
     }
 
-    /// The first position with this slot and wrap counter; `None` where there is no such slot.
+    /// Returns the first position with this slot and wrap counter; `None` if there is no such slot.
     fn position(&self, word: u16) -> Option<u64> {
         let (slot, size) = (u64::from(word & 0x7fff), u64::from(self.size));
         let lap_start = if word & 0x8000 == 0 { size } else { 0 };
         (slot < size).then_some(lap_start + slot)
     }
 
-    /// Slot and wrap counter of a position, as event suppression and SET_VRING_BASE write them.
+    /// Returns a position's slot and wrap counter, as in event suppression and SET_VRING_BASE.
     #[inline(always)]
     fn word(&self, position: u64) -> u16 {
         let (slot, lap) = self.place(position);
-        // The wrap counter stands where this flag does.
+        // The wrap counter is in the same bit as this flag.
         slot as u16 | lap & F_USED
     }
 
-    /// The slot of a position, and the flags of used elements in its lap: these stand for its wrap
-    /// counter everywhere here.
+    /// Returns the slot of a position, and the flags of used elements in its lap, which stand for
+    /// the wrap counter everywhere here.
     #[inline(always)]
     fn place(&self, position: u64) -> (usize, u16) {
         let flags = |wrap| if wrap { USED_LAP } else { 0 };
-        // Several times a frame: no division, and no shift by a number that has to be found first.
+        // Called several times a frame: no division, and no shift by a number from memory.
         if self.lap_bit != 0 {
             let slot = position & (self.lap_bit - 1);
             return (slot as usize, flags(position & self.lap_bit == 0));
@@ -200,7 +195,7 @@ impl PackedRing {
         ((position % size) as usize, flags(lap & 1 == 0))
     }
 
-    /// The word that SET_VRING_BASE and GET_VRING_BASE exchange for a position, both halves equal.
+    /// Returns a position in the form of SET_VRING_BASE and GET_VRING_BASE, with both halves equal.
     pub fn base(&self, position: u64) -> u32 {
         let half = u32::from(self.word(position));
         half | half << 16
@@ -208,8 +203,8 @@ impl PackedRing {
 
     /// Whether the descriptor at `position` is available.
     ///
-    /// Acquire pairs with the driver's barrier before it writes the head's flags, last of a chain
-    /// (§2.8.21): the rest of the chain and the buffers are visible.
+    /// Acquire pairs with the driver's barrier before it writes the head's flags, which it does
+    /// last of a chain (§2.8.21). So the rest of the chain and the buffers are visible.
     #[inline(always)]
     pub fn is_available(&self, position: u64) -> bool {
         let (slot, lap) = self.place(position);
@@ -217,7 +212,7 @@ impl PackedRing {
         is_available((rest >> FLAGS_SHIFT) as u16, lap)
     }
 
-    /// Whether the driver has written nothing: neither to the first descriptors nor to its event.
+    /// Whether the driver never wrote to the first descriptors nor to its event.
     pub fn is_blank(&self) -> bool {
         let words = 2 * usize::from(self.size).min(BLANK_DESCRIPTORS);
         let word = |at: usize| self.descriptors.load(at, Ordering::Relaxed);
@@ -225,20 +220,20 @@ impl PackedRing {
         event == 0 && (0..words).all(|at| word(at) == 0)
     }
 
-    /// Asks for the line of the descriptor at `position`.
+    /// Prefetches the line of the descriptor at `position`.
     #[inline(always)]
     pub fn prefetch_available(&self, position: u64) {
         self.descriptors.prefetch(2 * self.place(position).0);
     }
 
-    /// The chain at `position`, if it is available and one usable buffer.
+    /// Returns the chain at `position`, if it is available and is one usable buffer.
     #[inline(always)]
     pub fn single(&self, position: u64, direction: Direction) -> Option<(Head, Window<'_>)> {
         let (_, head, window) = self.single_at(position, direction)?;
         Some((head, window))
     }
 
-    /// The same of a transmitq, with its used element noted.
+    /// As [`PackedRing::single`] for a transmitq, and also notes the used element of length 0.
     #[inline(always)]
     pub fn take_single(&self, position: u64) -> Option<(Head, Window<'_>)> {
         let (slot, head, window) = self.single_at(position, Direction::Read)?;
@@ -249,7 +244,7 @@ impl PackedRing {
     #[inline(always)]
     fn single_at(&self, position: u64, direction: Direction) -> Option<(usize, Head, Window<'_>)> {
         let (slot, lap) = self.place(position);
-        // Acquire as in `is_available`; one load gives the flags and what they stand for.
+        // Acquire as in `is_available`. One load of both words, so flags and buffer match.
         let [addr, rest] = self.descriptors.load_two(2 * slot, Ordering::Acquire);
         let descriptor = Descriptor::new(addr, rest);
         if !is_available(descriptor.fourth, lap) {
@@ -260,7 +255,7 @@ impl PackedRing {
         Some((slot, Head { id, span }, window))
     }
 
-    /// Reads the chain at `position`, or `None` if the driver has not made it available.
+    /// Reads the chain at `position` until `wanted` bytes are there. `None` if it is not available.
     #[inline(always)]
     pub fn read_chain<'m, const N: usize>(
         &'m self,
@@ -273,7 +268,7 @@ impl PackedRing {
         self.walk(position, &mut collector)
     }
 
-    /// The same, into a collector.
+    /// As [`PackedRing::read_chain`], into a collector.
     #[inline(always)]
     pub fn walk<'m, const N: usize>(
         &'m self,
@@ -289,14 +284,14 @@ impl PackedRing {
         loop {
             let descriptor = Descriptor::of_ring(&self.descriptors, slot);
             span += 1;
-            // After an error the chain is only counted: it is returned whole.
+            // After an error, descriptors are only counted, because the chain is returned whole.
             if failed.is_none() && !collector.satisfied() {
                 failed = self.add(descriptor, span, collector).err();
             } else {
                 collector.skip();
             }
             if descriptor.fourth & F_NEXT == 0 {
-                // §2.8.6: the id that counts is the last descriptor's.
+                // §2.8.6: the buffer id is in the last descriptor.
                 let head = Head {
                     id: descriptor.third,
                     span,
@@ -341,14 +336,14 @@ impl PackedRing {
         if flags & F_INDIRECT == 0 {
             return collector.add(descriptor.addr, descriptor.len, flags);
         }
-        // §2.8.7: a table stands alone.
+        // §2.8.7: a descriptor with a table is the only one of its chain.
         if !self.indirect || span != 1 {
             return Err(ChainError::Indirect);
         }
         walk_packed_table(descriptor, collector)
     }
 
-    /// Notes the used elements of `position` and behind; the publisher writes them.
+    /// Notes the used elements from `position` on. The publisher writes them to the ring.
     #[inline(always)]
     pub fn write_used(&self, position: u64, heads: impl Iterator<Item = (Head, u32)>) {
         let (mut slot, _) = self.place(position);
@@ -373,13 +368,13 @@ impl PackedRing {
         self.redo.set_note(slot, note.0);
     }
 
-    /// Asks the driver for kicks from `position` on, or to leave them out. The caller looks once
-    /// more afterwards.
+    /// Asks the driver for kicks from `position` on, or asks for none. The full barrier pairs with
+    /// the driver's, so the caller must look for available chains once more afterwards.
     pub fn want_kicks(&self, wanted: bool, position: u64) {
         let event = self.device_event.window();
         if wanted && self.event_idx {
             event.store_u16(0, self.word(position), Ordering::Relaxed);
-            // The word before the flags that make it count.
+            // Release: the position must be visible before the flags that make it valid.
             event.store_u16(EVENT_FLAGS, EVENT_DESCRIPTOR, Ordering::Release);
         } else {
             let flags = if wanted { EVENT_ENABLE } else { EVENT_DISABLE };
@@ -396,8 +391,8 @@ fn is_available(flags: u16, lap: u16) -> bool {
 }
 
 impl Publish for PackedRing {
-    /// Writes the run's elements, each with one store, the first one last: the driver looks there,
-    /// and finding it used must find the whole run used (§2.8.21), a mergeable frame included.
+    /// Writes the run's elements, each with one store, and the first element last. A driver that
+    /// finds the first element used must find the whole run used (§2.8.21).
     fn publish(&self, from: u64, to: u64) {
         self.redo.begin(self.word(from), (to - from) as u16);
         let size = usize::from(self.size);
@@ -420,12 +415,12 @@ impl Publish for PackedRing {
                 slot -= size;
                 lap ^= u64::from(USED_LAP) << FLAGS_SHIFT;
             }
-            // One lap's elements.
+            // The elements of one lap.
             let (begin, end) = (slot, size.min(slot + left));
             while slot < end {
                 let note = Note::load(notes, slot);
                 // Release, not relaxed: a driver may look at a later element's flags when a first
-                // run ends inside a batch.
+                // run ends inside a batch of descriptors.
                 descriptors.store(2 * slot + 1, note.used(lap), Ordering::Release);
                 slot += note.span(notes, slot);
             }
@@ -435,8 +430,7 @@ impl Publish for PackedRing {
         self.redo.end(self.word(to));
     }
 
-    /// The test is against the whole newly visible run, never a thread's own claim: another
-    /// thread's claim may have become visible with this one, and the driver may be armed inside it.
+    /// Tests the whole run, because the driver's event may be in another thread's claim within it.
     fn wants_call(&self, from: u64, to: u64) -> bool {
         let event = self.driver_event.window();
         let flags = event.load_u16(EVENT_FLAGS, Ordering::Acquire);
@@ -445,16 +439,15 @@ impl Publish for PackedRing {
             EVENT_DESCRIPTOR if self.event_idx => {
                 let word = event.load_u16(0, Ordering::Relaxed);
                 let (slot, wrap) = (u64::from(word & 0x7fff), word & 0x8000 != 0);
-                // The armed position lies in the lap of `from` or the one after, whichever has its
-                // wrap counter. A stale event may look like the next lap's: a spare call, never a
-                // missing one.
+                // The event is in the lap of `from` or in the next: whichever has its wrap counter.
+                // A stale event may look like the next lap's: one call in vain.
                 let size = u64::from(self.size);
                 let lap = from / size;
                 let lap = if (lap & 1 == 0) == wrap { lap } else { lap + 1 };
                 let armed = lap * size + slot;
                 (from..to).contains(&armed)
             }
-            // 3 is reserved: a driver that writes it gets its calls.
+            // 3 is reserved. A driver that writes 3 gets all calls.
             _ => true,
         }
     }

@@ -1,7 +1,7 @@
-//! Hooks of tests: stop a producer at a chosen point of a delivery, let another one forestall it,
-//! and count what its thread tries.
+//! Hooks of tests: they stop a producer at a chosen point of a delivery, let another producer
+//! forestall it, and count what its thread tries.
 //!
-//! It exists under `cfg(test)` only; a production build has not one instruction of it.
+//! The hooks exist under `cfg(test)` only. A production build has not one instruction of them.
 
 use std::cell::{Cell, RefCell};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -11,17 +11,17 @@ use super::claim::Publish;
 /// Where a producer can be stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Point {
-    /// It has nothing in hand.
+    /// The producer has nothing in hand.
     BetweenPasses,
-    /// It has its positions, and nothing is written yet.
+    /// The producer has claimed positions, and nothing is written yet.
     Claimed,
     /// The frames are written, and the claim is not committed yet.
     Filled,
-    /// It has the token, and the used index still stands where it was.
+    /// The producer has the token, and has not stored the used index yet.
     Publishing,
 }
 
-/// What one thread has tried so far.
+/// How often one thread has tried to claim and to publish so far.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Tries {
     pub(crate) claims: u64,
@@ -30,12 +30,12 @@ pub(crate) struct Tries {
 
 #[derive(Debug, Default)]
 struct Order {
-    /// Stop here.
+    /// The point at which to stop.
     at: Option<Point>,
     stopped: bool,
 }
 
-/// The test's grip on the producers that it was given to.
+/// With a brake a test stops the producers that obey it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Brake(Arc<(Mutex<Order>, Condvar)>);
 
@@ -48,7 +48,7 @@ thread_local! {
 }
 
 impl Brake {
-    /// Makes the calling thread obey.
+    /// Makes the calling thread obey this brake.
     pub(crate) fn obey(&self) {
         BRAKE.set(Some(self.clone()));
     }
@@ -59,18 +59,18 @@ impl Brake {
         changed.notify_all();
     }
 
-    /// Whoever obeys stops when it comes to `point` next.
+    /// Makes each thread that obeys stop when it next comes to `point`.
     pub(crate) fn stop_at(&self, point: Point) {
         self.change(|order| order.at = Some(point));
     }
 
-    /// Whether somebody has stopped there.
+    /// Whether a thread has stopped.
     pub(crate) fn has_stopped(&self) -> bool {
         let order = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
         order.stopped
     }
 
-    /// Lets it go on.
+    /// Lets stopped threads go on.
     pub(crate) fn release(&self) {
         self.change(|order| *order = Order::default());
     }
@@ -85,15 +85,15 @@ impl Brake {
     }
 }
 
-/// A producer comes to `point`.
+/// To be called by a producer that comes to `point`. Waits there if the thread's brake says so.
 pub(crate) fn at(point: Point) {
-    // Taken out of the cell first: who waits must not hold the borrow.
+    // Cloned out of the cell first, because a thread that waits must not hold the borrow.
     if let Some(brake) = BRAKE.with_borrow(Clone::clone) {
         brake.pass(point);
     }
 }
 
-/// A producer tries to claim.
+/// Counts one try to claim.
 pub(super) fn claims() {
     TRIES.set(Tries {
         claims: tries().claims + 1,
@@ -101,13 +101,13 @@ pub(super) fn claims() {
     });
 }
 
-/// From now on the calling thread runs `rival` between reading where it would claim and claiming
-/// there.
+/// From now on the calling thread runs `rival` in each of its claims, after reading the position
+/// and before claiming it.
 pub(crate) fn set_rival(rival: Option<Rival>) {
     RIVAL.set(rival);
 }
 
-/// A producer knows what it would claim.
+/// To be called by a producer that knows what it would claim. Runs the rival.
 pub(super) fn planned() {
     RIVAL.with_borrow_mut(|rival| {
         if let Some(rival) = rival {
@@ -121,7 +121,7 @@ pub(super) fn planned() {
 pub(super) struct Watched<'r, R>(&'r R);
 
 impl<'r, R: Publish> Watched<'r, R> {
-    /// For one try to publish, which is counted.
+    /// Wraps `ring` for one try to publish, which is counted.
     pub(super) fn new(ring: &'r R) -> Self {
         TRIES.set(Tries {
             publishes: tries().publishes + 1,
@@ -142,7 +142,7 @@ impl<R: Publish> Publish for Watched<'_, R> {
     }
 }
 
-/// What the calling thread has tried so far.
+/// Returns how often the calling thread has tried so far.
 pub(crate) fn tries() -> Tries {
     TRIES.get()
 }

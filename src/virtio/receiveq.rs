@@ -16,15 +16,15 @@ use crate::memory::Window;
 
 /// Most bytes of one claim, unless one frame alone is longer.
 pub const CLAIM_BYTES: u32 = 64 * 1024;
-/// A buffer must hold the header and so many bytes of a frame, or it goes back unused: one that
-/// holds nothing would block a queue without mergeable buffers for ever.
+/// A buffer must hold the header and so many bytes of a frame, or it goes back unused. A useless
+/// buffer that stays would block a queue without mergeable buffers for ever.
 pub(super) const MIN_FRAME: usize = 60;
 /// Bytes of the longest frame with its header, rounded up to whole pages.
 const LONGEST: u32 = 68 * 1024;
-/// Most pages of receive buffers that are touched ahead: 16 MiB, about a ring of 256 buffers for
-/// the longest frames.
+/// Most pages of receive buffers that are touched in advance: 16 MiB, about a ring of 256 buffers
+/// for the longest frames.
 const TOUCHED_PAGES: usize = 4096;
-/// Swaps tried before a claim counts as lost.
+/// Tries before a claim counts as lost.
 const CLAIM_TRIES: usize = 4;
 
 /// Why no frame could be claimed for.
@@ -32,10 +32,10 @@ const CLAIM_TRIES: usize = 4;
 pub enum NoClaim {
     /// The driver has too few buffers available.
     Full,
-    /// Lost to other threads until the bound. Harmless.
+    /// Other threads were faster in each of `CLAIM_TRIES` tries. Harmless.
     Contended,
-    /// The first frame fits no buffer (not mergeable), or needs more buffers than a claim or the
-    /// ring has.
+    /// The first frame is longer than the next buffer (not mergeable), or needs more buffers than a
+    /// claim or the ring has.
     TooLong,
     /// The ring is broken.
     Broken,
@@ -54,10 +54,11 @@ pub struct ReceiveQueue {
 }
 
 impl ReceiveQueue {
-    /// Starts the ring. The driver is called once: it may sleep on work finished before a restart.
+    /// Starts the ring. The driver is called once, because it may sleep on work finished before a
+    /// restart.
     pub fn start(setup: &RingSetup) -> Result<Self, SetupError> {
         let (ring, position) = Ring::start(setup)?;
-        // A switch never needs to know when receive buffers arrive: it looks when it has a frame.
+        // No kicks: the switch looks for receive buffers when it has a frame.
         ring.want_kicks(false, position);
         let claims = Claims::new(setup.size, position);
         claims.want_call();
@@ -72,11 +73,11 @@ impl ReceiveQueue {
         })
     }
 
-    /// Claims buffers for as many of the frames (lengths in bytes, without header) as there are
-    /// buffers and limits allow.
+    /// Claims buffers for as many frames, from the first on, as buffers and limits allow. `lengths`
+    /// are in bytes, without header.
     ///
-    /// On `Ok`, `claim` holds at least one frame or at least one malformed chain that is to be
-    /// returned.
+    /// On `Ok`, `claim` holds at least one frame, or at least one buffer that is to be returned
+    /// unused.
     #[inline(always)]
     pub fn claim<'m>(
         &'m self,
@@ -86,7 +87,7 @@ impl ReceiveQueue {
         self.claim_leaving(lengths, 0, claim)
     }
 
-    /// The same, if so many buffers stay free.
+    /// As [`ReceiveQueue::claim`], but leaves the last `leave` available buffers alone.
     #[inline(always)]
     pub fn claim_leaving<'m>(
         &'m self,
@@ -94,7 +95,7 @@ impl ReceiveQueue {
         leave: u64,
         claim: &mut Claim<'m>,
     ) -> Result<(), NoClaim> {
-        // A claim of nothing would carry a tag of count 0, which is no tag.
+        // A claim of no positions would have a tag of count 0, which is no tag.
         debug_assert!(lengths.clone().next().is_some(), "a claim is for frames");
         for _ in 0..CLAIM_TRIES {
             #[cfg(test)]
@@ -106,9 +107,9 @@ impl ReceiveQueue {
             match self.plan(position, lengths.clone(), leave, claim) {
                 Ok(None) => {}
                 Ok(Some(reason)) if claim.span == 0 => {
-                    // What another thread has claimed since `position` was read, and published, is
-                    // no longer available in a packed ring: that says nothing about what stands
-                    // behind it.
+                    // In a packed ring, positions that another thread has claimed and published
+                    // since `position` was read are no longer available. That says nothing about
+                    // later positions.
                     if self.claims.next() == position {
                         return Err(reason);
                     }
@@ -116,8 +117,8 @@ impl ReceiveQueue {
                 }
                 Ok(Some(_)) => {}
                 Err(broken) => {
-                    // A thread that was descheduled after reading `position` sees an honest ring
-                    // too far ahead.
+                    // A thread that was descheduled after reading `position` finds the index of an
+                    // honest ring too far ahead.
                     if self.claims.next() == position {
                         self.broken.set(broken);
                         return Err(NoClaim::Broken);
@@ -136,7 +137,8 @@ impl ReceiveQueue {
         Err(NoClaim::Contended)
     }
 
-    /// Reads buffers from `position` on for the frames; says why it stopped before the last one.
+    /// Reads buffers from `position` on for the frames. Returns why it stopped before the last
+    /// frame, if it did.
     #[inline(always)]
     fn plan<'m>(
         &'m self,
@@ -161,7 +163,7 @@ impl ReceiveQueue {
             end
         };
         let mut bytes = 0;
-        // A frame that needed several buffers is mostly followed by another one: the try with one
+        // After a frame that needed several buffers the next one mostly does, too. A try with one
         // buffer would read its descriptor in vain.
         let mut single = true;
         for len in lengths {
@@ -181,8 +183,8 @@ impl ReceiveQueue {
         Ok(None)
     }
 
-    /// Reads a buffer for a frame of `len` bytes with header, in the usual case that one of one
-    /// piece holds it.
+    /// Reads a buffer for a frame of `len` bytes, header included. Returns whether one buffer of
+    /// one piece holds the frame, which is the usual case.
     #[inline(always)]
     fn plan_single<'m>(&'m self, len: u32, end: u64, claim: &mut Claim<'m>) -> bool {
         let position = claim.position + u64::from(claim.span);
@@ -197,8 +199,9 @@ impl ReceiveQueue {
         placed
     }
 
-    /// Adds the buffer at `position` to the claim, for `left` bytes of a frame, if it is of one
-    /// piece and holds `least`. The `first` buffer of a frame gets the header.
+    /// Adds the buffer at `position` to the claim for `left` bytes of a frame, if the buffer is one
+    /// piece and holds at least `least` bytes. The `first` buffer of a frame gets the header.
+    /// Returns the number of bytes for the buffer.
     #[inline(always)]
     fn add_single<'m>(
         &'m self,
@@ -228,7 +231,8 @@ impl ReceiveQueue {
         Some(written)
     }
 
-    /// Reads buffers for one frame of `len` bytes with header.
+    /// Reads buffers for one frame of `len` bytes, header included. Returns why there are none, if
+    /// so.
     #[inline(never)]
     fn plan_frame<'m>(
         &'m self,
@@ -238,8 +242,8 @@ impl ReceiveQueue {
     ) -> Result<Option<NoClaim>, Broken> {
         let (first, windows, span) = (claim.heads.len(), claim.windows.len(), claim.span);
         let least = if self.mergeable { 0 } else { len };
-        // Too long only if this frame alone fills a claim, which has room for the longest chain
-        // then.
+        // The frame is too long only if it fills a claim alone. The claim then has room for the
+        // longest chain.
         let (enough, full) = match first {
             0 => (CLAIM_PIECES + MAX_CHAIN, NoClaim::TooLong),
             _ => (CLAIM_PIECES, NoClaim::Full),
@@ -250,7 +254,7 @@ impl ReceiveQueue {
             let reason = if claim.windows.read() as usize > enough || claim.heads.is_full() {
                 full
             } else if position >= end {
-                // All the ring has, and still too little: no driver can ever provide more.
+                // The whole ring is too little, so no driver can ever provide enough.
                 let whole_ring = u32::from(claim.span - span) >= u32::from(self.size);
                 if whole_ring {
                     NoClaim::TooLong
@@ -269,8 +273,8 @@ impl ReceiveQueue {
                         continue;
                     }
                     Added::Returned => {
-                        // A malformed chain is never inside a frame: what was read for this one
-                        // before it is returned too.
+                        // A malformed chain is never inside a frame. The buffers before it, read
+                        // for this frame, are returned unused too.
                         self.give_up_heads(first, claim);
                         return self.restart_frame(len, end, claim);
                     }
@@ -296,7 +300,7 @@ impl ReceiveQueue {
         end: u64,
         claim: &mut Claim<'m>,
     ) -> Result<Option<NoClaim>, Broken> {
-        // Bounded: every turn consumed at least one position, and the heads of a claim are limited.
+        // Bounded: every turn used at least one position, and the buffers of a claim are limited.
         self.plan_frame(len, end, claim)
     }
 
@@ -307,8 +311,8 @@ impl ReceiveQueue {
         }
     }
 
-    /// Adds the buffer at `position` to the claim, for `left` bytes of a frame, `header` of them of
-    /// its header.
+    /// Adds the buffer at `position` to the claim for `left` bytes of a frame. `header` of these
+    /// bytes are the virtio-net header.
     #[inline(always)]
     fn add_buffer<'m>(
         &'m self,
@@ -318,8 +322,8 @@ impl ReceiveQueue {
         claim: &mut Claim<'m>,
     ) -> Result<Added, Broken> {
         let first = claim.windows.len();
-        // Never fewer than make a buffer usable: the walk stops at the bytes wanted, and a chain
-        // whose first pieces hold the rest of a frame would be taken for one of that length.
+        // At least as many bytes as make a buffer usable. The walk stops at `wanted` bytes: with
+        // fewer, a good chain would look too short.
         let least = (self.header + MIN_FRAME) as u32;
         let wanted = left.max(least);
         let chain =
@@ -336,7 +340,7 @@ impl ReceiveQueue {
         }
         let bytes = match chain.len {
             Err(ChainError::NoRoom) => return Ok(Added::NoRoom),
-            // Without mergeable buffers a frame is in one buffer or nowhere (virtio 1.2 §5.1.6.4).
+            // Without mergeable buffers a frame must fit into one buffer (virtio 1.2 §5.1.6.4).
             Ok(len) if len < left && !self.mergeable && len >= least => {
                 claim.windows.truncate(first);
                 return Ok(Added::TooSmall);
@@ -366,12 +370,12 @@ impl ReceiveQueue {
         })
     }
 
-    /// Touches the pages of the buffers that are available, up to `TOUCHED_PAGES`, without changing
-    /// them; says whether there were any.
+    /// Touches the pages of the available buffers, up to `TOUCHED_PAGES`, without changing them.
+    /// Returns whether any buffer was available.
     ///
-    /// The first write to a page of a mapping is a page fault, about 2 µs. A ring that has just
-    /// started would make a poll thread take one for nearly every frame, and all its guests wait;
-    /// the caller is a thread that may wait.
+    /// The first write to a page of a mapping is a page fault, about 2 µs. In a ring that has just
+    /// started, a poll thread would take one for nearly every frame, while all its guests wait. The
+    /// caller is a thread that may wait.
     pub fn touch_buffers(&self) -> bool {
         let position = self.claims.next();
         let (mut at, end) = (position, self.end_of_free());
@@ -379,14 +383,14 @@ impl ReceiveQueue {
         let mut pages = 0;
         while at < end && pages < TOUCHED_PAGES {
             windows.clear();
-            // What is wrong with the ring is found by whoever delivers into it.
+            // Whoever delivers into the ring finds what is wrong with it.
             let Ok(Some(chain)) = self
                 .ring
                 .read_chain(at, Direction::Write, LONGEST, &mut windows)
             else {
                 break;
             };
-            // A chain of nothing but empty descriptors counts, too.
+            // Counts chains too, because all descriptors of a chain may be empty.
             pages += 1;
             let mut left = LONGEST as usize;
             for window in windows.iter() {
@@ -399,7 +403,7 @@ impl ReceiveQueue {
         at > position
     }
 
-    /// Writes the claim's used elements, declares it filled, and makes visible what can be.
+    /// Writes the claim's used elements, declares it filled, and tries to publish.
     #[inline(always)]
     pub fn commit(&self, claim: &Claim<'_>) -> Published {
         #[cfg(test)]
@@ -421,19 +425,19 @@ impl ReceiveQueue {
         self.claims.try_publish(&self.ring)
     }
 
-    /// Every position before this one is visible to the driver.
+    /// Returns the published position. Everything before it is visible to the driver.
     #[inline(always)]
     pub fn published(&self) -> u64 {
         self.claims.published()
     }
 
-    /// Whether the driver is to be called now; the caller that gets `true` signals.
+    /// Whether the driver is to be called now. The caller that gets `true` signals.
     #[inline(always)]
     pub fn take_call_wanted(&self) -> bool {
         self.claims.take_call_wanted()
     }
 
-    /// Whether a buffer is available. A ring that is impossible counts as used.
+    /// Whether a buffer is available. Returns `true` for an impossible ring.
     pub fn has_available(&self) -> bool {
         self.ring.has_available(self.claims.next()).unwrap_or(true)
     }
@@ -443,39 +447,38 @@ impl ReceiveQueue {
         self.ring.is_blank()
     }
 
-    /// Why the ring is broken, if it is.
+    /// Returns why the ring is broken, or `None`.
     pub fn broken(&self) -> Option<Broken> {
         self.broken.get()
     }
 
-    /// Entries of the ring.
+    /// Returns the number of entries of the ring.
     pub fn size(&self) -> u16 {
         self.size
     }
 
-    /// The answer to GET_VRING_BASE, once every poll thread has let go of the queue.
+    /// Returns the answer to GET_VRING_BASE, once every poll thread has let go of the queue.
     pub fn base(&self) -> u32 {
         self.ring.base(self.published())
     }
 }
 
-/// Asks for the first lines of a buffer of which the first `written` bytes will be, and the first
-/// `header` of these are of the header: the receiver's core has read them last, see `Burst::note`.
+/// Prefetches the first lines of a buffer. Its first `written` bytes will be written, of which
+/// `header` are the header. The receiver's core has read these lines last.
 ///
-/// Asked for as readers do, each would be asked for again by the store: on a Xeon of the Granite
-/// Rapids class, 64-byte frames have 1.12 times the rate for it, 1.42 where the header has a line
-/// of its own. That one mostly is not written (`frame::put_header`), so it is asked for to be read,
-/// and last: if it is the frame's too, it comes for writing.
+/// Prefetched for reading, each line would be requested again by the store. The header's own line
+/// is mostly not written (`frame::put_header`), so it is prefetched for reading, and last: if the
+/// frame shares it, it was already prefetched for writing.
 #[inline(always)]
 fn prefetch(buffer: &Window<'_>, header: usize, written: usize) {
     buffer.prefetch_write(header);
     buffer.prefetch_write((header + 63).min(written - 1));
-    // Without a header this line is on its way already.
+    // Without a header this line is under way already.
     buffer.prefetch(0);
 }
 
-/// The same for a buffer of several pieces. A header that has the first one for itself is followed
-/// by the frame in the next.
+/// As [`prefetch`], for a buffer of several pieces. Where the header fills the first piece, the
+/// frame begins in the second: both are prefetched.
 #[inline(never)]
 fn prefetch_pieces(pieces: &[Window<'_>], mut header: usize, mut written: usize) {
     for piece in pieces.iter().take(2) {
@@ -495,14 +498,14 @@ fn prefetch_pieces(pieces: &[Window<'_>], mut header: usize, mut written: usize)
 
 /// What became of one buffer.
 enum Added {
-    /// It takes this many bytes of the frame.
+    /// The buffer takes this many bytes of the frame.
     Bytes(u32),
-    /// It cannot be used and goes back with length 0.
+    /// The buffer cannot be used and goes back with length 0.
     Returned,
-    /// Shorter than the frame, without mergeable buffers; it stays where it is.
+    /// Without mergeable buffers: the buffer is shorter than the frame. It stays in the ring.
     TooSmall,
-    /// Of more pieces than the claim has room for; it stays where it is.
+    /// The claim has no room for the buffer's pieces. The buffer stays in the ring.
     NoRoom,
-    /// Not available after all.
+    /// The buffer is not available after all.
     Nothing,
 }

@@ -46,23 +46,23 @@ use std::sync::atomic::{AtomicU64, Ordering, compiler_fence};
 
 use crate::memory::Words;
 
-/// Words that say whose record it is.
+/// Number of words at the start that say whose record it is.
 pub const IDENTITY: usize = 8;
-/// The word of position and run, on a line of its own.
+/// Index of the word of position and run, which has a cache line of its own.
 const RUN: usize = 8;
-/// First note.
+/// Index of the first note.
 const NOTES: usize = 16;
 
-/// Where a ring stands.
+/// The published position of a ring, and the run that was being published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Run {
-    /// Slot, and the wrap counter in bit 15.
+    /// Slot of the published position, with the wrap counter in bit 15.
     pub(super) place: u16,
-    /// Descriptors of the run that was being published from there on.
+    /// Number of descriptors of the run that was being published from `place` on; 0 without a run.
     pub(super) len: u16,
 }
 
-/// The record of one packed ring. Clones are the same record.
+/// The record of one packed ring. Clones refer to one record.
 #[derive(Clone, Debug)]
 pub struct Redo {
     words: Words,
@@ -70,12 +70,12 @@ pub struct Redo {
 }
 
 impl Redo {
-    /// Words that the record of a ring of `size` entries takes.
+    /// Returns the number of words that the record of a ring of `size` entries takes.
     pub fn words(size: u16) -> usize {
         NOTES + usize::from(size)
     }
 
-    /// A record that nobody will read again.
+    /// Makes a record in private memory, for a ring whose record no other process will read.
     pub(super) fn private(size: u16) -> Self {
         Redo {
             words: Words::zeroed(Redo::words(size)),
@@ -83,9 +83,9 @@ impl Redo {
         }
     }
 
-    /// A new record in `words`, of which there are [`Redo::words`], of a ring that is to start at
-    /// this slot and wrap counter: a process that is killed before it has started the ring leaves
-    /// its record, too.
+    /// Makes a new record in `words`, which are as many as [`Redo::words`] says. The ring is to
+    /// start at the slot and wrap counter `place`. The record names that place at once: a process
+    /// that is killed before it has started the ring leaves its record, too.
     pub fn new(words: Words, identity: &[u64; IDENTITY], place: u16) -> Self {
         for (word, value) in words.iter().zip(identity) {
             word.store(*value, Ordering::Relaxed);
@@ -98,7 +98,7 @@ impl Redo {
         }
     }
 
-    /// The record found in `words`, if it is this ring's.
+    /// Returns the record found in `words`, or `None` if the record is of another ring.
     pub fn found(words: Words, identity: &[u64; IDENTITY]) -> Option<Self> {
         let same = |(word, value): (&AtomicU64, &u64)| word.load(Ordering::Relaxed) == *value;
         words.iter().zip(identity).all(same).then_some(Redo {
@@ -107,12 +107,12 @@ impl Redo {
         })
     }
 
-    /// Whether it says where the ring stands.
+    /// Whether an earlier process has left this record.
     pub(super) fn resumes(&self) -> bool {
         self.resumes
     }
 
-    /// What it says.
+    /// Returns the published position, and the run that was being published.
     pub(super) fn run(&self) -> Run {
         let word = self.words[RUN].load(Ordering::Relaxed);
         Run {
@@ -121,7 +121,8 @@ impl Redo {
         }
     }
 
-    /// The ring is about to be written: `len` descriptors from `place` on, whose notes are there.
+    /// Records that a run is about to be written to the ring: `len` descriptors from `place` on.
+    /// Their notes must be complete.
     #[inline(always)]
     pub(super) fn begin(&self, place: u16, len: u16) {
         #[cfg(test)]
@@ -132,16 +133,17 @@ impl Redo {
             () => (place, len),
         };
         let word = u64::from(place) | u64::from(len) << 16;
-        // Release: not before the notes. The fence: not after the ring. A process is killed between
-        // two instructions, so that the order of instructions is the order that counts, and only
-        // the compiler may change it.
+        // Release: this store stays behind those of the notes. The fence: the stores to the ring
+        // stay behind this one. A process is killed between two instructions, so the order of
+        // instructions is the order that counts, and only the compiler may change it.
         self.words[RUN].store(word, Ordering::Release);
         #[cfg(test)]
         crate::memory::probe::stored();
         compiler_fence(Ordering::SeqCst);
     }
 
-    /// Everything before `place` is published. Release: not before it is.
+    /// Records that everything before `place` is published. Release: this store stays behind those
+    /// to the ring.
     #[inline(always)]
     pub(super) fn end(&self, place: u16) {
         #[cfg(test)]
@@ -155,14 +157,14 @@ impl Redo {
         crate::memory::probe::stored();
     }
 
-    /// The notes of used elements, by slot.
+    /// Returns the notes of used elements, by slot.
     #[inline(always)]
     pub(super) fn notes(&self) -> &[AtomicU64] {
         &self.words[NOTES..]
     }
 
-    /// Notes a used element. Relaxed: the tag's release (receiveq) or the single owner (transmitq)
-    /// orders it before the publisher's load.
+    /// Writes the note of a used element. Relaxed: the tag's release (receiveq) or the single owner
+    /// (transmitq) orders this store before the publisher's load.
     #[inline(always)]
     pub(super) fn set_note(&self, slot: usize, note: u64) {
         #[cfg(test)]

@@ -1,5 +1,5 @@
-//! Processes that are killed after every single store to a packed ring or its record, and what the
-//! next one makes of it.
+//! Kills processes after every single store to a packed ring or its record, and tests what the next
+//! process makes of it.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -36,7 +36,7 @@ impl Random {
     }
 }
 
-/// Ring and record as they are at one moment.
+/// A copy of ring and record at one moment.
 #[derive(Clone, PartialEq)]
 struct Image {
     ring: Vec<u8>,
@@ -89,7 +89,7 @@ impl Place {
         DriverRing::new(areas, self.features)
     }
 
-    /// What the next process is told: what the first one was.
+    /// What the next process is told by its frontend: what the first process was told.
     fn setup(&self) -> RingSetup {
         let pin = |at: usize, len: usize| {
             let window = self.map.pinned_guest(START + at as u64, len as u64);
@@ -120,8 +120,8 @@ impl Place {
         }
     }
 
-    /// Runs something, and returns what it leaves behind if it is killed after each of its stores,
-    /// and before the first.
+    /// Runs something. Returns the images that it would leave behind if it were killed before its
+    /// first store, and after each of its stores.
     fn killed<R>(&self, run: impl FnOnce() -> R) -> (R, Vec<Image>) {
         let images = Rc::new(RefCell::new(vec![self.image()]));
         let look = {
@@ -148,7 +148,7 @@ fn image(memory: &SharedMemory, len: usize, words: &Words) -> Image {
     }
 }
 
-/// A driver, and what it has posted in order.
+/// A driver, and the chains that it has posted, in order.
 #[derive(Clone)]
 struct Posted<'m> {
     ring: DriverRing<'m>,
@@ -186,7 +186,7 @@ impl<'m> Posted<'m> {
         posted
     }
 
-    /// Reaps everything; chains come back in the order in which they were posted, each once.
+    /// Reaps everything. Chains must come back in the order in which they were posted, each once.
     fn reap(&mut self) -> Vec<Used> {
         let mut all = Vec::new();
         while let Some(used) = self.ring.reap() {
@@ -206,7 +206,7 @@ impl<'m> Posted<'m> {
 trait Queue: Sized {
     const WRITABLE: bool;
     fn start(setup: &RingSetup) -> Self;
-    /// Uses everything that is available.
+    /// Returns everything that is available to the driver.
     fn use_all(&self);
 }
 
@@ -257,9 +257,9 @@ enum Meanwhile {
     Posts,
 }
 
-/// The next process serves the driver, from what the killed one left in memory: every chain once,
-/// in order; and goes on doing so. Of the run that was being published, which is `run`, the driver
-/// finds all or nothing.
+/// The next process serves the driver, from what the killed one left in memory. It must return
+/// every chain once and in order, and go on doing so. Of the run that was being published, `run`,
+/// the driver must find all or nothing.
 fn serve<Q: Queue>(place: &Place, driver: &Posted<'_>, run: &[Used], meanwhile: Meanwhile) {
     let mut driver = driver.clone();
     let mut came = driver.reap();
@@ -285,7 +285,7 @@ fn serve<Q: Queue>(place: &Place, driver: &Posted<'_>, run: &[Used], meanwhile: 
     }
 }
 
-/// Restarts from every image: with the driver that was there, again after the next process was
+/// Restarts from every image: with the driver that was there, once more after the next process was
 /// killed too, and with a driver that has started anew meanwhile.
 fn survive<Q: Queue>(place: &Place, driver: &Posted<'_>, images: &[Image], run: &[Used]) {
     let now = place.image();
@@ -330,7 +330,7 @@ const RINGS: [(u16, bool); 6] = [
     (8, false),
 ];
 
-/// A receiveq whose process is killed at every store of `turns` commits, with other claims open,
+/// Kills the process of a receiveq at every store of `turns` commits, while other claims are open,
 /// filled or not.
 fn check_receiveq(size: u16, event_idx: bool, turns: u32) -> usize {
     let mut runs = 0;
@@ -342,7 +342,7 @@ fn check_receiveq(size: u16, event_idx: bool, turns: u32) -> usize {
     for turn in 0..turns {
         fill(&mut driver, &mut random, true);
         let mut claim = Claim::new();
-        // Now and then a frame that takes several buffers, which the driver must see as a whole.
+        // Now and then a frame takes several buffers. The driver must see such a frame as a whole.
         let longest = if random.below(4) == 0 { 600 } else { 60 + turn };
         let lengths = vec![longest; 1 + random.below(3) as usize];
         if queue.claim(lengths.into_iter(), &mut claim).is_ok() {
@@ -351,7 +351,7 @@ fn check_receiveq(size: u16, event_idx: bool, turns: u32) -> usize {
         if open.is_empty() || random.below(3) == 0 {
             continue;
         }
-        // In any order: runs of several claims.
+        // Committed in any order, so that runs have several claims.
         let claim = open.swap_remove(random.below(open.len() as u64) as usize);
         let before = driver.clone();
         let (_, images) = place.killed(|| queue.commit(&claim));
@@ -362,8 +362,8 @@ fn check_receiveq(size: u16, event_idx: bool, turns: u32) -> usize {
     runs
 }
 
-/// A transmitq whose process is killed at every store of its completions, and while it goes to
-/// sleep and awakes.
+/// Kills the process of a transmitq at every store of its completions, and while it goes to sleep
+/// and awakes.
 fn check_transmitq(size: u16, event_idx: bool, turns: u32) {
     let mut random = Random(0x1234_5678 + u64::from(size));
     let place = Place::new(size, event_idx);
@@ -385,8 +385,8 @@ fn check_transmitq(size: u16, event_idx: bool, turns: u32) {
     }
 }
 
-/// A process that is killed after it has made a record and before it has started the ring, which
-/// another one had left elsewhere: its frontend knows where, as it asked.
+/// Kills a process after it has made a record and before it has started the ring. An earlier
+/// process had left the ring elsewhere. The frontend knows where, because it asked.
 fn check_new_record(size: u16) {
     for at in 0..2 * u64::from(size) {
         let place = Place::new(size, true);
@@ -422,7 +422,8 @@ fn check_notes() {
     drop(ReceiveQueue::start(&place.setup()).unwrap());
     while driver.post(1, true) {}
     driver.ring.publish();
-    // None; not all; of more descriptors than the run has; of more than the ring has.
+    // Notes that are missing; missing in part; of more descriptors than the run has; of more than
+    // the ring has.
     let (used, long) = (4 << 48, 5 << 48);
     let endless = [used, long, u64::from(u16::MAX), 0];
     let longer = [long, 2, long, 2];

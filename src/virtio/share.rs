@@ -20,41 +20,41 @@ use std::time::{Duration, Instant};
 
 use super::ReceiveQueue;
 
-/// Senders told apart.
+/// Number of shares. Ports whose slots are equal modulo this number have one share.
 const SOURCES: usize = 256;
-/// The part of the buffers that is kept back.
+/// One part in `KEPT` of the buffers is kept back.
 const KEPT: u64 = 8;
-/// The part of what a ring delivers that a sender may draw from that.
+/// A sender may draw from the kept buffers one part in `SHARE` of what the ring delivers.
 const SHARE: u64 = 32;
-/// Laps for which a sender can save its share: no more than what is kept back, for frames that come
-/// in clumps.
+/// Number of laps for which a sender can save its share, for frames that come in clumps. So it
+/// never has more than what is kept back.
 const SAVED: u64 = SHARE / KEPT;
-/// A ring without any progress for so long gives up what it keeps: its driver posts fewer buffers
-/// than it once did, or stands still. More is kept again when more is free at once.
+/// A ring that makes no progress for so long gives up what it keeps. Its driver posts fewer buffers
+/// than it once did, or stands still. More is kept again once more buffers are free at once.
 const STUCK: Duration = Duration::from_millis(100);
-/// Longest time between two refusals that counts as that. In more, it may be the poll thread that
-/// made no progress: it was without its processor, and found the ring as it had left it. Not less,
-/// or a sender of a frame now and then waits long.
+/// Most time without progress that is counted between two refusals. Beyond it, the poll thread
+/// itself may have lost its CPU, and found the ring as it had left it. With a lower limit, a sender
+/// that sends a frame now and then would wait long.
 const WATCHED: Duration = Duration::from_millis(20);
 
 /// The state of one receive queue's shares.
 #[derive(Debug)]
 pub(super) struct Shares {
     size: u64,
-    /// The ring is short while its position is before this one; 0 if it is not.
+    /// The ring is short while its position is before this one; 0 if the ring is not short.
     short_until: AtomicU64,
-    /// Most buffers that were free at once. A packed ring does not tell, and is taken to be full at
-    /// first.
+    /// Most buffers that were free at once. A packed ring does not tell, so at first it is assumed
+    /// to have all its buffers free.
     most: AtomicU32,
-    /// Position at the last refusal while buffers were kept back, when that was (nanoseconds after
-    /// `made`), and for how long it has been the position.
+    /// Position at the last refusal while buffers were kept back, when that refusal was
+    /// (nanoseconds after `made`), and for how many nanoseconds the position has not changed.
     stuck_at: AtomicU64,
     refused_at: AtomicU64,
     stuck_for: AtomicU64,
-    /// End of the free buffers when the retry at the end of a pass last failed.
+    /// Where the free buffers ended when the retry at the end of a pass last failed.
     failed_at: AtomicU64,
     made: Instant,
-    /// By sender: the position at which all that it drew has been paid for.
+    /// By sender: the position at which the sender has paid for all that it drew.
     paid_at: Box<[AtomicU64]>,
 }
 
@@ -73,7 +73,7 @@ impl Shares {
         }
     }
 
-    /// So many buffers are free.
+    /// Notes that `free` buffers are free.
     #[inline(always)]
     pub(super) fn see(&self, free: u64) {
         if free > u64::from(self.most.load(Ordering::Relaxed)) {
@@ -88,19 +88,19 @@ impl Shares {
         until != 0 && position() < until
     }
 
-    /// Buffers that are kept back.
+    /// Returns the number of buffers that are kept back.
     pub(super) fn kept(&self) -> u64 {
         u64::from(self.most.load(Ordering::Relaxed)).min(self.size) / KEPT
     }
 
-    /// Buffers of those that a sender may have at `position`.
+    /// Returns how many of the kept buffers a sender may have at `position`.
     pub(super) fn credit(&self, source: u16, position: u64) -> u64 {
         let paid = self.paid_at(source).load(Ordering::Relaxed);
         let saved = SAVED * self.size.max(SHARE);
         (position + saved).saturating_sub(paid.max(position)) / SHARE
     }
 
-    /// A sender got `buffers` of those that are kept back.
+    /// Charges a sender for `buffers` of the kept buffers.
     pub(super) fn draw(&self, source: u16, position: u64, buffers: u64) {
         let paid = self.paid_at(source);
         let from = paid.load(Ordering::Relaxed).max(position);
@@ -111,7 +111,8 @@ impl Shares {
         &self.paid_at[usize::from(source) % SOURCES]
     }
 
-    /// Somebody found no buffer at `position`, although `free` are kept back for others.
+    /// Notes that a sender found no buffer at `position`, while `free` buffers are kept back. The
+    /// ring is short for the next two laps, unless it stands still.
     #[cold]
     pub(super) fn refused(&self, position: u64, free: u64) {
         if free > 0 && self.is_stuck(position) {
@@ -119,7 +120,7 @@ impl Shares {
             self.short_until.store(0, Ordering::Relaxed);
             return;
         }
-        // Not every time: others read this line.
+        // Not stored at every refusal, because other threads read this line.
         if self.short_until.load(Ordering::Relaxed) < position + self.size {
             self.short_until
                 .store(position + 2 * self.size, Ordering::Relaxed);
@@ -132,7 +133,8 @@ impl Shares {
         let watched = now
             .saturating_sub(Duration::from_nanos(before))
             .min(WATCHED);
-        // Acquire and release: whoever finds the new position finds the time begun anew.
+        // Acquire pairs with the release below: a thread that finds the new position also finds the
+        // time reset.
         if self.stuck_at.load(Ordering::Acquire) != position {
             self.stuck_for.store(0, Ordering::Relaxed);
             self.stuck_at.store(position, Ordering::Release);
@@ -143,51 +145,52 @@ impl Shares {
         stuck >= nanos(STUCK)
     }
 
-    /// The retry at the end of a pass failed while buffers were free up to `end`.
+    /// Notes that the retry at the end of a pass failed while the free buffers ended at `end`.
     pub(super) fn retry_failed(&self, end: u64) {
         self.failed_at.store(end, Ordering::Relaxed);
     }
 
-    /// Whether the driver has returned anything since a retry last failed.
+    /// Whether the driver has posted any buffer since a retry last failed.
     pub(super) fn is_worth_a_retry(&self, end: u64) -> bool {
         self.failed_at.load(Ordering::Relaxed) != end
     }
 }
 
-/// 584 years are enough.
+/// Returns a time in nanoseconds. 64 bits hold 584 years.
 fn nanos(time: Duration) -> u64 {
     time.as_nanos() as u64
 }
 
 /// How senders share a ring that is short of buffers.
 impl ReceiveQueue {
-    /// Whether the ring was full for somebody lately: senders are held to their shares then.
+    /// Whether the ring had no buffer for a sender within the last two laps. Senders are then held
+    /// to their shares.
     #[inline(always)]
     pub fn is_short(&self) -> bool {
         self.shares.is_short(|| self.claims.next())
     }
 
-    /// Buffers that are kept back while the ring is short.
+    /// Returns the number of buffers that are kept back while the ring is short.
     pub fn kept(&self) -> u64 {
         self.shares.kept()
     }
 
-    /// Buffers of those that a sending port may have now.
+    /// Returns how many of the kept buffers a sending port may have now.
     pub fn credit(&self, source: u16) -> u64 {
         self.shares.credit(source, self.claims.next())
     }
 
-    /// A sending port got so many of them.
+    /// Charges a sending port for `buffers` of the kept buffers.
     pub fn draw(&self, source: u16, buffers: u64) {
         self.shares.draw(source, self.claims.next(), buffers);
     }
 
-    /// A sending port found no buffer: the ring is short from now on.
+    /// Notes that a sending port found no buffer. The ring is short from now on.
     #[cold]
     pub fn refused(&self) {
         let position = self.claims.next();
-        // Behind an open claim the driver sees nothing, and returns nothing: that is a poll
-        // thread's doing.
+        // Behind an open claim the driver sees no used buffer, and so posts none. Then the ring
+        // stands still because of a poll thread, and gives up nothing.
         let open = self.published() != position;
         let free = if open {
             0
@@ -197,13 +200,13 @@ impl ReceiveQueue {
         self.shares.refused(position, free);
     }
 
-    /// The retry at the end of a pass found no buffer either.
+    /// Notes that the retry at the end of a pass found no buffer either.
     #[cold]
     pub fn retry_failed(&self) {
         self.shares.retry_failed(self.end_of_free());
     }
 
-    /// Whether the driver has returned anything since such a retry last failed.
+    /// Whether the driver has posted any buffer since a retry last failed.
     pub fn is_worth_a_retry(&self) -> bool {
         self.shares.is_worth_a_retry(self.end_of_free())
     }

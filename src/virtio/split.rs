@@ -17,22 +17,23 @@ use super::{BLANK_DESCRIPTORS, Broken, Chain, Head, RingSetup, SetupError};
 use crate::memory::{GuestMemory, PinnedArray, Window};
 use std::sync::Arc;
 
-/// Place of `flags` in the available and the used ring, in words of 16 bits.
+/// Index of `flags` in the available and the used ring, in words of 16 bits.
 const FLAGS: usize = 0;
-/// Place of `idx` in both.
+/// Index of `idx` in both rings.
 const IDX: usize = 1;
-/// Place of the first entry in both.
+/// Index of the first entry in both rings.
 const ENTRIES: usize = 2;
-/// Place of the first element in the used ring, in words of 32 bits.
+/// Index of the first element in the used ring, in words of 32 bits.
 const ELEMENTS: usize = 1;
 /// `used.flags`: the device needs no kicks (§2.7.10).
 const F_NO_NOTIFY: u16 = 1;
 /// `avail.flags`: the driver needs no calls (§2.7.7).
 const F_NO_INTERRUPT: u16 = 1;
 
-/// Sizes in bytes of descriptor table, available ring and used ring of a split virtqueue (§2.7).
+/// Returns the sizes in bytes of descriptor table, available ring and used ring of a split
+/// virtqueue (§2.7).
 ///
-/// The event words at the end count only where EVENT_IDX was negotiated.
+/// The event words at the end are part of the rings only if EVENT_IDX was negotiated.
 pub fn layout(size: u16, event_idx: bool) -> (u64, u64, u64) {
     let (size, event) = (u64::from(size), if event_idx { 2 } else { 0 });
     (16 * size, 4 + 2 * size + event, 4 + 8 * size + event)
@@ -44,7 +45,7 @@ pub struct SplitRing {
     descriptors: PinnedArray<u64>,
     available: PinnedArray<u16>,
     used: PinnedArray<u16>,
-    /// The same place as `used`.
+    /// The used ring again, in words of 32 bits.
     elements: PinnedArray<u32>,
     memory: Arc<GuestMemory>,
     size: u16,
@@ -54,9 +55,9 @@ pub struct SplitRing {
 }
 
 impl SplitRing {
-    /// Checks the geometry, and returns the ring with the position it starts at: `used.idx` as
-    /// found in memory, whatever SET_VRING_BASE said. That is exact for QEMU, for cloud-hypervisor
-    /// with IN_ORDER (it sends `avail_idx`) and for DPDK's virtio-user (it sends 0).
+    /// Checks the geometry, and returns the ring with its first position: `used.idx` as found in
+    /// memory, whatever SET_VRING_BASE said. That is exact for QEMU, for cloud-hypervisor with
+    /// IN_ORDER (it sends `avail_idx`) and for DPDK's virtio-user (it sends 0).
     pub fn start(setup: &RingSetup) -> Result<(Self, u64), SetupError> {
         if !setup.size.is_power_of_two() {
             return Err(SetupError::Size(setup.size));
@@ -95,11 +96,12 @@ impl SplitRing {
         position as usize & (usize::from(self.size) - 1)
     }
 
-    /// The position up to which buffers are available, seen from `position`.
+    /// Returns the end of the available buffers, seen from `position`. Returns an error if the
+    /// index is further ahead than the ring has entries.
     ///
-    /// Acquire pairs with the driver's write barrier before it stores `avail.idx` (§2.7.13.3):
-    /// entries and descriptors behind the index are visible. Read once a burst, not once a frame:
-    /// the line is the driver's.
+    /// Acquire pairs with the driver's write barrier before it stores `avail.idx` (§2.7.13.3). So
+    /// entries and descriptors before the index are visible. To be called once a burst, not once a
+    /// frame, because the driver writes this line.
     #[inline(always)]
     pub fn available_to(&self, position: u64) -> Result<u64, Broken> {
         let idx = self.available.load(IDX, Ordering::Acquire);
@@ -113,29 +115,28 @@ impl SplitRing {
         Ok(position + u64::from(ahead))
     }
 
-    /// Whether the driver has written nothing: neither to the first descriptors nor to the
-    /// available index.
+    /// Whether the driver never wrote to the first descriptors nor to the available index.
     pub fn is_blank(&self) -> bool {
         let words = 2 * usize::from(self.size).min(BLANK_DESCRIPTORS);
         let word = |at: usize| self.descriptors.load(at, Ordering::Relaxed);
         self.available.load(IDX, Ordering::Relaxed) == 0 && (0..words).all(|at| word(at) == 0)
     }
 
-    /// Asks for the line of the available index.
+    /// Prefetches the line of the available index.
     #[inline(always)]
     pub fn prefetch_available(&self) {
         self.available.prefetch(IDX);
     }
 
-    /// Asks for the descriptor of `position`, if that is available, and for its place in the used
-    /// ring, to be written.
+    /// If `position` is available, prefetches its descriptor for reading, and its element in the
+    /// used ring and the used index for writing.
     ///
-    /// Only then: a driver that waits looks at the used index all the time, and would lose the line
-    /// each time.
+    /// Not otherwise: a driver that waits reads the used index all the time, and would lose the
+    /// line each time.
     #[inline(always)]
     pub fn prefetch_next(&self, position: u64) {
         if self.available.load(IDX, Ordering::Relaxed) != position as u16 {
-            // A hint: whatever the entry says, the mask keeps it inside the table.
+            // A hint only: whatever the entry says, the mask keeps the index inside the table.
             let slot = self.slot(position);
             let head = self.head(slot) & (self.size - 1);
             self.descriptors.prefetch(2 * usize::from(head));
@@ -145,20 +146,22 @@ impl SplitRing {
         }
     }
 
-    /// The first descriptor of the chain whose entry is in `slot`.
+    /// Returns the index of the first descriptor of the chain whose entry is in `slot`. The caller
+    /// checks it.
     #[inline(always)]
     fn head(&self, slot: usize) -> u16 {
         self.available.load(ENTRIES + slot, Ordering::Relaxed)
     }
 
-    /// The chain at `position`, which [`SplitRing::available_to`] said is available, if it is one
-    /// usable buffer.
+    /// Returns the chain at `position` if it is one usable buffer. [`SplitRing::available_to`] has
+    /// said that `position` is available.
     #[inline(always)]
     pub fn single(&self, position: u64, direction: Direction) -> Option<(Head, Window<'_>)> {
         self.single_at(self.slot(position), direction)
     }
 
-    /// The same of a transmitq, with its used element written.
+    /// As [`SplitRing::single`] for a transmitq, and also writes the used element of length 0. The
+    /// driver sees the element after the next publish.
     #[inline(always)]
     pub fn take_single(&self, position: u64) -> Option<(Head, Window<'_>)> {
         let slot = self.slot(position);
@@ -178,7 +181,8 @@ impl SplitRing {
         Some((Head { id: head, span: 1 }, window))
     }
 
-    /// Reads the chain at `position`, which [`SplitRing::available_to`] said is available.
+    /// Reads the chain at `position` until `wanted` bytes are collected.
+    /// [`SplitRing::available_to`] has said that `position` is available.
     pub fn read_chain<'m, const N: usize>(
         &'m self,
         position: u64,
@@ -190,7 +194,7 @@ impl SplitRing {
         self.walk(position, &mut collector)
     }
 
-    /// The same, into a collector.
+    /// As [`SplitRing::read_chain`], into a collector.
     #[inline(always)]
     pub fn walk<'m, const N: usize>(
         &'m self,
@@ -199,7 +203,7 @@ impl SplitRing {
     ) -> Result<Chain, Broken> {
         let head = self.head(self.slot(position));
         if head >= self.size {
-            // Cannot be returned: there is no such buffer.
+            // Such an entry cannot be returned, because there is no such descriptor.
             return Err(Broken::Head {
                 head,
                 size: self.size,
@@ -218,8 +222,7 @@ impl SplitRing {
         &self.memory
     }
 
-    /// Writes the used elements of `position` and behind; the driver sees them after the next
-    /// publish.
+    /// Writes the used elements from `position` on. The driver sees them after the next publish.
     #[inline(always)]
     pub fn write_used(&self, position: u64, heads: impl Iterator<Item = (Head, u32)>) {
         let (mut slot, mask) = (self.slot(position), usize::from(self.size) - 1);
@@ -236,15 +239,15 @@ impl SplitRing {
             .store_two(ELEMENTS + 2 * slot, element, Ordering::Relaxed);
     }
 
-    /// Asks the driver for kicks (when about to sleep) or to leave them out (while polling), from
-    /// `position` on.
+    /// Asks the driver for kicks from `position` on (when about to sleep), or asks for none (while
+    /// polling).
     ///
-    /// The caller looks for available buffers once more after asking: the full barrier pairs with
-    /// the driver's between its index and its look at our word (§2.7.13.4.1).
+    /// The caller must look for available buffers once more afterwards. The full barrier pairs with
+    /// the driver's barrier between its index and its look at our word (§2.7.13.4.1).
     pub fn want_kicks(&self, wanted: bool, position: u64) {
         if self.event_idx {
-            // Only the event counts; without one in reach the driver does not kick. Flags must be 0
-            // (§2.7.10.1).
+            // Only the event counts. A driver that does not pass the event does not kick. The flags
+            // must stay 0 (§2.7.10.1).
             if wanted {
                 let event = ENTRIES + 4 * usize::from(self.size);
                 self.used.store(event, position as u16, Ordering::Relaxed);
@@ -260,13 +263,14 @@ impl SplitRing {
 impl Publish for SplitRing {
     #[inline(always)]
     fn publish(&self, _from: u64, to: u64) {
-        // Release: the elements before the index (§2.7.8.2).
+        // Release: the elements must be visible before the index (§2.7.8.2).
         self.used.store(IDX, to as u16, Ordering::Release);
     }
 
     #[inline(always)]
     fn wants_call(&self, from: u64, to: u64) -> bool {
-        // Whatever else the driver has asked for; legacy drivers only.
+        // Legacy drivers with NOTIFY_ON_EMPTY are called when the ring is empty, whatever their
+        // event says.
         if self.notify_on_empty && self.available.load(IDX, Ordering::Relaxed) == to as u16 {
             return true;
         }
@@ -278,7 +282,7 @@ impl Publish for SplitRing {
             //     event = 65535:  2 - 65535 - 1 = 2  <  2 - 65534 = 4   call
             //     event = 65533:  2 - 65533 - 1 = 4  <  4               no call
             //
-            // `event >= from && event < to` is the tempting form, and wrong at the wrap.
+            // `event >= from && event < to` looks right, but is wrong at the wrap.
             let event = ENTRIES + usize::from(self.size);
             let event = self.available.load(event, Ordering::Relaxed);
             let to = to as u16;

@@ -1,9 +1,9 @@
 //! A transmitq: chains that the driver made available, taken and completed by one poll thread at a
 //! time.
 //!
-//! Its state is relaxed atomics, not fields behind `&mut`: the queue moves between poll threads by
-//! two topology publications (without an owner, acknowledged, then with the new one), whose
-//! barriers order it.
+//! Its state is relaxed atomics, not fields behind `&mut`, because the queue moves between poll
+//! threads. A move takes two topologies: one without an owner, which the old owner acknowledges,
+//! then one with the new owner. The barriers of these publications order the state.
 
 use std::iter::once;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -16,26 +16,26 @@ use crate::memory::Window;
 /// What a take found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
-    /// Nothing available.
+    /// No chain is available.
     Nothing,
-    /// A chain of this many bytes; its buffers were appended.
+    /// A chain whose buffers were appended to the windows.
     Chain {
         /// Sum of the buffers' lengths, in bytes.
         len: u32,
     },
-    /// A chain that cannot be used; it is returned with length 0 in its turn like any other.
+    /// A chain that cannot be used. It goes back with length 0, in its turn like any other.
     Malformed(ChainError),
 }
 
-/// A full barrier that was made: behind used indices, before looks at drivers' event words. The
-/// driver stores its event, then looks at the index (virtio 1.2 §2.7.7.2, §2.8.10); without the
-/// barrier both sides may miss the other. One serves any number of queues; one for each would wait
-/// for each one's lines alone.
+/// Proof of a full barrier between the stores of used indices and the looks at drivers' event
+/// words. The driver stores its event, then looks at the index (virtio 1.2 §2.7.7.2, §2.8.10).
+/// Without the barrier both sides may miss each other. One barrier serves any number of queues. A
+/// barrier for each queue would wait for the lines of each queue separately.
 #[derive(Debug)]
 pub struct FullBarrier(());
 
 impl FullBarrier {
-    /// Makes one.
+    /// Executes a full barrier.
     #[inline(always)]
     pub fn new() -> Self {
         fence(Ordering::SeqCst);
@@ -49,8 +49,8 @@ impl Default for FullBarrier {
     }
 }
 
-/// A started transmitq. Alone on its lines: its owner writes to it for every chain, and the
-/// neighbour may be anybody's.
+/// A started transmitq. Aligned to 128 bytes, so that it has its cache lines for itself: its owner
+/// writes to it for every chain, and another thread may own its neighbour.
 #[derive(Debug)]
 #[repr(align(128))]
 pub struct TransmitQueue {
@@ -59,18 +59,18 @@ pub struct TransmitQueue {
     next: AtomicU64,
     /// Positions before this one are returned to the driver.
     completed: AtomicU64,
-    /// Positions before this one were completed when the driver's wish for a call was last looked
-    /// at.
+    /// Positions before this one were complete when the driver's event was last read.
     asked: AtomicU64,
     size: u16,
-    /// A call that is owed whatever the driver says: its ring has started.
+    /// A call is owed whatever the driver's event says, because the ring has started.
     call_wanted: AtomicBool,
     broken: BrokenMark,
     header: usize,
 }
 
 impl TransmitQueue {
-    /// Starts the ring. The driver is called once: it may sleep on work finished before a restart.
+    /// Starts the ring. The driver is called once, because it may sleep on work finished before a
+    /// restart.
     pub fn start(setup: &RingSetup) -> Result<Self, SetupError> {
         let (ring, position) = Ring::start(setup)?;
         ring.want_kicks(false, position);
@@ -86,7 +86,7 @@ impl TransmitQueue {
         })
     }
 
-    /// Bytes of the virtio-net header before each frame.
+    /// Returns the bytes of the virtio-net header before each frame.
     #[inline(always)]
     pub fn header(&self) -> usize {
         self.header
@@ -98,10 +98,11 @@ impl TransmitQueue {
         self.next.load(Ordering::Relaxed)
     }
 
-    /// The end of what is available now: one acquire load of the driver's line, once a burst.
+    /// Returns the end of what is available now. Costs one acquire load of the driver's line, so
+    /// once a burst.
     ///
-    /// At most one ring beyond what is completed, or a driver that raises its index without waiting
-    /// for used entries would make us forget chains in flight.
+    /// The end is at most one ring size behind the completed position. Otherwise a driver that
+    /// raises its index without waiting for used entries would make us forget chains in flight.
     #[inline(always)]
     pub fn available_to(&self) -> u64 {
         let next = self.position();
@@ -117,28 +118,29 @@ impl TransmitQueue {
         }
     }
 
-    /// Whether so many chains are known to be available before `end`, which
-    /// [`TransmitQueue::available_to`] gave. Of a packed ring that is never known.
+    /// Whether at least `chains` chains are known to be available before `end`, which
+    /// [`TransmitQueue::available_to`] returned. Never known of a packed ring.
     #[inline(always)]
     pub fn surely_holds(&self, chains: u64, end: u64) -> bool {
         end - self.position() >= chains && self.ring.knows_its_end()
     }
 
-    /// Asks for the line that says whether something is available: a queue that is looked at soon.
+    /// Prefetches the line that says whether something is available. For a queue that is looked at
+    /// soon.
     #[inline(always)]
     pub fn prefetch_available(&self) {
         self.ring.prefetch_available(self.position());
     }
 
-    /// Asks for what taking and completing the next chain will need, if there is one; a little
-    /// later.
+    /// Prefetches what taking and completing the next chain will need, if there is one. To be
+    /// called some time after [`TransmitQueue::prefetch_available`].
     #[inline(always)]
     pub fn prefetch_next(&self) {
         self.ring.prefetch_next(self.position());
     }
 
     /// Takes the next chain before `end` (from [`TransmitQueue::available_to`]) if it is one usable
-    /// buffer: how most are.
+    /// buffer. Most chains are.
     #[inline(always)]
     pub fn take_single(&self, end: u64) -> Option<Window<'_>> {
         let position = self.position();
@@ -150,9 +152,9 @@ impl TransmitQueue {
         Some(window)
     }
 
-    /// Takes the next chain before `end`, whatever it is, appending its buffers. `windows` should
-    /// have room for [`MAX_CHAIN`](super::chain::MAX_CHAIN), or a chain may be malformed for want
-    /// of it.
+    /// Takes the next chain before `end`, of any form, and appends its buffers to `windows`.
+    /// `windows` needs room for [`MAX_CHAIN`](super::chain::MAX_CHAIN) pieces: a good chain without
+    /// room counts as malformed.
     pub fn take<'m, const N: usize>(&'m self, end: u64, windows: &mut Windows<'m, N>) -> Taken {
         let position = self.position();
         if position >= end {
@@ -178,11 +180,12 @@ impl TransmitQueue {
         }
     }
 
-    /// The chain at `position` is taken, and its used element written: a lap earlier its place is
-    /// published, see [`TransmitQueue::available_to`].
+    /// Moves the position behind the chain at `position`, whose used element is written. The
+    /// element's place is free: what was there one lap earlier is published, see
+    /// [`TransmitQueue::available_to`].
     #[inline(always)]
     fn taken(&self, position: u64, head: Head) {
-        // A packed chain may reach past the `end` of a take, which counts descriptors.
+        // A packed chain may reach past the `end` of a take, because `end` counts descriptors.
         self.next
             .store(position + u64::from(head.span), Ordering::Relaxed);
     }
@@ -193,8 +196,8 @@ impl TransmitQueue {
         self.completed.load(Ordering::Relaxed)
     }
 
-    /// Returns every chain before `end`, which is the end of one, to the driver: in available
-    /// order, with one store of the used index. Says whether there were any.
+    /// Returns every chain before `end` to the driver, in available order and with one publication.
+    /// `end` must be the end of a chain. Returns whether there was any chain.
     #[inline(always)]
     pub fn complete(&self, end: u64) -> bool {
         let start = self.completed();
@@ -206,20 +209,20 @@ impl TransmitQueue {
         true
     }
 
-    /// Whether the driver is to be called now, for what was completed before the barrier or because
-    /// the ring has started.
+    /// Whether the driver is to be called now: for what was completed before the barrier, or
+    /// because the ring has started.
     #[inline(always)]
     pub fn take_call_wanted(&self, _after: &FullBarrier) -> bool {
         let (from, to) = (self.asked.load(Ordering::Relaxed), self.completed());
         let mut wanted = false;
         if from != to {
             self.asked.store(to, Ordering::Relaxed);
-            // Without a call descriptor nobody asks, for many laps, and the driver's event has 16
-            // bits.
+            // Without a call descriptor this is not called for many laps. The driver's event has 16
+            // bits only, so `from` must not be further back than one ring.
             let from = from.max(to.saturating_sub(self.size.into()));
             wanted = self.ring.wants_call(from, to);
         }
-        // One owner at a time: no exchange is needed.
+        // One owner at a time, so no atomic exchange is needed.
         if self.call_wanted.load(Ordering::Relaxed) {
             self.call_wanted.store(false, Ordering::Relaxed);
             wanted = true;
@@ -227,7 +230,7 @@ impl TransmitQueue {
         wanted
     }
 
-    /// Asks for kicks, and says whether it is safe to sleep: nothing became available meanwhile.
+    /// Asks for kicks. Returns whether it is safe to sleep: nothing became available meanwhile.
     pub fn arm(&self) -> bool {
         if self.broken.is_set() {
             return true;
@@ -243,13 +246,12 @@ impl TransmitQueue {
         }
     }
 
-    /// Takes [`TransmitQueue::arm`] back.
+    /// Asks for no more kicks: undoes [`TransmitQueue::arm`].
     pub fn disarm(&self) {
         self.ring.want_kicks(false, self.position());
     }
 
-    /// Whether a chain is available that was not taken yet. A ring that is impossible counts as
-    /// used.
+    /// Whether a chain is available that was not taken yet. Returns `true` for an impossible ring.
     pub fn has_available(&self) -> bool {
         self.ring.has_available(self.position()).unwrap_or(true)
     }
@@ -259,17 +261,17 @@ impl TransmitQueue {
         self.ring.is_blank()
     }
 
-    /// Why the ring is broken, if it is.
+    /// Returns why the ring is broken, or `None`.
     pub fn broken(&self) -> Option<Broken> {
         self.broken.get()
     }
 
-    /// Entries of the ring.
+    /// Returns the number of entries of the ring.
     pub fn size(&self) -> u16 {
         self.size
     }
 
-    /// The answer to GET_VRING_BASE, once every poll thread has let go of the queue.
+    /// Returns the answer to GET_VRING_BASE, once every poll thread has let go of the queue.
     pub fn base(&self) -> u32 {
         self.ring.base(self.completed())
     }
