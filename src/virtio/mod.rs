@@ -15,8 +15,8 @@
 //! | [`driver`] | the other side of both rings, for the load generator and tests |
 //!
 //! Everything here reads memory that a hostile guest writes at the same time. So a value is read
-//! once into a local, checked there, and used from there. There are two
-//! classes of trouble, and neither is fatal to the process:
+//! once into a local, checked there, and used from there. There are two classes of trouble, and
+//! neither is fatal to the process:
 //!
 //! - A *malformed chain* is returned with length 0 and counted, and the ring goes on.
 //! - An *impossible ring* ([`Broken`]) stops this ring until its next start.
