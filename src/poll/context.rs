@@ -1,4 +1,4 @@
-//! What every step of a pass looks at, and where drops are counted.
+//! What every step of a pass reads, and where drops are counted.
 
 use std::cell::RefCell;
 
@@ -10,36 +10,37 @@ use crate::topology::{Egress, Ingress, Plan, Topology};
 use super::deliver::Mask;
 use super::recorder::{Lost, Recorder};
 
-/// What every step of a pass looks at.
+/// What every step of a pass reads.
 #[derive(Debug)]
 pub(super) struct Context<'t> {
     /// The borrowed snapshot.
     pub(super) topology: &'t Topology,
-    /// This thread's part of it.
+    /// This thread's part of the topology.
     pub(super) plan: &'t Plan,
     /// Number of the thread.
     pub(super) thread: usize,
-    /// The moment at the start; outdated from the start on if a sender was marked already.
+    /// The state of the fault counter when the thread adopted the topology. Outdated at once if
+    /// memory of a sender had faulted before.
     pub(super) faults: Faults,
     /// Whoever looks on.
     pub(super) recorder: Option<RefCell<Recorder<'t>>>,
 }
 
 impl<'t> Context<'t> {
-    /// A queue of the plan.
+    /// Returns queue `number` of the plan.
     #[inline(always)]
     pub(super) fn ingress(&self, number: u16) -> &'t Ingress {
         &self.plan.queues[usize::from(number)]
     }
 
-    /// Whether memory of this sender is gone. Its mark is far away: three places to look at, for
-    /// every queue of every pass.
+    /// Whether memory of this sender is gone. The shared counter is tested first, because the
+    /// sender's mark is three pointers away, and this is tested for every queue of every pass.
     #[inline(always)]
     pub(super) fn faulted(&self, ingress: &Ingress) -> bool {
         self.faults.is_outdated() && ingress.memory.faulted()
     }
 
-    /// Counts a frame dropped at its ingress.
+    /// Counts a frame that is dropped at its ingress, and shows it to observers.
     #[cold]
     pub(super) fn drop_taken(&self, number: u16, reason: DropReason, lost: Lost<'_, '_>) {
         let ingress = self.ingress(number);
@@ -49,7 +50,7 @@ impl<'t> Context<'t> {
         }
     }
 
-    /// Counts frames dropped at their egress.
+    /// Counts the frames `mask`, which are dropped at their egress, and shows them to observers.
     #[cold]
     pub(super) fn drop_egress(
         &self,

@@ -19,15 +19,15 @@ use super::context::Context;
 use super::egress::Touched;
 use super::owed::Owed;
 
-/// Copies of so many bytes ask for the lines of their destination first.
+/// Copies of at least so many bytes prefetch the lines of their destination.
 const LONG_COPY: usize = 512;
-/// Claims that held nothing but unusable buffers, in a row, before the queue counts as full.
+/// So many claims in a row that held only unusable buffers count as a full queue.
 pub(super) const BARREN_CLAIMS: u32 = 4;
 
-/// The frames of a burst by their numbers.
+/// A set of frames of a burst: one bit per frame number.
 pub(super) type Mask = u64;
 
-/// The numbers in a mask, ascending.
+/// Returns the numbers in a mask, in ascending order.
 #[inline(always)]
 pub(super) fn numbers(mut mask: Mask) -> impl Iterator<Item = usize> + Clone {
     std::iter::from_fn(move || {
@@ -37,14 +37,14 @@ pub(super) fn numbers(mut mask: Mask) -> impl Iterator<Item = usize> + Clone {
     })
 }
 
-/// What could not be delivered, and why.
+/// The frames that could not be delivered, and why.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Left {
-    /// The frames.
+    /// The frames that are left.
     pub(super) mask: Mask,
-    /// Those of them for which another try at the end of the pass may help.
+    /// The frames in `mask` for which another try at the end of the pass may help.
     pub(super) hold: Mask,
-    /// Full, contended or broken.
+    /// Why the frames are left: full, contended or broken.
     pub(super) reason: NoClaim,
 }
 
@@ -61,7 +61,8 @@ pub(super) struct Target<'a, 't> {
 }
 
 impl<'t> Target<'_, 't> {
-    /// Delivers the frames `mask`, those of one sender in order.
+    /// Delivers the frames `mask`, the frames of each sender in order. Returns the frames that are
+    /// left.
     #[inline(always)]
     pub(super) fn deliver(&mut self, mask: Mask) -> Left {
         let queue = &*self.queue.queue;
@@ -75,8 +76,8 @@ impl<'t> Target<'_, 't> {
         left
     }
 
-    /// The same while the ring is short: sender by sender, each within its share of what is kept
-    /// back.
+    /// Delivers while the ring is short: sender by sender, each within its share of the buffers
+    /// that are kept back.
     #[cold]
     fn deliver_shares(&mut self, mask: Mask) -> Left {
         let source = |number: usize| {
@@ -125,14 +126,15 @@ impl<'t> Target<'_, 't> {
         }
         Left {
             mask,
-            // Beyond its share a sender is refused at once: what others need is not to be had by
-            // asking again.
+            // Beyond its share a sender is refused without a retry: a retry would take the buffers
+            // that others need.
             hold: within.hold,
             reason: within.reason,
         }
     }
 
-    /// Delivers as long as so many buffers stay free. Returns how many were used, too.
+    /// Delivers as long as `leave` buffers stay free. Returns the frames that are left, and how
+    /// many positions were used.
     #[inline(always)]
     fn deliver_leaving(&mut self, mut mask: Mask, leave: u64) -> (Left, u64) {
         let counters = self.egress.shared.stats.thread(self.context.thread);
@@ -146,7 +148,8 @@ impl<'t> Target<'_, 't> {
                 Ok(()) => {}
                 Err(NoClaim::TooLong) => {
                     let to = (self.egress, Some(self.queue.pair));
-                    // A buffer of many pieces is read once a burst, not once a frame.
+                    // A buffer of many pieces is read once a burst, not once a frame, so all frames
+                    // are dropped.
                     let dropped = match self.claim.is_costly() {
                         true => mask,
                         false => mask & mask.wrapping_neg(),
@@ -185,7 +188,7 @@ impl<'t> Target<'_, 't> {
                 break;
             }
         }
-        // A driver that has returned nothing since the last retry failed does not do so within this
+        // A driver that has posted nothing since the last retry failed does not do so within this
         // pass.
         let worth = mask != 0 && reason != NoClaim::Broken && queue.is_worth_a_retry();
         let hold = if worth { mask } else { 0 };
@@ -193,7 +196,7 @@ impl<'t> Target<'_, 't> {
     }
 }
 
-/// Copies frames into an open claim; returns which.
+/// Copies frames into an open claim. Returns the frames that got buffers.
 #[inline(always)]
 fn fill<'t>(
     context: &Context<'t>,
@@ -236,8 +239,8 @@ fn fill<'t>(
     done
 }
 
-/// Senders' pages may have gone while we copied (see `lose_faulted`): what arrived is not their
-/// frames.
+/// Blanks the frames of senders whose pages have gone while their frames were copied (see
+/// `lose_faulted`): zeros may have been copied in place of the frame.
 #[cold]
 fn blank_faulted(context: &Context<'_>, burst: &Burst<'_>, claim: &mut Claim<'_>, done: Mask) {
     for (index, number) in numbers(done).enumerate() {
@@ -248,10 +251,10 @@ fn blank_faulted(context: &Context<'_>, burst: &Burst<'_>, claim: &mut Claim<'_>
     }
 }
 
-/// The usual case: the buffer is one piece of memory that holds header and frame.
+/// Copies a frame in the usual case: the buffer is one piece of memory that holds header and frame.
 #[inline(always)]
 fn fill_whole<'t>(target: &Window<'_>, header: usize, frame: &Frame<'t>, burst: &Burst<'t>) {
-    // Two lengths that the compiler knows: a comparison of two words each.
+    // Two calls, so that the compiler knows the length: each comparison is of two words.
     if header == NET_HDR_SIZE {
         put_header(target, &receive_header(1));
     } else {
@@ -272,12 +275,11 @@ fn fill_whole<'t>(target: &Window<'_>, header: usize, frame: &Frame<'t>, burst: 
     }
 }
 
-/// Bytes of a long copy that are asked for at once: more would be gone again, or on their way
-/// still, when they are needed (frames of 65000 bytes: 1.10 times the rate of asking for all of
-/// their lines first).
+/// Bytes of a long copy that are prefetched at once. Further lines would be evicted, or not there
+/// yet, when they are needed.
 const ASKED: usize = 4096;
 
-/// Fills `place` from the start of `source`, which is as long at least.
+/// Fills `place` from the start of `source`, which must be at least as long.
 #[inline(always)]
 fn copy(place: &Window<'_>, source: &Window<'_>) {
     if place.len() > ASKED {
@@ -285,8 +287,7 @@ fn copy(place: &Window<'_>, source: &Window<'_>) {
     }
     if place.len() >= LONG_COPY {
         // The receiver's core has most of these lines, and a store that waits for one holds up
-        // those behind it. As many requests as the processor can have open, instead: 122 ns in
-        // place of 135 for 1500 bytes, and 1.24 times the rate for 9000 bytes in buffers of 1526.
+        // those behind it. Prefetching keeps as many requests open as the processor can have.
         place.prefetch_write_all();
     }
     place.copy_from(source, place.len());
@@ -302,7 +303,7 @@ fn copy_in_pieces(place: &Window<'_>, source: &Window<'_>) {
     }
 }
 
-/// A buffer of several pieces, or a frame over several buffers.
+/// Copies a frame into a buffer of several pieces, or into several buffers.
 fn fill_pieces(claim: &Claim<'_>, index: usize, frame: &Frame<'_>, payload: Pieces<'_, '_>) {
     let header = receive_header(claim.buffers(index));
     let (mut header, mut head) = (&header[..claim.header()], frame.head());

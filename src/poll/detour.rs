@@ -17,7 +17,7 @@ use crate::topology::detour::{DETOUR_HEAD, Detour, head_of, read_head};
 use crate::topology::{Egress, EgressQueue, Topology};
 use crate::wire::flow_hash;
 
-/// Frames of one poll thread that are delivered in one pass: its next ones wait while others have
+/// Most frames of one poll thread that are delivered in one pass. Then the other poll threads have
 /// their turn.
 const TURN: usize = 32;
 
@@ -26,9 +26,9 @@ const TURN: usize = 32;
 pub(super) struct Detoured<'t> {
     detour: &'t Detour,
     writer: Held<'t, Producer<u8>>,
-    /// By poll thread, in the thread of slow ports; elsewhere none.
+    /// Reading ends by poll thread, in the thread of slow ports; empty in other threads.
     readers: ArrayVec<Held<'t, Consumer<u8>>, MAX_POLL_THREADS>,
-    /// A frame on its way out.
+    /// Private copy of the frame that is being delivered.
     frame: Vec<u8>,
 }
 
@@ -74,8 +74,8 @@ impl<'t> Detoured<'t> {
 }
 
 impl<'t> Delivery<'t, '_> {
-    /// Sends frames to a port that has no receive queue for this thread: not ready, or slow to
-    /// touch.
+    /// Sends frames to a port that has no receive queue for this thread: the port is not ready, or
+    /// its memory is slow to touch.
     #[cold]
     #[inline(never)]
     pub(super) fn send_elsewhere(&mut self, burst: &Burst<'t>, port: &'t Egress, mask: Mask) {
@@ -97,15 +97,15 @@ impl<'t> Delivery<'t, '_> {
         }
         let written = own.map_or(0, |own| own.write(burst, port.reference, mask, thread));
         if watched {
-            // A burst of an alarmed thread is of one queue.
+            // All frames of an alarmed thread's burst are of one queue, so one sender pays.
             self.tools.watch.charge(sender, self.tools.stats);
         }
         let reason = DropReason::EgressMemorySlow;
         self.context.drop_egress(to, reason, burst, mask & !written);
     }
 
-    /// Delivers what other threads have sent to slow ports: some frames of each, as long as
-    /// `current` says that the topology is. Returns whether there were any.
+    /// Delivers what other threads have sent to slow ports: at most [`TURN`] frames of each thread,
+    /// as long as `current` returns `true`. Returns whether there were any.
     pub(super) fn arrive(&mut self, current: &impl Fn() -> bool) -> bool {
         let Some(mut own) = self.detour.take() else {
             return false;
@@ -136,7 +136,7 @@ impl<'t> Delivery<'t, '_> {
         head[..first.len()].copy_from_slice(first);
         head[first.len()..].copy_from_slice(second);
         let (to, len) = read_head(head);
-        // Its writer may be in the midst of it.
+        // The writer may still be writing the rest of the frame.
         let Ok(chunk) = reader.read_chunk(DETOUR_HEAD + len as usize) else {
             return false;
         };
@@ -145,13 +145,13 @@ impl<'t> Delivery<'t, '_> {
         own.frame.extend_from_slice(first);
         own.frame.extend_from_slice(second);
         self.put_late(&own.frame[DETOUR_HEAD..], to);
-        // Behind the delivery: who finds that all has arrived may deliver by itself.
+        // After the delivery: a thread that finds its buffer empty may deliver by itself.
         chunk.commit_all();
         own.detour.is_done(thread);
         true
     }
 
-    /// Delivers a frame that has waited, to a port that may have gone meanwhile.
+    /// Delivers a frame from a buffer, unless its port has gone meanwhile.
     fn put_late(&mut self, bytes: &[u8], to: PortRef) {
         let port = self.context.topology.port(to.slot);
         let Some(port) = port.filter(|port| port.reference == to) else {
@@ -170,7 +170,8 @@ impl<'t> Delivery<'t, '_> {
         self.tools.watch.charge(port.into(), self.tools.stats);
     }
 
-    /// Delivers a frame from private memory into the receive queue that its flow belongs to.
+    /// Delivers a frame from private memory into the receive queue of its flow. Returns that queue,
+    /// and the position that must be published for the driver to see the frame.
     pub(super) fn put_to(
         &mut self,
         bytes: &[u8],

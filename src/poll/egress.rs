@@ -22,32 +22,32 @@ use super::recorder::{Lost, Recorder};
 use super::steer::{matching, steer};
 use super::watch::{Payer, Watch};
 
-/// Copies of one pass after which calls are made and no more is taken: a flood to 500 ports is 500.
+/// More copies than this end a pass: calls are made. A flood to 500 ports is 500 copies.
 const PASS_COPIES: u32 = 4096;
-/// Receive queues delivered to before their calls are made.
+/// Most receive queues delivered to before their calls are made.
 pub(super) const TOUCHED: usize = 128;
-/// Transmit queues completed before their calls are made.
+/// Most transmit queues completed before their calls are made.
 const COMPLETED: usize = 128;
 /// In place of a slot: the frame is dropped.
 pub(super) const NOWHERE: u16 = u16::MAX;
 /// In place of a slot: the frame is flooded.
 pub(super) const EVERYWHERE: u16 = u16::MAX - 1;
 
-/// What a thread brings along to every topology.
+/// A thread's own tools, which it uses with every topology.
 #[derive(Debug)]
 pub(super) struct Tools<'p> {
     pub(super) caller: &'p mut Caller,
     pub(super) stats: &'p ThreadStats,
     pub(super) clock: &'p quanta::Clock,
-    /// How long a chain waits for another thread's open claim, in nanoseconds.
+    /// Longest wait of a chain for another thread's open claim, in nanoseconds.
     pub(super) hold_ns: u64,
     pub(super) watch: &'p mut Watch,
-    /// Room for a private copy of a frame: a poll thread does not allocate.
+    /// Room for a private copy of a frame, made once because a poll thread does not allocate.
     pub(super) private: &'p mut Vec<u8>,
 }
 
-/// Room for a private copy of the longest frame, in pages that are there: a page fault in it would
-/// be taken for one in guest memory.
+/// Returns room for a private copy of the longest frame. The pages are touched here: a page fault
+/// in them would later be taken for a fault in guest memory.
 pub(super) fn private_frame() -> Vec<u8> {
     let mut room = vec![u8::MAX; MAX_FRAME as usize];
     room.clear();
@@ -59,7 +59,7 @@ pub(super) fn private_frame() -> Vec<u8> {
 struct Delivered<'t> {
     port: &'t Egress,
     queue: &'t EgressQueue,
-    /// Its publish is to be repeated.
+    /// Whether publishing is to be tried again.
     again: bool,
 }
 
@@ -82,7 +82,7 @@ impl<'t> Touched<'t> {
         }
     }
 
-    /// Publishes where that was left over; returns whether something still is.
+    /// Tries again to publish where that is left over. Returns whether anything is left still.
     fn publish(&mut self) -> bool {
         self.0.iter_mut().fold(false, |left, known| {
             known.again = known.again && known.queue.queue.publish() == Published::Again;
@@ -97,19 +97,19 @@ pub(super) struct Delivery<'t, 'p> {
     pub(super) context: Context<'t>,
     pub(super) tools: Tools<'p>,
     pub(super) owed: Owed<'t>,
-    /// The thread's one claim, empty between deliveries.
+    /// The thread's only claim, not open between deliveries.
     pub(super) claim: Claim<'t>,
     pub(super) touched: Touched<'t>,
-    /// Numbers of queues with chains completed since calls were last made.
+    /// Transmit queues with chains completed since calls were last made, by number.
     completed: ArrayVec<u16, COMPLETED>,
     /// Frames kept for the retry at the end of the pass.
     held: Burst<'t>,
-    /// Egress slot of each held frame.
+    /// Slot of the egress port of each held frame.
     held_for: ArrayVec<u16, BURST_FRAMES>,
-    /// The way of frames to ports whose memory is slow.
+    /// The thread's ends of the way to ports whose memory is slow; `None` without such ports.
     pub(super) detour: Option<Detoured<'t>>,
     copies: u32,
-    /// The pass has made all the copies it may.
+    /// Whether the pass has made [`PASS_COPIES`].
     spent: bool,
 }
 
@@ -140,7 +140,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
         }
     }
 
-    /// Delivers the burst, egress by egress, each egress's frames in their order.
+    /// Delivers the burst, port by port and in order. `egress` has the slot of each frame.
     #[inline(always)]
     pub(super) fn dispatch(
         &mut self,
@@ -161,9 +161,9 @@ impl<'t, 'p> Delivery<'t, 'p> {
         }
     }
 
-    /// Delivers flooded frames to every port but their own, together with what goes to that port
-    /// alone: a flow whose address was learned within the burst keeps its order. Returns the frames
-    /// for ports that cannot receive.
+    /// Delivers flooded frames to every port but their own, together with the frames for that port
+    /// alone. So a flow whose address was learned within the burst keeps its order. Returns the
+    /// frames for ports that are not in the flood list.
     fn flood(&mut self, burst: &Burst<'t>, egress: &[u16; BURST_FRAMES], all: Mask) -> Mask {
         let flood = matching(egress, EVERYWHERE);
         let (mut left, mut homeless) = (all & !flood, flood);
@@ -204,7 +204,8 @@ impl<'t, 'p> Delivery<'t, 'p> {
         }
     }
 
-    /// Delivers to a port of several receive queues, flow by flow to the queue that its hash says.
+    /// Delivers to a port of several receive queues. The hash of its flow chooses each frame's
+    /// queue.
     #[inline(never)]
     pub(super) fn spread(&mut self, burst: &Burst<'t>, port: &'t Egress, mask: Mask) {
         for (queue, mask) in steer(port, burst, mask) {
@@ -240,14 +241,14 @@ impl<'t, 'p> Delivery<'t, 'p> {
         };
         let mut left = target.deliver(mask & !behind);
         if left.mask | behind != 0 {
-            // A ring that is short has kept its sender's share waiting already.
+            // While the ring is short, a sender beyond its share gets no retry.
             left.hold |= if queue.queue.is_short() { 0 } else { behind };
             left.mask |= behind;
             self.hold(burst, (port, queue.pair), left);
         }
     }
 
-    /// Frames that would overtake what their transmit queue has sent to the same port and is held.
+    /// Returns the frames that would overtake a held one: of the same queue, to the same port.
     #[cold]
     fn behind_held(&self, burst: &Burst<'t>, slot: u16, mask: Mask) -> Mask {
         let held = self.held.frames().iter().zip(&self.held_for);
@@ -261,25 +262,25 @@ impl<'t, 'p> Delivery<'t, 'p> {
             .fold(0, |mask, number| mask | 1 << number)
     }
 
-    /// Whether something of ours waits to be made visible, or chains wait for that.
+    /// Whether something of ours waits to be published, or chains wait to be completed.
     #[inline(always)]
     pub(super) fn is_behind(&self) -> bool {
         !self.touched.0.is_empty() || self.owes()
     }
 
-    /// Whether chains wait, at the end of a pass for other threads' claims.
+    /// Whether chains wait. At the end of a pass they wait for other threads' claims.
     #[inline(always)]
     pub(super) fn owes(&self) -> bool {
         self.owed.any()
     }
 
-    /// Whether the pass is to end: other queues wait for their turn, their drivers for calls.
+    /// Whether the pass is to end, because other queues wait for their turn and drivers for calls.
     #[inline(always)]
     pub(super) fn is_spent(&self) -> bool {
         self.spent
     }
 
-    /// Makes room for one more delivery: calls after many copies.
+    /// Makes room for a delivery of `copies` frames: after many, publishes and calls.
     #[inline(always)]
     pub(super) fn make_room(&mut self, copies: u32) {
         self.copies += copies;
@@ -291,8 +292,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
         }
     }
 
-    /// Keeps frames that found no buffer for the end of the pass; drops those that do not fit
-    /// there.
+    /// Keeps the frames `left.hold` for the retry, and drops the others and those without room.
     #[cold]
     fn hold(&mut self, burst: &Burst<'t>, (port, pair): (&Egress, u16), left: Left) {
         let mut mask = left.hold;
@@ -310,7 +310,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
         self.context.drop_egress(to, reason, burst, dropped);
     }
 
-    /// Completes a queue, as far as its frames are published.
+    /// Completes the chains of a queue, as far as their frames are published.
     #[inline(always)]
     pub(super) fn complete(&mut self, number: u16) {
         if self.owed.complete(self.context.plan, number) && self.completed.try_push(number).is_err()
@@ -331,7 +331,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
         self.notify();
     }
 
-    /// Repeats until nothing of ours waits to be published, and gives up waiting for others: before
+    /// Settles until nothing of ours waits, and stops waiting for others. To be called before
     /// sleeping and before acknowledging.
     pub(super) fn settle_wholly(&mut self) {
         self.settle();
@@ -343,7 +343,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
         self.notify();
     }
 
-    /// Retries, and completes what was held back and need not be any more.
+    /// Retries, and completes chains that need not wait any longer.
     #[cold]
     fn settle_owed(&mut self) {
         self.retry();
@@ -351,7 +351,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
         self.complete_released();
     }
 
-    /// Completes chains that wait no longer.
+    /// Completes chains that need not wait any longer, or have waited too long.
     fn complete_released(&mut self) {
         let clock = self.tools.clock;
         let now = clock.raw();
@@ -360,7 +360,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
             self.tools.stats.completed_early.add(1);
         }
         let watched = self.tools.watch.is_alarmed();
-        // All queues: whose waits have ended is not remembered.
+        // All queues, because it is not recorded which waits have ended.
         for (number, ingress) in self.context.plan.queues.iter().enumerate() {
             if watched {
                 self.tools.watch.begin(ingress.into());
@@ -372,7 +372,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
         }
     }
 
-    /// The one retry of a pass for frames that found no buffer. Whatever it does not place is
+    /// Makes the pass's one retry for frames that found no buffer. Frames that find none again are
     /// dropped.
     fn retry(&mut self) {
         let slots = std::mem::take(&mut self.held_for);
@@ -402,7 +402,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
         self.held.clear();
     }
 
-    /// The same for one receive queue.
+    /// Makes the retry in one receive queue.
     fn retry_in(&mut self, port: &'t Egress, queue: &'t EgressQueue, mask: Mask) {
         self.make_room(mask.count_ones());
         let Delivery {
@@ -440,14 +440,14 @@ impl<'t, 'p> Delivery<'t, 'p> {
         self.context.drop_egress(to, reason, &self.held, rest.mask);
     }
 
-    /// Signals every driver that asked for it, with one system call; none at all while drivers
+    /// Signals every driver that asked for it: one system call for usual passes, none while drivers
     /// poll.
     #[inline(always)]
     fn notify(&mut self) {
         let mut calls: ArrayVec<&'t CallFd, CALLS> = ArrayVec::new();
         let (watch, stats) = (&mut *self.tools.watch, self.tools.stats);
         let watched = watch.is_alarmed();
-        // The wish is taken only where there is somebody to call: a call descriptor may come later.
+        // The wish is taken only if there is a call descriptor, because one may come later.
         for Delivered { port, queue, .. } in &self.touched.0 {
             if watched {
                 watch.begin((*port).into());
@@ -489,7 +489,7 @@ impl<'t, 'p> Delivery<'t, 'p> {
     }
 }
 
-/// The drop reason of a claim that failed for good.
+/// Returns the drop reason of a claim that failed for good.
 pub(super) fn reason_of(reason: NoClaim) -> DropReason {
     match reason {
         NoClaim::Full => DropReason::EgressRingFull,

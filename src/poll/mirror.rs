@@ -18,7 +18,7 @@ use super::deliver::BARREN_CLAIMS;
 use super::egress::{Delivery, reason_of};
 
 impl<'t> Delivery<'t, '_> {
-    /// Sends on what mirrors have copied; returns whether there was anything.
+    /// Delivers what mirrors have copied in the last pass. Returns whether there was anything.
     #[inline(always)]
     pub(super) fn replay(&mut self) -> bool {
         match &self.context.recorder {
@@ -83,8 +83,8 @@ impl<'t> Delivery<'t, '_> {
         }
     }
 
-    /// Delivers one copy; `false` if there is no room for it, or if the memory of its destination
-    /// is not for this thread to touch.
+    /// Delivers one copy. Returns `false` if there is no room for it, or if this thread must not
+    /// touch its destination's memory.
     fn put_copy(&mut self, bytes: &[u8], port: &'t Egress) -> bool {
         let watched = self.tools.watch.is_alarmed();
         if self.tools.watch.avoids(&port.shared.pages) {
@@ -103,8 +103,8 @@ impl<'t> Delivery<'t, '_> {
         delivered.is_ok()
     }
 
-    /// Delivers a frame of the port in slot `sender` from private memory; or says why not. Returns
-    /// where the receive queue must be published up to for its driver to see the frame.
+    /// Delivers a frame from private memory. Returns the position that the receive queue must
+    /// publish for its driver to see the frame, or the drop reason.
     pub(super) fn put(
         &mut self,
         bytes: &[u8],
@@ -170,7 +170,7 @@ impl<'t> Delivery<'t, '_> {
     }
 }
 
-/// Copies header and frame into the buffers of the claim's one frame.
+/// Copies header and frame into the buffers of the claim's only frame.
 fn fill(claim: &Claim<'_>, bytes: &[u8]) {
     let header = receive_header(claim.buffers(0));
     let (mut header, mut rest) = (&header[..claim.header()], bytes);

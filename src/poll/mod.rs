@@ -52,33 +52,34 @@ use owed::HOLD_NS;
 use pass::Pass;
 use watch::Watch;
 
-/// What control shares with one poll thread.
+/// The state that control shares with one poll thread.
 #[derive(Debug)]
 pub struct PollShared {
-    /// Its counters.
+    /// Counters of the thread.
     pub stats: ThreadStats,
-    /// Its bed: kicks of its queues, and a bell.
+    /// Where the thread sleeps until a queue of its plan is kicked or control wakes it.
     pub sleeper: Sleeper,
-    /// Ends the thread; ring the bell afterwards.
+    /// Tells the thread to end. After setting it, wake the sleeper.
     pub stop: AtomicBool,
-    /// Nanoseconds without work before it sleeps, or [`NEVER`].
+    /// Nanoseconds without work before the thread sleeps, or [`NEVER`].
     idle_ns: AtomicU64,
-    /// Rung when the thread has marked a port.
+    /// Rung when the thread has marked a port as slow to touch.
     bell: OnceLock<Arc<Wake>>,
-    /// It serves ports whose memory is slow to touch, and no others.
+    /// Whether the thread serves ports whose memory is slow to touch, and no others.
     is_slow: bool,
 }
 
-/// Policy of the thread that serves ports whose memory is slow to touch.
+/// Idle policy of the thread that serves ports whose memory is slow to touch.
 const SLOW_IDLE: IdlePolicy = IdlePolicy::Adaptive(Duration::from_micros(50));
-/// Longest sleep of that thread while there are such ports: nobody wakes it for frames to them.
+/// Longest sleep of the thread of slow ports while there are such ports, because nobody wakes it
+/// for frames to them.
 const SLOW_NAP: Duration = Duration::from_millis(1);
 
-/// In `PollShared::idle_ns`: it polls for ever.
+/// In `PollShared::idle_ns`: the thread never sleeps.
 const NEVER: u64 = u64::MAX;
 
 impl PollShared {
-    /// For a thread that is to begin, with this policy.
+    /// Makes the state of a thread that is to begin, with this idle policy.
     pub fn new(idle: IdlePolicy) -> std::io::Result<Self> {
         Ok(PollShared {
             stats: ThreadStats::default(),
@@ -90,7 +91,7 @@ impl PollShared {
         })
     }
 
-    /// The same for the thread that serves ports whose memory is slow to touch.
+    /// Makes the state of the thread that serves ports whose memory is slow to touch.
     pub fn slow() -> std::io::Result<Self> {
         Ok(PollShared {
             is_slow: true,
@@ -98,18 +99,18 @@ impl PollShared {
         })
     }
 
-    /// Whether it is that one.
+    /// Whether the thread serves ports whose memory is slow to touch.
     pub fn is_slow(&self) -> bool {
         self.is_slow
     }
 
-    /// Says what to ring when the thread has found that the memory of a port is slow to touch.
-    /// Before it begins.
+    /// Sets the bell to ring when the thread has found that the memory of a port is slow to touch.
+    /// To be called before the thread begins.
     pub fn report_to(&self, bell: Arc<Wake>) {
         let _ = self.bell.set(bell);
     }
 
-    /// What the thread does without work.
+    /// Returns what the thread does without work.
     pub fn idle(&self) -> IdlePolicy {
         match self.idle_ns.load(Ordering::Relaxed) {
             NEVER => IdlePolicy::Busy,
@@ -117,7 +118,8 @@ impl PollShared {
         }
     }
 
-    /// Changes that, from its next pass without work on; one that sleeps looks for work once.
+    /// Changes what the thread does without work, from its next pass without work on. A sleeping
+    /// thread wakes, and looks for work once.
     pub fn set_idle(&self, idle: IdlePolicy) {
         self.idle_ns.store(idle_ns(idle), Ordering::Relaxed);
         self.sleeper.wake();
@@ -131,9 +133,10 @@ fn idle_ns(idle: IdlePolicy) -> u64 {
     }
 }
 
-/// A claim is open for so long where its thread has a CPU: about what it takes to copy its 64 KiB.
+/// How long a claim is open if its thread has a CPU, in nanoseconds: about the time to copy its 64
+/// KiB.
 const CLAIM_NS: u64 = 10_000;
-/// A pass longer than this may have been one without a CPU.
+/// A pass longer than this, in nanoseconds, may have been without a CPU for a time.
 const LONG_PASS_NS: u64 = 50_000;
 
 /// A poll thread's own state.
@@ -153,24 +156,24 @@ pub struct Poller {
 /// Why a thread let go of a topology.
 enum Left {
     OutOfDate(PassTimes),
-    /// For so long at most.
+    /// The thread may sleep, for at most so long.
     Idle(Option<Duration>),
     Stop,
 }
 
-/// When passes begin, and what of their length was time without a CPU.
+/// When passes begin, and how much of their length was time without a CPU.
 struct PassTimes {
-    /// End of the last pass, by the raw clock.
+    /// End of the last pass, by the raw clock. The next pass begins there.
     began: u64,
     on_cpu: OnCpu,
-    /// Second of the last look at the CPU time.
+    /// Second in which the CPU time was last read.
     looked_s: u32,
-    /// The next pass begins with taking over a topology.
+    /// Whether the next pass begins with adopting a topology.
     takes_over: bool,
 }
 
 impl PassTimes {
-    /// For a thread that has just woken up, or begins.
+    /// Starts timing, for a thread that has just woken up or begins.
     fn now(clock: &quanta::Clock) -> Self {
         let on_cpu = OnCpu::look(clock);
         PassTimes {
@@ -181,7 +184,7 @@ impl PassTimes {
         }
     }
 
-    /// Counts a pass that ends now; returns the raw clock.
+    /// Counts a pass that ends now. Returns the raw clock.
     #[inline(always)]
     fn pass(
         &mut self,
@@ -208,25 +211,25 @@ impl PassTimes {
     }
 }
 
-/// When a thread last looked at its CPU time.
+/// What a thread found when it last read its CPU time.
 struct OnCpu {
-    /// By the raw clock.
+    /// When it was read, by the raw clock.
     at: u64,
-    /// How long it had run then.
+    /// How long the thread had run then.
     ran: Duration,
 }
 
 impl OnCpu {
     fn look(clock: &quanta::Clock) -> Self {
-        // In this order: a CPU lost in between is then missing in the time that it ran, and so is
-        // noticed.
+        // In this order: time without a CPU between the two reads is then missing in `ran`, and so
+        // is noticed by the next look.
         OnCpu {
             at: clock.raw(),
             ran: sched::own_cpu_time(),
         }
     }
 
-    /// Looks again: nanoseconds without a CPU since the last look.
+    /// Reads the CPU time again. Returns the nanoseconds without a CPU since the last look.
     #[cold]
     fn off_cpu_ns(&mut self, clock: &quanta::Clock) -> u64 {
         let now = OnCpu::look(clock);
@@ -237,11 +240,13 @@ impl OnCpu {
     }
 }
 
-/// Whether a topology that is out of date since a pass that ended at `since` may be let go of: no
-/// chain stands behind another thread's open claim, or some have for too long. A thread that has a
-/// CPU closes its claim soon, and is waited for. For one that has none whole passes go on, of which
-/// each may bring new waits. Usually it has not acknowledged either, so that nobody waits longer
-/// for that.
+/// Whether the thread may let go of a topology that is out of date. `since` is the end of the pass
+/// in which that was found. It may if no chain waits for another thread's open claim, or if chains
+/// have waited for too long.
+///
+/// A thread that has a CPU closes its claim soon, so it is waited for here. If the other thread has
+/// no CPU, whole passes go on, and each may bring new waits. Usually that thread has not
+/// acknowledged either, so nobody waits longer because of this one.
 #[inline(always)]
 fn may_leave(pass: &mut Pass<'_, '_>, clock: &quanta::Clock, since: u64) -> bool {
     if !pass.owes() {
@@ -258,8 +263,8 @@ fn may_leave(pass: &mut Pass<'_, '_>, clock: &quanta::Clock, since: u64) -> bool
 }
 
 impl Poller {
-    /// A poller that reads its topologies through `reader`. `epoch` is the zero of the switch's
-    /// clock.
+    /// Makes a poller that reads its topologies through `reader`. `epoch` is the zero of the
+    /// switch's clock. Fails if the system gives no means to call drivers.
     pub fn new(
         shared: Arc<PollShared>,
         reader: Reader<Topology>,
@@ -268,7 +273,7 @@ impl Poller {
         Ok(Poller::with(Caller::new()?, shared, reader, epoch))
     }
 
-    /// The same with its means to call drivers, which is all that may not be had.
+    /// Makes a poller with `caller` as its means to call drivers. Only making a `Caller` can fail.
     pub fn with(
         caller: Caller,
         shared: Arc<PollShared>,
@@ -289,19 +294,19 @@ impl Poller {
         }
     }
 
-    /// Its reader, if it is not to run after all.
+    /// Returns the reader of a poller that is not to run after all.
     pub fn into_reader(self) -> Reader<Topology> {
         self.reader
     }
 
-    /// Runs until `PollShared::stop`; returns the reader, with nothing borrowed, for another poller
+    /// Runs until `PollShared::stop`. Returns the reader, with nothing borrowed, for another poller
     /// to go on with.
     pub fn run(self) -> Reader<Topology> {
         self.run_with(|| {})
     }
 
-    /// The same for tests and measurements: `between` is called before every pass, for guests that
-    /// are played by this thread or in step with it.
+    /// As [`Poller::run`], for tests and measurements: `between` is called before every pass, for
+    /// guests that are played by this thread or in step with it.
     pub fn run_with(mut self, mut between: impl FnMut()) -> Reader<Topology> {
         let mut take_over = None;
         loop {
@@ -309,8 +314,9 @@ impl Poller {
                 Left::OutOfDate(next) => take_over = Some(next),
                 Left::Stop => break,
                 Left::Idle(nap) => {
-                    // No borrow is held here, so a sleeper keeps nobody's memory alive. The kicks
-                    // are armed; a topology that gives this thread new work rings the bell.
+                    // No borrow is held here, so a sleeping thread keeps nobody's memory alive. The
+                    // kicks are armed. Control rings the bell for a topology that gives this thread
+                    // new work.
                     self.reader.sleep();
                     self.shared.stats.sleeps.add(1);
                     self.shared.sleeper.sleep(nap, |_| {});
@@ -322,8 +328,8 @@ impl Poller {
         self.reader
     }
 
-    /// Works on the caller's thread until there is nothing to do, instead of [`Poller::run`]: how
-    /// the instructions of a frame are counted. Needs [`IdlePolicy::Adaptive`].
+    /// Works on the caller's thread until there is nothing to do, so that the instructions of a
+    /// frame can be counted. Needs [`IdlePolicy::Adaptive`].
     #[inline(never)]
     pub fn drain(&mut self) {
         self.watch.disable();
@@ -333,8 +339,9 @@ impl Poller {
         }
     }
 
-    /// Works with one topology until it is out of date or there is nothing to do. `take_over` says
-    /// that an older one was left for it: a thread that slept had nothing to acknowledge.
+    /// Works with one topology until it is out of date or there is nothing to do. `take_over` is
+    /// given if an older topology was left for this one. A thread that slept had nothing to
+    /// acknowledge.
     fn serve(&mut self, take_over: Option<PassTimes>, between: &mut impl FnMut()) -> Left {
         let Poller {
             shared,
@@ -363,7 +370,7 @@ impl Poller {
         tools.watch.take_over();
         let mut pass = Pass::new(&topology, thread, tools);
         let mut times = take_over.unwrap_or_else(|| {
-            // To sleep was to wait, too.
+            // The waits of the sleep must not count as waits for a page.
             pass.watch().look(None);
             PassTimes::now(clock)
         });
@@ -386,7 +393,8 @@ impl Poller {
                     continue;
                 }
                 pass.settle();
-                // From the end of the last pass on it is time of the successor's first one.
+                // The time since the end of the last pass belongs to the first pass with the next
+                // topology.
                 times.takes_over = true;
                 return if outdated {
                     Left::OutOfDate(times)
@@ -403,7 +411,7 @@ impl Poller {
             if idle && clock.delta_as_nanos(last_work, ended) >= spin_ns {
                 pass.settle();
                 let quiet = pass.arm();
-                // No pass follows that would see a wait in there.
+                // No pass follows that would notice a page fault in `arm`.
                 let armed_ns = clock.delta_as_nanos(ended, clock.raw());
                 if armed_ns > LONG_PASS_NS {
                     pass.watch().look(Some(armed_ns));

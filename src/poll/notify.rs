@@ -1,8 +1,8 @@
-//! Making calls: with one system call for all calls of a pass.
+//! Makes calls, with one system call for all calls of a pass.
 //!
-//! Calls are also made within a pass, after `PASS_COPIES` copies and when the list
-//! of queues to call is full. Calls of suspect ports are made one by one; slow calls are left to
-//! the sessions of their ports (`sys::call`).
+//! Calls are also made within a pass: after `PASS_COPIES` copies, and when the list of queues to
+//! call is full. Suspect ports are called one by one. Slow calls are left to the sessions of their
+//! ports (`sys::call`).
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -43,7 +43,7 @@ pub(super) fn signal(tools: &mut Tools<'_>, calls: &[&CallFd]) {
     }
 }
 
-/// Signals one driver, and takes the time.
+/// Signals one driver, and charges the CPU time to its port.
 fn signal_alone(tools: &mut Tools<'_>, call: &CallFd) {
     let stats = tools.stats;
     let begun = own_cpu_time();

@@ -19,32 +19,33 @@ use crate::frame::BURST_FRAMES;
 use crate::topology::Plan;
 use crate::virtio::ReceiveQueue;
 
-/// Longest wait for another thread's open claim, in nanoseconds: a hundred times what it takes to
-/// copy the 64 KiB of one.
+/// Longest wait for another thread's open claim, in nanoseconds: a hundred times the time to copy
+/// the 64 KiB of a claim.
 pub(super) const HOLD_NS: u64 = 1_000_000;
-/// Entries for publication: at most two for each pair of a transmit queue and a receive queue that
-/// stands still.
+/// Most entries that wait for a publication. A transmit queue has at most two for each receive
+/// queue that stands still.
 pub(super) const ROOM: usize = 192;
-/// All of them: for retries as many more as a burst has frames.
+/// Most entries: beside [`ROOM`], one for each frame of a burst that may wait for a retry.
 const OWED: usize = ROOM + BURST_FRAMES;
-/// Queues that stand still whose waits are remembered; beyond them a wait is made again.
+/// Most receive queues that are remembered because they stand still. For further ones threads wait
+/// again.
 const STALLED: usize = 8;
 
 /// The chain of transmit queue `ingress` at `position`, which must not be completed yet.
 #[derive(Clone, Copy, Debug)]
 struct Entry<'t> {
-    /// Number in the plan.
+    /// Number of the transmit queue in the plan.
     ingress: u16,
     position: u64,
     wait: Wait<'t>,
-    /// When its wait was first looked at, by the raw clock.
+    /// When the entry was first looked at, by the raw clock; `None` before.
     since: Option<u64>,
 }
 
 /// What a chain waits for.
 #[derive(Clone, Copy, Debug)]
 enum Wait<'t> {
-    /// This receive queue must be published up to here.
+    /// The receive queue must be published up to this position.
     Published(&'t ReceiveQueue, u64),
     /// The retry at the end of the pass.
     Retry,
@@ -68,23 +69,23 @@ impl Entry<'_> {
 #[derive(Debug, Default)]
 pub(super) struct Owed<'t> {
     blocked: ArrayVec<Entry<'t>, OWED>,
-    /// Chains are completed although their frames are not published.
+    /// Whether chains are completed although their frames are not published.
     early: bool,
-    /// Queues that were waited for in vain, and where they stood: as long as they stand there,
-    /// nobody waits again. Otherwise senders to such a queue would stand still for a while again
-    /// and again.
+    /// Receive queues that were waited for in vain, and their published positions then. Nobody
+    /// waits for such a queue again until it moves. Otherwise its senders would stand still for a
+    /// while again and again.
     stalled: ArrayVec<(&'t ReceiveQueue, u64), STALLED>,
 }
 
 impl<'t> Owed<'t> {
-    /// Whether chains wait, or were completed early and nobody has been told.
+    /// Whether chains wait, or were completed early and [`Owed::release`] has not said so yet.
     #[inline(always)]
     pub(super) fn any(&self) -> bool {
         !self.blocked.is_empty() || self.early
     }
 
-    /// The chain at `position` waits until `queue` is published up to `end`, which is behind all
-    /// earlier ends.
+    /// Makes the chain at `position` wait until `queue` is published up to `end`. `end` must not be
+    /// before earlier ends of the queue.
     pub(super) fn until_published(
         &mut self,
         ingress: u16,
@@ -95,8 +96,9 @@ impl<'t> Owed<'t> {
         if self.is_stalled(queue) {
             return;
         }
-        // One entry for a claim is enough, for its first position holds the later ones back; and
-        // one for all claims but the oldest, of which that must not wait for those that come later.
+        // One entry for a claim is enough, because its first position holds back the later ones. A
+        // queue pair has two entries at most: one for the oldest claim, which must not wait for
+        // later ones, and one for all the others.
         let mut count = 0;
         for entry in &mut self.blocked {
             if entry.ingress == ingress
@@ -112,8 +114,8 @@ impl<'t> Owed<'t> {
             }
         }
         if !self.has_room() {
-            // What they held back is completed at the end of the pass: here frames of the burst are
-            // not delivered yet.
+            // Entries that are published make room. What they held back is completed at the end of
+            // the pass: frames of this burst are not delivered yet.
             self.blocked.retain(|entry| !entry.is_published());
         }
         if self.has_room() {
@@ -123,7 +125,8 @@ impl<'t> Owed<'t> {
         }
     }
 
-    /// For the publication of others' claims; retries always have room.
+    /// Whether there is room for an entry that waits for a publication. The room for retries is
+    /// kept free.
     fn has_room(&self) -> bool {
         self.blocked.remaining_capacity() > BURST_FRAMES
     }
@@ -137,19 +140,19 @@ impl<'t> Owed<'t> {
         });
     }
 
-    /// The chain at `position` waits for the end of the pass. A burst's worth of frames is held at
-    /// most.
+    /// Makes the chain at `position` wait for the retry at the end of the pass. At most
+    /// [`BURST_FRAMES`] frames wait.
     pub(super) fn until_retry(&mut self, ingress: u16, position: u64) {
         self.push(ingress, position, Wait::Retry);
     }
 
-    /// The retry was made.
+    /// Removes the entries that wait for the retry, which is about to be made.
     pub(super) fn retried(&mut self) {
         self.blocked.retain(|entry| !entry.is_retry());
     }
 
-    /// Forgets what is published at time `now`, and gives up queues that somebody has waited for
-    /// since a time that `is_late`. Returns whether chains are completed early.
+    /// Removes entries that are published, and gives up a queue that was waited for since a time
+    /// that `is_late`. `now` is the raw clock. Returns whether chains are completed early.
     pub(super) fn release(&mut self, now: u64, is_late: impl Fn(u64) -> bool) -> bool {
         self.blocked.retain(|entry| !entry.is_published());
         let mut late = None;
@@ -166,7 +169,7 @@ impl<'t> Owed<'t> {
         std::mem::take(&mut self.early)
     }
 
-    /// Gives up waiting for any other thread's claim.
+    /// Gives up waiting for all other threads' claims.
     pub(super) fn give_up_all(&mut self) {
         while let Some(queue) = self.blocked.iter().find_map(|entry| match entry.wait {
             Wait::Published(queue, _) => Some(queue),
@@ -176,7 +179,7 @@ impl<'t> Owed<'t> {
         }
     }
 
-    /// Gives up waiting for `queue`, and notes where it stands.
+    /// Gives up waiting for `queue`, and remembers its published position.
     fn give_up(&mut self, queue: &'t ReceiveQueue) {
         self.blocked.retain(|entry| !entry.is_for(queue));
         self.stalled.retain(|(queue, at)| queue.published() == *at);
@@ -191,7 +194,8 @@ impl<'t> Owed<'t> {
         self.stalled.iter().any(same)
     }
 
-    /// Completes what may be completed of queue `ingress`; says whether anything was.
+    /// Completes the chains of transmit queue `ingress` up to the first that must wait. Returns
+    /// whether there were any.
     #[inline(always)]
     pub(super) fn complete(&self, plan: &Plan, ingress: u16) -> bool {
         let queue = &plan.queues[usize::from(ingress)].queue;

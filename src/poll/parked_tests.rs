@@ -1,14 +1,14 @@
-//! A producer that is stopped in the middle of a delivery: what its queue's driver does not see
+//! Stops a producer in the middle of a delivery. Tests what its queue's driver does not see
 //! meanwhile, and that nobody else notices.
 //!
-//! Poll thread 0 takes the frames of `A` and delivers them to `X`; it is the one that stops. Poll
-//! thread 1 takes those of `B`, which sends to `X` and `Y` in turn, and of `C`, which sends to `Z`;
-//! it also plays all guests. The rates are compared with a thread 0 that stands still between two
-//! passes, so that the machine is equally busy.
+//! Poll thread 0 takes the frames of `A` and delivers them to `X`. This thread is the one that
+//! stops. Poll thread 1 takes the frames of `B`, which sends to `X` and `Y` in turn, and of `C`,
+//! which sends to `Z`. Poll thread 1 also plays all guests. The rates are compared with a thread 0
+//! that stands still between two passes, so that the machine is equally busy.
 //!
-//! What is compared is frames a pass, which no other load on the machine changes. `POLLUX_LONG=1`
-//! stops thread 0 for a second, seven times each, and compares frames a second of processor time,
-//! which wants a quiet machine.
+//! The test compares frames a pass, which no other load on the machine changes. `POLLUX_LONG=1`
+//! stops thread 0 for a second, seven times each, and compares frames a second of processor time.
+//! That needs a quiet machine.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -33,13 +33,13 @@ const X: usize = 2;
 const Y: usize = 3;
 const C: usize = 4;
 const Z: usize = 5;
-/// Frames of each sender in a turn; `B`'s go to two receivers.
+/// Frames of each sender in a turn. `B`'s go to two receivers.
 const SENT: [(usize, usize); 3] = [(A, 8), (B, 16), (C, 8)];
 /// Turns in which a driver has surely reaped all that it can see.
 const REAPED: u32 = 10;
 /// Claims and publications of thread 1 in one pass: one a receiver, and a second for the retry.
 const TRIES_A_PASS: u64 = 6;
-/// For whatever should happen soon; the machine may be busy.
+/// How long to wait for what should happen soon. The machine may be busy.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// What was counted up to one moment.
@@ -69,7 +69,7 @@ struct Script<'r, 'm> {
     closed: bool,
     point: Point,
     brake: Brake,
-    /// Of thread 1.
+    /// Counters of thread 1.
     shared: Arc<PollShared>,
     x: Arc<PortShared>,
     phase: Phase,
@@ -161,7 +161,8 @@ impl Script<'_, '_> {
         begun.is_some_and(|begun| own_cpu_time() - begun >= pause())
     }
 
-    /// Frames that were sent, and neither have come nor were counted as dropped.
+    /// Returns the number of frames that were sent, and neither arrived nor were counted as
+    /// dropped.
     fn missing(&self) -> u64 {
         let sent = self.rig.counters.iter().map(|flow| &flow.sent);
         let sent: u64 = sent.map(|n| n.load(Ordering::Relaxed)).sum();
@@ -195,8 +196,8 @@ impl Shown {
     }
 }
 
-/// Stops thread 0 at `point` while all others go on; every frame is accounted for when this
-/// returns.
+/// Stops thread 0 at `point` while all others go on. When this returns, every frame is accounted
+/// for.
 fn park_at(point: Point, closed: bool, packed: bool) -> Shown {
     let plan = Plan {
         size: 64,
@@ -235,7 +236,7 @@ fn park_at(point: Point, closed: bool, packed: bool) -> Shown {
             brake.obey();
             first.run_with(|| park::at(Point::BetweenPasses));
         });
-        // Also when an assertion fails.
+        // Runs also when an assertion fails.
         let _stop = stop_first;
         second.run_with(|| script.turn());
     });
@@ -286,8 +287,8 @@ fn rates_beside(point: Point, packed: bool) -> [f64; 2] {
 
 #[test]
 fn a_parked_producer_delays_its_own_queue_and_no_other() {
-    // A single comparison of two seconds on a shared machine is off by a fifth, either way: the
-    // median of several.
+    // The median of several, because a single comparison of two seconds on a shared machine is off
+    // by a fifth, either way.
     let rounds = if long() { 7 } else { 1 };
     for (point, packed) in POINTS.into_iter().flat_map(|p| [(p, false), (p, true)]) {
         let mut all: Vec<[f64; 2]> = (0..rounds).map(|_| rates_beside(point, packed)).collect();

@@ -27,25 +27,25 @@ use super::egress::{Delivery, EVERYWHERE, NOWHERE, Tools};
 use super::recorder::Lost;
 use super::watch::Watch;
 
-/// Frames of one queue that are a burst of their own, and whose reading is timed: see `watch`.
+/// A queue with at least so many frames gets a burst of its own, whose reading is timed: see
+/// `watch`.
 const MANY: usize = 32;
-/// Bytes taken from one queue in one pass, if not one frame alone is longer: about 10 µs of
-/// copying.
+/// Bytes after which no more is taken from a queue in one pass: about 10 µs of copying.
 const QUEUE_BYTES: u32 = 64 * 1024;
 
-/// Queues between asking for a queue's available index and looking at it.
+/// How many queues ahead a queue's available index is prefetched.
 const AVAILABLE_AHEAD: usize = 6;
-/// Queues between asking for a queue's next chain and taking it: the index has come by then.
+/// How many queues ahead a queue's next chain is prefetched. The index has arrived by then.
 const NEXT_AHEAD: usize = 3;
 
-/// Everything that a thread does with one topology.
+/// The state of a thread's work with one topology.
 #[derive(Debug)]
 pub(super) struct Pass<'t, 'p> {
     pub(super) burst: Burst<'t>,
-    /// The queues that its frames are from.
+    /// Numbers of the queues that the burst's frames are from.
     pub(super) sources: ArrayVec<u16, BURST_FRAMES>,
     pub(super) delivery: Delivery<'t, 'p>,
-    /// Where the next pass starts in the plan.
+    /// Number of the queue at which the next pass starts.
     pub(super) first: usize,
 }
 
@@ -67,8 +67,8 @@ impl<'t, 'p> Pass<'t, 'p> {
         &self.delivery.context
     }
 
-    /// One turn over all queues of the plan. Returns whether there was work; stops early when
-    /// `current` says that the topology is out of date.
+    /// Runs one turn over all queues of the plan. Returns whether there was work. Stops early when
+    /// `current` returns `false`: the topology is out of date.
     #[inline(always)]
     pub(super) fn run(&mut self, now_s: u32, current: impl Fn() -> bool) -> bool {
         let queues = &self.context().plan.queues;
@@ -82,7 +82,7 @@ impl<'t, 'p> Pass<'t, 'p> {
             if !self.burst.has_room() {
                 self.forward(now_s);
                 if !current() || self.delivery.is_spent() {
-                    // The next pass begins behind this queue.
+                    // The increment below makes the next pass begin behind this queue.
                     self.first = number;
                     break;
                 }
@@ -97,16 +97,16 @@ impl<'t, 'p> Pass<'t, 'p> {
             };
             self.delivery.settle();
         } else if self.delivery.is_behind() {
-            // Claims that could not be made visible yet, or chains that wait for others' claims:
-            // nothing else may come that would look at them.
+            // Claims could not be published yet, or chains wait for others' claims. Without new
+            // frames, only this call looks at them.
             self.delivery.settle();
         }
         worked
     }
 
-    /// Asks for lines of the queues that come soon. Each line is in the cache of a guest's core,
-    /// about 100 ns away: waiting for one after the other is most of what many queues with a frame
-    /// each would cost.
+    /// Prefetches lines of the queues that come soon. Each line is in the cache of a guest's core,
+    /// about 100 ns away. Waiting for one line after the other would be most of the cost of many
+    /// queues with a frame each.
     #[inline(always)]
     fn ask_ahead(&self, turn: usize) {
         let queues = &self.context().plan.queues;
@@ -123,7 +123,8 @@ impl<'t, 'p> Pass<'t, 'p> {
         }
     }
 
-    /// Takes what there is in one queue, up to `most` frames in all, into the burst.
+    /// Takes what one queue has into the burst, until the burst has `most` frames or the queue's
+    /// bytes are enough. Returns whether any chain was taken.
     #[inline(always)]
     pub(super) fn take(
         &mut self,
@@ -134,7 +135,7 @@ impl<'t, 'p> Pass<'t, 'p> {
     ) -> bool {
         let queue = &*ingress.queue;
         let (start, end) = (queue.position(), queue.available_to());
-        // Faulted: its session is about to be cut off.
+        // The session of a sender whose memory has faulted is about to end.
         if start == end || self.context().faulted(ingress) {
             return false;
         }
@@ -173,7 +174,7 @@ impl<'t, 'p> Pass<'t, 'p> {
         }
         let frames = self.burst.frames().len() - count;
         if frames == 0 {
-            // Nothing but drops: no burst will complete them.
+            // Only dropped chains were taken, and no burst will complete them.
             self.delivery.complete(number);
         } else {
             self.sources.push(number);
@@ -189,9 +190,9 @@ impl<'t, 'p> Pass<'t, 'p> {
         true
     }
 
-    /// Takes a chain of several buffers, or what is none. False if there is no chain, or no room
-    /// for one, or nothing more to be read: descriptors of memory that has gone read as zeros, and
-    /// each further hole would cost a fault.
+    /// Takes a chain that is not one usable buffer. Returns `false` if nothing more is to be taken:
+    /// no chain is available, there is no room, or the sender's memory has gone. Descriptors of
+    /// such memory read as zeros, and each further hole would cost a fault.
     #[inline(never)]
     fn take_chain(&mut self, ingress: &'t Ingress, end: u64, from: Origin) -> bool {
         if !self.burst.has_room() {
@@ -211,7 +212,7 @@ impl<'t, 'p> Pass<'t, 'p> {
         !self.context().faulted(ingress)
     }
 
-    /// Counts a chain of `len` bytes that becomes no frame.
+    /// Counts a chain of `len` bytes that becomes no frame, under `reason`.
     #[cold]
     fn refuse(&self, from: Origin, reason: DropReason, len: u32) {
         let len = len.saturating_sub(from.header.into());
@@ -232,9 +233,9 @@ impl<'t, 'p> Pass<'t, 'p> {
         self.burst.cut(count, mark);
     }
 
-    /// Senders' pages may have gone while descriptors and heads were read (a file that was
-    /// truncated, a full file system): zeros came instead. Returns whether frames of others are
-    /// left.
+    /// Drops the frames of senders whose pages have gone while descriptors and heads were read (a
+    /// truncated file, a full file system). Zeros were read in their place. Returns whether other
+    /// frames are left.
     #[cold]
     #[inline(never)]
     pub(super) fn lose_faulted(&mut self) -> bool {
@@ -251,11 +252,11 @@ impl<'t, 'p> Pass<'t, 'p> {
         !self.burst.frames().is_empty()
     }
 
-    /// Decides and delivers the burst, and completes what is published.
+    /// Decides and delivers the burst, and completes the chains whose frames are published.
     #[inline(always)]
     fn forward(&mut self, now_s: u32) {
         if self.burst.frames().is_empty() {
-            // What was read for chains that became no frame is paid for.
+            // Resets the count of descriptors, which chains without a frame have used up.
             self.burst.clear();
             return;
         }
@@ -271,14 +272,14 @@ impl<'t, 'p> Pass<'t, 'p> {
         self.burst.clear();
     }
 
-    /// A queue has many frames, which are to be a burst of their own.
+    /// Forwards the burst, so that a queue with many frames gets a burst of its own.
     #[inline(never)]
     fn forward_others(&mut self, now_s: u32) {
         self.forward(now_s);
     }
 
-    /// Copies the heads of a burst of one queue. The first wait for a page of a thread that is not
-    /// alarmed is mostly here.
+    /// Copies the heads of a burst of one queue, and charges its port for a wait. The first wait
+    /// for a page of a thread that is not alarmed is mostly here.
     #[inline(never)]
     fn load_timed(&mut self) {
         let ingress = self.context().ingress(self.sources[0]);
@@ -290,7 +291,7 @@ impl<'t, 'p> Pass<'t, 'p> {
         }
     }
 
-    /// Decides and delivers the burst, whose heads are there.
+    /// Decides and delivers the burst, whose heads are loaded.
     #[inline(always)]
     pub(super) fn forward_loaded(&mut self, now_s: u32) {
         if self.burst.frames().is_empty() {
@@ -306,7 +307,7 @@ impl<'t, 'p> Pass<'t, 'p> {
         }
     }
 
-    /// The same with observers.
+    /// As [`Pass::decide`], and shows the burst to observers.
     #[cold]
     #[inline(never)]
     pub(super) fn decide_watched(&self, egress: &mut [u16; BURST_FRAMES], now_s: u32) -> bool {
@@ -321,8 +322,8 @@ impl<'t, 'p> Pass<'t, 'p> {
         }
     }
 
-    /// Fills in each frame's egress slot; returns whether any is to be flooded. `TRACED`: somebody
-    /// wants to know why.
+    /// Fills in each frame's egress slot. Returns whether any frame is to be flooded. `TRACED`: an
+    /// observer wants to know why.
     #[inline(always)]
     pub(super) fn decide<const TRACED: bool>(
         &self,
@@ -338,7 +339,8 @@ impl<'t, 'p> Pass<'t, 'p> {
         };
         let fdb = &*context.topology.fdb;
         let mut flooding = false;
-        // Frames of one flow follow each other: addresses, ingress and egress of the last frame.
+        // Frames of one flow follow each other, so the decision for the last frame is kept: its
+        // addresses and ingress, and its egress.
         let (mut last, mut found) = (None, Found::default());
         for (frame, egress) in self.burst.frames().iter().zip(egress) {
             let key = (frame.addresses(), frame.ingress);
@@ -371,7 +373,7 @@ impl<'t, 'p> Pass<'t, 'p> {
                 Verdict::Drop(reason) => {
                     let lost = Lost::Read(&self.burst, frame);
                     context.drop_taken(frame.ingress, reason, lost);
-                    // Each is counted.
+                    // Drops are not kept, because each drop is counted and shown.
                     continue;
                 }
             }
@@ -383,30 +385,30 @@ impl<'t, 'p> Pass<'t, 'p> {
         flooding
     }
 
-    /// Whether chains wait for other threads' claims, after a pass.
+    /// Whether chains wait for other threads' claims after a pass.
     #[inline(always)]
     pub(super) fn owes(&self) -> bool {
         self.delivery.owes()
     }
 
-    /// Takes nothing, and sees to what waits; returns whether nothing does any more.
+    /// Settles without taking anything. Returns whether no chain waits any longer.
     pub(super) fn settle_owed(&mut self) -> bool {
         self.delivery.settle();
         !self.owes()
     }
 
-    /// Repeats until nothing of ours waits to be published: before sleeping and before
+    /// Settles until nothing of ours waits to be published. To be called before sleeping and before
     /// acknowledging.
     pub(super) fn settle(&mut self) {
-        // What the last pass has mirrored: its next one may be of a topology without the mirror.
+        // Sends what the last pass has mirrored, because the next topology may have no such mirror.
         self.delivery.replay();
         self.delivery.settle_wholly();
     }
 
-    /// Asks every driver of the plan for kicks; says whether the thread may sleep.
+    /// Asks every driver of the plan for kicks. Returns whether the thread may sleep.
     pub(super) fn arm(&mut self) -> bool {
         let mut quiet = true;
-        // All of them, also after one had work: `disarm` undoes all.
+        // All queues, even after one had work, because `disarm` undoes all.
         self.each_queue(|ingress, avoided| {
             // A port that is avoided is about to leave this thread. A driver that never kicks
             // (SET_VRING_KICK without a descriptor) must be polled.
@@ -415,7 +417,7 @@ impl<'t, 'p> Pass<'t, 'p> {
         quiet
     }
 
-    /// Takes [`Pass::arm`] back.
+    /// Asks every driver of the plan for no more kicks: undoes [`Pass::arm`].
     pub(super) fn disarm(&mut self) {
         self.each_queue(|ingress, avoided| {
             if !avoided {
@@ -424,8 +426,8 @@ impl<'t, 'p> Pass<'t, 'p> {
         });
     }
 
-    /// Does `work` with all queues of the plan, and says whether their ports are avoided. What it
-    /// costs to write to a ring is its port's expense.
+    /// Calls `work` with each queue of the plan, and with whether the queue's port is avoided.
+    /// Writing to a ring is charged to the ring's port.
     fn each_queue(&mut self, mut work: impl FnMut(&Ingress, bool)) {
         let stats = self.delivery.tools.stats;
         let watched = self.watch().is_alarmed();

@@ -1,9 +1,9 @@
 //! The recorder writes records of frames for the observers of a topology.
 //!
-//! A pass without observers finds `None` in its context and does nothing of this: one test a burst,
-//! one a claim and one at each drop. Nothing is carried in a frame for observers. With observers,
-//! each step hands its frames to the recorder: entered, decided, delivered, dropped. The recorder
-//! writes into buffers of its own thread and waits for nobody.
+//! A pass without observers finds `None` in its context, and does nothing of this. The cost is one
+//! test a burst, one a claim and one at each drop. A frame carries nothing for observers. With
+//! observers, each step shows its frames here: entered, decided, delivered, dropped. Everything is
+//! written into buffers of the thread's own, and nothing here waits.
 
 use std::cell::RefCell;
 
@@ -22,12 +22,12 @@ use crate::topology::{Egress, Ingress, Plan, Topology};
 
 use super::deliver::{Mask, numbers};
 
-/// A frame that goes no further.
+/// A frame that is dropped at its ingress.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Lost<'a, 't> {
-    /// It was not even read; so many bytes, as far as they were counted.
+    /// The frame was not read. `len` is its length, as far as that was counted.
     Unread { position: u64, len: u32 },
-    /// It is in this burst.
+    /// The frame is in this burst.
     Read(&'a Burst<'t>, &'a Frame<'t>),
 }
 
@@ -38,7 +38,7 @@ pub(super) struct Recorder<'t> {
     plan: &'t Plan,
     flood: &'t [u16],
     thread: usize,
-    /// By number of the observer.
+    /// The pens by number of the observer.
     pens: ArrayVec<Held<'t, Pen>, MAX_OBSERVERS>,
     clock: quanta::Clock,
 }
@@ -62,7 +62,7 @@ impl<'t> Recorder<'t> {
         }))
     }
 
-    /// Whether somebody wants to know what is decided.
+    /// Whether an observer traces decisions.
     pub(super) fn traces(&self) -> bool {
         self.observers.traces
     }
@@ -71,7 +71,7 @@ impl<'t> Recorder<'t> {
         &self.plan.queues[usize::from(number)]
     }
 
-    /// Frames that have entered the switch.
+    /// Shows the frames of a burst, which have entered the switch.
     #[cold]
     pub(super) fn received(&mut self, burst: &Burst<'_>) {
         let time = self.clock.raw();
@@ -85,7 +85,7 @@ impl<'t> Recorder<'t> {
         }
     }
 
-    /// What was decided about a frame.
+    /// Shows what was decided about a frame.
     #[cold]
     pub(super) fn decided(&mut self, burst: &Burst<'t>, frame: &Frame<'t>, decision: &Decision) {
         let ingress = self.ingress(frame.ingress);
@@ -95,14 +95,15 @@ impl<'t> Recorder<'t> {
         }
         let time = self.clock.raw();
         let record = record(time, What::Decided, ingress.reference, Some(ingress.pair));
-        // All ports that can receive, but its own; in ascending order.
+        // A flood goes to all ports that can receive, except the sender's. The slots are in
+        // ascending order.
         let own = self.flood.binary_search(&ingress.reference.slot).is_ok();
         let decided = Decided::new(decision, self.flood.len() - usize::from(own));
         let content = content(burst, frame);
         self.write(wanted, of(record, frame), &decided.encode(), &content);
     }
 
-    /// Frames of a burst that were copied into a port's receive queue.
+    /// Shows the frames `mask` of a burst, which were copied into a port's receive queue.
     #[cold]
     pub(super) fn delivered(&mut self, burst: &Burst<'_>, to: &Egress, pair: u16, mask: Mask) {
         let time = self.clock.raw();
@@ -117,8 +118,8 @@ impl<'t> Recorder<'t> {
         }
     }
 
-    /// A copy that a mirror has delivered: for captures of its destination. It is neither mirrored
-    /// again nor traced.
+    /// Shows a frame that was delivered from private memory, to captures of its destination. It is
+    /// neither mirrored again nor traced.
     #[cold]
     pub(super) fn mirrored(&mut self, bytes: &[u8], to: &Egress, pair: u16) {
         let wanted = self.observers.interest(to.reference.slot).tx & !self.observers.mirrors;
@@ -132,7 +133,7 @@ impl<'t> Recorder<'t> {
         self.write(wanted, record, &[], &content);
     }
 
-    /// A frame dropped at its ingress.
+    /// Shows a frame that was dropped at its ingress.
     #[cold]
     pub(super) fn lost(&mut self, number: u16, reason: DropReason, lost: Lost<'_, '_>) {
         let ingress = self.ingress(number);
@@ -157,7 +158,7 @@ impl<'t> Recorder<'t> {
         }
     }
 
-    /// Frames of a burst that a port did not get.
+    /// Shows the frames `mask` of a burst, which a port did not get.
     #[cold]
     pub(super) fn refused(
         &mut self,
@@ -207,12 +208,12 @@ impl<'t> Recorder<'t> {
         }
     }
 
-    /// Numbers of the mirrors, as bits.
+    /// Returns the numbers of the mirrors, as bits.
     pub(super) fn mirrors(&self) -> u32 {
         self.observers.mirrors
     }
 
-    /// The pen of an observer, to be given back.
+    /// Returns the place of an observer's pen. A pen that is taken out must be put back.
     pub(super) fn pen(&mut self, number: usize) -> &mut Option<Box<Pen>> {
         &mut self.pens[number].pen
     }
@@ -230,7 +231,7 @@ fn record(time: u64, what: What, port: PortRef, queue: Option<u16>) -> Record {
     }
 }
 
-/// The same of a frame of the burst in hand.
+/// Returns `record` with the identity of a frame.
 fn of(record: Record, frame: &Frame<'_>) -> Record {
     Record {
         frame: (frame.ingress, frame.position as u32),

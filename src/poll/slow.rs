@@ -21,13 +21,13 @@ use crate::frame::{BURST_FRAMES, Burst, Frame};
 use crate::stats::DropReason;
 use crate::topology::{Egress, Ingress};
 
-/// Frames that the thread of slow ports takes from a queue at once.
+/// Most frames that the thread of slow ports takes from a queue at once.
 const FEW: usize = 8;
-/// Ports that it takes from in one pass.
+/// Most ports that the thread of slow ports takes from in one pass.
 const PORTS: usize = 64;
 
 impl<'t> Pass<'t, '_> {
-    /// A pass as [`Pass::run`] makes it, with every step timed.
+    /// Runs a pass like [`Pass::run`], with every step timed.
     #[cold]
     #[inline(never)]
     pub(super) fn run_watched(&mut self, now_s: u32, current: impl Fn() -> bool) -> bool {
@@ -65,7 +65,7 @@ impl<'t> Pass<'t, '_> {
         worked
     }
 
-    /// A pass of the thread of slow ports.
+    /// Runs a pass of the thread of slow ports: one queue of each port.
     #[cold]
     #[inline(never)]
     pub(super) fn run_slow(&mut self, now_s: u32, current: impl Fn() -> bool) -> bool {
@@ -102,8 +102,8 @@ impl<'t> Pass<'t, '_> {
         worked
     }
 
-    /// Takes up to `most` frames of a queue, and touches all of them, at its port's expense.
-    /// Returns whether there were any.
+    /// Takes up to `most` frames of a queue, touches all of them, and loads their heads. All of
+    /// that is charged to the queue's port. Returns whether there were any.
     pub(super) fn read(
         &mut self,
         ingress: &'t Ingress,
@@ -130,8 +130,8 @@ impl<'t> Pass<'t, '_> {
         true
     }
 
-    /// Touches what the frames of the burst lie in, page by page: as many as cost no more than
-    /// their port's budget. Returns whether they cost more.
+    /// Touches the memory of the burst's frames page by page, until their port's budget is used up.
+    /// Returns whether it is.
     fn touch(&mut self, payer: Payer<'_>) -> bool {
         let (burst, stats) = (&self.burst, self.delivery.tools.stats);
         let watch = &mut *self.delivery.tools.watch;
@@ -149,7 +149,8 @@ impl<'t> Pass<'t, '_> {
         avoided || watch.charge(payer, stats)
     }
 
-    /// The chains of the burst's queue go back, as far as they may, at its port's expense.
+    /// Completes the chains of the burst's queue, as far as their frames are published, and clears
+    /// the burst. Charged to the queue's port.
     pub(super) fn complete_watched(&mut self, ingress: &Ingress) {
         self.watch().begin(ingress.into());
         for number in self.sources.drain(..) {
@@ -162,8 +163,8 @@ impl<'t> Pass<'t, '_> {
 }
 
 impl<'t> Delivery<'t, '_> {
-    /// Delivers the frames `mask` to one port while steps are timed. What touching the receiver's
-    /// memory costs is the receiver's.
+    /// Delivers the frames `mask` to one port while steps are timed. The receiver pays for touching
+    /// its memory.
     #[cold]
     #[inline(never)]
     pub(super) fn send_watched(&mut self, burst: &Burst<'t>, port: &'t Egress, mask: Mask) {
@@ -191,8 +192,8 @@ impl<'t> Delivery<'t, '_> {
         self.tools.watch.charge_copies(port.into(), senders, stats);
     }
 
-    /// Delivers the frames `mask` to one port, each from a private copy: reading is the sender's
-    /// expense, and writing is the receiver's.
+    /// Delivers the frames `mask` to one port, each from a private copy. So the sender pays for
+    /// reading, and the receiver pays for writing.
     fn send_private(&mut self, burst: &Burst<'t>, port: &'t Egress, mask: Mask) {
         let stats = self.tools.stats;
         let mut bytes = std::mem::take(self.tools.private);
@@ -221,7 +222,7 @@ impl<'t> Delivery<'t, '_> {
         *self.tools.private = bytes;
     }
 
-    /// Delivers the private copy of a frame to one port.
+    /// Delivers the private copy of frame `number` to one port.
     fn put_private(
         &mut self,
         bytes: &[u8],

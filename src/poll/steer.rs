@@ -39,12 +39,12 @@ pub(super) fn steer<'t>(
     steered
 }
 
-/// A hash as a number below `count`, without a division.
+/// Maps a hash to a number below `count`, without a division.
 pub(super) fn scale(hash: u32, count: usize) -> usize {
     ((u64::from(hash) * count as u64) >> 32) as usize
 }
 
-/// The frames whose egress is `slot`.
+/// Returns the frames whose egress is `slot`.
 #[inline(always)]
 pub(super) fn matching(egress: &[u16; BURST_FRAMES], slot: u16) -> Mask {
     let numbered = egress.iter().enumerate();

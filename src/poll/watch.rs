@@ -1,4 +1,4 @@
-//! Whose memory a poll thread waits for.
+//! Finds out whose memory a poll thread waits for.
 //!
 //! A page fault can keep the thread for as long as the owner of the page likes (see `sys::pages`).
 //! A fault cannot be foreseen: only a system call would tell whether a page is there, and the page
@@ -43,16 +43,16 @@ use crate::sys::sched::{Usage, own_cpu_time, own_usage};
 use crate::sys::wake::Wake;
 use crate::topology::{Egress, Ingress};
 
-/// A step longer than this is looked at, in nanoseconds: more than it takes to make a page for each
-/// of 64 frames, 4 µs each. Guests that download into memory which nobody has used before do that
-/// for minutes, and are not to be taken for hostile ones.
+/// Steps up to this length, in nanoseconds, are charged only if their port is suspect. Making 64
+/// new pages at 4 µs each takes about as long. Guests that download into new memory do that for
+/// minutes, and must not be taken for hostile ones.
 const LONG_STEP_NS: u64 = 250_000;
-/// What a step is looked at from in the thread of slow ports, in nanoseconds: what is slow there
-/// does not have to harm anybody.
+/// The same limit in the thread of slow ports, in nanoseconds. It is lower because memory that is
+/// slow there need not harm anybody to count as slow.
 const LONG_SLOW_STEP_NS: u64 = 20_000;
-/// How many times as long as the pass that caused it an alarm lasts.
+/// An alarm lasts so many times as long as the pass or step that caused it.
 const ALARM: u64 = 100;
-/// The shortest and the longest alarm.
+/// The shortest and the longest alarm, in nanoseconds.
 const SHORTEST_NS: u64 = 100_000_000;
 const LONGEST_NS: u64 = 60_000_000_000;
 
@@ -84,9 +84,9 @@ impl<'a> From<&'a Egress> for Payer<'a> {
 /// What the steps of one port have cost in one pass.
 #[derive(Clone, Copy, Debug, Default)]
 struct Account {
-    /// Number of the pass.
+    /// Number of the pass that `ns` belongs to.
     pass: u32,
-    /// Length of all steps; of a suspect port, of those with faults.
+    /// Nanoseconds of all steps; of a suspect port, only of steps with faults.
     ns: u64,
     suspect: bool,
 }
@@ -97,23 +97,23 @@ pub(super) struct Watch {
     clock: quanta::Clock,
     /// Rung when a port is marked: control takes it off the shared threads.
     bell: Option<Arc<Wake>>,
-    /// At the last look.
+    /// The kernel's counts at the last look.
     usage: Usage,
-    /// How long the thread had run at that look.
+    /// CPU time of the thread when `read_usage` was last called.
     ran: Duration,
-    /// Where the present step began, by the raw clock.
+    /// When the present step began, by the raw clock.
     began: u64,
-    /// When the alarm was last raised, and how long it lasts.
+    /// When the alarm was last raised, by the raw clock, and how many nanoseconds it lasts.
     alarmed: Option<(u64, u64)>,
     /// Number of the present pass.
     pass: u32,
-    /// By slot. All is forgotten when the alarm ends.
+    /// Accounts by slot of the port. All are cleared when the alarm ends.
     accounts: Box<[Account]>,
-    /// It has marked a port, and control may not have published that yet.
+    /// Whether the thread has marked a port, and has adopted no other topology since.
     marked: bool,
-    /// The thread serves ports whose memory is slow: always alarmed.
+    /// Whether the thread serves ports whose memory is slow. Such a thread is always alarmed.
     slow: bool,
-    /// A step longer than this is looked at.
+    /// A step longer than this is looked at, in nanoseconds.
     pub(super) long_ns: u64,
 }
 
@@ -144,25 +144,25 @@ impl Watch {
         self.slow
     }
 
-    /// Whether steps are timed.
+    /// Whether the thread is alarmed, so that steps are timed.
     #[inline(always)]
     pub(super) fn is_alarmed(&self) -> bool {
         self.alarmed.is_some() || self.slow
     }
 
-    /// Ends the watch: no alarm is raised, and nobody is charged. Counts of instructions need that:
-    /// an interpreter makes every pass long.
+    /// Ends the watch: no alarm is raised, and nobody is charged. Needed to count instructions,
+    /// because an interpreter makes every pass long.
     pub(super) fn disable(&mut self) {
         (self.alarmed, self.long_ns) = (None, u64::MAX);
     }
 
-    /// A pass was long, or it is time for a look anyway: raises the alarm if there were page faults
-    /// in a long one.
+    /// Reads the kernel's counts. `long_ns` is the length of a pass that was long, or `None` for a
+    /// look without such a pass. Raises the alarm if there were page faults in a long pass.
     #[cold]
     pub(super) fn look(&mut self, long_ns: Option<u64>) {
         let usage = own_usage();
         let before = std::mem::replace(&mut self.usage, usage);
-        // A shorter pass has no step that would be charged.
+        // No step of a shorter pass is long enough to be charged.
         if let Some(ns) = long_ns
             && ns > self.long_ns
             && usage.faults > before.faults
@@ -180,24 +180,24 @@ impl Watch {
         }
     }
 
-    /// Nanoseconds that the alarm still lasts.
+    /// Returns the nanoseconds that the alarm still lasts.
     fn left(&self, now: u64) -> u64 {
         self.alarmed.map_or(0, |(since, lasts)| {
             lasts.saturating_sub(self.clock.delta_as_nanos(since, now))
         })
     }
 
-    /// The thread takes over another topology.
+    /// To be called when the thread adopts another topology.
     #[inline(always)]
     pub(super) fn take_over(&mut self) {
         if self.marked {
-            // The new topology no longer gives this thread the port that it has marked, or the next
-            // one will not. A short alarm is enough to find another culprit.
+            // The new topology no longer gives this thread the port that it has marked (or the next
+            // one will not). A short alarm is enough to find another culprit.
             (self.marked, self.alarmed) = (false, Some((self.clock.raw(), SHORTEST_NS)));
         }
     }
 
-    /// A pass of a thread that is alarmed begins.
+    /// Begins a pass of an alarmed thread.
     #[cold]
     pub(super) fn pass(&mut self) {
         self.pass = self.pass.wrapping_add(1);
@@ -208,8 +208,8 @@ impl Watch {
         self.read_usage();
     }
 
-    /// Reads what the kernel has counted; returns what it had counted before, and for how long the
-    /// thread has run since.
+    /// Reads what the kernel has counted. Returns what it had counted at the last look, and for how
+    /// long the thread has run since.
     fn read_usage(&mut self) -> (Usage, Duration) {
         let ran = own_cpu_time();
         let before = std::mem::replace(&mut self.usage, own_usage());
@@ -217,7 +217,7 @@ impl Watch {
         (before, ran.saturating_sub(ran_before))
     }
 
-    /// A step begins in which memory of `payer` will be touched.
+    /// Begins a step in which memory of `payer` will be touched.
     pub(super) fn begin(&mut self, payer: Payer<'_>) {
         if self.is_suspect(payer) {
             self.read_usage();
@@ -225,21 +225,21 @@ impl Watch {
         self.began = self.clock.raw();
     }
 
-    /// A step begins of a thread that is not alarmed.
+    /// Begins a step of a thread that is not alarmed.
     #[inline(always)]
     pub(super) fn begin_unalarmed(&mut self) {
         self.began = self.clock.raw();
     }
 
-    /// A step has ended: how long it took, in nanoseconds. The next one begins.
+    /// Ends a step, and begins the next one. Returns how long the step took, in nanoseconds.
     fn end(&mut self) -> u64 {
         let now = self.clock.raw();
         let began = std::mem::replace(&mut self.began, now);
         self.clock.delta_as_nanos(began, now)
     }
 
-    /// A step has ended, in which memory of `payer` was touched; the next one begins. Returns
-    /// whether the port is one whose memory this thread must not touch any more.
+    /// Ends a step in which memory of `payer` was touched, and begins the next one. Returns whether
+    /// this thread must not touch the port's memory any more.
     pub(super) fn charge(&mut self, payer: Payer<'_>, stats: &ThreadStats) -> bool {
         let ns = self.end();
         if ns > self.long_ns {
@@ -250,8 +250,9 @@ impl Watch {
         self.avoids(payer.pages)
     }
 
-    /// A step has ended in which frames of `senders` were copied into memory of `receiver`. Nobody
-    /// knows whose memory was waited for, so all of them are suspect.
+    /// Ends a step in which frames of `senders` were copied into memory of `receiver`. If it was
+    /// long and had faults, nobody knows whose memory was waited for, so all of these ports become
+    /// suspect.
     pub(super) fn charge_copies<'a>(
         &mut self,
         receiver: Payer<'_>,
@@ -270,8 +271,8 @@ impl Watch {
         }
     }
 
-    /// Within a step that touches page after page: charges it if it is long already. Returns
-    /// whether to stop.
+    /// Within a step that touches page after page: charges what has passed of the step if that is
+    /// long already. Returns whether to stop.
     pub(super) fn charge_so_far(&mut self, payer: Payer<'_>, stats: &ThreadStats) -> bool {
         let now = self.clock.raw();
         let ns = self.clock.delta_as_nanos(self.began, now);
@@ -284,8 +285,8 @@ impl Watch {
     }
 
     /// Ends a step of a thread that is not alarmed. Only steps in which the thread blocked are
-    /// charged, because its CPU time at the start of the step is not known. Returns whether the
-    /// port is one whose memory this thread must not touch any more.
+    /// charged, because its CPU time at the start of the step is not known. Returns whether this
+    /// thread must not touch the port's memory any more.
     #[inline(always)]
     pub(super) fn charge_wait(&mut self, payer: Payer<'_>, stats: &ThreadStats) -> bool {
         let ns = self.clock.delta_as_nanos(self.began, self.clock.raw());
@@ -296,7 +297,7 @@ impl Watch {
         self.avoids(payer.pages)
     }
 
-    /// Charges a step that was longer than `long_ns`.
+    /// Charges a step that was longer than `long_ns`, if there were faults.
     #[cold]
     fn charge_long(&mut self, payer: Payer<'_>, stats: &ThreadStats, ns: u64) {
         let (alarmed, exact) = (self.is_alarmed(), self.is_suspect(payer));
@@ -310,7 +311,8 @@ impl Watch {
         if !alarmed && !waited {
             return;
         }
-        // Whether the step was long for its faults, or for want of a CPU, shows the next time.
+        // The next time shows whether the step was long because of its faults or without a CPU:
+        // faults are then counted for each step.
         if !exact && self.usage.preemptions > before.preemptions {
             return self.suspect(payer);
         }
@@ -366,7 +368,8 @@ impl Watch {
             .slow_faults_ns
             .add(u64::try_from(cost.as_nanos()).unwrap_or(u64::MAX));
         if payer.pages.charge(cost, faults) {
-            // The culprit is found. Until control has taken it away, its memory is avoided.
+            // The culprit is found. This thread avoids its memory until control has taken the port
+            // away.
             (self.marked, self.alarmed) = (true, Some((self.clock.raw(), LONGEST_NS)));
             if let Some(bell) = &self.bell {
                 bell.wake();
@@ -383,12 +386,13 @@ impl Watch {
         };
     }
 
-    /// Whether frames from and to a port are copied into private memory first.
+    /// Whether a port is suspect: its frames are copied into private memory before they are
+    /// delivered.
     pub(super) fn is_suspect(&self, payer: Payer<'_>) -> bool {
         self.accounts[usize::from(payer.slot)].suspect
     }
 
-    /// Whether a port's memory is not for this thread to touch.
+    /// Whether this thread must not touch a port's memory.
     pub(super) fn avoids(&self, pages: &PageGuard) -> bool {
         !self.slow && matches!(pages.pace(), Pace::Marked | Pace::Slow)
     }
