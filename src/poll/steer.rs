@@ -11,11 +11,8 @@ use crate::frame::{BURST_FRAMES, Burst};
 use crate::topology::{Egress, EgressQueue};
 use crate::wire::flow_hash;
 
-/// The frames `mask` by the receive queue that each one's flow belongs to.
-///
-/// A flow is in one queue as long as as many are enabled. Which one the guest would like (it sends
-/// the flow's answers from one, virtio 1.2 §5.1.6.5.5) is not asked: that would take a table of
-/// flows, written with every frame.
+/// Returns the frames `mask`, grouped by the receive queue of each frame's flow. A flow stays in
+/// one queue as long as the number of enabled queues does not change.
 pub(super) fn steer<'t>(
     port: &'t Egress,
     burst: &Burst<'_>,
