@@ -22,7 +22,7 @@ pub(super) struct Context<'t> {
     /// The state of the fault counter when the thread adopted the topology. Outdated at once if
     /// memory of a sender had faulted before.
     pub(super) faults: Faults,
-    /// Whoever looks on.
+    /// The thread's pens of observers; `None` without observers.
     pub(super) recorder: Option<RefCell<Recorder<'t>>>,
 }
 

@@ -44,7 +44,8 @@ impl<'t> Detoured<'t> {
         })
     }
 
-    /// Copies frames to a port into this thread's buffer; returns which.
+    /// Copies the frames `mask` into this thread's buffer, addressed to a port. Returns the frames
+    /// that fitted.
     fn write(&mut self, burst: &Burst<'_>, to: PortRef, mask: Mask, thread: usize) -> Mask {
         let Some(writer) = self.writer.pen.as_deref_mut() else {
             return 0;
@@ -61,8 +62,8 @@ impl<'t> Detoured<'t> {
             if writer.slots() < len {
                 continue;
             }
-            // Counted first: a frame that is there and not counted would be left behind by whoever
-            // finds that nothing is under way. There is room, for nobody else writes.
+            // Counted before the frame is visible. Otherwise the frame could be taken for one that
+            // has arrived. There is room, because only this thread writes.
             self.detour.wrote(thread, to);
             let head = head_of(to, frame.len);
             if write_whole(writer, [&head], &content, frame.len as usize) {
