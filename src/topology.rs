@@ -112,9 +112,9 @@ pub struct Topology {
     pub plans: Box<[Arc<Plan>]>,
     /// The forwarding data base. Every topology refers to the same object.
     pub fdb: Arc<Fdb>,
-    /// Whoever looks on; `None` without any observer.
+    /// Observers (captures, mirrors, traces); `None` without any observer.
     pub observers: Option<Observers>,
-    /// The way to ports whose memory is slow to touch; `None` without any.
+    /// The way to ports whose memory is slow to touch; `None` without such ports.
     pub detour: Option<Arc<Detour>>,
     /// By poll thread: when the oldest change was published that the thread has not acknowledged.
     pub since: Box<[Instant]>,

@@ -78,7 +78,8 @@ impl Detour {
         self.queues.iter().map(|queue| queue.reader.take())
     }
 
-    /// A poll thread writes a frame to a port: called before the frame can be seen.
+    /// Counts a frame to a port that a poll thread is about to write. To be called before the frame
+    /// is visible.
     pub fn wrote(&self, thread: usize, to: PortRef) {
         let queue = &self.queues[thread];
         queue.written.add(1);
