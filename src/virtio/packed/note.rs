@@ -12,15 +12,16 @@ const ID_SHIFT: u32 = 32;
 /// Where its flags stand, behind the id.
 pub(super) const FLAGS_SHIFT: u32 = 48;
 
-/// A used element before its turn: the second word of its descriptor as the driver will find it,
-/// but for the flags of the lap, which the publisher has for a whole run, and for two of ours.
+/// A used element that is not published yet: the second word of its descriptor as the driver will
+/// find it. The flags of the lap are missing, because they are the same for a whole run. `NOTED`
+/// and `LONG` are flags of ours.
 #[derive(Clone, Copy)]
 pub(super) struct Note(pub(super) u64);
 
 /// There is a note.
 pub(super) const NOTED: u64 = (F_INDIRECT as u64) << FLAGS_SHIFT;
-/// The chain is of several descriptors: the note of its second one, which no element will be
-/// written to, says how many.
+/// The chain has several descriptors. Their number is in the note of the second descriptor, because
+/// no used element is written there.
 pub(super) const LONG: u64 = (F_NEXT as u64) << FLAGS_SHIFT;
 
 impl Note {
@@ -35,7 +36,7 @@ impl Note {
         Note(notes[slot].load(Ordering::Relaxed))
     }
 
-    /// Descriptors of its chain: at least 1, or a loop over notes would stand still.
+    /// Returns the number of descriptors of the chain: at least 1, so that a loop over notes ends.
     #[inline(always)]
     pub(super) fn span(self, notes: &[AtomicU64], slot: usize) -> usize {
         if self.0 & LONG == 0 {
@@ -45,7 +46,7 @@ impl Note {
         usize::from(span as u16).max(1)
     }
 
-    /// The slot behind `slot`.
+    /// Returns the slot after `slot`.
     #[inline(always)]
     pub(super) fn next(notes: &[AtomicU64], slot: usize) -> usize {
         if slot + 1 == notes.len() { 0 } else { slot + 1 }
