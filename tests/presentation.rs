@@ -194,7 +194,7 @@ fn the_log_has_colours_only_where_they_are_wanted() {
         // continuous integration says so in `CI`, which counts as a terminal with colours.
         let run = format!(
             "env -u CI -u CLICOLOR -u CLICOLOR_FORCE {environment} \
-             {POLLUX} run --port p,socket={0}/no/p --api-socket {0}/api",
+             '{POLLUX}' run --port p,socket={0}/no/p --api-socket {0}/api",
             dir.path().display()
         );
         let mut terminal = Command::new("script");

@@ -184,7 +184,7 @@ impl Observer {
 }
 
 /// Which observers want which frames of one port: one bit for each observer, by its number in
-/// [`Taps`].
+/// [`Observers`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Interest {
     /// Frames that enter.

@@ -42,15 +42,15 @@ const KNOWN_CIRCLES: &[&[&str]] = &[
         "daemon::views",
     ],
     &["daemon::handle", "daemon::mirrors", "daemon::streams"],
-    &["observe::lane", "observe::mirror"],
+    &["observe::feed", "observe::mirror"],
     &[
         "poll::context",
         "poll::deliver",
         "poll::detour",
         "poll::egress",
-        "poll::lanes",
         "poll::notify",
-        "poll::tap",
+        "poll::recorder",
+        "poll::steer",
     ],
     &[
         "vhost_user::device",

@@ -4,6 +4,8 @@
 //! A mistake is a substitution of text. The build fails where its text does not stand in the
 //! production file exactly once, so a mistake cannot drift away from the code.
 
+#![allow(clippy::unwrap_used, reason = "a build script fails by panicking")]
+
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
