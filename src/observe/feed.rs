@@ -60,7 +60,7 @@ impl Content<'_, '_> {
     }
 }
 
-/// The writing end of a lane. The lane's poll thread has the pen while it works with a topology.
+/// The writing end of a feed. The feed's poll thread has the pen while it works with a topology.
 #[derive(Debug)]
 pub enum Pen {
     /// Another thread reads the records.
@@ -146,7 +146,7 @@ impl Feed {
         }
     }
 
-    /// Takes the pen. Only for the lane's poll thread, while it works with a topology.
+    /// Takes the pen. Only for the feed's poll thread, while it works with a topology.
     pub fn take(&self) -> Held<'_, Pen> {
         self.pen.take()
     }

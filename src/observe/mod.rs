@@ -147,7 +147,7 @@ impl Observer {
         })
     }
 
-    /// Returns the lane of a poll thread.
+    /// Returns the feed of a poll thread.
     #[inline]
     pub fn feed(&self, thread: usize) -> &Feed {
         &self.feeds[thread]
