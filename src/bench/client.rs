@@ -1,4 +1,4 @@
-//! A client thread: plays one or more guests from the first frame to the end of the drain.
+//! A client thread, which plays one or more guests from the first frame to the end of the drain.
 //!
 //! ```text
 //! announce ── warm up ── measure ── drain
@@ -6,9 +6,9 @@
 //!
 //! All threads follow one clock, set when the last of them is ready. Rates come from what each
 //! thread counted between the first turn of its loop in the measured time and the first one after
-//! it, and from its own times of these turns. A turn that took half a second or more means that
-//! this thread stood still: the run says nothing about the backend then. Silence is counted in
-//! turns' time, each at most a millisecond, so that a pause of our own never looks like loss.
+//! it, and from its own times of these turns. If a turn took half a second or more, this thread
+//! stood still, and the run says nothing about the backend. Silence is measured as a sum of turns,
+//! and each turn counts a millisecond at most. So a pause of the client never looks like loss.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -29,13 +29,13 @@ pub const WARM_UP: Duration = Duration::from_millis(200);
 pub const STANDSTILL: Duration = Duration::from_millis(500);
 /// The most that one turn adds to the clock by which silence is judged.
 const MAX_TURN_NS: u64 = 1_000_000;
-/// How long a drain waits for one more frame.
+/// How long a drain waits for one more frame, in nanoseconds.
 const DRAIN_SILENCE_NS: u64 = 500_000_000;
-/// How long a backend may take to read an announcement.
+/// How long a backend may take to read an announcement, in nanoseconds.
 const ANNOUNCE_NS: u64 = 2_000_000_000;
-/// Silence after which a round trip's frame is sent again.
+/// Silence after which a round trip's frame is sent again, in nanoseconds.
 const ROUND_TRIP_SILENCE_NS: u64 = 500_000_000;
-/// Frames that an open loop catches up with in one turn.
+/// Most frames by which an open loop catches up in one turn.
 const MAX_CATCH_UP: f64 = 4096.0;
 
 /// What all threads of a run share.
@@ -69,15 +69,15 @@ pub type RoundTrips = Histogram<u64>;
 /// What a thread has to say afterwards.
 #[derive(Debug)]
 pub struct ThreadReport {
-    /// All of it, drain and warm-up included.
+    /// All counts, with drain and warm-up.
     pub counts: Counts,
-    /// What sending met with.
+    /// Refills of windows, and frames that were held back.
     pub sending: SendCounts,
     /// Frames received in the measured time, and that time in nanoseconds.
     pub measured: (u64, u64),
     /// Part of the measured time in turns that found work.
     pub busy_ns: u64,
-    /// Part of it that the thread had a processor.
+    /// Part of the measured time in which the thread had a CPU.
     pub cpu_ns: u64,
     /// Turns in which the thread stood still, in nanoseconds.
     pub standstills: Vec<u64>,
@@ -87,7 +87,7 @@ pub struct ThreadReport {
     pub lost_round_trips: u64,
     /// What a backend did wrong.
     pub fault: Option<RingFault>,
-    /// A backend that does not take frames from a guest.
+    /// The guest from which the backend takes no frames, if there is one.
     pub deaf: Option<usize>,
 }
 
@@ -100,11 +100,11 @@ enum Role {
         rate: f64,
         done: f64,
     },
-    /// Sends one, waits for it; when it was sent.
+    /// Sends a frame and waits until it comes back; keeps the time of sending.
     Initiator {
         sent_ns: Option<u64>,
     },
-    /// Sends back as many as came.
+    /// Sends back as many frames as came.
     Reflector,
 }
 
@@ -162,7 +162,7 @@ pub fn play(shared: &Shared<'_>, guests: &mut [Guest<'_>]) -> ThreadReport {
     client.report
 }
 
-/// How long the calling thread has run.
+/// Returns the CPU time of the calling thread in nanoseconds.
 fn cpu_ns() -> u64 {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     time.tv_sec.unsigned_abs() * 1_000_000_000 + time.tv_nsec.unsigned_abs()
@@ -210,7 +210,7 @@ impl Client<'_, '_> {
         }
     }
 
-    /// Every guest receives a burst; returns how many frames that were.
+    /// Lets every guest receive a burst. Returns how many frames came.
     fn receive_all(&mut self) -> usize {
         let (checker, now_ns) = (self.shared.checker, self.now_ns);
         let guests = self.guests.iter_mut();
@@ -225,7 +225,7 @@ impl Client<'_, '_> {
         self.shared.abort.load(Ordering::Relaxed)
     }
 
-    /// One turn of the clock: how long the last turn took.
+    /// Notes the end of a turn. Returns how long the turn took, in nanoseconds.
     #[inline(always)]
     fn tick(&mut self) -> u64 {
         let clock = &self.shared.clock;
@@ -255,7 +255,7 @@ impl Client<'_, '_> {
         }
     }
 
-    /// The same on one queue; whether the backend reads it.
+    /// Announces the guest on one queue. Returns whether the backend reads the announcement.
     fn announce_on(&mut self, at: usize, queue: usize) -> bool {
         let (checker, flows) = (self.shared.checker, self.shared.flows);
         let index = self.guests[at].index;
@@ -312,7 +312,7 @@ impl Client<'_, '_> {
             .sum()
     }
 
-    /// All guests receive and send once; whether there was anything to do.
+    /// Lets all guests receive and send once. Returns whether there was anything to do.
     #[inline(always)]
     fn turn(&mut self) -> bool {
         let mut work = 0;
@@ -390,7 +390,7 @@ impl Client<'_, '_> {
         sent
     }
 
-    /// Receives what is still on its way.
+    /// Receives the frames that are still on their way.
     fn drain(&mut self) {
         let mut last = self.active_ns;
         while !self.aborted() && self.active_ns - last < DRAIN_SILENCE_NS {

@@ -1,4 +1,4 @@
-//! A bench guest's memory: where its rings and buffers lie.
+//! The memory of a bench guest, and the places of its rings and buffers in it.
 //!
 //! One memfd, mapped once, at a guest physical address that differs from the address here, so that
 //! a backend that confuses the two is found out. Rings come first, each on pages of its own; then

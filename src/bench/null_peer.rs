@@ -1,7 +1,7 @@
-//! A backend that does nothing but copy: moves frames from one guest's transmit ring to another's
-//! receive ring, on the caller's thread and over the same memory.
+//! A backend that only copies. It moves frames from one guest's transmit ring to another guest's
+//! receive ring, on the caller's thread and in the guests' memory.
 //!
-//! It exists to measure the client, and to test it without a socket. It trusts the driver
+//! It serves to measure the client, and to test the client without a socket. It trusts the driver
 //! completely, expects one descriptor in each chain as the client posts them, and must not be
 //! mistaken for a device.
 
@@ -73,7 +73,7 @@ impl<'m> NullRing<'m> {
         }
     }
 
-    /// How many chains can be taken, up to `most`.
+    /// Returns how many chains can be taken, up to `most`.
     fn available(&mut self, most: usize) -> usize {
         if !self.packed {
             // Pairs with the driver's release in `publish`.

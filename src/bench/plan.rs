@@ -19,7 +19,7 @@ const MAX_FLOWS: usize = 65_536;
 /// What the guests do.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Mode {
-    /// Send again what came back, a window in flight for each flow.
+    /// Each flow keeps a window of frames in flight.
     Throughput,
     /// One frame in flight, there and back.
     RoundTrip,
@@ -83,7 +83,7 @@ impl fmt::Display for Pattern {
     }
 }
 
-/// Settings that do not go together.
+/// Settings that are impossible, or that do not fit together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     /// Frame size.
@@ -158,7 +158,7 @@ pub enum PlanError {
 pub struct FlowSpec {
     /// Sending guest.
     pub source: usize,
-    /// Its queue pair.
+    /// Queue pair of the sending guest.
     pub queue: usize,
     /// Receiving guest.
     pub destination: usize,
@@ -167,9 +167,9 @@ pub struct FlowSpec {
 /// A flow's counters, written by one side each.
 #[derive(Debug, Default)]
 pub struct FlowCounters {
-    /// By the sender.
+    /// Frames sent, counted by the sender.
     pub sent: CachePadded<AtomicU64>,
-    /// Different intact frames, by the receiver.
+    /// Different intact frames, counted by the receiver.
     pub received: CachePadded<AtomicU64>,
 }
 

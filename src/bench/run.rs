@@ -20,10 +20,10 @@ use crate::config::SocketMode;
 use crate::memory::SharedMemory;
 use crate::virtio::driver::RingLayout;
 
-/// Where a guest finds its ballast: far above the memory that it uses.
+/// Guest address of the ballast, far above the memory that the guest uses.
 const BALLAST_BASE: u64 = 1 << 40;
 const PAGE: usize = 4096;
-/// How often the run is looked at from outside.
+/// How often progress, interruption and the backends are checked.
 const WATCH: Duration = Duration::from_millis(100);
 
 /// Why there was no run.
@@ -76,7 +76,7 @@ pub struct Setting {
 /// Called ten times a second with the share of the run that is over and the frames received so far.
 pub type Progress<'p> = &'p mut dyn FnMut(f64, u64);
 
-/// Everything of one guest that its rings borrow from.
+/// Memory and descriptors of one guest, from which its rings borrow.
 #[derive(Debug)]
 pub struct Attachment {
     ram: GuestRam,
@@ -257,7 +257,7 @@ pub fn negotiate(plan: &Plan, order: Order, frontend: &mut Frontend) -> Result<(
     Ok(())
 }
 
-/// Memory of which every page is there.
+/// Makes memory and touches every page of it.
 fn touched(len: usize) -> io::Result<SharedMemory> {
     let memory = SharedMemory::create(len, true)?;
     let all = memory

@@ -1,4 +1,4 @@
-//! The same run with one setting after the other.
+//! Repeats a run with one value of a setting after the other.
 
 use std::io;
 

@@ -1,4 +1,4 @@
-//! What a guest has received: each flow's sequence, and everything that was not as it should be.
+//! Books what a guest has received: the sequence of each flow, and every error.
 
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
@@ -70,7 +70,7 @@ pub struct Tracker<'s> {
 }
 
 impl<'s> Tracker<'s> {
-    /// For guest `guest`.
+    /// Makes the book of guest `guest`.
     pub fn new(guest: usize, flows: &[FlowSpec], counters: &'s [FlowCounters]) -> Self {
         let flows = flows.iter().map(|flow| FlowState {
             mine: flow.destination == guest,
@@ -159,7 +159,8 @@ impl<'s> Tracker<'s> {
         }
     }
 
-    /// A frame that is not the next one of its flow; whether it counts as received.
+    /// Books a frame that is not the next one of its flow. Returns whether the frame counts as
+    /// received.
     #[cold]
     fn unexpected(&mut self, flow: u16, sequence: u64) -> bool {
         let expected = self.flows[usize::from(flow)].expected;

@@ -68,7 +68,8 @@ impl<'m> Receive<'m> {
         self.accept(&burst, checker, tracker, now_ns)
     }
 
-    /// The same for one buffer at most: for callers that cannot be away for a burst of long frames.
+    /// Receives from one buffer at most. For callers that must not be busy for a whole burst of
+    /// long frames.
     pub fn receive_one(
         &mut self,
         checker: &Checker,
@@ -126,7 +127,8 @@ impl<'m> Receive<'m> {
         self.port.ring.post_burst(&posts);
     }
 
-    /// The same where a frame may be in several buffers; returns how many frames are whole now.
+    /// Checks buffers of frames that may have several buffers. Returns how many frames are complete
+    /// now.
     #[inline(always)]
     fn take_mergeable(
         &mut self,
@@ -162,7 +164,8 @@ impl<'m> Receive<'m> {
         usize::from(header.load_u16(NUM_BUFFERS, Ordering::Relaxed)).max(1)
     }
 
-    /// Adds a buffer to the frame that is being collected; whether it is whole now.
+    /// Adds a buffer to the frame that is being collected. Returns whether the frame is complete
+    /// now.
     fn collect(&mut self, used: Used, checker: &Checker, tracker: &mut Tracker<'_>) -> bool {
         self.needed = self.needed_with(&self.buffers[used.token as usize].window);
         self.pieces.push(used);
