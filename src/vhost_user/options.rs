@@ -1,7 +1,7 @@
 //! What a session offers to its frontend.
 //!
-//! RSS and HASH_REPORT are not offered. Their commands come through the controlq. QEMU and
-//! cloud-hypervisor keep the controlq to themselves and do not pass this configuration on.
+//! RSS and HASH_REPORT are not offered. Pollux keeps no indirection table, and reports no hash of a
+//! frame to its receiver.
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::virtio_config::{
