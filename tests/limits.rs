@@ -138,13 +138,25 @@ fn without_threads_each_request_is_refused_and_nothing_is_kept() {
     daemon.stop();
 }
 
+/// The limit that leaves the daemon so many descriptors. A limit is one of numbers, of which some
+/// are free in between.
+fn limit_of_descriptors(daemon: &Daemon, left: usize) -> usize {
+    let open = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
+    let number = |entry: std::io::Result<std::fs::DirEntry>| {
+        let name = entry.unwrap().file_name();
+        name.to_str().unwrap().parse::<usize>().unwrap()
+    };
+    let open: std::collections::BTreeSet<usize> = open.map(number).collect();
+    let mut free = (0..).filter(|number| !open.contains(number));
+    free.nth(left).unwrap()
+}
+
 #[test]
 fn a_poll_thread_that_cannot_be_made_is_refused_by_the_name_of_the_limit() {
     let daemon = daemon(1);
-    let open = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
     // The connection of the request, and one more.
     let files = ("nofile", "Max open files");
-    let few = Lowered::to(&daemon, files, open.count() + 2);
+    let few = Lowered::to(&daemon, files, limit_of_descriptors(&daemon, 2));
     // As often as there are numbers for poll threads, and more.
     for _ in 0..80 {
         let (code, said) = daemon.try_pollux(&["poll", "add"]);

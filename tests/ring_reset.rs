@@ -303,6 +303,8 @@ fn a_ring_that_was_reset_still_calls() {
             guests[0].calls[RECEIVE].read().is_ok()
         });
     }
+    // The call of a start may come before all poll threads know of the ring.
+    daemon.settle();
     guests[1].send(&frame(mac(1), mac(2), 1, 100));
     assert!(guests[0].receive(LIMIT).is_some());
     wait_for("the call of a frame", || {

@@ -17,7 +17,6 @@ use common::many::{ManyQueues, ManyRam};
 use common::traffic::{BROADCAST, Bystanders, frame, read};
 use common::wait_for_within;
 use pollux::api::client::Client;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 
 const PORTS: usize = 512;
@@ -32,16 +31,6 @@ const PORT_KIB: u64 = 256;
 /// Changes of which the median is taken, and how often that is tried: tests share their CPUs.
 const CHANGES: usize = 51;
 const ATTEMPTS: usize = 5;
-
-/// This process plays all guests: six descriptors each.
-fn raise_descriptor_limit() {
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    let raised = Rlimit {
-        current: maximum,
-        maximum,
-    };
-    setrlimit(Resource::Nofile, raised).unwrap();
-}
 
 fn attach<'m>(rams: &'m [ManyRam], daemon: &Daemon, from: usize) -> Vec<ManyQueues<'m>> {
     let sockets = daemon.sockets()[from..].iter();
@@ -98,7 +87,6 @@ fn own_kib(daemon: &Daemon) -> u64 {
 
 #[test]
 fn the_513th_port_takes_no_longer_than_twice_the_second_and_all_of_them_work() {
-    raise_descriptor_limit();
     let with = |ports| DaemonOptions {
         ports,
         ..DaemonOptions::default()

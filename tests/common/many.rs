@@ -10,6 +10,7 @@ use pollux::bench::frontend::{Frontend, MRG_RXBUF, Order, Queue, Region, VERSION
 use pollux::memory::SharedMemory;
 use pollux::virtio::RingFeatures;
 use pollux::virtio::driver::{Buffer, DriverRing, RingAreas, RingLayout};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const GUEST_BASE: u64 = 0x4000_0000;
@@ -32,8 +33,20 @@ pub(crate) struct ManyRam {
     calls: Vec<EventFd>,
 }
 
+/// Lets this process have as many descriptors as it may: it plays all guests, and each ring of
+/// theirs has two.
+fn raise_descriptor_limit() {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let raised = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    setrlimit(Resource::Nofile, raised).expect("a limit");
+}
+
 impl ManyRam {
     pub(crate) fn new(pairs: u16) -> ManyRam {
+        raise_descriptor_limit();
         // The last one is for commands.
         let rings = 2 * usize::from(pairs) + 1;
         let len = rings * (RING_SPACE + usize::from(ENTRIES) * BUFFER);

@@ -81,8 +81,8 @@ fn frames_to_a_slow_port_arrive_by_the_detour_in_order() {
 fn a_port_on_its_way_back_does_not_wait_for_frames_to_a_slow_one() {
     let rams = rams::<3>();
     let mut vms = vms(&rams, false);
-    for slow in 1..3 {
-        vms[slow].port.pages.set_pace(Pace::Slow);
+    for vm in &vms[1..] {
+        vm.port.pages.set_pace(Pace::Slow);
     }
     let detour = Arc::new(Detour::default());
     let slow = slow_topology(&vms, &detour);
