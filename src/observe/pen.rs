@@ -1,4 +1,4 @@
-//! Who has the pen of a lane, and when a reader has all that was written with it. Nothing here is
+//! Who has the pen of a feed, and when a reader has all that was written with it. Nothing here is
 //! about what is written, so that the model checker runs this file unchanged (`tests/models`).
 //!
 //! A poll thread takes its pens once it has borrowed a topology, and a pen that it takes borrows
@@ -10,7 +10,7 @@
 
 use crate::sync::{AtomicCell, OnceLock};
 
-/// Where the pen of a lane lies while nobody writes.
+/// Where the pen of a feed lies while nobody writes.
 pub struct Place<P>(AtomicCell<Option<Box<P>>>);
 
 /// What a poll thread has found there; it lays it back when it lets go of this.

@@ -212,11 +212,12 @@ fn shuffled(cells: &[Cell], seed: u64) -> Vec<Cell> {
 pub(crate) fn page() -> String {
     let mut page = String::from(
         "# The matrix\n\n\
-         Every way to attach that is tried, with frames of the lengths in the last column. In each cell every frame\n\
-         must arrive once, unchanged and in order within its flow, every buffer must come back, and the counters of\n\
-         both sides must agree. A combination that the peer refuses, or refuses in one direction, is listed as such,\n\
-         and the test checks that it does. `tests/run --matrix` tries all cells and writes this page; every run of\n\
-         `tests/run` tries a cover of all pairs, and one refused cell for each reason. Do not edit.\n",
+         Every way to attach that is tried, with frames of the lengths in the last column. In each cell every\n\
+         frame must arrive once, unchanged and in order within its flow, every buffer must come back, and the\n\
+         counters of both sides must agree. A combination that the peer refuses, or refuses in one direction,\n\
+         is listed as such, and the test checks that it does. `tests/run --matrix` tries all cells and writes\n\
+         this page; every run of `tests/run` tries a cover of all pairs, and one refused cell for each\n\
+         reason. Do not edit.\n",
     );
     for driver in Driver::ALL {
         page += match driver {
