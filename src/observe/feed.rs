@@ -263,7 +263,7 @@ impl Reader {
         }
     }
 
-    /// Takes the oldest record of all lanes. Returns the number of its poll thread and its head.
+    /// Takes the oldest record of all feeds. Returns the number of its poll thread and its head.
     /// `bytes` is set to the bytes after the head.
     pub fn next(&mut self, bytes: &mut Vec<u8>) -> Option<(usize, Record)> {
         let mut oldest: Option<(usize, Record)> = None;

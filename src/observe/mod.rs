@@ -10,7 +10,7 @@
 //!   bounded buffer that this thread alone writes, without waiting. What does not fit is counted as
 //!   missed. Buffers are reserved when the observer is made. So a poll thread allocates nothing,
 //!   not even for a thread that is added later.
-//! - A poll thread takes its pens (the writing ends) out of the lanes when it adopts a topology,
+//! - A poll thread takes its pens (the writing ends) out of the feeds when it adopts a topology,
 //!   and puts them back before it acknowledges another one. That costs an exchange of one word for
 //!   each pen, and nothing for each frame. So an observer can be in a shared snapshot without a
 //!   lock.
@@ -153,7 +153,7 @@ impl Observer {
         &self.feeds[thread]
     }
 
-    /// Returns the sums over all lanes. They are exact once no poll thread has the observer any
+    /// Returns the sums over all feeds. They are exact once no poll thread has the observer any
     /// more.
     pub fn counts(&self) -> Counts {
         let feeds = self.feeds.iter();
