@@ -16,11 +16,12 @@ const WITHOUT: &str = " -S -nodefaults -display none";
 const WITH_HUGEPAGES: &str = "--in-memory --single-file-segments -m 512";
 const WITHOUT_HUGEPAGES: &str = "--no-huge -m 1024";
 
+/// A newer QEMU's path, quoted for a shell.
 fn newer_qemu() -> String {
     let output = Command::new(script("backports")).output().unwrap();
     let words = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{words}");
-    String::from_utf8(output.stdout).unwrap().trim().to_string()
+    format!("'{}'", String::from_utf8(output.stdout).unwrap().trim())
 }
 
 /// The command until the port has a frontend, and its end.
