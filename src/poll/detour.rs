@@ -85,20 +85,27 @@ impl<'t> Delivery<'t, '_> {
             let reason = DropReason::EgressNotReady;
             return self.context.drop_egress(to, reason, burst, mask);
         }
-        let own = self.detour.as_mut();
-        let arrived = |own: &Detoured<'_>| own.detour.has_arrived(thread, port.reference);
-        if port.pace == Pace::Returning && own.as_deref().is_some_and(arrived) {
-            return self.spread(burst, port, mask);
-        }
+        // All frames of an alarmed thread's burst are of one queue, so one sender pays.
         let sender = burst.frames()[mask.trailing_zeros() as usize].ingress;
         let sender = Payer::from(self.context.ingress(sender));
         let watched = self.tools.watch.is_alarmed();
+        let own = self.detour.as_mut();
+        let arrived = |own: &Detoured<'_>| own.detour.has_arrived(thread, port.reference);
+        if port.pace == Pace::Returning && own.as_deref().is_some_and(arrived) {
+            self.tools.watch.begin(port.into());
+            self.spread(burst, port, mask);
+            if watched {
+                let senders = std::iter::once(sender);
+                let stats = self.tools.stats;
+                self.tools.watch.charge_copies(port.into(), senders, stats);
+            }
+            return;
+        }
         if watched {
             self.tools.watch.begin(sender);
         }
         let written = own.map_or(0, |own| own.write(burst, port.reference, mask, thread));
         if watched {
-            // All frames of an alarmed thread's burst are of one queue, so one sender pays.
             self.tools.watch.charge(sender, self.tools.stats);
         }
         let reason = DropReason::EgressMemorySlow;

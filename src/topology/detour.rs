@@ -6,10 +6,9 @@
 //! the buffer. A frame that does not fit is a counted drop. A buffer is a queue, so frames of one
 //! poll thread, and so of one sender, keep their order.
 //!
-//! A port that is no longer slow goes on receiving by this way from each poll thread until that
-//! thread finds its buffer empty. So a frame that is delivered directly comes after all earlier
-//! ones. All slow ports share a thread's buffer, so a port comes back only once the frames to the
-//! others pause.
+//! A port that is no longer slow goes on receiving by this way from each poll thread until all that
+//! the thread has sent to the port has arrived. So a frame that is delivered directly comes after
+//! all earlier ones. Frames to other slow ports in the same buffer are not waited for.
 //!
 //! The ends of a buffer are taken as observers' pens are (`observe::pen`). A poll thread takes its
 //! writing end when it adopts a topology. The thread of slow ports takes all the reading ends.
